@@ -1,0 +1,87 @@
+"""KL-regularised reinforcement learning of language models, as the Bayesian inference that it is.
+
+prior x exp(reward / alpha) / evidence: see `Posterior` for the model, `SVI`, `SMC`, `ImportanceSampling`, `BestOfN` and
+`Exact` for the algorithms, `compare` for all of them side by side. Names are loaded when first used, so that importing
+the package loads neither torch nor transformers nor arviz.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bayes_klrl.comparison import Comparison as Comparison
+    from bayes_klrl.comparison import compare as compare
+    from bayes_klrl.contract import check_posterior as check_posterior
+    from bayes_klrl.draws import Draws as Draws
+    from bayes_klrl.errors import BayesKLRLError as BayesKLRLError
+    from bayes_klrl.errors import BudgetError as BudgetError
+    from bayes_klrl.errors import CheckpointError as CheckpointError
+    from bayes_klrl.errors import RewardError as RewardError
+    from bayes_klrl.errors import SupportError as SupportError
+    from bayes_klrl.errors import TextRewardError as TextRewardError
+    from bayes_klrl.errors import UnboundedLossError as UnboundedLossError
+    from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
+    from bayes_klrl.inference.exact import Exact as Exact
+    from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
+    from bayes_klrl.inference.smc import SMC as SMC
+    from bayes_klrl.inference.svi import SVI as SVI
+    from bayes_klrl.inference.svi import Fit as Fit
+    from bayes_klrl.likelihood import Constraint as Constraint
+    from bayes_klrl.likelihood import Likelihood as Likelihood
+    from bayes_klrl.likelihood import Reward as Reward
+    from bayes_klrl.likelihood import TokenReward as TokenReward
+    from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
+    from bayes_klrl.models.torch_lm import TorchLM as TorchLM
+    from bayes_klrl.posterior import Posterior as Posterior
+    from bayes_klrl.sequences import Sequences as Sequences
+    from bayes_klrl.typing import Algorithm as Algorithm
+    from bayes_klrl.typing import LanguageModel as LanguageModel
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Algorithm": "bayes_klrl.typing",
+    "BayesKLRLError": "bayes_klrl.errors",
+    "BestOfN": "bayes_klrl.inference.best_of_n",
+    "BudgetError": "bayes_klrl.errors",
+    "CheckpointError": "bayes_klrl.errors",
+    "Comparison": "bayes_klrl.comparison",
+    "Constraint": "bayes_klrl.likelihood",
+    "Draws": "bayes_klrl.draws",
+    "Exact": "bayes_klrl.inference.exact",
+    "Fit": "bayes_klrl.inference.svi",
+    "ImportanceSampling": "bayes_klrl.inference.importance",
+    "LanguageModel": "bayes_klrl.typing",
+    "Likelihood": "bayes_klrl.likelihood",
+    "NgramLM": "bayes_klrl.models.ngram_lm",
+    "Posterior": "bayes_klrl.posterior",
+    "Reward": "bayes_klrl.likelihood",
+    "RewardError": "bayes_klrl.errors",
+    "SMC": "bayes_klrl.inference.smc",
+    "SVI": "bayes_klrl.inference.svi",
+    "Sequences": "bayes_klrl.sequences",
+    "SupportError": "bayes_klrl.errors",
+    "TextRewardError": "bayes_klrl.errors",
+    "TokenReward": "bayes_klrl.likelihood",
+    "TorchLM": "bayes_klrl.models.torch_lm",
+    "UnboundedLossError": "bayes_klrl.errors",
+    "CheckpointError": "bayes_klrl.errors",
+    "check_posterior": "bayes_klrl.contract",
+    "compare": "bayes_klrl.comparison",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'bayes_klrl' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

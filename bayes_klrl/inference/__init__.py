@@ -1,0 +1,1 @@
+"""How a posterior is answered: one algorithm, one file."""

@@ -1,0 +1,1 @@
+"""What is conditioned: language models, rewards, and the posterior as a Pyro program."""
