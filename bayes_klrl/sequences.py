@@ -43,7 +43,8 @@ def completion_lengths(tokens: IntArray, eos_token_ids: Collection[int]) -> IntA
     array([3, 2, 1])
     """
     is_eos = np.isin(tokens, list(eos_token_ids))
-    return np.where(is_eos.any(axis=-1), is_eos.argmax(axis=-1) + 1, tokens.shape[-1])
+    lengths: IntArray = np.where(is_eos.any(axis=-1), is_eos.argmax(axis=-1) + 1, tokens.shape[-1])
+    return lengths
 
 
 @dataclass(frozen=True, eq=False)

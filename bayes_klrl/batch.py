@@ -1,0 +1,187 @@
+"""What reward functions see, how they are called, and what may come back.
+
+`Batch` is the table of completions that a posterior hands to its likelihood, `TextCall` reads a function's signature
+against the columns of that table, and `to_floats` takes nothing but one number a completion.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from bayes_klrl.arrays import to_host
+from bayes_klrl.errors import RewardError
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
+
+__all__ = ["RESERVED_NAMES", "Batch", "TextCall", "first_failing_row", "parameters", "to_floats"]
+
+_BATCH_NAMES = ("prompts", "completions", "completion_ids", "finished")
+RESERVED_NAMES = frozenset({*_BATCH_NAMES, "tokens", "lengths", "prompt_index", "prior", "likelihood", "max_new_tokens"})
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """M completions as reward functions see them.
+
+    Parameters
+    ----------
+    tokens, lengths
+        Shape (M, T) with T = max_new_tokens and the EOS id (0 if none) past each length, and (M,).
+    prompt_index
+        Which of the P prompts each completion follows, shape (M,).
+    prompts
+        The P prompts, as given to the posterior (texts, or token ids).
+    columns
+        Any further columns of the posterior, each of length P.
+    prior
+        Decodes the completions and knows EOS.
+    """
+
+    tokens: IntArray
+    lengths: IntArray
+    prompt_index: IntArray
+    prompts: Sequence[Any]
+    columns: Mapping[str, Sequence[Any]]
+    prior: LanguageModel
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """The completions as those of one prompt, (1, M, T)."""
+        return Sequences(self.tokens[None], self.lengths[None])
+
+    @cached_property
+    def completion_ids(self) -> list[list[int]]:
+        """The ids of each completion up to and including EOS."""
+        return self.sequences.lists()
+
+    @cached_property
+    def completions(self) -> list[str]:
+        """The text of each completion, special tokens skipped."""
+        return list(self.prior.decode(self.completion_ids))
+
+    def named(self, name: str) -> Sequence[Any]:
+        """Return what a reward function asks for by `name`, one entry a completion."""
+        if name == "completions":
+            return self.completions
+        if name == "completion_ids":
+            return self.completion_ids
+        if name == "finished":
+            finished: list[bool] = self.sequences.finished(self.prior.eos_token_ids).ravel().tolist()
+            return finished
+        column = self.prompts if name == "prompts" else self.columns[name]
+        return [column[p] for p in self.prompt_index]
+
+    def describe(self, row: int) -> str:
+        """Return how completion `row` of the M reads in an error message."""
+        ids = self.completion_ids[row]
+        prompt = self.prompts[self.prompt_index[row]]
+        text = f" {self.completions[row]!r}" if self.prior.tokenizer is not None else ""
+        return f"completion {row}{text} (ids {ids}, prompt {prompt!r})"
+
+
+@dataclass(frozen=True)
+class TextCall:
+    """How a text function wants to be called: which names, and what its sole unnamed parameter is."""
+
+    fn: Callable[..., Any]
+    names: tuple[str, ...]
+    positional: bool
+
+    @classmethod
+    def of(cls, fn: Callable[..., Any], columns: frozenset[str], label: str) -> TextCall:
+        """Read the function's signature against the names that this posterior offers."""
+        known = {*_BATCH_NAMES, *columns}
+        required, optional, open_ended = parameters(fn)
+        if len(required) == 1 and required[0] not in known:
+            extra = [name for name in optional if name in known - {"completions"}]
+            return cls(fn, ("completions", *extra), positional=True)
+        unknown = [name for name in required if name not in known]
+        if unknown:
+            raise RewardError(
+                f"Reward {label!r} asks for {unknown}, but this posterior offers {sorted(known)}. Give the missing "
+                "ones as columns: bk.Posterior(..., name=[one value a prompt])."
+            )
+        names = [*required, *(name for name in optional if name in known)]
+        if open_ended:
+            names += sorted(known - set(names))
+        return cls(fn, tuple(names or ("completions",)), positional=not names)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the completions' text is required (not merely taken by `**kwargs`)."""
+        required, optional, open_ended = parameters(self.fn)
+        return "completions" in self.names and not (open_ended and "completions" not in (*required, *optional))
+
+    def without_text(self) -> TextCall:
+        """Return the same call with nothing that needs decoding."""
+        return TextCall(self.fn, tuple(name for name in self.names if name != "completions"), self.positional)
+
+    def __call__(self, arguments: Mapping[str, Sequence[Any]]) -> Any:
+        """Call the function with whole columns."""
+        if not self.positional:
+            return self.fn(**arguments)
+        named = {name: value for name, value in arguments.items() if name != "completions"}
+        return self.fn(arguments["completions"], **named)
+
+
+def parameters(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
+    """Return (required names, optional names, takes **kwargs) of a function; of one without signature, no names."""
+    try:
+        signature = inspect.signature(fn).parameters.values()
+    except (TypeError, ValueError):
+        return [], [], False
+    named = [p for p in signature if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    required = [p.name for p in named if p.default is p.empty]
+    optional = [p.name for p in named if p.default is not p.empty]
+    return required, optional, any(p.kind is p.VAR_KEYWORD for p in signature)
+
+
+def first_failing_row(call: TextCall, arguments: Mapping[str, Sequence[Any]]) -> int:
+    """Return the first completion on which the function raises by itself; 0 if it takes several to make it raise."""
+    num_rows = len(next(iter(arguments.values())))
+    for row in range(num_rows):
+        try:
+            call({name: column[row : row + 1] for name, column in arguments.items()})
+        except Exception:  # the search for the culprit: any exception is the answer
+            return row
+    return 0
+
+
+def to_floats(outcome: Any, label: str, batch: Batch) -> FloatArray:
+    """Return a function's outcome as float64 (M,), refusing None, strings and wrong lengths."""
+    num_rows = len(batch)
+    if hasattr(outcome, "detach"):  # a torch tensor, with or without gradient
+        outcome = to_host(outcome)
+    if outcome is None or isinstance(outcome, str | bytes) or not hasattr(outcome, "__len__"):
+        raise RewardError(
+            f"Reward {label!r} returned {outcome!r} for {num_rows} completions. It must return one float a completion."
+        )
+    shape = np.shape(outcome) if isinstance(outcome, np.ndarray) else (len(outcome),)
+    if shape != (num_rows,):
+        raise RewardError(
+            f"Reward {label!r} returned {'shape ' + str(shape) if len(shape) != 1 else f'{shape[0]} values'} for "
+            f"{num_rows} completions. It must return one float a completion, in order."
+        )
+    if isinstance(outcome, np.ndarray) and outcome.dtype.kind in "fiub":
+        return outcome.astype(np.float64)
+    values = np.empty(num_rows)
+    for row, value in enumerate(outcome):
+        try:
+            if value is None or isinstance(value, str | bytes):
+                raise TypeError
+            values[row] = float(value)
+        except (TypeError, ValueError):
+            raise RewardError(
+                f"Reward {label!r} returned {value!r} for {batch.describe(row)}. A reward is a finite number, or -inf "
+                "for what is impossible."
+            ) from None
+    return values

@@ -1,0 +1,306 @@
+"""What an algorithm returns: completions, the log-densities they were judged by, and what they say of the evidence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
+from bayes_klrl.weights import effective_sample_size, log_evidence_se, logmeanexp, normalised, psis
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bayes_klrl.posterior import Posterior
+
+__all__ = ["Cost", "Draws"]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What draws cost.
+
+    Parameters
+    ----------
+    seconds
+        Wall time.
+    model_tokens
+        Tokens that went through a language model to draw and score (prefill, decoding, scoring), each model counted.
+    training_tokens
+        The same for fitting a guide, apart.
+    """
+
+    seconds: float = 0.0
+    model_tokens: int = 0
+    training_tokens: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """N draws for each of P prompts; see the class methods for how each kind is made.
+
+    Parameters
+    ----------
+    tokens, lengths
+        The completions, (P, N, T) and (P, N); positions past a length hold the EOS id (0 if there is none).
+    reward, log_prior, log_likelihood, log_proposal, log_weights
+        Of each draw, (P, N), float64, in nats but for the reward. `log_proposal` is NaN where no proposal density
+        exists. For weighted methods logmeanexp over N of `log_weights` is `log_evidence`; other draws weigh equally and
+        have log-weight 0.
+    log_evidence, log_evidence_se, elbo, ess, pareto_k
+        Of each prompt, (P,), NaN where undefined.
+    prompts
+        The P prompts as given to the posterior.
+    method
+        The name of the algorithm.
+    alpha
+        Units of reward per nat.
+    cost
+        Seconds and model tokens.
+    guide
+        The fitted policy, for SVI.
+    info
+        What else is worth looking at, by name: for SMC `ancestors` (P, T, N) and `step_ess` (P, T).
+    decoder
+        Turns lists of token ids into texts; None if the prior has no tokenizer.
+    """
+
+    tokens: IntArray
+    lengths: IntArray
+    reward: FloatArray
+    log_prior: FloatArray
+    log_likelihood: FloatArray
+    log_proposal: FloatArray
+    log_weights: FloatArray
+    log_evidence: FloatArray
+    log_evidence_se: FloatArray
+    elbo: FloatArray
+    ess: FloatArray
+    pareto_k: FloatArray
+    prompts: tuple[Any, ...]
+    method: str
+    alpha: float
+    cost: Cost = Cost()
+    guide: LanguageModel | None = field(default=None, repr=False)
+    info: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    decoder: Callable[[Sequence[Sequence[int]]], Sequence[str]] | None = field(default=None, repr=False)
+
+    @classmethod
+    def weighted(
+        cls,
+        posterior: Posterior,
+        sequences: Sequences,
+        *,
+        method: str,
+        reward: FloatArray,
+        log_prior: FloatArray,
+        log_proposal: FloatArray,
+        cost: Cost,
+    ) -> Draws:
+        """Return importance-weighted draws: log w = log_prior + log_likelihood - log_proposal.
+
+        `log_evidence` is logmeanexp(log w), an estimate whose exponential is unbiased; `elbo` is mean(log w), the
+        evidence lower bound of the proposal.
+        """
+        log_likelihood = posterior.likelihood.log_likelihood(reward)
+        # log_prior - log_proposal first: exactly 0 for the prior as its own proposal, so weights are exactly r / alpha
+        log_weights = np.where(np.isneginf(log_prior), -np.inf, log_prior - log_proposal) + log_likelihood
+        ess = effective_sample_size(log_weights)
+        draws = cls._common(posterior, sequences, method, reward, log_prior, log_proposal, cost)
+        return replace(
+            draws,
+            log_weights=log_weights,
+            log_evidence=logmeanexp(log_weights),
+            log_evidence_se=log_evidence_se(ess, log_weights.shape[1]),
+            elbo=log_weights.mean(axis=1),
+            ess=ess,
+            pareto_k=psis(log_weights)[1],
+        )
+
+    @classmethod
+    def equally_weighted(
+        cls,
+        posterior: Posterior,
+        sequences: Sequences,
+        *,
+        method: str,
+        reward: FloatArray,
+        log_prior: FloatArray,
+        log_proposal: FloatArray | None,
+        cost: Cost,
+    ) -> Draws:
+        """Return draws that weigh equally (SVI, best-of-n, ...): log-weights 0, log evidence NaN."""
+        proposal = np.full(reward.shape, np.nan) if log_proposal is None else log_proposal
+        return cls._common(posterior, sequences, method, reward, log_prior, proposal, cost)
+
+    @classmethod
+    def _common(
+        cls,
+        posterior: Posterior,
+        sequences: Sequences,
+        method: str,
+        reward: FloatArray,
+        log_prior: FloatArray,
+        log_proposal: FloatArray,
+        cost: Cost,
+    ) -> Draws:
+        """Return draws with log-weights 0 and every summary undefined."""
+        undefined = np.full(reward.shape[0], np.nan)
+        return cls(
+            tokens=sequences.tokens,
+            lengths=sequences.lengths,
+            reward=reward,
+            log_prior=log_prior,
+            log_likelihood=posterior.likelihood.log_likelihood(reward),
+            log_proposal=log_proposal,
+            log_weights=np.zeros(reward.shape),
+            log_evidence=undefined,
+            log_evidence_se=undefined,
+            elbo=undefined,
+            ess=undefined,
+            pareto_k=undefined,
+            prompts=posterior.prompts,
+            method=method,
+            alpha=posterior.alpha,
+            cost=cost,
+            decoder=posterior.prior.decode if posterior.prior.tokenizer is not None else None,
+        )
+
+    def __repr__(self) -> str:
+        num_prompts, num_draws = self.shape
+        evidence = ", ".join(f"{value:.3f}" for value in self.log_evidence[:3])
+        return f"Draws({self.method}: {num_draws} draws x {num_prompts} prompts, log evidence [{evidence}])"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, N)."""
+        num_prompts, num_draws = self.lengths.shape
+        return num_prompts, num_draws
+
+    @property
+    def seconds(self) -> float:
+        """Wall time."""
+        return self.cost.seconds
+
+    @property
+    def model_tokens(self) -> int:
+        """Tokens that went through a language model to draw and score; training apart."""
+        return self.cost.model_tokens
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens that went through a language model to fit a guide."""
+        return self.cost.training_tokens
+
+    @property
+    def sequences(self) -> Sequences:
+        """The completions."""
+        return Sequences(self.tokens, self.lengths)
+
+    def texts(self) -> list[list[str]]:
+        """Return the completions as text, N of each of P prompts.
+
+        Raises
+        ------
+        BayesKLRLError
+            If the prior has no tokenizer.
+        """
+        if self.decoder is None:
+            raise BayesKLRLError("These draws have no text: the prior has no tokenizer. Use `tokens` and `lengths`.")
+        num_prompts, num_draws = self.shape
+        flat = list(self.decoder(self.sequences.lists()))
+        return [flat[p * num_draws : (p + 1) * num_draws] for p in range(num_prompts)]
+
+    def mean(self, values: ArrayLike | Callable[[list[str]], Sequence[float]]) -> FloatArray:
+        """Return the posterior expectation sum_n W_n f(x_n) of each prompt, self-normalised, shape (P, ...).
+
+        Parameters
+        ----------
+        values
+            f(x) of each draw, shape (P, N, ...), or (N,) for one prompt; or a function of a list of texts.
+        """
+        if callable(values):
+            values = [values(texts) for texts in self.texts()]
+        f = np.asarray(values, dtype=np.float64)
+        if f.ndim == 1 and self.shape[0] == 1:
+            f = f[None]
+        if f.shape[:2] != self.shape:
+            raise BayesKLRLError(f"values must have the shape (P, N, ...) = {self.shape}; got {f.shape}.")
+        weights = normalised(self.log_weights).reshape(*self.shape, *[1] * (f.ndim - 2))
+        with np.errstate(invalid="ignore"):
+            result: FloatArray = np.where(weights > 0, weights * f, 0.0).sum(axis=1)
+        return result
+
+    def resample(self, num: int, seed: int) -> Draws:
+        """Return `num` equally weighted draws of each prompt, drawn with replacement with probabilities W.
+
+        They are samples of these draws, not fresh ones: never more than N distinct texts, and fit for a frequency test
+        only while `num` is small against the effective sample size.
+        """
+        if num < 1:
+            raise BayesKLRLError(f"num must be at least 1; got {num}.")
+        rng = np.random.default_rng(seed)
+        weights = normalised(self.log_weights)
+        chosen = np.stack([rng.choice(self.shape[1], size=num, p=row) for row in weights])
+        return self._taken(chosen)
+
+    def _taken(self, chosen: IntArray) -> Draws:
+        """Return the draws `chosen` (P, M) of each prompt, weighing equally, with no summary."""
+        rows = np.arange(self.shape[0])[:, None]
+        undefined = np.full(self.shape[0], np.nan)
+        return replace(
+            self,
+            **{
+                name: getattr(self, name)[rows, chosen]
+                for name in ("tokens", "lengths", "reward", "log_prior", "log_likelihood", "log_proposal")
+            },
+            log_weights=np.zeros(chosen.shape),
+            log_evidence=undefined,
+            log_evidence_se=undefined,
+            elbo=undefined,
+            ess=undefined,
+            pareto_k=undefined,
+            info={},
+        )
+
+    def to_arviz(self) -> Any:
+        """Return what the installed ArviZ summarises (InferenceData in 0.x, xarray DataTree in 1.x)."""
+        from bayes_klrl.arviz_export import draws_to_arviz
+
+        return draws_to_arviz(self)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return one row a draw: prompt, draw, text (where there is one), length, and every per-draw array."""
+        import pandas as pd
+
+        num_prompts, num_draws = self.shape
+        columns: dict[str, Any] = {
+            "prompt": np.repeat(np.arange(num_prompts), num_draws),
+            "draw": np.tile(np.arange(num_draws), num_prompts),
+        }
+        if self.decoder is not None:
+            columns["text"] = [text for texts in self.texts() for text in texts]
+        columns["length"] = self.lengths.ravel()
+        for name in ("reward", "log_prior", "log_likelihood", "log_proposal", "log_weights"):
+            columns[name] = getattr(self, name).ravel()
+        return pd.DataFrame(columns)
+
+    def save(self, file: str | Path) -> Path:
+        """Write everything but the guide to a netCDF file, texts included, and return its path."""
+        from bayes_klrl.arviz_export import save_draws
+
+        return save_draws(self, Path(file))
+
+    @classmethod
+    def load(cls, file: str | Path) -> Draws:
+        """Read what `save` wrote; texts are available without the model."""
+        from bayes_klrl.arviz_export import load_draws
+
+        return load_draws(Path(file))

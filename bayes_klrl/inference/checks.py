@@ -1,0 +1,27 @@
+"""Refusals of options that no algorithm can run with."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from bayes_klrl.errors import BayesKLRLError
+
+__all__ = ["check_count", "check_fraction", "check_positive"]
+
+
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse what is not an integer of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+        raise BayesKLRLError(f"{name} must be an integer of at least {least}; got {value!r}.")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Refuse what is not a positive finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < np.inf:
+        raise BayesKLRLError(f"{name} must be a positive finite number; got {value!r}.")
+
+
+def check_fraction(name: str, value: object) -> None:
+    """Refuse what is not a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
+        raise BayesKLRLError(f"{name} must be a number from 0 to 1; got {value!r}.")

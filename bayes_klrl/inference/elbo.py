@@ -1,0 +1,208 @@
+"""Score-function gradients of the ELBO, as Pyro `ELBO`s that keep what stock losses drop.
+
+With s(x) = grad log q(x), l_t = log q_t - log p0_t and log w = log p0 + r / alpha - log q, the gradient of
+
+    ELBO(q) = E_q[log w] = E_q[r] / alpha - KL(q || p0)
+
+from N draws of one prompt is estimated by
+
+leave-one-out (Kool et al. 2019):     1/(N-1) sum_n (log w_n - mean log w) s(x_n)
+Rao-Blackwellised (Amini et al. 2025): 1/(N-1) sum_n (r_n - mean r) / alpha s(x_n)
+                                       - 1/N sum_n sum_t [grad KL_t + (sum_{u>t} KL_u - baseline_t) s_t],
+                                       KL_t over the whole vocabulary at the drawn prefix.
+
+Both are unbiased. At q = p* all log w are equal and the first has variance zero, while the second keeps the reward's
+noise; at q = p0 the second's variance is an order of magnitude lower (THEORY 2.9). The default is the first.
+
+Stock losses are refused by name in `svi`, because several are silently wrong on a discrete sequence site (TRAPS 1).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import ELBO
+from pyro.infer.util import torch_item
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from bayes_klrl.errors import BayesKLRLError, UnboundedLossError
+from bayes_klrl.models.pyro_model import SequenceDistribution, to_sequences
+
+__all__ = ["LeaveOneOutELBO", "RaoBlackwellELBO", "leave_one_out"]
+
+
+def leave_one_out(values: Tensor) -> Tensor:
+    """Return values minus the mean of the others, along axis 0, shape (N, P); zero in sum.
+
+    N / (N - 1) (v_n - mean v) = v_n - mean_{m != n} v_m.
+    """
+    num = values.shape[0]
+    return (values - values.mean(dim=0)) * (num / (num - 1))
+
+
+@dataclass(frozen=True)
+class ElboTerms:
+    """What one step's draws say, each (N, P)."""
+
+    log_weights: Tensor
+    log_likelihood: Tensor
+    surrogate: Tensor
+    """Its mean over N, summed over P, has the gradient of the ELBO."""
+    model_tokens: int
+    """Tokens that went through a model: to draw, and to score under guide and prior."""
+
+
+class _SequenceELBO(ELBO):  # type: ignore[misc]  # pyro is untyped
+    """Common part: run guide and model once with all particles in a plate, and differentiate a surrogate.
+
+    Parameters
+    ----------
+    num_particles
+        N, at least 2, for each prompt.
+
+    Attributes
+    ----------
+    last
+        The `ElboTerms` of the newest step, for logging.
+    """
+
+    last: ElboTerms
+
+    def __init__(self, num_particles: int = 64) -> None:
+        if num_particles < 2:
+            raise BayesKLRLError(f"A leave-one-out baseline needs num_particles >= 2; got {num_particles}.")
+        super().__init__(num_particles=num_particles, max_plate_nesting=1, vectorize_particles=True)
+
+    def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Return the traces of one execution: the model replayed on the guide's draws."""
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        return model_trace, guide_trace
+
+    @abstractmethod
+    def terms(self, model_trace: Any, guide_trace: Any) -> ElboTerms:
+        """Return this estimator's terms."""
+
+    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Return a scalar whose value is -ELBO, summed over prompts, and whose gradient is the estimator's."""
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            self.last = self.terms(model_trace, guide_trace)
+            scale = model_trace.nodes["x"]["scale"]  # P / prompts_per_step where prompts are subsampled
+        surrogate = -self.last.surrogate.mean(dim=0).sum() * scale
+        value = -self.last.log_weights.mean(dim=0).sum() * scale
+        return surrogate - surrogate.detach() + value.detach()
+
+    def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
+        """Return -ELBO, summed over prompts."""
+        with torch.no_grad():
+            return float(torch_item(self.differentiable_loss(model, guide, *args, **kwargs)))
+
+    def loss_and_grads(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> float:
+        """Return -ELBO and add its gradient to the parameters'."""
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+        return float(torch_item(loss))
+
+
+class LeaveOneOutELBO(_SequenceELBO):
+    """The ELBO with a leave-one-out baseline of the whole log-weight; see the module's formula."""
+
+    def terms(self, model_trace: Any, guide_trace: Any) -> ElboTerms:
+        """Return log w and (log w - mean of the others) log q."""
+        log_lik = _log_likelihood(model_trace)
+        log_q = _log_prob(guide_trace, "x")
+        log_w = _log_prob(model_trace, "x") + log_lik - log_q.detach()
+        return ElboTerms(log_w, log_lik, leave_one_out(log_w) * log_q, _model_tokens(guide_trace))
+
+
+class RaoBlackwellELBO(_SequenceELBO):
+    """The ELBO with its KL summed over the vocabulary at every prefix; see the module's formula.
+
+    Both models must offer `position_log_probs`, as `TorchLM` does; the table (N, T, V) must fit into memory.
+    """
+
+    def terms(self, model_trace: Any, guide_trace: Any) -> ElboTerms:
+        """Return log w with its KL Rao-Blackwellised, and the surrogate."""
+        guide_site, prior_site = guide_trace.nodes["x"], model_trace.nodes["x"]
+        x, guide, prior = guide_site["value"], guide_site["fn"], prior_site["fn"]
+        sequences = to_sequences(x, guide.lm)
+        log_q = _position_log_probs(guide, sequences)
+        with torch.no_grad():
+            log_p = _position_log_probs(prior, sequences)
+        # a token of probability 0 adds nothing to the KL and nothing to its gradient
+        possible = log_q.detach() > -torch.inf
+        difference = torch.where(possible, log_q - log_p, 0.0)
+        kl = (torch.where(possible, log_q, 0.0).exp() * difference).masked_fill(~possible, 0.0).sum(dim=-1)
+        inside = torch.as_tensor(sequences.mask, device=kl.device)
+        kl = kl.double() * inside
+        later = kl.detach().flip(2).cumsum(2).flip(2) - kl.detach()
+        tokens = torch.as_tensor(sequences.tokens, device=kl.device).masked_fill(~inside, 0)
+        drawn = log_q.gather(3, tokens[..., None])[..., 0].double() * inside
+        score_term = (leave_one_out_by_prompt(later) * drawn).sum(dim=2)
+        log_lik = _log_likelihood(model_trace)
+        credit = leave_one_out(log_lik) * drawn.sum(dim=2).T
+        surrogate = credit - (kl.sum(dim=2) + score_term).T
+        return ElboTerms(log_lik - kl.detach().sum(dim=2).T, log_lik, surrogate, _model_tokens(guide_trace))
+
+
+def leave_one_out_by_prompt(values: Tensor) -> Tensor:
+    """Return `leave_one_out` of values (P, N, T) along N."""
+    return leave_one_out(values.transpose(0, 1)).transpose(0, 1)
+
+
+def _log_prob(trace: Any, name: str) -> Tensor:
+    """Return a site's log-prob, (N, P)."""
+    site = trace.nodes[name]
+    log_prob: Tensor = site["fn"].log_prob(site["value"])
+    return log_prob
+
+
+def _log_likelihood(model_trace: Any) -> Tensor:
+    """Return the factor's log-likelihood (N, P), refusing -inf and sites that this estimator would drop."""
+    for name, site in model_trace.nodes.items():
+        known = name in ("x", "likelihood") or isinstance(site.get("fn"), _Subsample)
+        if site["type"] == "sample" and not known and not site["infer"].get("_deterministic"):
+            raise BayesKLRLError(
+                f"The model has a sample site {name!r} beside 'x' and 'likelihood', which this loss would not see. Use "
+                "pyro.infer.TraceGraph_ELBO for joint models."
+            )
+    log_lik = _log_prob(model_trace, "likelihood")
+    if torch.isneginf(log_lik).any():
+        n, p = torch.nonzero(torch.isneginf(log_lik))[0].tolist()
+        site = model_trace.nodes["x"]
+        lm = site["fn"].lm
+        sequences = to_sequences(site["value"], lm)
+        ids = sequences.tokens[p, n, : sequences.lengths[p, n]].tolist()
+        text = f"{lm.decode([ids])[0]!r} (ids {ids})" if lm.tokenizer is not None else f"with ids {ids}"
+        raise UnboundedLossError(
+            f"The guide drew the completion {text}, whose likelihood is 0, so its ELBO is -inf and has no gradient. "
+            "Relax the constraint: a reward of alpha * log(eps) instead of -inf (say eps = 1e-3), or use bk.SMC."
+        )
+    return log_lik
+
+
+def _model_tokens(guide_trace: Any) -> int:
+    """Return the tokens of one step: every completion is drawn once and scored twice, with its prompt each time."""
+    site = guide_trace.nodes["x"]
+    lengths = to_sequences(site["value"], site["fn"].lm).lengths
+    return 3 * (int(lengths.sum()) + sum(len(ids) for ids in site["fn"].prompt_ids))
+
+
+def _position_log_probs(site: SequenceDistribution, sequences: Any) -> Tensor:
+    """Return a model's full next-token log-probs (P, N, T, V)."""
+    if not hasattr(site.lm, "position_log_probs"):
+        raise BayesKLRLError(
+            f"The Rao-Blackwellised estimator needs position_log_probs, which {type(site.lm).__name__} lacks. Use "
+            'estimator="leave_one_out".'
+        )
+    table: Tensor = site.lm.position_log_probs(site.prompt_ids, sequences)
+    return table

@@ -1,0 +1,27 @@
+"""A proposal is a language model, or an `SVI` that is fitted first: amortise, then correct."""
+
+from __future__ import annotations
+
+from bayes_klrl.models.decoding import check_proposal
+from bayes_klrl.inference.svi import SVI
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.typing import LanguageModel
+
+__all__ = ["Proposal", "resolve_proposal"]
+
+Proposal = LanguageModel | SVI | None
+
+
+def resolve_proposal(
+    proposal: Proposal, posterior: Posterior, seed: int, progress: bool
+) -> tuple[LanguageModel, int]:
+    """Return the language model to draw from, and the tokens it took to train it.
+
+    None is the prior itself; an `SVI` is fitted under the same seed.
+    """
+    if isinstance(proposal, SVI):
+        fit = proposal.fit(posterior, seed=seed, progress=progress)
+        return fit.guide, fit.training_tokens
+    lm = posterior.prior if proposal is None else proposal
+    check_proposal(lm, posterior.prior)
+    return lm, 0

@@ -1,0 +1,133 @@
+"""The training loop of `SVI`: a Pyro model, a Pyro guide, our ELBO, Adam."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import torch
+
+from bayes_klrl.draws import Cost
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.elbo import LeaveOneOutELBO, RaoBlackwellELBO
+from bayes_klrl.models.ngram_lm import NgramLM
+from bayes_klrl.models.pyro_model import pyro_guide, pyro_model
+from bayes_klrl.models.torch_table import TableLM
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.progress import track
+from bayes_klrl.typing import LanguageModel
+
+if TYPE_CHECKING:
+    from bayes_klrl.inference.svi import SVI, Fit
+
+__all__ = ["fit_guide", "trainable_guide"]
+
+_ELBOS = {"leave_one_out": LeaveOneOutELBO, "rao_blackwell": RaoBlackwellELBO}
+_WARM_UP = 0.05
+_MAX_GRADIENT_NORM = 1.0
+
+
+def fit_guide(svi: SVI, posterior: Posterior, *, seed: int, progress: bool) -> Fit:
+    """Return the guide after `svi.num_steps` steps; see `SVI.fit`."""
+    from bayes_klrl.inference.svi import Fit
+
+    start = time.perf_counter()
+    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
+        torch.manual_seed(seed)
+        guide = trainable_guide(posterior.prior, svi.adapter)
+        history: dict[str, list[float]] = defaultdict(list)
+        with kept_on_interrupt(history) as interrupted, track("SVI", svi.num_steps, progress) as advance:
+            for step in training_steps(svi, posterior, guide):
+                for name, value in step.items():
+                    history[name].append(value)
+                history["seconds"].append(time.perf_counter() - start)
+                advance(status=f"ELBO {step['elbo']:.3f} nats, E[r] {step['reward']:.3f}, KL {step['kl']:.3f}")
+    trained = guide.to_ngram() if isinstance(guide, TableLM) else guide
+    return Fit(
+        guide=trained,
+        history={name: np.array(values) for name, values in history.items() if name != "tokens"},
+        posterior=posterior,
+        training=Cost(time.perf_counter() - start, 0, int(sum(history["tokens"]))),
+        interrupted=bool(interrupted),
+    )
+
+
+def training_steps(svi: SVI, posterior: Posterior, guide: Any) -> Iterator[dict[str, float]]:
+    """Train the guide in place, one gradient step an item; each item says what the step saw, in nats."""
+    model = pyro_model(posterior, svi.prompts_per_step)
+    program = pyro_guide(posterior, guide, svi.prompts_per_step)
+    elbo = _ELBOS[svi.estimator](svi.num_particles)
+    parameters = [parameter for parameter in guide.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.Adam(parameters, lr=svi.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate_schedule(svi.num_steps))
+    for _ in range(svi.num_steps):
+        optimiser.zero_grad(set_to_none=True)
+        elbo.loss_and_grads(model, program)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
+        learning_rate = schedule.get_last_lr()[0]
+        optimiser.step()
+        schedule.step()
+        terms = elbo.last
+        yield {
+            "elbo": float(terms.log_weights.mean()),
+            "reward": float(terms.log_likelihood.mean()) * posterior.alpha,
+            "kl": float((terms.log_likelihood - terms.log_weights).mean()),
+            "log_weight_sd": float(terms.log_weights.std(dim=0).mean()),
+            "gradient_norm": float(norm),
+            "learning_rate": learning_rate,
+            "tokens": terms.model_tokens,
+        }
+
+
+def learning_rate_schedule(num_steps: int) -> Callable[[int], float]:
+    """Return the factor of the learning rate at each step: up over the first 5 %, then linearly down to 0."""
+    warm_up = max(1, round(_WARM_UP * num_steps))
+    return lambda step: min((step + 1) / warm_up, (num_steps - step) / max(1, num_steps - warm_up), 1.0)
+
+
+def trainable_guide(prior: LanguageModel, adapter: Any) -> Any:
+    """Return a trainable model that starts as the prior.
+
+    An `NgramLM` becomes a torch table of logits; a `TorchLM` a copy of itself, or with `adapter` LoRA layers over its
+    own frozen weights; any other model with torch parameters is copied.
+    """
+    if isinstance(prior, NgramLM):
+        guide: Any = TableLM(prior)
+    elif hasattr(prior, "with_adapter"):
+        return prior.copy() if adapter is None else prior.with_adapter(adapter)  # type: ignore[attr-defined]
+    elif hasattr(prior, "parameters"):
+        guide = copy.deepcopy(prior)
+        for parameter in guide.parameters():
+            parameter.requires_grad_(True)
+    else:
+        raise BayesKLRLError(
+            f"SVI needs a prior with torch parameters (a bk.TorchLM, a bk.NgramLM, or a language model with a "
+            f"`parameters()` method); got a {type(prior).__name__}."
+        )
+    if adapter is not None:
+        raise BayesKLRLError(f"Adapters are for a bk.TorchLM; the prior is a {type(prior).__name__}. Use adapter=None.")
+    return guide
+
+
+@contextmanager
+def kept_on_interrupt(history: dict[str, list[float]]) -> Iterator[list[bool]]:
+    """Turn Ctrl-C after the first step into the end of training; the list given is non-empty if that happened."""
+    interrupted: list[bool] = []
+    try:
+        yield interrupted
+    except KeyboardInterrupt:
+        if not history["seconds"]:
+            raise
+        interrupted.append(True)
+        warnings.warn(
+            f"SVI was interrupted after {len(history['seconds'])} steps. What it learned is kept: the guide so far is in "
+            "the returned Fit (fit.guide), and fit.save(folder) writes it.",
+            stacklevel=4,
+        )

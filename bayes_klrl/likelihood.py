@@ -1,0 +1,360 @@
+"""Rewards as likelihoods: log p(goal | x) = r(x) / alpha, products and powers of them.
+
+A `Likelihood` is a product of factors, and a factor is a function of completions: `Reward` reads text (with the
+signature TRL gives reward functions), `TokenReward` reads token arrays, `Constraint` says yes or no. What the functions
+read is a `Batch`; what comes back is checked here, once, so that nothing that is not a log-likelihood gets further.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bayes_klrl.batch import Batch, TextCall, first_failing_row, parameters, to_floats
+from bayes_klrl.errors import BayesKLRLError, RewardError, TextRewardError
+from bayes_klrl.typing import FloatArray, LanguageModel
+
+__all__ = ["Constraint", "Likelihood", "Reward", "TokenReward"]
+
+
+class Likelihood(ABC):
+    """A product of factors; `a * b` multiplies, `a ** gamma` tempers.
+
+    With the same alpha in every reward, rewards add: r = r_a + r_b at that alpha. With different ones the product has
+    alpha = 1 and its reward is the log-likelihood. A `Constraint` has no alpha: it contributes 0 or -inf to the reward
+    and is untouched by tempering. Always log-likelihood = reward / alpha (alpha = 1 for constraints alone).
+
+    Attributes
+    ----------
+    alpha
+        Units of reward per nat; None if there are constraints only.
+    bounds
+        The declared range (low, high) of the reward, or None if a factor declares none.
+    name
+        What tables and plots call it; None: the function's own name.
+
+    Examples
+    --------
+    >>> short = Reward(lambda completions: [-len(c) for c in completions], alpha=2.0, name="short")
+    >>> (short ** 0.5).alpha, (short * short).alpha
+    (4.0, 2.0)
+    """
+
+    alpha: float | None
+    bounds: tuple[float, float] | None
+    name: str | None
+
+    @property
+    @abstractmethod
+    def factors(self) -> tuple[_Factor, ...]:
+        """The functions that are multiplied."""
+
+    def __mul__(self, other: object) -> Likelihood:
+        if not isinstance(other, Likelihood):
+            return NotImplemented
+        return _product((*self.factors, *other.factors))
+
+    def __pow__(self, gamma: float) -> Likelihood:
+        power = _positive("The exponent gamma of likelihood ** gamma", gamma)
+        return _product(tuple(factor.tempered(power) for factor in self.factors))
+
+    def reward(self, batch: Batch) -> FloatArray:
+        """Return r(x) of every completion, shape (M,), float64; -inf outside a constraint."""
+        total = np.zeros(len(batch))
+        for factor in self.factors:
+            total += factor.values(batch) * factor.scale_in(self.alpha)
+        return total
+
+    def log_likelihood(self, reward: FloatArray) -> FloatArray:
+        """Return reward / alpha in nats, same shape."""
+        return reward / (self.alpha or 1.0)
+
+    def check(self, prior: LanguageModel, columns: Iterable[str]) -> None:
+        """Refuse, before any work, a function that asks for what this posterior cannot give it."""
+        for factor in self.factors:
+            factor.check_arguments(prior, frozenset(columns))
+
+
+@dataclass(frozen=True, eq=False)
+class _Product(Likelihood):
+    """Several factors, multiplied; made by `_product`."""
+
+    parts: tuple[_Factor, ...]
+    alpha: float | None
+    bounds: tuple[float, float] | None
+    name: str | None
+
+    @property
+    def factors(self) -> tuple[_Factor, ...]:
+        """See `Likelihood.factors`."""
+        return self.parts
+
+
+def _product(factors: tuple[_Factor, ...]) -> Likelihood:
+    """Return the product of factors: their common alpha if they have one, else alpha = 1."""
+    if len(factors) == 1:
+        return factors[0]
+    alphas = {factor.alpha for factor in factors if factor.alpha is not None}
+    alpha = None if not alphas else alphas.pop() if len(alphas) == 1 else 1.0
+    lows, highs = [], []
+    for factor in factors:
+        if factor.bounds is not None:
+            lows.append(factor.bounds[0] * factor.scale_in(alpha))
+            highs.append(factor.bounds[1] * factor.scale_in(alpha))
+    bounds = (sum(lows), sum(highs)) if len(lows) == len(factors) else None
+    return _Product(factors, alpha, bounds, " * ".join(factor.label for factor in factors))
+
+
+class _Factor(Likelihood):
+    """One function of completions, and how its values enter the likelihood."""
+
+    fn: Callable[..., Any]
+
+    @property
+    def factors(self) -> tuple[_Factor, ...]:
+        """Itself."""
+        return (self,)
+
+    @property
+    def label(self) -> str:
+        """The given name, or the function's own."""
+        return self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
+
+    def scale_in(self, alpha: float | None) -> float:
+        """Return what turns the factor's reward into that of a product at `alpha`."""
+        return 1.0 if self.alpha is None or self.alpha == alpha else (alpha or 1.0) / self.alpha
+
+    @abstractmethod
+    def tempered(self, gamma: float) -> _Factor:
+        """Return the factor to the power gamma."""
+
+    @abstractmethod
+    def values(self, batch: Batch) -> FloatArray:
+        """Return the factor's checked reward, shape (M,)."""
+
+    @abstractmethod
+    def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
+        """See `Likelihood.check`."""
+
+    def checked(self, outcome: Any, batch: Batch) -> FloatArray:
+        """Return what the function gave as float64 (M,), or say what is wrong with it and where."""
+        values = to_floats(outcome, self.label, batch)
+        bad = np.isnan(values) | np.isposinf(values)
+        if bad.any():
+            row = int(bad.argmax())
+            raise RewardError(
+                f"Reward {self.label!r} returned {values[row]} for {batch.describe(row)}. A reward is a finite number, "
+                "or -inf for what is impossible."
+            )
+        if self.bounds is not None:
+            low, high = self.bounds
+            outside = (values < low) | (values > high)
+            if outside.any():
+                row = int(outside.argmax())
+                raise RewardError(
+                    f"Reward {self.label!r} returned {values[row]}, outside its declared bounds {self.bounds}, for "
+                    f"{batch.describe(row)}. Widen `bounds`, or clip the reward."
+                )
+        return values
+
+
+class _TextFactor(_Factor):
+    """A factor whose function has the signature of TRL's reward functions."""
+
+    def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
+        """See `Likelihood.check`; also refuses to read text that nobody can decode."""
+        call = TextCall.of(self.fn, columns, self.label)
+        if call.reads_text and prior.tokenizer is None:
+            raise TextRewardError(
+                f"Reward {self.label!r} reads text, but the prior has no tokenizer. Give the model a tokenizer, or use "
+                "bk.TokenReward (or a reward that asks for `completion_ids` alone)."
+            )
+
+    def values(self, batch: Batch) -> FloatArray:
+        """See `_Factor.values`."""
+        call = TextCall.of(self.fn, frozenset(batch.columns), self.label)
+        if batch.prior.tokenizer is None:  # **kwargs would otherwise decode what has no text
+            call = call.without_text()
+        arguments = {name: batch.named(name) for name in call.names}
+        try:
+            outcome = call(arguments)
+        except Exception as error:  # whatever a user's function raises is shown with the completion it met
+            row = first_failing_row(call, arguments)
+            raise RewardError(
+                f"Reward {self.label!r} raised {type(error).__name__}: {error} -- at {batch.describe(row)}."
+            ) from error
+        return self.checked(outcome, batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Reward(_TextFactor):
+    """exp(r(x) / alpha) for a function of text.
+
+    Parameters
+    ----------
+    fn
+        Takes a list of completions and returns as many floats. A sole required parameter of any name receives the
+        completions; by name it may also ask for `prompts`, `completions`, `completion_ids`, `finished` and any column
+        given to the posterior; `**kwargs` receives all of them. A TRL reward function is used unchanged.
+    alpha
+        Units of reward per nat ("beta" in TRL and DPO); positive and finite.
+    bounds
+        The declared range (low, high) of the reward; values outside it are an error.
+    name
+        For tables and errors; the function's own name by default.
+
+    Raises
+    ------
+    BayesKLRLError
+        If alpha or the bounds are not what they must be.
+
+    Examples
+    --------
+    >>> cheerful = Reward(lambda completions: [c.count("!") for c in completions], alpha=0.5, name="cheerful")
+    >>> cheerful.alpha
+    0.5
+    """
+
+    fn: Callable[..., Any]
+    alpha: float = field(kw_only=True)
+    bounds: tuple[float, float] | None = field(default=None, kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_factor(self)
+
+    def tempered(self, gamma: float) -> Reward:
+        """Return the same reward at alpha / gamma."""
+        return Reward(self.fn, alpha=self.alpha / gamma, bounds=self.bounds, name=self.name)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenReward(_Factor):
+    """exp(r(x) / alpha) for a function of token arrays.
+
+    Parameters
+    ----------
+    fn
+        `fn(tokens (N, T) int, lengths (N,) int) -> (N,)` on NumPy arrays, T = max_new_tokens. Positions past the length
+        hold the EOS id (0 if there is none), never -1. It may ask by name for `prompt_index` (N,).
+    alpha, bounds, name
+        See `Reward`.
+    callback
+        On JAX: call the function on the host instead of tracing it.
+    """
+
+    fn: Callable[..., Any]
+    alpha: float = field(kw_only=True)
+    bounds: tuple[float, float] | None = field(default=None, kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
+    callback: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_factor(self)
+
+    def tempered(self, gamma: float) -> TokenReward:
+        """Return the same reward at alpha / gamma."""
+        return TokenReward(
+            self.fn, alpha=self.alpha / gamma, bounds=self.bounds, name=self.name, callback=self.callback
+        )
+
+    def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
+        """See `Likelihood.check`."""
+        required, _, _ = parameters(self.fn)
+        unknown = [name for name in required[2:] if name != "prompt_index"]
+        if unknown or (0 < len(required) < 2):
+            raise RewardError(
+                f"TokenReward {self.label!r} must take (tokens, lengths) and may ask for prompt_index; its required "
+                f"parameters are {required}."
+            )
+
+    def values(self, batch: Batch) -> FloatArray:
+        """See `_Factor.values`."""
+        required, optional, open_ended = parameters(self.fn)
+        asked = "prompt_index" in (*required, *optional) or open_ended
+        extra = {"prompt_index": batch.prompt_index} if asked else {}
+        try:
+            outcome = self.fn(batch.tokens.copy(), batch.lengths.copy(), **extra)
+        except Exception as error:  # whatever a user's function raises is shown with the completions it met
+            raise RewardError(
+                f"TokenReward {self.label!r} raised {type(error).__name__}: {error} -- on tokens of shape "
+                f"{batch.tokens.shape}, the first of them {batch.describe(0)}."
+            ) from error
+        return self.checked(outcome, batch)
+
+
+@dataclass(frozen=True, eq=False)
+class Constraint(_TextFactor):
+    """1[x in A]: the hard limit of a reward, with no alpha.
+
+    Parameters
+    ----------
+    fn
+        As of `Reward`, returning one bool a completion.
+    name
+        For tables and errors.
+
+    Examples
+    --------
+    >>> no_z = Constraint(lambda completions: ["z" not in c for c in completions])
+    >>> no_z.alpha is None, (no_z ** 3.0).alpha is None
+    (True, True)
+    """
+
+    fn: Callable[..., Any]
+    name: str | None = field(default=None, kw_only=True)
+    alpha: None = field(default=None, init=False)
+    bounds: tuple[float, float] = field(default=(-np.inf, 0.0), init=False)
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn):
+            raise BayesKLRLError(f"A constraint is a function of completions; got {self.fn!r}.")
+
+    def tempered(self, gamma: float) -> Constraint:
+        """Return itself: 0 and 1 to any positive power are 0 and 1."""
+        return self
+
+    def checked(self, outcome: Any, batch: Batch) -> FloatArray:
+        """Return 0 where the constraint holds, -inf where not, shape (M,)."""
+        holds = to_floats(outcome, self.label, batch)
+        strange = ~np.isin(holds, (0.0, 1.0))
+        if strange.any():
+            row = int(strange.argmax())
+            raise RewardError(
+                f"Constraint {self.label!r} returned {holds[row]} for {batch.describe(row)}. A constraint returns True "
+                "or False; for degrees use bk.Reward."
+            )
+        return np.where(holds == 1.0, 0.0, -np.inf)
+
+
+def _check_factor(factor: Reward | TokenReward) -> None:
+    """Refuse what cannot be a reward's function, alpha or bounds."""
+    if not callable(factor.fn):
+        raise BayesKLRLError(f"A reward is a function of completions; got {factor.fn!r}.")
+    object.__setattr__(factor, "alpha", _positive("alpha", factor.alpha))
+    if factor.bounds is not None:
+        try:
+            low, high = (float(bound) for bound in factor.bounds)
+        except (TypeError, ValueError):
+            raise BayesKLRLError(f"bounds is a pair (low, high) of numbers; got {factor.bounds!r}.") from None
+        if not low <= high or np.isposinf(low) or np.isneginf(high):
+            raise BayesKLRLError(f"bounds = (low, high) needs low <= high; got {factor.bounds!r}.")
+        object.__setattr__(factor, "bounds", (low, high))
+
+
+def _positive(what: str, value: float) -> float:
+    """Return a positive finite number as float."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise BayesKLRLError(f"{what} must be a positive finite number; got {value!r}.") from None
+    if not (np.isfinite(number) and number > 0):
+        raise BayesKLRLError(
+            f"{what} must be a positive finite number; got {value!r}. alpha -> 0 is a hard constraint "
+            "(bk.Constraint), alpha -> inf the prior itself."
+        )
+    return number

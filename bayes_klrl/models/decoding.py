@@ -1,0 +1,194 @@
+"""The one decode loop: completions drawn token by token from one model, scored in lockstep by others.
+
+Everything that draws completions (importance sampling, best-of-n, SMC, the Pyro site) steps a `Decoding`. Weights and
+tokens live on the host in NumPy; log-probs and caches stay with the models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from bayes_klrl.arrays import draw_tokens, take_tokens
+from bayes_klrl.errors import CheckpointError, SupportError
+from bayes_klrl.sequences import Sequences, pad_token
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, State, TokenIds
+
+__all__ = ["Decoding", "check_proposal", "decode", "draw_blocks"]
+
+_ROWS_PER_BLOCK = 512
+_COMPACT_BELOW = 0.8
+
+
+def check_proposal(proposal: LanguageModel, prior: LanguageModel) -> None:
+    """Refuse a proposal on another vocabulary, or one that cannot reach what the prior can.
+
+    Raises
+    ------
+    CheckpointError
+        If vocabulary size or EOS ids differ.
+    SupportError
+        If the prior gives mass to every token and the proposal does not: the evidence would be biased low, silently.
+    """
+    if proposal is prior:
+        return
+    if proposal.vocab_size != prior.vocab_size or proposal.eos_token_ids != prior.eos_token_ids:
+        raise CheckpointError(
+            f"The proposal has {proposal.vocab_size} tokens and EOS {sorted(proposal.eos_token_ids)}, the prior "
+            f"{prior.vocab_size} and {sorted(prior.eos_token_ids)}. They must share one vocabulary."
+        )
+    if prior.full_support and not proposal.full_support:
+        raise SupportError(
+            "The proposal gives probability 0 to some tokens that the prior can draw, so the posterior there would be "
+            "missed without a trace. Use a proposal with full support (no top-k or top-p, no masked logits)."
+        )
+
+
+class Decoding:
+    """N completions for each of P prompts in the making; R = P * N rows, prompt by prompt.
+
+    Rows that have ended cost nothing: they are dropped from the models' states as soon as a fifth of a state's rows
+    has ended. States are permuted only when rows are (`reorder`), and nothing is computed after the last token.
+
+    Parameters
+    ----------
+    models
+        The first draws, all of them score. One and the same object twice runs once.
+    prompt_ids
+        The P prompts.
+    num_draws
+        N.
+    max_new_tokens
+        T.
+
+    Attributes
+    ----------
+    tokens, lengths
+        Shape (R, T) and (R,); lengths are those so far.
+    finished
+        Which rows ended with EOS or are T tokens long, shape (R,).
+    log_probs
+        log p(x_1:t | c) of each row under each model so far, shape (len(models), R), float64.
+    model_tokens
+        Tokens that went through a model so far.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[LanguageModel],
+        prompt_ids: Sequence[TokenIds],
+        num_draws: int,
+        max_new_tokens: int,
+    ) -> None:
+        num_prompts = len(prompt_ids)
+        num_rows = num_prompts * num_draws
+        distinct = {id(model): model for model in models}
+        self._distinct = list(distinct.values())
+        self._which = [list(distinct).index(id(model)) for model in models]
+        self._eos = np.array(sorted(models[0].eos_token_ids), dtype=np.int64)
+        self.step_count = 0
+        self.max_new_tokens = max_new_tokens
+        self.prompt_index = np.repeat(np.arange(num_prompts), num_draws)
+        self.tokens: IntArray = np.full((num_rows, max_new_tokens), pad_token(models[0].eos_token_ids), dtype=np.int64)
+        self.lengths: IntArray = np.zeros(num_rows, dtype=np.int64)
+        self.finished = np.zeros(num_rows, dtype=bool)
+        self.log_probs: FloatArray = np.zeros((len(models), num_rows))
+        self._states: list[State] = [model.prefill(prompt_ids) for model in self._distinct]
+        self.model_tokens = len(self._distinct) * sum(len(ids) for ids in prompt_ids)
+        # row _rows[i] goes on from row _state_row[i] of the models' states, which lack its newest token
+        self._rows: IntArray = np.arange(num_rows)
+        self._state_row: IntArray = self.prompt_index.copy()
+        self._num_state_rows = num_prompts
+
+    @property
+    def done(self) -> bool:
+        """Whether every row has finished."""
+        return bool(self.finished.all())
+
+    def step(self, uniforms: FloatArray) -> IntArray:
+        """Draw the next token of every unfinished row.
+
+        Parameters
+        ----------
+        uniforms
+            From [0, 1), shape (R,); those of finished rows are not used.
+
+        Returns
+        -------
+        The rows that finished by this token.
+        """
+        if self.step_count:
+            self._advance()
+        log_probs = [model.next_log_probs(state) for model, state in zip(self._distinct, self._states, strict=True)]
+        if not self.step_count:  # the states still have one row a prompt
+            log_probs = [array[self._state_row] for array in log_probs]
+        drawn = draw_tokens(log_probs[self._which[0]], uniforms[self._rows])
+        taken = [take_tokens(array, drawn) for array in log_probs]
+        live = ~self.finished[self._rows]
+        rows, tokens = self._rows[live], drawn[live]
+        for k, which in enumerate(self._which):
+            self.log_probs[k, rows] += taken[which][live]
+        self.tokens[rows, self.step_count] = tokens
+        self.lengths[rows] += 1
+        self.step_count += 1
+        ended = np.isin(tokens, self._eos) | (self.step_count == self.max_new_tokens)
+        self.finished[rows[ended]] = True
+        return rows[ended]
+
+    def reorder(self, ancestors: IntArray) -> None:
+        """Replace row i by row `ancestors[i]`, which must be of the same prompt, shape (R,)."""
+        position = np.full(self.finished.size, -1)
+        position[self._rows] = np.arange(self._rows.size)
+        self.tokens, self.lengths = self.tokens[ancestors], self.lengths[ancestors]
+        self.finished, self.log_probs = self.finished[ancestors], self.log_probs[:, ancestors]
+        unfinished = np.flatnonzero(~self.finished)
+        self._rows, self._state_row = unfinished, self._state_row[position[ancestors[unfinished]]]
+
+    def _advance(self) -> None:
+        """Bring the states up to date with the newest tokens, dropping finished rows where that pays."""
+        live = ~self.finished[self._rows]
+        if live.sum() < _COMPACT_BELOW * self._rows.size:
+            self._rows, self._state_row = self._rows[live], self._state_row[live]
+        in_place = np.array_equal(self._state_row, np.arange(self._num_state_rows))
+        newest = self.tokens[self._rows, self.step_count - 1]
+        for k, model in enumerate(self._distinct):
+            state = self._states[k] if in_place else model.select(self._states[k], self._state_row)
+            self._states[k] = model.append(state, newest)
+        self._num_state_rows = self._rows.size
+        self._state_row = np.arange(self._num_state_rows)
+        self.model_tokens += len(self._distinct) * self._rows.size
+
+    def sequences(self) -> Sequences:
+        """Return the completions, shape (P, N, T)."""
+        num_prompts = int(self.prompt_index[-1]) + 1
+        return Sequences(
+            self.tokens.reshape(num_prompts, -1, self.max_new_tokens), self.lengths.reshape(num_prompts, -1)
+        )
+
+
+def decode(
+    models: Sequence[LanguageModel],
+    prompt_ids: Sequence[TokenIds],
+    num_draws: int,
+    max_new_tokens: int,
+    rng: np.random.Generator,
+) -> Decoding:
+    """Return a finished `Decoding` of N completions a prompt, drawn independently from `models[0]`."""
+    decoding = Decoding(models, prompt_ids, num_draws, max_new_tokens)
+    while not decoding.done:
+        decoding.step(rng.random(decoding.finished.size))
+    return decoding
+
+
+def draw_blocks(
+    models: Sequence[LanguageModel],
+    prompt_ids: Sequence[TokenIds],
+    num_draws: int,
+    max_new_tokens: int,
+    rng: np.random.Generator,
+) -> Iterator[Decoding]:
+    """Yield finished decodings that together hold N completions a prompt, each small enough to be held in memory."""
+    most = max(1, _ROWS_PER_BLOCK // len(prompt_ids))
+    for start in range(0, num_draws, most):
+        yield decode(models, prompt_ids, min(most, num_draws - start), max_new_tokens, rng)

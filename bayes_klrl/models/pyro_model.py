@@ -1,0 +1,200 @@
+"""The posterior as a Pyro program, and a language model as its guide.
+
+    x ~ prior(. | prompt)                 sample site "x": tokens, one sequence a site, event_dim 1
+    reward = r(x)                         deterministic site "reward"
+    factor exp(reward / alpha)            factor site "likelihood"
+
+The programs are genuine: `pyro.poutine.trace`, `condition`, `replay`, `pyro.infer.Predictive` and a user's own
+`pyro.infer.SVI` work on them. `TraceGraph_ELBO` finds out which costs belong to which site by provenance that it attaches
+to tensors; a reward computed from decoded text would lose it, and with it its gradient, without a word (TRAPS 1). So
+provenance is taken off before a reward is computed and put back on the result.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import pyro
+import torch
+from pyro.distributions import TorchDistribution, constraints
+from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
+from torch import Tensor
+
+from bayes_klrl.arrays import to_host
+from bayes_klrl.models.decoding import decode
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.sequences import Sequences, completion_lengths
+from bayes_klrl.typing import LanguageModel, TokenIds
+
+__all__ = ["SequenceDistribution", "pyro_guide", "pyro_model", "to_sequences"]
+
+class SequenceDistribution(TorchDistribution):
+    """A language model as a Pyro distribution over whole completions.
+
+    Batch shape (..., P), event shape (T,): integer tokens, padded past EOS. Sampling decodes with uniforms that come from
+    torch's generator (`pyro.set_rng_seed` governs it) and builds no graph; `log_prob` scores by teacher forcing, float64,
+    differentiable in the model's parameters. There is no reparametrisation: gradients are score-function ones.
+
+    Parameters
+    ----------
+    lm
+        What draws and scores.
+    prompt_ids
+        The P prompts.
+    max_new_tokens
+        T.
+    frozen
+        Score without a graph: for the prior, which is not trained.
+    batch_shape
+        (..., P); (P,) by default.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  (the base class's own declaration)
+    support = constraints.independent(constraints.nonnegative_integer, 1)
+    has_rsample = False
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        prompt_ids: Sequence[TokenIds],
+        max_new_tokens: int,
+        *,
+        frozen: bool = False,
+        batch_shape: torch.Size | None = None,
+    ) -> None:
+        self.lm = lm
+        self.prompt_ids = prompt_ids
+        self.frozen = frozen
+        shape = torch.Size([len(prompt_ids)]) if batch_shape is None else batch_shape
+        super().__init__(shape, torch.Size([max_new_tokens]), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SequenceDistribution:
+        """Return the distribution with more leading batch dimensions."""
+        return SequenceDistribution(
+            self.lm,
+            self.prompt_ids,
+            self.event_shape[0],
+            frozen=self.frozen,
+            batch_shape=torch.Size(batch_shape),
+        )
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Return independent completions, shape sample_shape + (..., P, T)."""
+        shape = self._extended_shape(torch.Size(sample_shape))
+        num_prompts = len(self.prompt_ids)
+        num_draws = int(np.prod(shape[:-2], dtype=np.int64))
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+        decoding = decode((self.lm,), self.prompt_ids, num_draws, shape[-1], np.random.default_rng(seed))
+        by_prompt = decoding.tokens.reshape(num_prompts, num_draws, shape[-1])
+        tokens = torch.as_tensor(by_prompt.swapaxes(0, 1).copy(), device=_device(self.lm))
+        return tokens.reshape(shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p(x | c) of completions (..., P, T), shape (..., P), float64; tokens past EOS are ignored."""
+        tokens, provenance = detach_provenance(value), get_provenance(value)
+        batch_shape = torch.broadcast_shapes(self.batch_shape, tokens.shape[:-1])
+        sequences = to_sequences(tokens.expand(*batch_shape, tokens.shape[-1]), self.lm)
+        with torch.no_grad() if self.frozen else nullcontext():
+            log_probs = torch.as_tensor(self.lm.token_log_probs(self.prompt_ids, sequences), device=_device(self.lm))
+            total = log_probs.sum(dim=2, dtype=torch.float64).T.reshape(batch_shape)
+        return track_provenance(total, provenance)  # type: ignore[no-any-return]
+
+
+def to_sequences(tokens: Tensor, lm: LanguageModel) -> Sequences:
+    """Return completions (..., P, T) as `Sequences` (P, N, T), cut at their first EOS."""
+    host = to_host(tokens).astype(np.int64)
+    by_prompt = host.reshape(-1, *host.shape[-2:]).swapaxes(0, 1)
+    return Sequences(by_prompt, completion_lengths(by_prompt, lm.eos_token_ids))
+
+
+def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Callable[[], Tensor]:
+    """Return the posterior as a Pyro program without arguments that returns the completions (..., P, T).
+
+    Parameters
+    ----------
+    posterior
+        What is conditioned.
+    prompts_per_step
+        Subsample as many of the P prompts in every execution; None: all of them.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> model = bk.Posterior(coin, longer, max_new_tokens=3).pyro_model()
+    >>> conditioned = pyro.poutine.condition(model, data={"x": torch.tensor([[0, 1, 1]])})
+    >>> trace = pyro.poutine.trace(conditioned).get_trace()
+    >>> round(float(trace.log_prob_sum()), 4) == round(2 + 2 * np.log(0.5), 4)
+    True
+    """
+
+    def model() -> Tensor:
+        with pyro.plate("prompts", posterior.num_prompts, subsample_size=prompts_per_step, dim=-1) as chosen:
+            x: Tensor = pyro.sample("x", _distribution(posterior, posterior.prior, chosen, frozen=True))
+            reward = _reward(posterior, x, chosen)
+            pyro.deterministic("reward", reward)
+            pyro.factor("likelihood", reward / posterior.alpha)
+        return x
+
+    return model
+
+
+def pyro_guide(
+    posterior: Posterior, lm: LanguageModel, prompts_per_step: int | None = None
+) -> Callable[[], Tensor]:
+    """Return a trainable language model as a Pyro guide of `pyro_model`'s site "x".
+
+    Its parameters are registered under a name of their own, so that a second guide in one parameter store trains.
+    """
+    module = getattr(lm, "module", lm)
+    name = _registered_name(module) if isinstance(module, torch.nn.Module) else None
+
+    def guide() -> Tensor:
+        if name is not None:
+            pyro.module(name, module)
+        with pyro.plate("prompts", posterior.num_prompts, subsample_size=prompts_per_step, dim=-1) as chosen:
+            x: Tensor = pyro.sample("x", _distribution(posterior, lm, chosen, frozen=False))
+        return x
+
+    return guide
+
+
+def _distribution(posterior: Posterior, lm: LanguageModel, chosen: Tensor, frozen: bool) -> SequenceDistribution:
+    """Return a model's distribution over completions of the chosen prompts."""
+    prompt_ids = [posterior.prompt_ids[p] for p in chosen.tolist()]
+    return SequenceDistribution(lm, prompt_ids, posterior.max_new_tokens, frozen=frozen)
+
+
+def _reward(posterior: Posterior, x: Tensor, chosen: Tensor) -> Tensor:
+    """Return r(x) of completions (..., P, T), shape (..., P), float64, with the provenance of x."""
+    tokens, provenance = detach_provenance(x), get_provenance(x)
+    lengths = completion_lengths(to_host(tokens).astype(np.int64), posterior.prior.eos_token_ids)
+    inside = np.arange(tokens.shape[-1]) < lengths[..., None]
+    padded = np.where(inside, to_host(tokens), posterior.pad_token).reshape(-1, tokens.shape[-1])
+    prompt_index = np.broadcast_to(to_host(chosen), tokens.shape[:-1]).ravel()
+    reward = posterior.reward_of_rows(padded, lengths.ravel(), prompt_index)
+    on_device = torch.as_tensor(reward, dtype=torch.float64, device=tokens.device).reshape(tokens.shape[:-1])
+    return track_provenance(on_device, provenance)  # type: ignore[no-any-return]
+
+
+def _device(lm: LanguageModel) -> torch.device:
+    """Return where a model's arrays live."""
+    device: torch.device = getattr(lm, "device", torch.device("cpu"))
+    return device
+
+
+_names: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()
+_name_count = itertools.count()
+
+
+def _registered_name(module: torch.nn.Module) -> str:
+    """Return the module's name in the parameter store, never given before to another module."""
+    if module not in _names:
+        _names[module] = f"guide_{next(_name_count)}"
+    return _names[module]

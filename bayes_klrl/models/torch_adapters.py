@@ -1,0 +1,72 @@
+"""Guides made from a prior: an independent copy, or a LoRA adapter on shared frozen weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.torch_network import base_model
+
+__all__ = ["adapted", "merged", "trainable_copy"]
+
+
+def trainable_copy(module: nn.Module) -> nn.Module:
+    """Return a deep copy, every parameter of it trainable."""
+    duplicate = copy.deepcopy(module).requires_grad_(True)
+    return duplicate.eval()
+
+
+def shared_copy(module: nn.Module) -> nn.Module:
+    """Return the same modules anew around the same weights, frozen: the copy can be rebuilt, the original is not touched.
+
+    Parameters share storage with the original's (in-place changes of one are seen by the other); tied ones stay tied.
+    """
+    memo: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in module.parameters()
+    }
+    memo |= {id(buffer): buffer for buffer in module.buffers()}
+    return copy.deepcopy(module, memo)
+
+
+def adapted(module: nn.Module, config: Any) -> nn.Module:
+    """Return a PEFT model that computes exactly what `module` does until its adapter is trained."""
+    peft = import_peft()
+    frozen = merged(module) if hasattr(module, "peft_config") else shared_copy(module)
+    if config == "lora":
+        config = default_lora(peft, frozen)
+    if not isinstance(config, peft.PeftConfig):
+        raise BayesKLRLError(f"adapter is 'lora' or a peft configuration such as peft.LoraConfig(r=8); got {config!r}.")
+    wrapped: nn.Module = peft.get_peft_model(frozen, config)
+    return wrapped.eval()
+
+
+def default_lora(peft: Any, module: Any) -> Any:
+    """Return rank 8 on all linear layers but the head, no dropout."""
+    return peft.LoraConfig(
+        r=8,
+        lora_alpha=16,
+        lora_dropout=0.0,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in module.modules()),
+        task_type="SEQ_2_SEQ_LM" if module.config.is_encoder_decoder else "CAUSAL_LM",
+    )
+
+
+def merged(module: nn.Module) -> Any:
+    """Return the Hugging Face model with its adapters added into the weights; the given module is left as it is."""
+    if not hasattr(module, "merge_and_unload"):
+        return base_model(module)
+    return copy.deepcopy(module).merge_and_unload()
+
+
+def import_peft() -> Any:
+    """Return the peft package, or say how to get it."""
+    try:
+        import peft
+    except ImportError as error:
+        raise BayesKLRLError("Adapters need the peft package: pip install 'bayes_klrl[lora]'") from error
+    return peft

@@ -1,0 +1,352 @@
+"""Any Hugging Face language model as a `LanguageModel`: TorchLM samples and scores with one and the same forward."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.models.torch_network import Network, base_model, choose_network, model_device
+from bayes_klrl.models.torch_scoring import full_log_probs, sequence_log_probs, tempered
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import IntArray, TokenIds
+
+__all__ = ["TorchLM"]
+
+
+@dataclass(frozen=True, eq=False)
+class TorchState:
+    """R rows: what their next tokens are predicted from, and the network's cache."""
+
+    network: Network
+    features: Tensor  # (R, F)
+    cache: Any
+    num_tokens: IntArray  # (R,) tokens read so far, prompt included
+
+
+class TorchLM:
+    """A Hugging Face causal or encoder-decoder model as a distribution over completions.
+
+        log p(x|c) = sum_t log softmax(logits(c, x_<t) / temperature)[x_t]
+
+    Nothing else shapes the distribution: the generation config is ignored (no top-k, no top-p, no forced tokens) and
+    dropout is always off, also when somebody calls `train()` on the model. See `LanguageModel` for the methods.
+
+    Parameters
+    ----------
+    model
+        A `transformers` model with a language modelling head, PEFT-wrapped or not. With an encoder-decoder model the
+        prompt goes to the encoder. Evaluation mode is switched on.
+    tokenizer
+        Its tokenizer; None to work on token ids only.
+    eos_token_id
+        The id or ids that end a completion; empty for none. None: the model's configuration decides, then the
+        tokenizer. A configured id outside the vocabulary can never be drawn and is left out.
+    temperature
+        Divides the logits, in sampling and scoring alike.
+    device
+        Where to move the model; None leaves it where it is.
+
+    Raises
+    ------
+    CheckpointError
+        If the tokenizer knows more ids than the model.
+    BayesKLRLError
+        If the temperature is not positive, or an EOS id is outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any | None = None,
+        *,
+        eos_token_id: int | Collection[int] | None = None,
+        temperature: float = 1.0,
+        device: str | torch.device | None = None,
+    ) -> None:
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise BayesKLRLError(f"temperature divides the logits and must be positive; got {temperature}.")
+        self._module = model.to(device) if device is not None else model
+        self._module.eval()
+        self._tokenizer = tokenizer
+        self._config: Any = base_model(model).config
+        self._vocab_size = output_size(model)
+        self._network: Network | None = None
+        self.temperature = float(temperature)
+        if tokenizer is not None and len(tokenizer) > self._vocab_size:
+            raise CheckpointError(
+                f"The tokenizer has {len(tokenizer)} ids but the model's vocabulary has {self._vocab_size}: they do "
+                "not belong together. Load both from one folder, or call model.resize_token_embeddings and train it."
+            )
+        self._eos_token_ids = self._resolve_eos(eos_token_id)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> TorchLM:
+        """Load a folder, a model shipped with the package, or (only with a `/` in the name) one from the hub.
+
+        Parameters
+        ----------
+        name_or_folder
+            An existing folder in Hugging Face's format (safetensors; a PEFT adapter's folder; a GGUF file in it), else
+            a shipped name such as "austen", else a hub id.
+        dtype
+            Precision of the weights; None means float32 whatever is stored. Log-probs are float32 in any case.
+        device
+            Where the model lives.
+        options
+            `eos_token_id` and `temperature`, see `TorchLM`.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such model, or weights are missing; says what to do.
+        """
+        from bayes_klrl.models.torch_checkpoint import load
+
+        model, tokenizer = load(name_or_folder, dtype)
+        return cls(model, tokenizer, device=device, **options)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        return self._module
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go and log-probs come from."""
+        return model_device(self._module)
+
+    @property
+    def vocab_size(self) -> int:
+        """See `LanguageModel`: the width of the logits, which may exceed the tokenizer's size."""
+        return self._vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """See `LanguageModel`."""
+        return self._eos_token_ids
+
+    @property
+    def full_support(self) -> bool:
+        """True: a softmax of finite logits leaves nothing out."""
+        return True
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """See `LanguageModel`."""
+        return self._tokenizer
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """What an empty prompt becomes: the tokenizer's BOS, else the configuration's, else None."""
+        for source in (self._tokenizer, self._config):
+            token = getattr(source, "bos_token_id", None)
+            if isinstance(token, int) and 0 <= token < self._vocab_size:
+                return token
+        return None
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that fit, prompt and completion together; None if the model sets no limit."""
+        length = getattr(self._config, "max_position_embeddings", None)
+        return length if isinstance(length, int) and length > 0 else None
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the trainable parameters."""
+        return (parameter for parameter in self._module.parameters() if parameter.requires_grad)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `LanguageModel`. A final EOS that the tokenizer adds stays only for an encoder-decoder model."""
+        tokenizer = self._require_tokenizer("encode")
+        prompts = [list(tokenizer.encode(text)) for text in texts]
+        adds_eos = tokenizer.encode("a")[-1] == getattr(tokenizer, "eos_token_id", None)
+        if adds_eos and not self._config.is_encoder_decoder:
+            return [prompt[:-1] for prompt in prompts]
+        return prompts
+
+    def decode(self, ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        tokenizer = self._require_tokenizer("decode")
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return [tokenizer.decode([int(token) for token in completion], **options) for completion in ids]
+
+    def prefill(self, prompts: Sequence[TokenIds]) -> TorchState:
+        """See `LanguageModel`. Builds no graph."""
+        self._check_prompts(prompts, num_new=0)
+        network = self._ready_network()
+        features, cache = network.prefill(prompts)
+        return TorchState(network, features, cache, np.array([len(prompt) for prompt in prompts]))
+
+    @torch.no_grad()
+    def next_log_probs(self, state: TorchState) -> Tensor:
+        """See `LanguageModel`. Shape (R, V), float32, no graph."""
+        return tempered(state.network.logits(state.features), self.temperature).log_softmax(-1)
+
+    def append(self, state: TorchState, tokens: IntArray) -> TorchState:
+        """See `LanguageModel`. Builds no graph."""
+        tokens = np.asarray(tokens)
+        self._check_ids(tokens)
+        num_tokens = state.num_tokens + 1
+        self._check_length(int(num_tokens.max(initial=0)))
+        self._switch_dropout_off()
+        on_device = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
+        features, cache = state.network.step(state.cache, on_device)
+        return TorchState(state.network, features, cache, num_tokens)
+
+    def select(self, state: TorchState, rows: IntArray) -> TorchState:
+        """See `LanguageModel`. The identity costs nothing."""
+        rows = np.asarray(rows)
+        if np.array_equal(rows, np.arange(len(state.num_tokens))):
+            return state
+        on_device = torch.as_tensor(rows, dtype=torch.long, device=self.device)
+        cache = state.network.select(state.cache, on_device)
+        return TorchState(state.network, state.features[on_device], cache, state.num_tokens[rows])
+
+    def token_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
+        """See `LanguageModel`. Shape (P, N, T), float32, differentiable in the parameters."""
+        return self._scored(sequence_log_probs, prompts, sequences)
+
+    def position_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
+        """Return log p(. | c, x_<t) at every position, shape (P, N, T, V), 0 past each completion's length.
+
+        Differentiable; meant for vocabularies small enough to hold the table.
+        """
+        return self._scored(full_log_probs, prompts, sequences)
+
+    def copy(self) -> TorchLM:
+        """Return an independent copy, every parameter of it trainable."""
+        from bayes_klrl.models.torch_adapters import trainable_copy
+
+        return self._with_module(trainable_copy(self._module))
+
+    def with_adapter(self, config: Any = "lora") -> TorchLM:
+        """Return a guide that starts as this model and trains only a LoRA adapter, the frozen weights shared.
+
+        Parameters
+        ----------
+        config
+            A `peft` configuration, or "lora": rank 8 on all linear layers.
+        """
+        from bayes_klrl.models.torch_adapters import adapted
+
+        return self._with_module(adapted(self._module, config))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face folder that `from_pretrained` reads: weights with adapters merged, tokenizer, EOS ids.
+
+        The temperature goes into the generation config, for Hugging Face's `generate`; `from_pretrained` takes it as an
+        argument.
+        """
+        from bayes_klrl.models.torch_checkpoint import save
+
+        save(self._module, self._tokenizer, Path(folder), self._eos_token_ids, self.temperature)
+
+    def _with_module(self, module: nn.Module) -> TorchLM:
+        return TorchLM(module, self._tokenizer, eos_token_id=self._eos_token_ids, temperature=self.temperature)
+
+    def _scored(self, score: Any, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
+        """Return `score` of all P * N rows, reshaped to (P, N, T, ...); only the longest length is computed."""
+        num_prompts, num_draws, num_tokens = sequences.tokens.shape
+        if num_prompts != len(prompts):
+            raise BayesKLRLError(f"{len(prompts)} prompts but completions of {num_prompts}: one row of N for each prompt.")
+        longest = int(sequences.lengths.max(initial=0))
+        if longest == 0:
+            return torch.zeros((num_prompts, num_draws, num_tokens), device=self.device)
+        self._check_prompts(prompts, num_new=longest)
+        self._check_ids(sequences.tokens[sequences.mask])
+        network, device = self._ready_network(), self.device
+        owners = torch.arange(num_prompts, device=device).repeat_interleave(num_draws)
+        tokens = torch.as_tensor(sequences.tokens[..., :longest], device=device).flatten(0, 1)
+        lengths = torch.as_tensor(sequences.lengths, device=device).flatten()
+        scores: Tensor = score(network, prompts, owners, tokens, lengths, self.temperature)
+        padded = scores.new_zeros((len(owners), num_tokens - longest, *scores.shape[2:]))
+        return torch.cat([scores, padded], dim=1).unflatten(0, (num_prompts, num_draws))
+
+    def _ready_network(self) -> Network:
+        """Return the network, chosen when first needed and again if the model was since changed under it."""
+        self._switch_dropout_off()
+        if self._network is None or not still_right(self._network, self._module):
+            self._network = choose_network(self._module, self._vocab_size)
+        return self._network
+
+    def _switch_dropout_off(self) -> None:
+        if any(module.training for module in self._module.modules()):
+            self._module.eval()
+
+    def _require_tokenizer(self, purpose: str) -> Any:
+        if self._tokenizer is None:
+            raise BayesKLRLError(
+                f"This TorchLM has no tokenizer to {purpose} text with. Give it one, TorchLM(model, tokenizer), or use "
+                "token ids: prompts as lists of ids, and a TokenReward."
+            )
+        return self._tokenizer
+
+    def _resolve_eos(self, given: int | Collection[int] | None) -> frozenset[int]:
+        if given is not None:
+            ids = frozenset([given] if isinstance(given, int) else map(int, given))
+            if outside := sorted(token for token in ids if not 0 <= token < self._vocab_size):
+                raise BayesKLRLError(f"eos_token_id {outside} is outside the vocabulary 0..{self._vocab_size - 1}.")
+            return ids
+        configured = getattr(self._config, "eos_token_id", None)
+        if configured is None:
+            configured = getattr(self._tokenizer, "eos_token_id", None)
+        ids = [] if configured is None else [configured] if isinstance(configured, int) else configured
+        return frozenset(int(token) for token in ids if 0 <= token < self._vocab_size)
+
+    def _check_prompts(self, prompts: Sequence[TokenIds], num_new: int) -> None:
+        if len(prompts) == 0:
+            raise BayesKLRLError("At least one prompt is needed; got none.")
+        for index, prompt in enumerate(prompts):
+            if len(prompt) == 0:
+                raise BayesKLRLError(
+                    f"Prompt {index} has no tokens, and a transformer predicts nothing from nothing. Start it with a "
+                    f"token, for example the BOS id ({self.bos_token_id} here)."
+                )
+            self._check_ids(np.asarray(prompt))
+            self._check_length(len(prompt) + num_new)
+
+    def _check_ids(self, ids: IntArray) -> None:
+        if ids.size and not (0 <= ids.min() and ids.max() < self._vocab_size):
+            raise BayesKLRLError(
+                f"Token ids must be in 0..{self._vocab_size - 1}, the model's vocabulary; got ids from {ids.min()} to "
+                f"{ids.max()}. Were they made by another model's tokenizer?"
+            )
+
+    def _check_length(self, num_tokens: int) -> None:
+        limit = self.context_length
+        if limit is not None and num_tokens > limit:
+            raise BayesKLRLError(
+                f"Prompt and completion together have {num_tokens} tokens; this model reads at most {limit}. Shorten the "
+                "prompt or max_new_tokens."
+            )
+
+
+def output_size(model: nn.Module) -> int:
+    """Return the number of logits of a model."""
+    head = base_model(model).get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is not None:
+        return int(weight.shape[0])
+    return int(base_model(model).config.get_text_config().vocab_size)
+
+
+def still_right(network: Network, module: nn.Module) -> bool:
+    """Return whether a network chosen earlier still computes what the model does, hooks added since included."""
+    from bayes_klrl.models.torch_families import family_of
+    from bayes_klrl.models.torch_tight import TightNetwork
+
+    return not isinstance(network, TightNetwork) or family_of(module) is not None

@@ -1,0 +1,195 @@
+"""A forward without ceremony for the GPT-2 and Llama families: the model's own modules, our own loop and cache.
+
+Every Linear, LayerNorm and embedding is called as the module that it is, so LoRA adapters work unmerged and gradients
+flow. What is left out is what Hugging Face's `generate` spends most of its time on for a small model: masks rebuilt at
+every step, caches grown by concatenation, outputs wrapped. Left padding with explicit positions; a row that needs no
+mask gets none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayes_klrl.models.torch_families import Family, family_of
+from bayes_klrl.models.torch_network import left_padded
+from bayes_klrl.typing import TokenIds
+
+__all__ = ["TightNetwork", "tight_network"]
+
+GROWTH = 32
+"""Positions added when a buffer is full: copying it then costs a small part of attending to it GROWTH times."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Keys and values of all layers, shape (layers, 2, R, heads, capacity, head size); `filled` positions are taken."""
+
+    keys_values: Tensor
+    filled: int
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """The first `length` positions of a buffer. Caches share a buffer; whoever writes to a taken position copies."""
+
+    buffer: Buffer
+    length: int
+    padding: Tensor | None  # (R,) unused positions on the left; None if no row has any
+
+    def writable(self, num_new: int) -> Buffer:
+        """Return a buffer with these positions and `num_new` free ones after them: this one, or a copy."""
+        keys_values = self.buffer.keys_values
+        if self.buffer.filled == self.length and keys_values.shape[4] >= self.length + num_new:
+            return self.buffer
+        shape = (*keys_values.shape[:4], self.length + num_new + GROWTH, keys_values.shape[5])
+        copy = keys_values.new_empty(shape)
+        copy[..., : self.length, :] = keys_values[..., : self.length, :]
+        return Buffer(copy, self.length)
+
+
+class Memory(Protocol):
+    """Where attention finds the keys and values of earlier positions."""
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return one layer's keys and values (R, heads, positions, head size), the given ones last."""
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenMemory:
+    """Decoding: new keys and values are written into a buffer in place."""
+
+    buffer: Buffer
+    length: int
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + keys.shape[2]
+        stored = self.buffer.keys_values[layer]
+        stored[0, :, :, self.length : end] = keys
+        stored[1, :, :, self.length : end] = values
+        return stored[0, :, :, :end], stored[1, :, :, :end]
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedMemory:
+    """Scoring: new keys and values are concatenated to the past's, so that gradients flow through both."""
+
+    past: Sequence[tuple[Tensor, Tensor]]  # one pair a layer; empty at the start
+    joined: list[tuple[Tensor, Tensor]]
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.past:
+            keys = torch.cat([self.past[layer][0], keys], dim=2)
+            values = torch.cat([self.past[layer][1], values], dim=2)
+        self.joined.append((keys, values))
+        return keys, values
+
+
+def attention_mask(num_queries: int, num_keys: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return which keys each query may see, shape (R or 1, 1, queries, keys); None if all may see all.
+
+    A query on a padded position sees itself: nobody reads its output, but it must not be NaN.
+    """
+    if num_queries == 1 and padding is None:
+        return None
+    keys = torch.arange(num_keys, device=device)
+    queries = keys[num_keys - num_queries :, None]
+    if padding is None:
+        return (keys <= queries)[None, None]
+    real = keys >= padding[:, None, None, None]
+    return ((keys <= queries) & real) | (keys == queries)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return softmax(q k' scale) v for queries (R, H, S, d), keys and values (R, H / G, L, d), shape (R, S, H d).
+
+    The G query heads that share a key head are laid out as further queries, so keys and values are never repeated.
+    """
+    num_rows, num_heads, num_queries, size = queries.shape
+    groups = num_heads // keys.shape[1]
+    if groups > 1:
+        queries = queries.reshape(num_rows, keys.shape[1], groups * num_queries, size)
+        mask = None if mask is None else mask.repeat(1, 1, groups, 1)
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    attended = attended.reshape(num_rows, num_heads, num_queries, size).transpose(1, 2)
+    return attended.reshape(num_rows, num_queries, num_heads * size)
+
+
+class TightNetwork:
+    """See `Network`. Features are the hidden states after the final norm."""
+
+    def __init__(self, family: Family, vocab_size: int) -> None:
+        self.family, self.vocab_size, self.width = family, vocab_size, family.width
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, Cache]:
+        """See `Network.prefill`."""
+        tokens, padding = self._padded(prompts)
+        memory = JoinedMemory([], [])
+        hidden = self._forward(tokens, 0, padding, memory)
+        length = tokens.shape[1]
+        keys_values = torch.stack([torch.stack(pair) for pair in memory.joined])
+        return hidden[:, -1], Cache(Buffer(keys_values, length), length, padding)
+
+    @torch.no_grad()
+    def step(self, cache: Cache, tokens: Tensor) -> tuple[Tensor, Cache]:
+        """See `Network.step`."""
+        buffer = cache.writable(1)
+        buffer.filled = cache.length + 1  # taken from here on, even if the forward below fails
+        hidden = self._forward(tokens[:, None], cache.length, cache.padding, WrittenMemory(buffer, cache.length))
+        return hidden[:, -1], Cache(buffer, cache.length + 1, cache.padding)
+
+    def select(self, cache: Cache, rows: Tensor) -> Cache:
+        """See `Network.select`."""
+        taken = cache.buffer.keys_values[..., : cache.length, :]
+        shape = (*taken.shape[:2], len(rows), taken.shape[3], cache.length + GROWTH, taken.shape[5])
+        keys_values = taken.new_empty(shape)
+        keys_values[..., : cache.length, :] = taken.index_select(2, rows)
+        padding = None if cache.padding is None else cache.padding[rows]
+        return Cache(Buffer(keys_values, cache.length), cache.length, padding)
+
+    def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
+        """See `Network.features`: each prompt is read once, then all its completions follow it in one go."""
+        prompt_tokens, padding = self._padded(prompts)
+        prefix = JoinedMemory([], [])
+        first = self._forward(prompt_tokens, 0, padding, prefix)[:, -1:].index_select(0, owners)
+        if tokens.shape[1] == 1:
+            return first
+        past = [(keys.index_select(0, owners), values.index_select(0, owners)) for keys, values in prefix.joined]
+        padding = None if padding is None else padding[owners]
+        rest = self._forward(tokens[:, :-1], prompt_tokens.shape[1], padding, JoinedMemory(past, []))
+        return torch.cat([first, rest], dim=1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """See `Network.logits`."""
+        return self.family.head(features).float()
+
+    def _padded(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, Tensor | None]:
+        tokens, padding = left_padded(prompts, self.family.device)
+        return tokens, padding if len(set(map(len, prompts))) > 1 else None
+
+    def _forward(self, tokens: Tensor, start: int, padding: Tensor | None, memory: Memory) -> Tensor:
+        """Return the hidden states of `tokens` (R, S), which stand at positions `start` and on, shape (R, S, D)."""
+        family, num_new = self.family, tokens.shape[1]
+        positions = torch.arange(start, start + num_new, device=tokens.device)[None]
+        if padding is not None:
+            positions = (positions - padding[:, None]).clamp(min=0)
+        mask = attention_mask(num_new, start + num_new, padding, tokens.device)
+        hidden, rotation = family.embed(tokens, positions)
+        for layer in range(family.num_layers):
+            queries, keys, values = family.queries_keys_values(layer, hidden, rotation)
+            keys, values = memory.extend(layer, keys, values)
+            attended = attend(queries, keys, values, mask, family.scales[layer])
+            hidden = family.finish_layer(layer, hidden, attended)
+        return family.final_norm(hidden)
+
+
+def tight_network(module: nn.Module, vocab_size: int) -> TightNetwork | None:
+    """Return the tight network of a model whose architecture and configuration are on the allow-list, else None."""
+    family = family_of(module)
+    return None if family is None else TightNetwork(family, vocab_size)

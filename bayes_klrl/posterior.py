@@ -1,0 +1,285 @@
+"""The posterior over completions: prior x likelihood / evidence.
+
+    p*(x | c) = p0(x | c) exp(r(x, c) / alpha) / Z(c)
+
+Convention "absorb", the only one: x ends with EOS, which is part of it, or was cut at `max_new_tokens`, which is an
+outcome like any other. So p0 sums to exactly 1 over completions, and it is what sampling with `max_new_tokens` draws
+from (THEORY 1.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bayes_klrl.arrays import no_gradient, to_host
+from bayes_klrl.batch import RESERVED_NAMES, Batch
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.likelihood import Likelihood
+from bayes_klrl.sequences import Sequences, pad_token
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
+
+if TYPE_CHECKING:
+    from bayes_klrl.draws import Draws
+
+__all__ = ["Posterior", "completion_log_probs"]
+
+_TOKENS_PER_CHUNK = 2**14
+
+
+class Posterior:
+    """What KL-regularised RL optimises towards: the prior conditioned on a reward.
+
+    Parameters
+    ----------
+    prior
+        The pretrained language model p0 (RL: the reference model).
+    likelihood
+        exp(r / alpha): a `Reward`, `TokenReward`, `Constraint`, or a product of them.
+    prompts
+        One prompt or a list of P prompts: texts, or lists of token ids.
+    max_new_tokens
+        T, the most tokens a completion may have, EOS included.
+    **columns
+        Further data of the prompts, each a list of length P, which reward functions may ask for by name.
+
+    Attributes
+    ----------
+    prompt_ids
+        The P prompts as token ids; an empty prompt has become the model's BOS.
+
+    Raises
+    ------
+    BayesKLRLError
+        If an argument cannot be right, before any model is run. `TextRewardError` for a reward on text and a prior that
+        has no tokenizer.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> posterior.log_joint([[1], [0, 1]]).round(3)
+    array([[0.307, 0.614]])
+    """
+
+    def __init__(
+        self,
+        prior: LanguageModel,
+        likelihood: Likelihood,
+        *,
+        prompts: str | Sequence[Any] = "",
+        max_new_tokens: int,
+        **columns: Sequence[Any],
+    ) -> None:
+        if not isinstance(likelihood, Likelihood):
+            raise BayesKLRLError(
+                f"likelihood must be a bk.Reward, bk.TokenReward or bk.Constraint; got {likelihood!r}. Wrap a function: "
+                "bk.Reward(fn, alpha=...)."
+            )
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
+            raise BayesKLRLError(f"max_new_tokens must be an integer of at least 1; got {max_new_tokens!r}.")
+        self.prior = prior
+        self.likelihood = likelihood
+        self.max_new_tokens = int(max_new_tokens)
+        self.prompts = _prompt_list(prompts)
+        self.columns = _checked_columns(columns, len(self.prompts))
+        likelihood.check(prior, self.columns)
+        self.prompt_ids = _encoded(self.prompts, prior)
+        _check_context(self.prompt_ids, self.max_new_tokens, prior)
+
+    def __repr__(self) -> str:
+        return (
+            f"Posterior(prior={type(self.prior).__name__}, likelihood={self.likelihood.name!r}, alpha="
+            f"{self.likelihood.alpha}, prompts={len(self.prompts)}, max_new_tokens={self.max_new_tokens})"
+        )
+
+    @property
+    def num_prompts(self) -> int:
+        """P."""
+        return len(self.prompt_ids)
+
+    @property
+    def alpha(self) -> float:
+        """Units of reward per nat; 1 for constraints alone, whose reward is 0 or -inf."""
+        return self.likelihood.alpha or 1.0
+
+    @property
+    def pad_token(self) -> int:
+        """What stands past a completion's length: the EOS id, 0 if there is none."""
+        return pad_token(self.prior.eos_token_ids)
+
+    def sequences(self, x: Sequences | Draws | Sequence[Sequence[int]]) -> Sequences:
+        """Return completions as `Sequences` of width T, refusing what is not an outcome of this posterior.
+
+        Parameters
+        ----------
+        x
+            `Sequences` or `Draws` of P prompts, or for one prompt a list of token-id lists.
+        """
+        if hasattr(x, "tokens") and hasattr(x, "lengths"):
+            given = Sequences(x.tokens, x.lengths)
+        else:
+            if self.num_prompts != 1:
+                raise BayesKLRLError(
+                    f"Lists of token ids are for one prompt; this posterior has {self.num_prompts}. Give bk.Sequences."
+                )
+            given = Sequences.from_lists(x, max_new_tokens=self.max_new_tokens, pad_token=self.pad_token)
+        if given.tokens.shape[0] != self.num_prompts:
+            raise BayesKLRLError(
+                f"The completions are of {given.tokens.shape[0]} prompts, the posterior has {self.num_prompts}."
+            )
+        padded = given.padded(self.max_new_tokens, self.pad_token)
+        _check_outcomes(padded, self.prior)
+        return padded
+
+    def log_prior(self, x: Sequences | Draws | Sequence[Sequence[int]]) -> FloatArray:
+        """Return log p0(x | c) = sum_t log p0(x_t | c, x_<t), EOS included, shape (P, N), float64."""
+        return completion_log_probs(self.prior, self.prompt_ids, self.sequences(x))
+
+    def reward(self, x: Sequences | Draws | Sequence[Sequence[int]]) -> FloatArray:
+        """Return r(x, c), shape (P, N), float64; -inf outside a constraint."""
+        sequences = self.sequences(x)
+        num_prompts, num_draws, num_tokens = sequences.tokens.shape
+        prompt_index = np.repeat(np.arange(num_prompts), num_draws)
+        rewards = self.reward_of_rows(
+            sequences.tokens.reshape(-1, num_tokens), sequences.lengths.ravel(), prompt_index
+        )
+        return rewards.reshape(num_prompts, num_draws)
+
+    def reward_of_rows(self, tokens: IntArray, lengths: IntArray, prompt_index: IntArray) -> FloatArray:
+        """Return r(x, c) of M completions of any prompts, shape (M,), float64.
+
+        Parameters
+        ----------
+        tokens, lengths
+            Shape (M, T), padded as `pad_token` says, and (M,).
+        prompt_index
+            Which prompt each completion follows, shape (M,).
+        """
+        return self.likelihood.reward(Batch(tokens, lengths, prompt_index, self.prompts, self.columns, self.prior))
+
+    def log_likelihood(self, x: Sequences | Draws | Sequence[Sequence[int]]) -> FloatArray:
+        """Return r(x, c) / alpha in nats, shape (P, N), float64."""
+        return self.likelihood.log_likelihood(self.reward(x))
+
+    def log_joint(self, x: Sequences | Draws | Sequence[Sequence[int]]) -> FloatArray:
+        """Return log p0(x | c) + r(x, c) / alpha, the log posterior up to log Z(c), shape (P, N), float64."""
+        return self.log_prior(x) + self.log_likelihood(x)
+
+    def pyro_model(self) -> Callable[[], Any]:
+        """Return the posterior as a Pyro program; see `bayes_klrl.models.pyro_model.pyro_model`."""
+        from bayes_klrl.models.pyro_model import pyro_model
+
+        return pyro_model(self)
+
+    def pyro_guide(self, lm: LanguageModel) -> Callable[[], Any]:
+        """Return a language model as a Pyro guide; see `bayes_klrl.models.pyro_model.pyro_guide`."""
+        from bayes_klrl.models.pyro_model import pyro_guide
+
+        return pyro_guide(self, lm)
+
+
+def completion_log_probs(
+    lm: LanguageModel, prompt_ids: Sequence[Sequence[int]], sequences: Sequences
+) -> FloatArray:
+    """Return log p(x | c) of every completion, shape (P, N), float64, in chunks of draws so that memory is bounded."""
+    num_prompts, num_draws, num_tokens = sequences.tokens.shape
+    total = np.empty((num_prompts, num_draws))
+    step = max(1, _TOKENS_PER_CHUNK // (num_tokens * num_prompts))
+    with no_gradient():
+        for start in range(0, num_draws, step):
+            part = slice(start, start + step)
+            chunk = Sequences(sequences.tokens[:, part], sequences.lengths[:, part])
+            total[:, part] = to_host(lm.token_log_probs(prompt_ids, chunk)).sum(axis=2, dtype=np.float64)
+    return total
+
+
+def _prompt_list(prompts: str | Sequence[Any]) -> tuple[Any, ...]:
+    """Return the prompts as a tuple of texts or of token-id tuples."""
+    if isinstance(prompts, str):
+        return (prompts,)
+    listed = [prompt.tolist() if isinstance(prompt, np.ndarray | np.generic) else prompt for prompt in prompts]
+    if listed and all(isinstance(item, int) for item in listed):
+        return (tuple(listed),)
+    if not listed:
+        raise BayesKLRLError("prompts is empty; give at least one prompt (the empty text '' is one).")
+    if all(isinstance(prompt, str) for prompt in listed):
+        return tuple(listed)
+    if all(isinstance(p, Sequence) and all(isinstance(i, int) for i in p) for p in listed):
+        return tuple(tuple(p) for p in listed)
+    raise BayesKLRLError(
+        f"prompts must be one text or list of token ids, or a list of such, all of one kind; got {prompts!r}."
+    )
+
+
+def _checked_columns(columns: dict[str, Sequence[Any]], num_prompts: int) -> dict[str, tuple[Any, ...]]:
+    """Return the columns as tuples, refusing reserved names and wrong lengths."""
+    for name, values in columns.items():
+        if name in RESERVED_NAMES:
+            raise BayesKLRLError(f"A column cannot be called {name!r}: the name is reserved. Choose another.")
+        if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != num_prompts:
+            raise BayesKLRLError(
+                f"Column {name!r} needs one value a prompt, a list of length {num_prompts}; got {values!r}."
+            )
+    return {name: tuple(values) for name, values in columns.items()}
+
+
+def _encoded(prompts: tuple[Any, ...], prior: LanguageModel) -> tuple[tuple[int, ...], ...]:
+    """Return the prompts' token ids; an empty one becomes BOS where the model has one."""
+    texts = all(isinstance(prompt, str) for prompt in prompts)
+    if texts and prior.tokenizer is None and any(prompts):
+        raise BayesKLRLError(
+            f"The prompt {next(p for p in prompts if p)!r} is text, but the prior has no tokenizer. Give token ids, or "
+            "the model a tokenizer."
+        )
+    ids = prior.encode(list(prompts)) if texts and prior.tokenizer is not None else [list(p) for p in prompts]
+    bos = getattr(prior, "bos_token_id", None)
+    for p, row in enumerate(ids):
+        outside = [token for token in row if not 0 <= token < prior.vocab_size]
+        if outside:
+            raise BayesKLRLError(
+                f"Prompt {p} has the token id {outside[0]}, outside the vocabulary 0..{prior.vocab_size - 1}."
+            )
+        if not row and bos is None and not getattr(prior, "accepts_empty_prompt", False):
+            raise BayesKLRLError(
+                f"Prompt {p} is empty, and the model has no BOS token to start from. Give a prompt of at least one token."
+            )
+    return tuple(tuple(row) if row or bos is None else (int(bos),) for row in ids)
+
+
+def _check_context(prompt_ids: tuple[tuple[int, ...], ...], max_new_tokens: int, prior: LanguageModel) -> None:
+    """Refuse a prompt and completion that do not fit into the model's context."""
+    context = getattr(prior, "context_length", None)
+    longest = max(len(row) for row in prompt_ids)
+    if context is not None and longest + max_new_tokens > context:
+        raise BayesKLRLError(
+            f"A prompt of {longest} tokens and max_new_tokens = {max_new_tokens} exceed the model's context of {context} "
+            "tokens. Shorten one of them."
+        )
+
+
+def _check_outcomes(sequences: Sequences, prior: LanguageModel) -> None:
+    """Refuse ids outside the vocabulary, EOS before the end, and prefixes: they are not outcomes of p0."""
+    tokens, mask = sequences.tokens, sequences.mask
+    if (mask & ((tokens < 0) | (tokens >= prior.vocab_size))).any():
+        bad = tokens[mask & ((tokens < 0) | (tokens >= prior.vocab_size))][0]
+        raise BayesKLRLError(f"Token id {bad} is outside the vocabulary 0..{prior.vocab_size - 1}.")
+    is_last = np.arange(tokens.shape[2]) == sequences.lengths[..., None] - 1
+    early = (mask & ~is_last & np.isin(tokens, list(prior.eos_token_ids))).any(axis=2)
+    if early.any():
+        p, n = np.argwhere(early)[0]
+        raise BayesKLRLError(
+            f"Completion {n} of prompt {p} goes on after EOS: {tokens[p, n].tolist()}. Its length ends at the first EOS."
+        )
+    prefix = (sequences.lengths < tokens.shape[2]) & ~sequences.finished(prior.eos_token_ids)
+    if prefix.any():
+        p, n = np.argwhere(prefix)[0]
+        ids = tokens[p, n, : sequences.lengths[p, n]].tolist()
+        raise BayesKLRLError(
+            f"Completion {n} of prompt {p} is a prefix, not an outcome: {ids} neither ends with EOS nor has "
+            f"max_new_tokens = {tokens.shape[2]} tokens."
+        )
