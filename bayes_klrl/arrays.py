@@ -29,8 +29,8 @@ def to_host(array: Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def draw_tokens(log_probs: Array, uniforms: FloatArray) -> IntArray:
-    """Return one token a row by inverse CDF: the first whose cumulative probability exceeds u.
+def draw_tokens(log_probs: Array, rows: IntArray, uniforms: FloatArray) -> IntArray:
+    """Return tokens by inverse CDF: of each draw's row, the first token whose cumulative probability exceeds u.
 
     Several times cheaper than `torch.multinomial` (TRAPS 6), the same numbers on every backend, and a token of
     probability 0 is never drawn.
@@ -39,39 +39,48 @@ def draw_tokens(log_probs: Array, uniforms: FloatArray) -> IntArray:
     ----------
     log_probs
         Normalised log-probabilities, shape (R, V).
+    rows
+        From which row each draw is, shape (M,).
     uniforms
-        From [0, 1), shape (R,).
+        From [0, 1), shape (M,).
 
     Returns
     -------
-    Shape (R,), int64.
+    Shape (M,), int64.
 
     Examples
     --------
     >>> with np.errstate(divide="ignore"):
     ...     log_probs = np.log([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0]])
-    >>> draw_tokens(log_probs, np.array([0.5, 0.0]))
-    array([2, 1])
+    >>> draw_tokens(log_probs, np.array([0, 0, 1]), np.array([0.49, 0.5, 0.0]))
+    array([0, 2, 1])
     """
+    last = log_probs.shape[1] - 1
     if hasattr(log_probs, "detach"):
         torch = sys.modules["torch"]
         cumulative = log_probs.exp().cumsum(dim=-1)
+        if not _is_identity(rows, len(cumulative)):
+            cumulative = cumulative[torch.as_tensor(rows, device=cumulative.device)]
         u = torch.as_tensor(uniforms, dtype=cumulative.dtype, device=cumulative.device)[:, None]
         targets = u.clamp(max=1.0 - torch.finfo(u.dtype).eps) * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0]
-        drawn: IntArray = to_host(tokens.clamp(max=log_probs.shape[1] - 1))
+        drawn: IntArray = to_host(tokens.clamp(max=last))
         return drawn
-    cumulative = np.exp(to_host(log_probs).astype(np.float64)).cumsum(axis=-1)
+    cumulative = np.exp(to_host(log_probs).astype(np.float64)).cumsum(axis=-1)[rows]
     targets = np.minimum(uniforms, 1.0 - np.finfo(np.float64).eps)[:, None] * cumulative[:, -1:]
-    drawn = np.minimum((cumulative <= targets).sum(axis=-1), cumulative.shape[1] - 1)
-    return drawn
+    return np.minimum((cumulative <= targets).sum(axis=-1), last)
 
 
-def take_tokens(log_probs: Array, tokens: IntArray) -> FloatArray:
-    """Return the log-probability of each row's token, shape (R,), float64 on the host."""
+def take_tokens(log_probs: Array, rows: IntArray, tokens: IntArray) -> FloatArray:
+    """Return log_probs[rows, tokens], shape (M,), as float64 on the host."""
     if hasattr(log_probs, "detach"):
         torch = sys.modules["torch"]
-        index = torch.as_tensor(tokens, device=log_probs.device)[:, None]
-        return to_host(log_probs.gather(1, index)[:, 0]).astype(np.float64)
-    taken: FloatArray = np.take_along_axis(to_host(log_probs), tokens[:, None], axis=1)[:, 0].astype(np.float64)
+        index = torch.as_tensor(rows, device=log_probs.device), torch.as_tensor(tokens, device=log_probs.device)
+        return to_host(log_probs[index]).astype(np.float64)
+    taken: FloatArray = to_host(log_probs)[rows, tokens].astype(np.float64)
     return taken
+
+
+def _is_identity(rows: IntArray, num_rows: int) -> bool:
+    """Return whether rows are 0, 1, ..., num_rows - 1."""
+    return len(rows) == num_rows and bool((rows == np.arange(num_rows)).all())

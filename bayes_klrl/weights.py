@@ -190,7 +190,9 @@ def _psis_row(log_w: FloatArray) -> tuple[FloatArray, float]:
         return smoothed, -np.inf
     k, sigma = _fit_generalised_pareto(np.maximum(exceedances, np.finfo(float).tiny))
     quantiles = (np.arange(num_tail) + 0.5) / num_tail
-    expected = sigma * (np.expm1(-k * np.log1p(-quantiles)) / k if k != 0 else -np.log1p(-quantiles))
+    quantiles = (np.arange(num_tail) + 0.5) / num_tail
+    with np.errstate(over="ignore"):  # a very heavy tail: capped at the largest weight below
+        expected = sigma * (np.expm1(-k * np.log1p(-quantiles)) / k if k != 0 else -np.log1p(-quantiles))
     smoothed[tail] = np.minimum(np.log(expected + np.exp(cutoff - top)) + top, top)
     return smoothed - logsumexp(smoothed), k
 

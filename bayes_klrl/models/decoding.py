@@ -48,8 +48,9 @@ def check_proposal(proposal: LanguageModel, prior: LanguageModel) -> None:
 class Decoding:
     """N completions for each of P prompts in the making; R = P * N rows, prompt by prompt.
 
-    Rows that have ended cost nothing: they are dropped from the models' states as soon as a fifth of a state's rows
-    has ended. States are permuted only when rows are (`reorder`), and nothing is computed after the last token.
+    Rows with the same prefix share one row of the models' states: after the prompt, after a resampling, and for as long
+    as a short or peaked distribution keeps drawing the same. Rows that have ended are dropped once a fifth of a state's
+    rows has ended. Otherwise states grow in place, and nothing is computed after the last token.
 
     Parameters
     ----------
@@ -87,17 +88,17 @@ class Decoding:
         self._distinct = list(distinct.values())
         self._which = [list(distinct).index(id(model)) for model in models]
         self._eos = np.array(sorted(models[0].eos_token_ids), dtype=np.int64)
+        self._filler = pad_token(models[0].eos_token_ids)
         self.step_count = 0
         self.max_new_tokens = max_new_tokens
         self.prompt_index = np.repeat(np.arange(num_prompts), num_draws)
-        self.tokens: IntArray = np.full((num_rows, max_new_tokens), pad_token(models[0].eos_token_ids), dtype=np.int64)
+        self.tokens: IntArray = np.full((num_rows, max_new_tokens), self._filler, dtype=np.int64)
         self.lengths: IntArray = np.zeros(num_rows, dtype=np.int64)
         self.finished = np.zeros(num_rows, dtype=bool)
         self.log_probs: FloatArray = np.zeros((len(models), num_rows))
         self._states: list[State] = [model.prefill(prompt_ids) for model in self._distinct]
         self.model_tokens = len(self._distinct) * sum(len(ids) for ids in prompt_ids)
-        # row _rows[i] goes on from row _state_row[i] of the models' states, which lack its newest token
-        self._rows: IntArray = np.arange(num_rows)
+        # row i goes on from row _state_row[i] of the models' states; they lack the newest token
         self._state_row: IntArray = self.prompt_index.copy()
         self._num_state_rows = num_prompts
 
@@ -120,15 +121,13 @@ class Decoding:
         """
         if self.step_count:
             self._advance()
+        rows = np.flatnonzero(~self.finished)
+        state_rows = self._state_row[rows]
         log_probs = [model.next_log_probs(state) for model, state in zip(self._distinct, self._states, strict=True)]
-        if not self.step_count:  # the states still have one row a prompt
-            log_probs = [array[self._state_row] for array in log_probs]
-        drawn = draw_tokens(log_probs[self._which[0]], uniforms[self._rows])
-        taken = [take_tokens(array, drawn) for array in log_probs]
-        live = ~self.finished[self._rows]
-        rows, tokens = self._rows[live], drawn[live]
+        tokens = draw_tokens(log_probs[self._which[0]], state_rows, uniforms[rows])
+        taken = [take_tokens(array, state_rows, tokens) for array in log_probs]
         for k, which in enumerate(self._which):
-            self.log_probs[k, rows] += taken[which][live]
+            self.log_probs[k, rows] += taken[which]
         self.tokens[rows, self.step_count] = tokens
         self.lengths[rows] += 1
         self.step_count += 1
@@ -138,26 +137,29 @@ class Decoding:
 
     def reorder(self, ancestors: IntArray) -> None:
         """Replace row i by row `ancestors[i]`, which must be of the same prompt, shape (R,)."""
-        position = np.full(self.finished.size, -1)
-        position[self._rows] = np.arange(self._rows.size)
         self.tokens, self.lengths = self.tokens[ancestors], self.lengths[ancestors]
         self.finished, self.log_probs = self.finished[ancestors], self.log_probs[:, ancestors]
-        unfinished = np.flatnonzero(~self.finished)
-        self._rows, self._state_row = unfinished, self._state_row[position[ancestors[unfinished]]]
+        self._state_row = self._state_row[ancestors]
 
     def _advance(self) -> None:
-        """Bring the states up to date with the newest tokens, dropping finished rows where that pays."""
-        live = ~self.finished[self._rows]
-        if live.sum() < _COMPACT_BELOW * self._rows.size:
-            self._rows, self._state_row = self._rows[live], self._state_row[live]
-        in_place = np.array_equal(self._state_row, np.arange(self._num_state_rows))
-        newest = self.tokens[self._rows, self.step_count - 1]
-        for k, model in enumerate(self._distinct):
-            state = self._states[k] if in_place else model.select(self._states[k], self._state_row)
-            self._states[k] = model.append(state, newest)
-        self._num_state_rows = self._rows.size
-        self._state_row = np.arange(self._num_state_rows)
-        self.model_tokens += len(self._distinct) * self._rows.size
+        """Bring the states up to date with the newest tokens, one state row for each distinct unfinished prefix."""
+        rows = np.flatnonzero(~self.finished)
+        newest = self.tokens[rows, self.step_count - 1]
+        width = int(newest.max()) + 1
+        keys, group = np.unique(self._state_row[rows] * width + newest, return_inverse=True)
+        parents, tokens = keys // width, keys % width
+        if np.unique(parents).size == parents.size >= _COMPACT_BELOW * self._num_state_rows:
+            # one token for each state row that is still needed: grow in place, whatever the others are given
+            fed = np.full(self._num_state_rows, self._filler)
+            fed[parents] = tokens
+            states = self._states
+        else:
+            self._state_row[rows] = group
+            self._num_state_rows = parents.size
+            fed = tokens
+            states = [model.select(state, parents) for model, state in zip(self._distinct, self._states, strict=True)]
+        self._states = [model.append(state, fed) for model, state in zip(self._distinct, states, strict=True)]
+        self.model_tokens += len(self._distinct) * self._num_state_rows
 
     def sequences(self) -> Sequences:
         """Return the completions, shape (P, N, T)."""

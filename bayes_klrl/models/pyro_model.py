@@ -29,7 +29,7 @@ from bayes_klrl.arrays import to_host
 from bayes_klrl.models.decoding import decode
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.sequences import Sequences, completion_lengths
-from bayes_klrl.typing import LanguageModel, TokenIds
+from bayes_klrl.typing import IntArray, LanguageModel, TokenIds
 
 __all__ = ["SequenceDistribution", "pyro_guide", "pyro_model", "to_sequences"]
 
@@ -100,9 +100,26 @@ class SequenceDistribution(TorchDistribution):
         batch_shape = torch.broadcast_shapes(self.batch_shape, tokens.shape[:-1])
         sequences = to_sequences(tokens.expand(*batch_shape, tokens.shape[-1]), self.lm)
         with torch.no_grad() if self.frozen else nullcontext():
-            log_probs = torch.as_tensor(self.lm.token_log_probs(self.prompt_ids, sequences), device=_device(self.lm))
-            total = log_probs.sum(dim=2, dtype=torch.float64).T.reshape(batch_shape)
+            distinct, index = _distinct(sequences)
+            log_probs = torch.as_tensor(self.lm.token_log_probs(self.prompt_ids, distinct), device=_device(self.lm))
+            total = log_probs.sum(dim=2, dtype=torch.float64).gather(1, torch.as_tensor(index, device=log_probs.device))
+            total = total.T.reshape(batch_shape)
         return track_provenance(total, provenance)  # type: ignore[no-any-return]
+
+
+def _distinct(sequences: Sequences) -> tuple[Sequences, IntArray]:
+    """Return each prompt's distinct completions (P, M, T), and which of them each draw is (P, N); M is the most of any.
+
+    Short completions and peaked policies draw the same again and again; each is scored once.
+    """
+    kept = np.where(sequences.mask, sequences.tokens, -1)
+    per_prompt = [np.unique(rows, axis=0, return_index=True, return_inverse=True)[1:] for rows in kept]
+    num_distinct = max(len(first) for first, _ in per_prompt)
+    # prompts with fewer distinct completions repeat their first one
+    first = np.stack([np.concatenate([f, np.repeat(f[:1], num_distinct - len(f))]) for f, _ in per_prompt])
+    rows = np.arange(len(first))[:, None]
+    chosen = Sequences(sequences.tokens[rows, first], sequences.lengths[rows, first])
+    return chosen, np.stack([inverse.ravel() for _, inverse in per_prompt])
 
 
 def to_sequences(tokens: Tensor, lm: LanguageModel) -> Sequences:

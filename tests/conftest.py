@@ -1,0 +1,40 @@
+"""What every test finds: one thread, no network, no display. Importable without torch (`make arviz1` has none)."""
+
+import os
+import sys
+
+# Before torch, transformers or matplotlib can be imported; subprocesses inherit it.
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "MPLBACKEND": "Agg",
+}
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("bayes_klrl", deadline=None, derandomize=True, print_blob=True)
+    settings.load_profile("bayes_klrl")
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread() -> None:
+    """Sums depend on the number of threads, and a test may have changed it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tmp_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
