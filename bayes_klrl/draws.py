@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 from bayes_klrl.weights import effective_sample_size, log_evidence_se, logmeanexp, normalised, psis
@@ -246,7 +247,7 @@ class Draws:
         """
         if num < 1:
             raise BayesKLRLError(f"num must be at least 1; got {num}.")
-        rng = np.random.default_rng(seed)
+        rng = generator(seed)
         weights = normalised(self.log_weights)
         chosen = np.stack([rng.choice(self.shape[1], size=num, p=row) for row in weights])
         return self._taken(chosen)

@@ -226,7 +226,7 @@ def test_one_prompt_for_each_row_of_completions() -> None:
 
 
 def witten_bell(texts: list[list[int]], context: tuple[int, ...], token: int, vocab_size: int) -> float:
-    """The recursion of the docstring, by counting in Python; texts begin with their padding, None-marked."""
+    """The recursion of the docstring, by counting in Python; texts are of `padded`."""
     followers = [
         text[t][1]
         for text in texts

@@ -122,7 +122,22 @@ def test_random_tasks_depend_on_the_seed_alone() -> None:
     other = problems.random_gpt2_task(4, vocab_size=5, max_new_tokens=3, hidden=16, layers=1, target_kl=0.5)
     np.testing.assert_array_equal(first.log_joint(xs), again.log_joint(xs))
     assert np.abs(first.log_prior(xs) - other.log_prior(xs)).max() > 0.1
-    assert np.abs(first.reward(xs) - other.reward(xs)).max() > 0.1
+    assert np.ptp(first.reward(xs) / other.reward(xs)) > 0.1  # not the same one, rescaled
+
+
+def test_the_random_reward_by_hand() -> None:
+    reward = problems._RandomReward(
+        np.array([0.1, 0.02, 0.003, 0.0004]), pair=(0, 1), pair_bonus=10.0, length_slope=100.0, scale=2.0
+    )
+    tokens = np.array([[0, 1, 0, 1], [1, 0, 3, 3], [3, 3, 3, 3], [2, 0, 1, 3], [0, 2, 1, 1]])
+    values = reward(tokens, np.array([4, 3, 1, 4, 4]))
+    np.testing.assert_allclose(values / 2, [410.24, 300.1204, 100.0004, 410.1234, 400.143], rtol=1e-14)
+
+
+def test_a_reward_that_leaves_one_completion_is_drawn_again() -> None:
+    # The first reward of this seed puts 0.96 of the posterior on a single completion.
+    _, p, _, _ = truth(problems.random_gpt2_task(14), completions(8, 7, 4))
+    assert p.max() < 0.5
 
 
 def test_alpha_is_a_unit_of_reward_only() -> None:

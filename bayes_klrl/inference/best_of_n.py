@@ -16,6 +16,7 @@ from bayes_klrl.inference.checks import check_count
 from bayes_klrl.models.decoding import draw_blocks
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
+from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
 
 __all__ = ["BestOfN"]
@@ -43,7 +44,7 @@ class BestOfN:
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`; `log_proposal` is NaN, for best-of-n has no density that can be evaluated."""
         start, model_tokens = time.perf_counter(), 0
-        rng = np.random.default_rng(seed)
+        rng = generator(seed)
         num_prompts, num_candidates = posterior.num_prompts, self.n * self.num_draws
         width = posterior.max_new_tokens
         tokens = np.full((num_prompts, self.num_draws, width), posterior.pad_token, dtype=np.int64)

@@ -20,6 +20,7 @@ from bayes_klrl.models.decoding import draw_blocks
 from bayes_klrl.inference.proposals import Proposal, resolve_proposal
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
+from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
 
 __all__ = ["ImportanceSampling"]
@@ -62,7 +63,7 @@ class ImportanceSampling:
         """
         proposal, training_tokens = resolve_proposal(self.proposal, posterior, seed, progress)
         start, model_tokens = time.perf_counter(), 0
-        rng = np.random.default_rng(seed)
+        rng = generator(seed)
         tokens, lengths, rewards, log_probs = [], [], [], []
         with track("importance sampling", self.num_draws, progress) as advance:
             for block in draw_blocks(

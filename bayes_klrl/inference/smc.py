@@ -30,6 +30,7 @@ from bayes_klrl.inference.proposals import Proposal, resolve_proposal
 from bayes_klrl.inference.resampling import resampling_scheme
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
+from bayes_klrl.randomness import generator
 from bayes_klrl.typing import FloatArray, IntArray, Twist
 from bayes_klrl.weights import (
     check_log_weights,
@@ -100,7 +101,7 @@ class SMC:
             (proposal, posterior.prior), posterior.prompt_ids, self.num_particles, posterior.max_new_tokens
         )
         population = _Population(posterior, decoding, twist)
-        rng, scheme = np.random.default_rng(seed), resampling_scheme(self.resampling)
+        rng, scheme = generator(seed), resampling_scheme(self.resampling)
         with track("SMC", posterior.max_new_tokens, progress) as advance:
             while not decoding.done:
                 population.step(rng)
@@ -135,7 +136,7 @@ def pilot_twist(posterior: Posterior, seed: int) -> tuple[ConstantTwist, int]:
 
     Where no pilot draw has positive likelihood, Z is taken to be what one hit in one draw more would have given.
     """
-    rng = np.random.default_rng(np.random.SeedSequence([seed, _PILOT_DRAWS]))
+    rng = generator(seed, _PILOT_DRAWS)
     pilot = decode((posterior.prior,), posterior.prompt_ids, _PILOT_DRAWS, posterior.max_new_tokens, rng)
     reward = posterior.reward_of_rows(pilot.tokens, pilot.lengths, pilot.prompt_index)
     log_likelihood = posterior.likelihood.log_likelihood(reward).reshape(posterior.num_prompts, _PILOT_DRAWS)

@@ -22,6 +22,7 @@ from bayes_klrl.inference.checks import check_count, check_positive
 from bayes_klrl.models.decoding import draw_blocks
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
+from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, LanguageModel
 
@@ -148,7 +149,7 @@ class Fit:
         """
         check_count("num_draws", num_draws)
         start, posterior = time.perf_counter(), self.posterior
-        rng = np.random.default_rng(seed)
+        rng = generator(seed)
         tokens, lengths, log_probs, model_tokens = [], [], [], 0
         with track("drawing from the guide", num_draws, progress) as advance:
             for block in draw_blocks(

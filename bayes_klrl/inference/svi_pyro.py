@@ -22,6 +22,7 @@ from bayes_klrl.models.pyro_model import pyro_guide, pyro_model
 from bayes_klrl.models.torch_table import TableLM
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
+from bayes_klrl.randomness import check_seed
 from bayes_klrl.typing import LanguageModel
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def fit_guide(svi: SVI, posterior: Posterior, *, seed: int, progress: bool) -> F
 
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
-        torch.manual_seed(seed)
+        torch.manual_seed(check_seed(seed))
         guide = trainable_guide(posterior.prior, svi.adapter)
         history: dict[str, list[float]] = defaultdict(list)
         with kept_on_interrupt(history) as interrupted, track("SVI", svi.num_steps, progress) as advance:

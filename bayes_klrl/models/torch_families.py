@@ -1,156 +1,193 @@
 """The two families that the tight forward knows: GPT-2, and Llama with its relatives (Mistral, Qwen2, Qwen3).
 
-A family says how one layer is computed from the model's own modules, attention excepted. `family_of` is the
-allow-list: exact classes, known configuration values, no hooks or patched forwards on the containers that the tight
-loop steps over (leaf modules are called, so theirs run). Anything else gets the general network.
+A family says how one layer is computed from the model's own modules, attention excepted; hidden states are flat, one
+row a token. `family_of` is the allow-list: exact classes, known configuration values, no hooks or patched forwards on
+the containers that the tight loop steps over. Anything else gets the general network.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2LMHeadModel, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+from transformers.pytorch_utils import Conv1D
 
 from bayes_klrl.models.torch_network import base_model, model_device
 
-__all__ = ["Family", "family_of"]
+__all__ = ["Family", "Layer", "Rotation", "family_of"]
 
+Function: TypeAlias = Callable[[Tensor], Tensor]
 Rotation: TypeAlias = tuple[Tensor, Tensor] | None
-Heads: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 """Rotary embeddings whose frequencies do not depend on the length of the sequence."""
 
+RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
+
+
+class Layer(Protocol):
+    """One layer around its attention; M = R * S tokens, hidden size D, heads of size d."""
+
+    scale: float
+
+    def heads(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (M, H, d), keys and values (M, H or fewer, d) of hidden states (M, D)."""
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Return the layer's output (M, D) from its input (M, D) and its attended values (M, H d)."""
+
 
 class Family(Protocol):
-    """One architecture, layer by layer; R rows, S new positions, D hidden size, H heads of size d."""
+    """One architecture: embedding, layers, final norm and head, ready to be called."""
 
-    num_layers: int
-    scales: list[float]
+    layers: Sequence[Layer]
+    final_norm: Function
+    head: Function
     width: int
     device: torch.device
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
-        """Return hidden states (R, S, D) of tokens (R, S) at positions (R or 1, S), and what rotates the heads."""
+        """Return hidden states (R, S, D) of tokens (R, S) at positions (R or 1, S), and what turns the heads."""
 
-    def queries_keys_values(self, layer: int, hidden: Tensor, rotation: Rotation) -> Heads:
-        """Return queries (R, H, S, d), keys and values (R, H or fewer, S, d)."""
 
-    def finish_layer(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Return the layer's output from its input and its attended values, all (R, S, D)."""
+class GPT2Layer:
+    """LayerNorm first; one projection for queries, keys and values."""
 
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        """Return what the head reads."""
+    def __init__(self, block: Any) -> None:
+        self.size, self.scale = block.attn.head_dim, float(block.attn.scaling)
+        self.norm_1, self.norm_2 = direct(block.ln_1), direct(block.ln_2)
+        self.attention_in, self.attention_out = direct(block.attn.c_attn), direct(block.attn.c_proj)
+        self.mlp_in, self.activation = direct(block.mlp.c_fc), direct(block.mlp.act)
+        self.mlp_out = direct(block.mlp.c_proj)
 
-    def head(self, features: Tensor) -> Tensor:
-        """Return the logits in the weights' precision."""
+    def heads(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        joint = self.attention_in(self.norm_1(hidden)).view(hidden.shape[0], 3, -1, self.size)
+        queries, keys, values = joint.unbind(1)
+        return queries, keys, values
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + self.attention_out(attended)
+        return hidden + self.mlp_out(self.activation(self.mlp_in(self.norm_2(hidden))))
 
 
 class GPT2Family:
-    """GPT-2: learned positions, LayerNorm first, one projection for queries, keys and values."""
+    """GPT-2: learned positions."""
 
     def __init__(self, model: Any) -> None:
-        self.model, body = model, model.transformer
-        self.body, self.layers = body, list(body.h)
-        self.num_layers = len(self.layers)
-        self.scales = [float(layer.attn.scaling) for layer in self.layers]
+        body = model.transformer
+        self.tokens, self.positions = direct(body.wte), direct(body.wpe)
+        self.layers = [GPT2Layer(block) for block in body.h]
+        self.final_norm, self.head = direct(body.ln_f), direct(model.lm_head)
         self.width = model.config.n_inner or 4 * model.config.hidden_size
         self.device = model_device(model)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
-        return self.body.wte(tokens) + self.body.wpe(positions), None
+        return self.tokens(tokens) + self.positions(positions), None
 
-    def queries_keys_values(self, layer: int, hidden: Tensor, rotation: Rotation) -> Heads:
-        block = self.layers[layer]
-        joint = block.attn.c_attn(block.ln_1(hidden))
-        shape = (*joint.shape[:2], 3, block.attn.num_heads, block.attn.head_dim)
-        queries, keys, values = joint.view(shape).permute(2, 0, 3, 1, 4).unbind(0)
-        return queries, keys, values
 
-    def finish_layer(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
-        block = self.layers[layer]
-        hidden = hidden + block.attn.c_proj(attended)
-        mlp = block.mlp
-        inner = mlp.c_fc(block.ln_2(hidden))
-        # the same function, in one kernel instead of Hugging Face's eight
-        fused = type(mlp.act) is NewGELUActivation
-        activated = F.gelu(inner, approximate="tanh") if fused else mlp.act(inner)
-        output: Tensor = hidden + mlp.c_proj(activated)
-        return output
+class LlamaLayer:
+    """RMSNorm first; keys and queries turned by their positions; gated MLP. Qwen3 also normalises the heads."""
 
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        output: Tensor = self.body.ln_f(hidden)
-        return output
+    def __init__(self, block: Any) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.size, self.scale = attention.head_dim, float(attention.scaling)
+        self.norm_1, self.norm_2 = direct(block.input_layernorm), direct(block.post_attention_layernorm)
+        self.queries, self.keys = direct(attention.q_proj), direct(attention.k_proj)
+        self.values, self.attention_out = direct(attention.v_proj), direct(attention.o_proj)
+        self.query_norm = direct(attention.q_norm) if hasattr(attention, "q_norm") else None
+        self.key_norm = direct(attention.k_norm) if hasattr(attention, "k_norm") else None
+        self.gate, self.up, self.down = direct(mlp.gate_proj), direct(mlp.up_proj), direct(mlp.down_proj)
+        self.activation = direct(mlp.act_fn)
 
-    def head(self, features: Tensor) -> Tensor:
-        output: Tensor = self.model.lm_head(features)
-        return output
+    def heads(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        assert rotation is not None
+        hidden = self.norm_1(hidden)
+        shape = (hidden.shape[0], -1, self.size)
+        queries, keys = self.queries(hidden).view(shape), self.keys(hidden).view(shape)
+        if self.query_norm is not None and self.key_norm is not None:
+            queries, keys = self.query_norm(queries), self.key_norm(keys)
+        return rotate(queries, *rotation), rotate(keys, *rotation), self.values(hidden).view(shape)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        hidden = hidden + self.attention_out(attended)
+        inner = self.norm_2(hidden)
+        return hidden + self.down(self.activation(self.gate(inner)) * self.up(inner))
 
 
 class LlamaFamily:
-    """Llama and relatives: rotary positions, RMSNorm first, fewer key heads than query heads, gated MLP."""
+    """Llama and relatives: rotary positions."""
 
     def __init__(self, model: Any) -> None:
-        self.model, body = model, model.model
-        self.body, self.layers = body, list(body.layers)
-        self.num_layers = len(self.layers)
-        self.scales = [float(layer.self_attn.scaling) for layer in self.layers]
+        body = model.model
+        self.tokens, self.rotary = direct(body.embed_tokens), body.rotary_emb
+        self.layers = [LlamaLayer(block) for block in body.layers]
+        self.final_norm, self.head = direct(body.norm), direct(model.lm_head)
         self.width = model.config.intermediate_size
         self.device = model_device(model)
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
-        hidden = self.body.embed_tokens(tokens)
-        cos, sin = self.body.rotary_emb(hidden, position_ids=positions)
-        return hidden, (cos[:, None], sin[:, None])
-
-    def queries_keys_values(self, layer: int, hidden: Tensor, rotation: Rotation) -> Heads:
-        assert rotation is not None
-        block = self.layers[layer]
-        attention, inner = block.self_attn, rms_norm(block.input_layernorm, hidden)
-        shape = (*inner.shape[:2], -1, attention.head_dim)
-        queries, keys = attention.q_proj(inner).view(shape), attention.k_proj(inner).view(shape)
-        if hasattr(attention, "q_norm"):
-            queries, keys = rms_norm(attention.q_norm, queries), rms_norm(attention.k_norm, keys)
-        values = attention.v_proj(inner).view(shape).transpose(1, 2)
-        return rotate(queries.transpose(1, 2), *rotation), rotate(keys.transpose(1, 2), *rotation), values
-
-    def finish_layer(self, layer: int, hidden: Tensor, attended: Tensor) -> Tensor:
-        block = self.layers[layer]
-        hidden = hidden + block.self_attn.o_proj(attended)
-        mlp, inner = block.mlp, rms_norm(block.post_attention_layernorm, hidden)
-        output: Tensor = hidden + mlp.down_proj(mlp.act_fn(mlp.gate_proj(inner)) * mlp.up_proj(inner))
-        return output
-
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        return rms_norm(self.body.norm, hidden)
-
-    def head(self, features: Tensor) -> Tensor:
-        output: Tensor = self.model.lm_head(features)
-        return output
-
-
-def rms_norm(norm: Any, hidden: Tensor) -> Tensor:
-    """Return the module's output; in float32, by the fused kernel that computes the same."""
-    output: Tensor = norm(hidden)
-    return output
+        hidden = self.tokens(tokens)
+        cos, sin = self.rotary(hidden, position_ids=positions)  # (R or 1, S, d)
+        half = cos.shape[-1] // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+        shape = (*tokens.shape, cos.shape[-1])
+        return hidden, (cos.expand(shape).reshape(-1, 1, shape[2]), sin.expand(shape).reshape(-1, 1, shape[2]))
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the heads (R, H, S, d) turned by their positions' angles (R or 1, 1, S, d)."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cos + torch.cat((-second, first), dim=-1) * sin
+    """Return the heads (M, H, d) turned by their positions' angles (M, 1, d), the first half of the sines negated."""
+    return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
+
+
+def direct(module: Any) -> Function:
+    """Return a function (M, features) -> (M, features) that computes what the module does.
+
+    A plain layer without hooks is bound to its kernel, which for a small model saves as much time as the kernel takes;
+    anything else, LoRA layers for one, is called as the module that it is.
+    """
+    if not untouched([module]):
+        return module  # type: ignore[no-any-return]
+    kind = type(module)
+    if kind is Conv1D:
+        weight, bias = module.weight, module.bias
+        return lambda inputs: torch.addmm(bias, inputs, weight)
+    if kind is nn.Linear:
+        return partial(F.linear, weight=module.weight, bias=module.bias)
+    if kind is nn.LayerNorm:
+        shape = module.normalized_shape
+        return partial(
+            F.layer_norm, normalized_shape=shape, weight=module.weight, bias=module.bias, eps=module.eps
+        )
+    if kind in RMS_NORMS and module.weight.dtype == torch.float32:  # in half precision the original rounds in between
+        shape, epsilon = tuple(module.weight.shape), module.variance_epsilon
+        return partial(F.rms_norm, normalized_shape=shape, weight=module.weight, eps=epsilon)
+    if kind is NewGELUActivation:
+        return partial(F.gelu, approximate="tanh")  # the same function in one kernel instead of eight
+    return module  # type: ignore[no-any-return]
 
 
 def family_of(module: nn.Module) -> Family | None:
     """Return the family of a model that the tight loop computes as the model itself does, else None."""
+    model = base_model(module)
     if not adapter_is_in_place(module):
         return None
-    model = base_model(module)
     if type(model) is GPT2LMHeadModel:
         return gpt2_family(module, model)
     if type(model) in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM):
@@ -160,29 +197,29 @@ def family_of(module: nn.Module) -> Family | None:
 
 def gpt2_family(module: nn.Module, model: Any) -> Family | None:
     """Return GPT-2's family unless an option is on that the tight loop does not know."""
-    config = model.config
-    stepped_over = [module, model, model.transformer]
+    containers = [module, model, model.transformer]
     for layer in model.transformer.h:
         if (type(layer), type(layer.attn), type(layer.mlp)) != (GPT2Block, GPT2Attention, GPT2MLP):
             return None
-        stepped_over += [layer, layer.attn, layer.mlp]
-    plain = not (config.add_cross_attention or config.reorder_and_upcast_attn)
-    return GPT2Family(model) if plain and untouched(stepped_over) else None
+        containers += [layer, layer.attn, layer.mlp]
+    plain = not (model.config.add_cross_attention or model.config.reorder_and_upcast_attn)
+    return GPT2Family(model) if plain and untouched(containers) else None
 
 
 def llama_family(module: nn.Module, model: Any) -> Family | None:
     """Return Llama's family unless an option is on that the tight loop does not know."""
     config, prefix = model.config, type(model).__name__.removesuffix("ForCausalLM")
-    expected = (f"{prefix}DecoderLayer", f"{prefix}Attention", f"{prefix}MLP")
-    stepped_over = [module, model, model.model]
+    expected = [prefix + part for part in ("DecoderLayer", "Attention", "MLP")]
+    containers = [module, model, model.model]
     for layer in model.model.layers:
-        if tuple(type(part).__name__ for part in (layer, layer.self_attn, layer.mlp)) != expected:
+        parts = [layer, layer.self_attn, layer.mlp]
+        if [type(part).__name__ for part in parts] != expected:
             return None
-        stepped_over += [layer, layer.self_attn, layer.mlp]
+        containers += parts
     full_attention = {"full_attention"} >= set(getattr(config, "layer_types", None) or ())
     no_window = full_attention and (type(model) is not MistralForCausalLM or config.sliding_window is None)
     static_rope = (config.rope_parameters or {}).get("rope_type", "default") in STATIC_ROPE
-    return LlamaFamily(model) if no_window and static_rope and untouched(stepped_over) else None
+    return LlamaFamily(model) if no_window and static_rope and untouched(containers) else None
 
 
 def adapter_is_in_place(module: nn.Module) -> bool:

@@ -202,7 +202,8 @@ class TorchLM:
         self._check_ids(tokens)
         num_tokens = state.num_tokens + 1
         self._check_length(int(num_tokens.max(initial=0)))
-        self._switch_dropout_off()
+        if self._module.training:
+            self._module.eval()
         on_device = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
         features, cache = state.network.step(state.cache, on_device)
         return TorchState(state.network, features, cache, num_tokens)

@@ -28,36 +28,41 @@ GROWTH = 32
 
 @dataclass(eq=False)
 class Buffer:
-    """Keys and values of all layers, shape (layers, 2, R, heads, capacity, head size); `filled` positions are taken."""
+    """Each layer's keys and values, shape (R, capacity, 2, heads, head size); `filled` positions are taken."""
 
-    keys_values: Tensor
+    layers: list[Tensor]
     filled: int
 
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """The first `length` positions of a buffer. Caches share a buffer; whoever writes to a taken position copies."""
+    """The first `length` positions of a buffer. Caches share buffers; who would write to a taken position copies."""
 
     buffer: Buffer
     length: int
     padding: Tensor | None  # (R,) unused positions on the left; None if no row has any
 
-    def writable(self, num_new: int) -> Buffer:
-        """Return a buffer with these positions and `num_new` free ones after them: this one, or a copy."""
-        keys_values = self.buffer.keys_values
-        if self.buffer.filled == self.length and keys_values.shape[4] >= self.length + num_new:
+    def writable(self) -> Buffer:
+        """Return a buffer with these positions and a free one after them: this one, or a copy."""
+        full = self.buffer.layers[0].shape[1] == self.length
+        if self.buffer.filled == self.length and not full:
             return self.buffer
-        shape = (*keys_values.shape[:4], self.length + num_new + GROWTH, keys_values.shape[5])
-        copy = keys_values.new_empty(shape)
-        copy[..., : self.length, :] = keys_values[..., : self.length, :]
-        return Buffer(copy, self.length)
+        return Buffer([with_room(stored[:, : self.length]) for stored in self.buffer.layers], self.length)
+
+
+def with_room(stored: Tensor) -> Tensor:
+    """Return a copy of one layer's keys and values with free positions at the end."""
+    num_rows, length = stored.shape[:2]
+    copy = stored.new_empty((num_rows, length + GROWTH, *stored.shape[2:]))
+    copy[:, :length] = stored
+    return copy
 
 
 class Memory(Protocol):
     """Where attention finds the keys and values of earlier positions."""
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return one layer's keys and values (R, heads, positions, head size), the given ones last."""
+        """Return one layer's keys and values (R, positions, heads, head size), the given ones last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,11 +73,11 @@ class WrittenMemory:
     length: int
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + keys.shape[2]
-        stored = self.buffer.keys_values[layer]
-        stored[0, :, :, self.length : end] = keys
-        stored[1, :, :, self.length : end] = values
-        return stored[0, :, :, :end], stored[1, :, :, :end]
+        end = self.length + keys.shape[1]
+        stored_keys, stored_values = self.buffer.layers[layer][:, :end].unbind(2)
+        stored_keys[:, self.length :] = keys
+        stored_values[:, self.length :] = values
+        return stored_keys, stored_values
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +89,8 @@ class JoinedMemory:
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.past:
-            keys = torch.cat([self.past[layer][0], keys], dim=2)
-            values = torch.cat([self.past[layer][1], values], dim=2)
+            keys = torch.cat([self.past[layer][0], keys], dim=1)
+            values = torch.cat([self.past[layer][1], values], dim=1)
         self.joined.append((keys, values))
         return keys, values
 
@@ -106,18 +111,20 @@ def attention_mask(num_queries: int, num_keys: int, padding: Tensor | None, devi
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Return softmax(q k' scale) v for queries (R, H, S, d), keys and values (R, H / G, L, d), shape (R, S, H d).
+    """Return softmax(q k' scale) v of queries (R, S, H, d), keys and values (R, L, H / G, d), shape (R S, H d).
 
-    The G query heads that share a key head are laid out as further queries, so keys and values are never repeated.
+    The G query heads that share a key head are laid out as further queries: keys and values are never repeated.
     """
-    num_rows, num_heads, num_queries, size = queries.shape
-    groups = num_heads // keys.shape[1]
+    num_rows, num_queries, num_heads, size = queries.shape
+    groups = num_heads // keys.shape[2]
+    queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
     if groups > 1:
-        queries = queries.reshape(num_rows, keys.shape[1], groups * num_queries, size)
+        queries = queries.reshape(num_rows, -1, groups * num_queries, size)
         mask = None if mask is None else mask.repeat(1, 1, groups, 1)
     attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    attended = attended.reshape(num_rows, num_heads, num_queries, size).transpose(1, 2)
-    return attended.reshape(num_rows, num_queries, num_heads * size)
+    if groups > 1:
+        attended = attended.reshape(num_rows, num_heads, num_queries, size)
+    return attended.transpose(1, 2).reshape(num_rows * num_queries, num_heads * size)
 
 
 class TightNetwork:
@@ -133,25 +140,22 @@ class TightNetwork:
         memory = JoinedMemory([], [])
         hidden = self._forward(tokens, 0, padding, memory)
         length = tokens.shape[1]
-        keys_values = torch.stack([torch.stack(pair) for pair in memory.joined])
-        return hidden[:, -1], Cache(Buffer(keys_values, length), length, padding)
+        layers = [torch.stack(pair, dim=2) for pair in memory.joined]
+        return hidden[:, -1], Cache(Buffer(layers, length), length, padding)
 
     @torch.no_grad()
     def step(self, cache: Cache, tokens: Tensor) -> tuple[Tensor, Cache]:
         """See `Network.step`."""
-        buffer = cache.writable(1)
-        buffer.filled = cache.length + 1  # taken from here on, even if the forward below fails
-        hidden = self._forward(tokens[:, None], cache.length, cache.padding, WrittenMemory(buffer, cache.length))
-        return hidden[:, -1], Cache(buffer, cache.length + 1, cache.padding)
+        buffer, length = cache.writable(), cache.length
+        buffer.filled = length + 1  # taken from here on, even if the forward below fails
+        hidden = self._forward(tokens[:, None], length, cache.padding, WrittenMemory(buffer, length))
+        return hidden[:, -1], Cache(buffer, length + 1, cache.padding)
 
     def select(self, cache: Cache, rows: Tensor) -> Cache:
         """See `Network.select`."""
-        taken = cache.buffer.keys_values[..., : cache.length, :]
-        shape = (*taken.shape[:2], len(rows), taken.shape[3], cache.length + GROWTH, taken.shape[5])
-        keys_values = taken.new_empty(shape)
-        keys_values[..., : cache.length, :] = taken.index_select(2, rows)
+        layers = [stored[:, : cache.length].index_select(0, rows) for stored in cache.buffer.layers]
         padding = None if cache.padding is None else cache.padding[rows]
-        return Cache(Buffer(keys_values, cache.length), cache.length, padding)
+        return Cache(Buffer(layers, cache.length), cache.length, padding)
 
     def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
         """See `Network.features`: each prompt is read once, then all its completions follow it in one go."""
@@ -181,12 +185,13 @@ class TightNetwork:
             positions = (positions - padding[:, None]).clamp(min=0)
         mask = attention_mask(num_new, start + num_new, padding, tokens.device)
         hidden, rotation = family.embed(tokens, positions)
-        for layer in range(family.num_layers):
-            queries, keys, values = family.queries_keys_values(layer, hidden, rotation)
-            keys, values = memory.extend(layer, keys, values)
-            attended = attend(queries, keys, values, mask, family.scales[layer])
-            hidden = family.finish_layer(layer, hidden, attended)
-        return family.final_norm(hidden)
+        by_row = hidden.shape[:2]
+        hidden = hidden.flatten(0, 1)
+        for index, layer in enumerate(family.layers):
+            queries, keys, values = (part.unflatten(0, by_row) for part in layer.heads(hidden, rotation))
+            keys, values = memory.extend(index, keys, values)
+            hidden = layer.finish(hidden, attend(queries, keys, values, mask, layer.scale))
+        return family.final_norm(hidden).view(*by_row, -1)
 
 
 def tight_network(module: nn.Module, vocab_size: int) -> TightNetwork | None:

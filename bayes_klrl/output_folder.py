@@ -1,0 +1,38 @@
+"""Folders that we write results into: ours are marked, others are left alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bayes_klrl.errors import BayesKLRLError
+
+__all__ = ["check_output", "prepare_output"]
+
+_MARK = ".bayes-klrl"
+
+
+def check_output(folder: str | Path) -> Path:
+    """Return the path if we may write there: it does not exist, is empty, or was written by us.
+
+    Raises
+    ------
+    BayesKLRLError
+        If it is a file, or a folder with something in it that is not ours.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise BayesKLRLError(f"The output folder {str(path)!r} is a file. Choose another with --out.")
+    if path.is_dir() and any(path.iterdir()) and not (path / _MARK).exists():
+        raise BayesKLRLError(
+            f"The output folder {str(path)!r} exists and was not written by bayes-klrl; nothing was overwritten. Choose "
+            "another with --out, or empty it."
+        )
+    return path
+
+
+def prepare_output(folder: str | Path) -> Path:
+    """Create and mark the folder; see `check_output` for what is refused."""
+    path = check_output(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / _MARK).write_text("Written by bayes-klrl; files in here may be overwritten by it.\n", encoding="utf-8")
+    return path
