@@ -67,12 +67,39 @@ _HOME = {
     "TokenReward": "bayes_klrl.likelihood",
     "TorchLM": "bayes_klrl.models.torch_lm",
     "UnboundedLossError": "bayes_klrl.errors",
-    "CheckpointError": "bayes_klrl.errors",
     "check_posterior": "bayes_klrl.contract",
     "compare": "bayes_klrl.comparison",
 }
 
-__all__ = sorted(_HOME)
+__all__ = [
+    "Algorithm",
+    "BayesKLRLError",
+    "BestOfN",
+    "BudgetError",
+    "CheckpointError",
+    "Comparison",
+    "Constraint",
+    "Draws",
+    "Exact",
+    "Fit",
+    "ImportanceSampling",
+    "LanguageModel",
+    "Likelihood",
+    "NgramLM",
+    "Posterior",
+    "Reward",
+    "RewardError",
+    "SMC",
+    "SVI",
+    "Sequences",
+    "SupportError",
+    "TextRewardError",
+    "TokenReward",
+    "TorchLM",
+    "UnboundedLossError",
+    "check_posterior",
+    "compare",
+]
 
 
 def __getattr__(name: str) -> object:

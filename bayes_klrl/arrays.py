@@ -68,7 +68,8 @@ def draw_tokens(log_probs: Array, rows: IntArray, uniforms: FloatArray) -> IntAr
         return drawn
     cumulative = np.exp(to_host(log_probs).astype(np.float64)).cumsum(axis=-1)[rows]
     targets = np.minimum(uniforms, 1.0 - np.finfo(np.float64).eps)[:, None] * cumulative[:, -1:]
-    return np.minimum((cumulative <= targets).sum(axis=-1), last)
+    on_host: IntArray = np.minimum((cumulative <= targets).sum(axis=-1), last)
+    return on_host
 
 
 def take_tokens(log_probs: Array, rows: IntArray, tokens: IntArray) -> FloatArray:

@@ -19,7 +19,7 @@ from bayes_klrl.errors import RewardError
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
-__all__ = ["RESERVED_NAMES", "Batch", "TextCall", "first_failing_row", "parameters", "to_floats"]
+__all__ = ["RESERVED_NAMES", "Batch", "TextCall", "accepts", "first_failing_row", "parameters", "to_floats"]
 
 _BATCH_NAMES = ("prompts", "completions", "completion_ids", "finished")
 RESERVED_NAMES = frozenset({*_BATCH_NAMES, "tokens", "lengths", "prompt_index", "prior", "likelihood", "max_new_tokens"})
@@ -71,9 +71,9 @@ class Batch:
     def named(self, name: str) -> Sequence[Any]:
         """Return what a reward function asks for by `name`, one entry a completion."""
         if name == "completions":
-            return self.completions
+            return list(self.completions)  # copies: a function may sort what it is given
         if name == "completion_ids":
-            return self.completion_ids
+            return [list(ids) for ids in self.completion_ids]
         if name == "finished":
             finished: list[bool] = self.sequences.finished(self.prior.eos_token_ids).ravel().tolist()
             return finished
@@ -102,7 +102,8 @@ class TextCall:
         known = {*_BATCH_NAMES, *columns}
         required, optional, open_ended = parameters(fn)
         if len(required) == 1 and required[0] not in known:
-            extra = [name for name in optional if name in known - {"completions"}]
+            others = sorted(known - {"completions"})
+            extra = others if open_ended else [name for name in optional if name in others]
             return cls(fn, ("completions", *extra), positional=True)
         unknown = [name for name in required if name not in known]
         if unknown:
@@ -119,7 +120,8 @@ class TextCall:
     def reads_text(self) -> bool:
         """Whether the completions' text is required (not merely taken by `**kwargs`)."""
         required, optional, open_ended = parameters(self.fn)
-        return "completions" in self.names and not (open_ended and "completions" not in (*required, *optional))
+        swept_up = open_ended and not self.positional and "completions" not in (*required, *optional)
+        return "completions" in self.names and not swept_up
 
     def without_text(self) -> TextCall:
         """Return the same call with nothing that needs decoding."""
@@ -145,6 +147,19 @@ def parameters(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
     return required, optional, any(p.kind is p.VAR_KEYWORD for p in signature)
 
 
+def accepts(fn: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
+    """Return whether a function can be called like this; true if it has no signature to tell."""
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*arguments, **named)
+    except TypeError:
+        return False
+    return True
+
+
 def first_failing_row(call: TextCall, arguments: Mapping[str, Sequence[Any]]) -> int:
     """Return the first completion on which the function raises by itself; 0 if it takes several to make it raise."""
     num_rows = len(next(iter(arguments.values())))
@@ -159,8 +174,8 @@ def first_failing_row(call: TextCall, arguments: Mapping[str, Sequence[Any]]) ->
 def to_floats(outcome: Any, label: str, batch: Batch) -> FloatArray:
     """Return a function's outcome as float64 (M,), refusing None, strings and wrong lengths."""
     num_rows = len(batch)
-    if hasattr(outcome, "detach"):  # a torch tensor, with or without gradient
-        outcome = to_host(outcome)
+    if hasattr(outcome, "detach"):  # a torch tensor: with or without gradient, of any precision
+        outcome = to_host(outcome.double())
     if outcome is None or isinstance(outcome, str | bytes) or not hasattr(outcome, "__len__"):
         raise RewardError(
             f"Reward {label!r} returned {outcome!r} for {num_rows} completions. It must return one float a completion."
@@ -178,8 +193,8 @@ def to_floats(outcome: Any, label: str, batch: Batch) -> FloatArray:
         try:
             if value is None or isinstance(value, str | bytes):
                 raise TypeError
-            values[row] = float(value)
-        except (TypeError, ValueError):
+            values[row] = float(value.detach() if hasattr(value, "detach") else value)
+        except (TypeError, ValueError, OverflowError):
             raise RewardError(
                 f"Reward {label!r} returned {value!r} for {batch.describe(row)}. A reward is a finite number, or -inf "
                 "for what is impossible."

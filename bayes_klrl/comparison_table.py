@@ -73,7 +73,7 @@ def method_row(
     return {
         "log_evidence": float(log_evidence.mean()) if defined else np.nan,
         "log_evidence_se": float(np.sqrt(variance.sum()) / variance.size),
-        "elbo": float(np.mean([_elbo(draws).mean() for draws in repeats])),
+        "elbo": float(np.mean([draws.elbo.mean() for draws in repeats])),
         "reward": float(np.mean([draws.mean(draws.reward).mean() for draws in repeats])) if alive else np.nan,
         "kl_prior": kl_prior,
         "kl_posterior_sign": sign,
@@ -91,9 +91,7 @@ def method_row(
 class ComparisonTable(pd.DataFrame):
     """A DataFrame, one row a method, that prints as a table for people."""
 
-    @property
-    def _constructor(self) -> type[pd.DataFrame]:
-        return pd.DataFrame
+    _constructor: type[pd.DataFrame] = pd.DataFrame  # what slices of it are
 
     @classmethod
     def of(cls, rows: Mapping[str, Mapping[str, Any]]) -> ComparisonTable:
@@ -159,18 +157,6 @@ def _or_dead(log_evidence: FloatArray) -> FloatArray:
     return np.where(np.isnan(log_evidence), -np.inf, log_evidence)
 
 
-def _log_ratio(draws: Draws) -> FloatArray:
-    """Return log w = log p0 + r / alpha - log q of each draw, (P, N); NaN where q has no density."""
-    with np.errstate(invalid="ignore"):
-        ratio: FloatArray = draws.log_prior + draws.log_likelihood - draws.log_proposal
-    return ratio
-
-
-def _elbo(draws: Draws) -> FloatArray:
-    """Return the ELBO of whatever the draws came from, (P,); NaN for none."""
-    return draws.elbo
-
-
 def _kl_prior(algorithm: Algorithm, draws: Draws) -> FloatArray:
     """Return KL(answer || prior) of each prompt, (P,).
 
@@ -180,8 +166,10 @@ def _kl_prior(algorithm: Algorithm, draws: Draws) -> FloatArray:
     if isinstance(algorithm, BestOfN):
         return np.full(draws.shape[0], np.log(algorithm.n) - (algorithm.n - 1) / algorithm.n)
     if np.isnan(draws.log_evidence).any():
-        return (draws.log_proposal - draws.log_prior).mean(axis=1)
-    return draws.mean(draws.log_likelihood) - draws.log_evidence
+        guide: FloatArray = (draws.log_proposal - draws.log_prior).mean(axis=1)
+        return guide
+    kl: FloatArray = draws.mean(draws.log_likelihood) - draws.log_evidence
+    return kl
 
 
 def _kl_posterior(

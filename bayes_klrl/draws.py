@@ -245,8 +245,8 @@ class Draws:
         They are samples of these draws, not fresh ones: never more than N distinct texts, and fit for a frequency test
         only while `num` is small against the effective sample size.
         """
-        if num < 1:
-            raise BayesKLRLError(f"num must be at least 1; got {num}.")
+        if isinstance(num, bool) or not isinstance(num, int | np.integer) or num < 1:
+            raise BayesKLRLError(f"num must be an integer of at least 1; got {num!r}.")
         rng = generator(seed)
         weights = normalised(self.log_weights)
         chosen = np.stack([rng.choice(self.shape[1], size=num, p=row) for row in weights])

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bayes_klrl.batch import Batch, TextCall, first_failing_row, parameters, to_floats
+from bayes_klrl.batch import Batch, TextCall, accepts, first_failing_row, parameters, to_floats
 from bayes_klrl.errors import BayesKLRLError, RewardError, TextRewardError
 from bayes_klrl.typing import FloatArray, LanguageModel
 
@@ -262,21 +262,23 @@ class TokenReward(_Factor):
             self.fn, alpha=self.alpha / gamma, bounds=self.bounds, name=self.name, callback=self.callback
         )
 
+    @property
+    def _asked_for(self) -> tuple[str, ...]:
+        """What the function asks for by name."""
+        required, optional, _ = parameters(self.fn)
+        return ("prompt_index",) if "prompt_index" in (*required, *optional) else ()
+
     def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
         """See `Likelihood.check`."""
-        required, _, _ = parameters(self.fn)
-        unknown = [name for name in required[2:] if name != "prompt_index"]
-        if unknown or (0 < len(required) < 2):
+        if not accepts(self.fn, None, None, **dict.fromkeys(self._asked_for)):
             raise RewardError(
                 f"TokenReward {self.label!r} must take (tokens, lengths) and may ask for prompt_index; its required "
-                f"parameters are {required}."
+                f"parameters are {parameters(self.fn)[0]}."
             )
 
     def values(self, batch: Batch) -> FloatArray:
         """See `_Factor.values`."""
-        required, optional, open_ended = parameters(self.fn)
-        asked = "prompt_index" in (*required, *optional) or open_ended
-        extra = {"prompt_index": batch.prompt_index} if asked else {}
+        extra = {name: batch.prompt_index.copy() for name in self._asked_for}
         try:
             outcome = self.fn(batch.tokens.copy(), batch.lengths.copy(), **extra)
         except Exception as error:  # whatever a user's function raises is shown with the completions it met
@@ -349,12 +351,11 @@ def _check_factor(factor: Reward | TokenReward) -> None:
 def _positive(what: str, value: float) -> float:
     """Return a positive finite number as float."""
     try:
-        number = float(value)
+        number = np.nan if isinstance(value, str | bytes | bool) else float(value)
     except (TypeError, ValueError):
-        raise BayesKLRLError(f"{what} must be a positive finite number; got {value!r}.") from None
+        number = np.nan
     if not (np.isfinite(number) and number > 0):
         raise BayesKLRLError(
-            f"{what} must be a positive finite number; got {value!r}. alpha -> 0 is a hard constraint "
-            "(bk.Constraint), alpha -> inf the prior itself."
+            f"{what} must be a positive finite number; got {value!r}. For a hard limit use bk.Constraint."
         )
     return number

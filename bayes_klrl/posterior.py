@@ -24,7 +24,7 @@ from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 if TYPE_CHECKING:
     from bayes_klrl.draws import Draws
 
-__all__ = ["Posterior", "completion_log_probs"]
+__all__ = ["Posterior", "check_context", "check_language_model", "completion_log_probs"]
 
 _TOKENS_PER_CHUNK = 2**14
 
@@ -75,6 +75,7 @@ class Posterior:
         max_new_tokens: int,
         **columns: Sequence[Any],
     ) -> None:
+        check_language_model("The prior", prior)
         if not isinstance(likelihood, Likelihood):
             raise BayesKLRLError(
                 f"likelihood must be a bk.Reward, bk.TokenReward or bk.Constraint; got {likelihood!r}. Wrap a function: "
@@ -89,7 +90,7 @@ class Posterior:
         self.columns = _checked_columns(columns, len(self.prompts))
         likelihood.check(prior, self.columns)
         self.prompt_ids = _encoded(self.prompts, prior)
-        _check_context(self.prompt_ids, self.max_new_tokens, prior)
+        check_context(self.prompt_ids, self.max_new_tokens, prior)
 
     def __repr__(self) -> str:
         return (
@@ -183,6 +184,16 @@ class Posterior:
         return pyro_guide(self, lm)
 
 
+def check_language_model(what: str, lm: object) -> None:
+    """Refuse what has not every attribute and method of the `LanguageModel` protocol."""
+    missing = [name for name in vars(LanguageModel) if not name.startswith("_") and not hasattr(lm, name)]
+    if missing:
+        raise BayesKLRLError(
+            f"{what} must be a language model, such as bk.TorchLM.from_pretrained(...); a {type(lm).__name__} has no "
+            f"{', '.join(missing)}. See bk.LanguageModel."
+        )
+
+
 def completion_log_probs(
     lm: LanguageModel, prompt_ids: Sequence[Sequence[int]], sequences: Sequences
 ) -> FloatArray:
@@ -202,18 +213,25 @@ def _prompt_list(prompts: str | Sequence[Any]) -> tuple[Any, ...]:
     """Return the prompts as a tuple of texts or of token-id tuples."""
     if isinstance(prompts, str):
         return (prompts,)
+    if not hasattr(prompts, "__len__"):
+        raise BayesKLRLError(f"prompts must be a text or a list; got {prompts!r}.")
     listed = [prompt.tolist() if isinstance(prompt, np.ndarray | np.generic) else prompt for prompt in prompts]
-    if listed and all(isinstance(item, int) for item in listed):
+    if listed and all(_is_id(item) for item in listed):
         return (tuple(listed),)
     if not listed:
         raise BayesKLRLError("prompts is empty; give at least one prompt (the empty text '' is one).")
     if all(isinstance(prompt, str) for prompt in listed):
         return tuple(listed)
-    if all(isinstance(p, Sequence) and all(isinstance(i, int) for i in p) for p in listed):
-        return tuple(tuple(p) for p in listed)
+    if all(isinstance(p, list | tuple) and all(_is_id(i) for i in p) for p in listed):
+        return tuple(tuple(int(i) for i in p) for p in listed)
     raise BayesKLRLError(
         f"prompts must be one text or list of token ids, or a list of such, all of one kind; got {prompts!r}."
     )
+
+
+def _is_id(item: object) -> bool:
+    """Return whether something can be a token id."""
+    return isinstance(item, int | np.integer) and not isinstance(item, bool)
 
 
 def _checked_columns(columns: dict[str, Sequence[Any]], num_prompts: int) -> dict[str, tuple[Any, ...]]:
@@ -251,9 +269,9 @@ def _encoded(prompts: tuple[Any, ...], prior: LanguageModel) -> tuple[tuple[int,
     return tuple(tuple(row) if row or bos is None else (int(bos),) for row in ids)
 
 
-def _check_context(prompt_ids: tuple[tuple[int, ...], ...], max_new_tokens: int, prior: LanguageModel) -> None:
+def check_context(prompt_ids: tuple[tuple[int, ...], ...], max_new_tokens: int, lm: LanguageModel) -> None:
     """Refuse a prompt and completion that do not fit into the model's context."""
-    context = getattr(prior, "context_length", None)
+    context = getattr(lm, "context_length", None)
     longest = max(len(row) for row in prompt_ids)
     if context is not None and longest + max_new_tokens > context:
         raise BayesKLRLError(

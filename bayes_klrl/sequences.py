@@ -97,15 +97,19 @@ class Sequences:
         array([[[5, 1, 1],
                 [7, 1, 1]]])
         """
-        lengths = np.array([[len(ids) for ids in completions]], dtype=np.int64).reshape(1, len(completions))
+        rows = [ids.tolist() if hasattr(ids, "tolist") else ids for ids in completions]
+        for row, ids in enumerate(rows):
+            if not isinstance(ids, list | tuple) or not all(isinstance(i, int | np.integer) for i in ids):
+                raise BayesKLRLError(f"Completion {row} must be a list of token ids; got {ids!r}.")
+        lengths = np.array([[len(ids) for ids in rows]], dtype=np.int64).reshape(1, len(rows))
         if lengths.size and (lengths.min() < 1 or lengths.max() > max_new_tokens):
             worst = int(np.argmax((lengths[0] < 1) | (lengths[0] > max_new_tokens)))
             raise BayesKLRLError(
                 f"Completion {worst} has {lengths[0, worst]} tokens; a completion has 1 to max_new_tokens = "
                 f"{max_new_tokens} tokens, EOS included."
             )
-        tokens = np.full((1, len(completions), max_new_tokens), pad_token, dtype=np.int64)
-        for row, ids in enumerate(completions):
+        tokens = np.full((1, len(rows), max_new_tokens), pad_token, dtype=np.int64)
+        for row, ids in enumerate(rows):
             tokens[0, row, : len(ids)] = ids
         return cls(tokens, lengths)
 

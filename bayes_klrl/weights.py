@@ -118,7 +118,8 @@ def log_evidence_se(ess: ArrayLike, num_draws: int, num_resampled: ArrayLike = 0
 
         Var(Z-hat / Z) ~ 1 - (N / (N - 1))^(k + 1) (1 - sum_E (sum_{n in E} W_n)^2),
 
-    which for k = 0 is the importance-sampling formula (1 / ESS - 1 / N) N / (N - 1).
+    which for k = 0 is the importance-sampling formula (1 / ESS - 1 / N) N / (N - 1). It can come out negative; then k = 0,
+    which is on the safe side, stands in for it.
 
     Parameters
     ----------
@@ -127,7 +128,7 @@ def log_evidence_se(ess: ArrayLike, num_draws: int, num_resampled: ArrayLike = 0
     num_draws
         N.
     num_resampled
-        k.
+        k, those by multinomial draws: other schemes add so little noise of their own that k = 0 is closer.
 
     Returns
     -------
@@ -137,9 +138,10 @@ def log_evidence_se(ess: ArrayLike, num_draws: int, num_resampled: ArrayLike = 0
     if num_draws < 2:
         return np.full(ess.shape, np.nan)
     with np.errstate(divide="ignore"):
-        inflation = (num_draws / (num_draws - 1)) ** (np.asarray(num_resampled, dtype=np.float64) + 1)
-        variance = 1.0 - inflation * (1.0 - 1.0 / ess)
-    se: FloatArray = np.sqrt(np.maximum(variance, 0.0))
+        ratio, between = num_draws / (num_draws - 1), 1.0 - 1.0 / ess
+        uncorrected = 1.0 - ratio * between
+        variance = 1.0 - ratio ** (np.asarray(num_resampled, dtype=np.float64) + 1) * between
+    se: FloatArray = np.sqrt(np.maximum(np.where(variance > 0, variance, uncorrected), 0.0))
     return se
 
 
@@ -158,8 +160,9 @@ def psis(log_weights: ArrayLike) -> tuple[FloatArray, FloatArray]:
 
     Returns
     -------
-    Smoothed log-weights, shape (..., N), logsumexp 0; and k, shape (...,): -inf for constant weights (perfect), NaN for
-    fewer than 25 positive weights (too few for a tail).
+    Smoothed log-weights, shape (..., N), logsumexp 0; and k, shape (...,): -inf where the largest weight fills the whole
+    tail (constant weights: perfect), NaN where there is no tail to fit: for fewer than 21 positive weights, or fewer than
+    5 distinct ones in the tail.
     """
     log_w = check_log_weights(log_weights)
     smoothed = np.empty_like(log_w)
@@ -183,14 +186,15 @@ def _psis_row(log_w: FloatArray) -> tuple[FloatArray, float]:
     if num_tail < 5:
         return smoothed, np.nan
     order = positive[np.argsort(smoothed[positive], kind="stable")]
-    tail, cutoff = order[-num_tail:], smoothed[order[-num_tail - 1]]
-    top = smoothed[tail[-1]]
-    exceedances = np.exp(smoothed[tail] - top) - np.exp(cutoff - top)
-    if exceedances[-1] <= np.finfo(float).tiny:  # the whole tail ties with the cutoff: nothing to fit
+    cutoff, top = smoothed[order[-num_tail - 1]], smoothed[order[-1]]
+    exceedances = np.exp(smoothed[order] - top) - np.exp(cutoff - top)
+    tail, exceedances = order[exceedances > 0], exceedances[exceedances > 0]
+    if not tail.size:  # the largest weight fills the whole tail
         return smoothed, -np.inf
-    k, sigma = _fit_generalised_pareto(np.maximum(exceedances, np.finfo(float).tiny))
-    quantiles = (np.arange(num_tail) + 0.5) / num_tail
-    quantiles = (np.arange(num_tail) + 0.5) / num_tail
+    if np.unique(exceedances).size < 5:  # a reward of few levels is no Pareto tail: its k would be any number
+        return smoothed, np.nan
+    k, sigma = _fit_generalised_pareto(exceedances)
+    quantiles = (np.arange(tail.size) + 0.5) / tail.size
     with np.errstate(over="ignore"):  # a very heavy tail: capped at the largest weight below
         expected = sigma * (np.expm1(-k * np.log1p(-quantiles)) / k if k != 0 else -np.log1p(-quantiles))
     smoothed[tail] = np.minimum(np.log(expected + np.exp(cutoff - top)) + top, top)

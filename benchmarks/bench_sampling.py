@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import transformers as hf
 
+from bayes_klrl.arrays import draw_tokens
 from bayes_klrl.models.torch_lm import TorchLM
 
 PROMPT_LENGTH, NUM_NEW = 8, 32
@@ -50,16 +51,14 @@ def random_model(size: str) -> Any:
 
 def sample_ours(lm: TorchLM, prompt: list[int], num_rows: int, seed: int) -> np.ndarray:
     """Return num_rows completions, shape (R, T): inverse CDF on uniforms from the host."""
-    uniforms = np.random.default_rng(seed).random((NUM_NEW, num_rows, 1), dtype=np.float32)
+    uniforms = np.random.default_rng(seed).random((NUM_NEW, num_rows))
+    rows = np.arange(num_rows)
     state = lm.select(lm.prefill([prompt]), np.zeros(num_rows, dtype=np.int64))
     columns = []
     for step in range(NUM_NEW):
-        cdf = lm.next_log_probs(state).exp_().cumsum(dim=1)
-        thresholds = torch.from_numpy(uniforms[step]) * cdf[:, -1:]
-        tokens = torch.searchsorted(cdf, thresholds, right=True)[:, 0].clamp_(max=lm.vocab_size - 1).numpy()
-        columns.append(tokens)
+        columns.append(draw_tokens(lm.next_log_probs(state), rows, uniforms[step]))
         if step + 1 < NUM_NEW:
-            state = lm.append(state, tokens)
+            state = lm.append(state, columns[-1])
     return np.stack(columns, axis=1)
 
 

@@ -297,7 +297,9 @@ def train(
     package: Annotated[Path, typer.Argument(help="The .deb file, or a folder into which it was unpacked.")],
     out: Annotated[Path, typer.Argument(help="The folder for the model.")],
     minutes: Annotated[float, typer.Option(help="For training, in which the rate falls to 0.")] = 88,
-    compile: Annotated[bool, typer.Option(help="Use torch.compile, which wants a C++ compiler.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="With torch.compile; wants a C++ compiler.")
+    ] = False,
     seed: int = 0,
 ) -> None:
     """Train tokenizer and model; `out` always holds the state of least validation loss so far."""
@@ -314,7 +316,7 @@ def train(
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
 
-    if compile:
+    if compiled:
         batch_loss = torch.compile(batch_loss, dynamic=False)
     batches = training_batches(streams["train"], np.random.default_rng(seed))
     best, history, progress, begin = math.inf, [], 0.0, time.monotonic()

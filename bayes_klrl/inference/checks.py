@@ -6,7 +6,7 @@ import numpy as np
 
 from bayes_klrl.errors import BayesKLRLError
 
-__all__ = ["check_count", "check_fraction", "check_positive"]
+__all__ = ["check_count", "check_finite", "check_fraction", "check_positive"]
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
@@ -19,6 +19,12 @@ def check_positive(name: str, value: object) -> None:
     """Refuse what is not a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < np.inf:
         raise BayesKLRLError(f"{name} must be a positive finite number; got {value!r}.")
+
+
+def check_finite(name: str, value: object) -> None:
+    """Refuse what is not a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
+        raise BayesKLRLError(f"{name} must be a finite number; got {value!r}.")
 
 
 def check_fraction(name: str, value: object) -> None:

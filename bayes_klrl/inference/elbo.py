@@ -58,7 +58,7 @@ class ElboTerms:
     """Tokens that went through a model: to draw, and to score under guide and prior."""
 
 
-class _SequenceELBO(ELBO):  # type: ignore[misc]  # pyro is untyped
+class _SequenceELBO(ELBO):
     """Common part: run guide and model once with all particles in a plate, and differentiate a surrogate.
 
     Parameters
@@ -96,7 +96,8 @@ class _SequenceELBO(ELBO):  # type: ignore[misc]  # pyro is untyped
             scale = model_trace.nodes["x"]["scale"]  # P / prompts_per_step where prompts are subsampled
         surrogate = -self.last.surrogate.mean(dim=0).sum() * scale
         value = -self.last.log_weights.mean(dim=0).sum() * scale
-        return surrogate - surrogate.detach() + value.detach()
+        loss: Tensor = surrogate - surrogate.detach() + value.detach()
+        return loss
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return -ELBO, summed over prompts."""
@@ -127,7 +128,7 @@ class LeaveOneOutELBO(_SequenceELBO):
 class RaoBlackwellELBO(_SequenceELBO):
     """The ELBO with its KL summed over the vocabulary at every prefix; see the module's formula.
 
-    Both models must offer `position_log_probs`, as `TorchLM` does; the table (N, T, V) must fit into memory.
+    Both models must offer `position_log_probs`, as `TorchLM` and `NgramLM` do; the table (N, T, V) must fit into memory.
     """
 
     def terms(self, model_trace: Any, guide_trace: Any) -> ElboTerms:
@@ -204,5 +205,4 @@ def _position_log_probs(site: SequenceDistribution, sequences: Any) -> Tensor:
             f"The Rao-Blackwellised estimator needs position_log_probs, which {type(site.lm).__name__} lacks. Use "
             'estimator="leave_one_out".'
         )
-    table: Tensor = site.lm.position_log_probs(site.prompt_ids, sequences)
-    return table
+    return torch.as_tensor(site.lm.position_log_probs(site.prompt_ids, sequences))

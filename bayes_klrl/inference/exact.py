@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -65,8 +66,8 @@ class Exact:
         count = num_sequences(prior.vocab_size, len(prior.eos_token_ids), width) * posterior.num_prompts
         if count > self.max_sequences:
             raise BayesKLRLError(
-                f"Enumeration would take {count:.3g} completions, more than max_sequences = {self.max_sequences:,}. Use "
-                "bk.SMC or bk.ImportanceSampling, shorten max_new_tokens, or raise max_sequences."
+                f"Enumeration would take about 10^{math.log10(count):.1f} completions, more than max_sequences = "
+                f"{self.max_sequences:,}. Use bk.SMC or bk.ImportanceSampling, shorten max_new_tokens, or raise max_sequences."
             )
         one_prompt = all_sequences(prior.vocab_size, prior.eos_token_ids, width)
         sequences = Sequences(
@@ -107,8 +108,9 @@ class Exact:
 def num_sequences(vocab_size: int, num_eos: int, max_new_tokens: int) -> int:
     """Return how many completions there are: those that end with EOS, and those cut at T tokens."""
     inner = vocab_size - num_eos
-    ended_early = sum(inner ** (length - 1) * num_eos for length in range(1, max_new_tokens))
-    return ended_early + int(inner ** (max_new_tokens - 1)) * vocab_size
+    ended_early: int = sum(inner ** (length - 1) * num_eos for length in range(1, max_new_tokens))
+    cut: int = inner ** (max_new_tokens - 1) * vocab_size
+    return ended_early + cut
 
 
 def all_sequences(vocab_size: int, eos_token_ids: Collection[int], max_new_tokens: int) -> Sequences:

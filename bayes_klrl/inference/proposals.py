@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.inference.svi import SVI
-from bayes_klrl.posterior import Posterior
+from bayes_klrl.posterior import Posterior, check_context
 from bayes_klrl.typing import LanguageModel
 
 __all__ = ["Proposal", "resolve_proposal"]
@@ -24,4 +24,5 @@ def resolve_proposal(
         return fit.guide, fit.training_tokens
     lm = posterior.prior if proposal is None else proposal
     check_proposal(lm, posterior.prior)
+    check_context(posterior.prompt_ids, posterior.max_new_tokens, lm)
     return lm, 0

@@ -56,7 +56,7 @@ RESAMPLING: dict[str, Scheme] = {
 
 def resampling_scheme(name: str) -> Scheme:
     """Return the scheme of that name, or say which there are."""
-    if name not in RESAMPLING:
+    if not isinstance(name, str) or name not in RESAMPLING:
         raise BayesKLRLError(f"Unknown resampling scheme {name!r}; choose one of {sorted(RESAMPLING)}.")
     return RESAMPLING[name]
 

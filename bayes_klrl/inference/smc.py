@@ -23,11 +23,11 @@ import numpy as np
 
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.checks import check_count, check_fraction
+from bayes_klrl.inference.checks import check_count, check_finite, check_fraction
 from bayes_klrl.models.decoding import Decoding, decode
 from bayes_klrl.inference.importance import require_positive_weight
 from bayes_klrl.inference.proposals import Proposal, resolve_proposal
-from bayes_klrl.inference.resampling import resampling_scheme
+from bayes_klrl.inference.resampling import multinomial, resampling_scheme
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
 from bayes_klrl.randomness import generator
@@ -83,8 +83,8 @@ class SMC:
         check_count("num_particles", self.num_particles)
         check_fraction("ess_threshold", self.ess_threshold)
         resampling_scheme(self.resampling)
-        if isinstance(self.twist, int | float) and not np.isfinite(self.twist):
-            raise BayesKLRLError(f"A constant twist must be finite; got {self.twist!r}.")
+        if self.twist is not None and not callable(self.twist):
+            check_finite("A twist that is neither None nor a function", self.twist)
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`.
@@ -158,6 +158,7 @@ class _Population:
         self.log_evidence = self.log_psi.reshape(self._shape)[:, 0].copy()
         self.log_weights: FloatArray = np.zeros(num_rows)
         self.family: IntArray = np.tile(np.arange(self._shape[1]), self._shape[0])
+        # multinomial ones only: corrected for noise that the even schemes do not add, the standard error would read 0
         self.num_resampled = np.zeros(self._shape[0], dtype=np.int64)
         self.step_ess = np.full((self._shape[0], width), np.nan)
         self.ancestors = np.tile(np.arange(self._shape[1]), (self._shape[0], width, 1))
@@ -177,8 +178,8 @@ class _Population:
         growing = np.flatnonzero(~decoding.finished)
         if growing.size:
             log_psi[growing] = self._log_twist(growing)
-        prior_term = decoding.log_probs[1] - log_prior
         with np.errstate(invalid="ignore"):  # a particle that was dead before stays dead: -inf - -inf
+            prior_term = decoding.log_probs[1] - log_prior
             increment = prior_term - (decoding.log_probs[0] - log_proposal) + (log_psi - self.log_psi)
             grown = np.where(live, self.log_weights + increment, self.log_weights)
         dead = np.isneginf(self.log_weights) | np.isneginf(self.log_psi)
@@ -201,7 +202,7 @@ class _Population:
             self.log_evidence[p] += logmeanexp(log_weights[p])
             log_weights[p] = 0.0
         self.ancestors[:, self._decoding.step_count - 1] = local
-        self.num_resampled[chosen] += 1
+        self.num_resampled[chosen] += scheme is multinomial
         ancestors = (local + num_particles * np.arange(num_prompts)[:, None]).ravel()
         self.reward, self.log_psi = self.reward[ancestors], self.log_psi[ancestors]
         self.family = self.family[ancestors]

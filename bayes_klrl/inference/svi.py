@@ -93,6 +93,10 @@ class SVI:
         """
         from bayes_klrl.inference.svi_pyro import fit_guide
 
+        if self.prompts_per_step is not None and self.prompts_per_step > posterior.num_prompts:
+            raise BayesKLRLError(
+                f"prompts_per_step = {self.prompts_per_step}, but the posterior has {posterior.num_prompts} prompts."
+            )
         return fit_guide(self, posterior, seed=seed, progress=progress)
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:

@@ -72,7 +72,7 @@ def training_steps(svi: SVI, posterior: Posterior, guide: Any) -> Iterator[dict[
         optimiser.zero_grad(set_to_none=True)
         elbo.loss_and_grads(model, program)
         norm = torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
-        learning_rate = schedule.get_last_lr()[0]
+        learning_rate = float(schedule.get_last_lr()[0])
         optimiser.step()
         schedule.step()
         terms = elbo.last

@@ -12,6 +12,7 @@ import numpy as np
 
 from bayes_klrl.arrays import draw_tokens, take_tokens
 from bayes_klrl.errors import CheckpointError, SupportError
+from bayes_klrl.posterior import check_language_model
 from bayes_klrl.sequences import Sequences, pad_token
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, State, TokenIds
 
@@ -33,6 +34,7 @@ def check_proposal(proposal: LanguageModel, prior: LanguageModel) -> None:
     """
     if proposal is prior:
         return
+    check_language_model("The proposal", proposal)
     if proposal.vocab_size != prior.vocab_size or proposal.eos_token_ids != prior.eos_token_ids:
         raise CheckpointError(
             f"The proposal has {proposal.vocab_size} tokens and EOS {sorted(proposal.eos_token_ids)}, the prior "

@@ -292,6 +292,16 @@ class NgramLM:
         log_probs[sequences.mask] = self._table.at(scored[:, :-1], scored[:, -1])
         return log_probs
 
+    def position_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> FloatArray:
+        """Return log p(. | c, x_<t) at every position, shape (P, N, T, V), 0 past each completion's length."""
+        num_prompts, num_draws, _ = sequences.tokens.shape
+        before = np.broadcast_to(self.prefill(prompts)[:, None], (num_prompts, num_draws, self.order - 1))
+        read = np.concatenate([before, sequences.tokens], axis=2)
+        contexts = sliding_window_view(read, self.order, axis=2)[..., :-1]
+        log_probs = np.zeros((*sequences.tokens.shape, self.vocab_size))
+        log_probs[sequences.mask] = self._table.rows(contexts[sequences.mask])
+        return log_probs
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json, ngram.npz and, unless its tokens are characters, the tokenizer in tokenizer/."""
         folder = Path(folder)

@@ -283,7 +283,7 @@ def fit_witten_bell(
     the unigram stands the uniform law 1 / V, so that every token has positive probability. Unseen tokens get
     t(h) / (c(h) + t(h)) p(a | h'), which is the back-off form that the table stores.
 
-    Source: Witten and Bell (1991), method C; interpolated form of Chen and Goodman (1999), section 2.5.
+    Source: Witten and Bell (1991), method C; interpolated form of Chen and Goodman (1998), section 2.5.
 
     Parameters
     ----------

@@ -97,7 +97,7 @@ class SequenceDistribution(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(x | c) of completions (..., P, T), shape (..., P), float64; tokens past EOS are ignored."""
         tokens, provenance = detach_provenance(value), get_provenance(value)
-        batch_shape = torch.broadcast_shapes(self.batch_shape, tokens.shape[:-1])
+        batch_shape = np.broadcast_shapes(self.batch_shape, tokens.shape[:-1])
         sequences = to_sequences(tokens.expand(*batch_shape, tokens.shape[-1]), self.lm)
         with torch.no_grad() if self.frozen else nullcontext():
             distinct, index = _distinct(sequences)

@@ -32,8 +32,8 @@ class TableLM(nn.Module):
     def __init__(self, prior: NgramLM) -> None:
         super().__init__()
         self._contexts = prior  # contexts, EOS and tokenizer are the prior's own
-        table = torch.as_tensor(prior.log_probs.reshape(-1, prior.vocab_size), device="cpu")
-        self.logits = nn.Parameter(table.clone())
+        table = torch.tensor(prior.log_probs.reshape(-1, prior.vocab_size), device="cpu")
+        self.logits = nn.Parameter(table)
         self._place = prior.vocab_size ** np.arange(prior.order - 2, -1, -1, dtype=np.int64)
 
     @property

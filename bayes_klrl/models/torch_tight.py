@@ -25,10 +25,14 @@ __all__ = ["TightNetwork", "tight_network"]
 GROWTH = 32
 """Positions added when a buffer is full: copying it then costs a small part of attending to it GROWTH times."""
 
+SHORT = 96
+"""Up to so many positions, keys and values lie position by position in memory and attention streams over them, which
+takes two thirds of the time of the library's kernel; past it that kernel and head by head are faster (measured)."""
+
 
 @dataclass(eq=False)
 class Buffer:
-    """Each layer's keys and values, shape (R, capacity, 2, heads, head size); `filled` positions are taken."""
+    """Each layer's keys and values, shape (2, R, heads, capacity, head size); `filled` positions are taken."""
 
     layers: list[Tensor]
     filled: int
@@ -44,17 +48,21 @@ class Cache:
 
     def writable(self) -> Buffer:
         """Return a buffer with these positions and a free one after them: this one, or a copy."""
-        full = self.buffer.layers[0].shape[1] == self.length
+        full = self.buffer.layers[0].shape[3] == self.length
         if self.buffer.filled == self.length and not full:
             return self.buffer
-        return Buffer([with_room(stored[:, : self.length]) for stored in self.buffer.layers], self.length)
+        return Buffer([with_room(stored[..., : self.length, :]) for stored in self.buffer.layers], self.length)
 
 
 def with_room(stored: Tensor) -> Tensor:
     """Return a copy of one layer's keys and values with free positions at the end."""
-    num_rows, length = stored.shape[:2]
-    copy = stored.new_empty((num_rows, length + GROWTH, *stored.shape[2:]))
-    copy[:, :length] = stored
+    _, num_rows, num_heads, length, size = stored.shape
+    capacity = length + GROWTH
+    if capacity <= SHORT:
+        copy = stored.new_empty((2, capacity, num_rows, num_heads, size)).permute(0, 2, 3, 1, 4)
+    else:
+        copy = stored.new_empty((2, num_rows, num_heads, capacity, size))
+    copy[..., :length, :] = stored
     return copy
 
 
@@ -62,7 +70,7 @@ class Memory(Protocol):
     """Where attention finds the keys and values of earlier positions."""
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return one layer's keys and values (R, positions, heads, head size), the given ones last."""
+        """Return one layer's keys and values (R, heads, positions, head size), the given ones last."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +81,10 @@ class WrittenMemory:
     length: int
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        end = self.length + keys.shape[1]
-        stored_keys, stored_values = self.buffer.layers[layer][:, :end].unbind(2)
-        stored_keys[:, self.length :] = keys
-        stored_values[:, self.length :] = values
+        end = self.length + keys.shape[2]
+        stored_keys, stored_values = self.buffer.layers[layer][..., :end, :].unbind(0)
+        stored_keys[:, :, self.length :] = keys
+        stored_values[:, :, self.length :] = values
         return stored_keys, stored_values
 
 
@@ -89,8 +97,8 @@ class JoinedMemory:
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         if self.past:
-            keys = torch.cat([self.past[layer][0], keys], dim=1)
-            values = torch.cat([self.past[layer][1], values], dim=1)
+            keys = torch.cat([self.past[layer][0], keys], dim=2)
+            values = torch.cat([self.past[layer][1], values], dim=2)
         self.joined.append((keys, values))
         return keys, values
 
@@ -111,13 +119,14 @@ def attention_mask(num_queries: int, num_keys: int, padding: Tensor | None, devi
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Return softmax(q k' scale) v of queries (R, S, H, d), keys and values (R, L, H / G, d), shape (R S, H d).
+    """Return softmax(q k' scale) v of queries (R, H, S, d), keys and values (R, H / G, L, d), shape (R S, H d).
 
     The G query heads that share a key head are laid out as further queries: keys and values are never repeated.
     """
-    num_rows, num_queries, num_heads, size = queries.shape
-    groups = num_heads // keys.shape[2]
-    queries, keys, values = queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+    num_rows, num_heads, num_queries, size = queries.shape
+    groups = num_heads // keys.shape[1]
+    if num_queries == 1 and groups == 1 and keys.shape[2] <= SHORT:
+        return stream(queries, keys, values, mask, scale)
     if groups > 1:
         queries = queries.reshape(num_rows, -1, groups * num_queries, size)
         mask = None if mask is None else mask.repeat(1, 1, groups, 1)
@@ -125,6 +134,15 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
     if groups > 1:
         attended = attended.reshape(num_rows, num_heads, num_queries, size)
     return attended.transpose(1, 2).reshape(num_rows * num_queries, num_heads * size)
+
+
+def stream(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return the same as `attend` for one query a head, by products and sums in the order of memory."""
+    keys, values = keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)  # (L, R, H, d), as they lie in memory
+    scores = (keys * queries[:, :, 0]).sum(-1) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, 0].permute(2, 0, 1), float("-inf"))
+    return (scores.softmax(0).unsqueeze(-1) * values).sum(0).flatten(1)
 
 
 class TightNetwork:
@@ -140,7 +158,7 @@ class TightNetwork:
         memory = JoinedMemory([], [])
         hidden = self._forward(tokens, 0, padding, memory)
         length = tokens.shape[1]
-        layers = [torch.stack(pair, dim=2) for pair in memory.joined]
+        layers = [torch.stack(pair) for pair in memory.joined]
         return hidden[:, -1], Cache(Buffer(layers, length), length, padding)
 
     @torch.no_grad()
@@ -153,7 +171,7 @@ class TightNetwork:
 
     def select(self, cache: Cache, rows: Tensor) -> Cache:
         """See `Network.select`."""
-        layers = [stored[:, : cache.length].index_select(0, rows) for stored in cache.buffer.layers]
+        layers = [stored[..., : cache.length, :].index_select(1, rows) for stored in cache.buffer.layers]
         padding = None if cache.padding is None else cache.padding[rows]
         return Cache(Buffer(layers, cache.length), cache.length, padding)
 
@@ -188,10 +206,17 @@ class TightNetwork:
         by_row = hidden.shape[:2]
         hidden = hidden.flatten(0, 1)
         for index, layer in enumerate(family.layers):
-            queries, keys, values = (part.unflatten(0, by_row) for part in layer.heads(hidden, rotation))
+            queries, keys, values = (by_head(part, *by_row) for part in layer.heads(hidden, rotation))
             keys, values = memory.extend(index, keys, values)
             hidden = layer.finish(hidden, attend(queries, keys, values, mask, layer.scale))
         return family.final_norm(hidden).view(*by_row, -1)
+
+
+def by_head(flat: Tensor, num_rows: int, num_new: int) -> Tensor:
+    """Return heads (R S, H, d) as (R, H, S, d)."""
+    if num_new == 1:
+        return flat.unsqueeze(2)
+    return flat.view(num_rows, num_new, *flat.shape[1:]).transpose(1, 2)
 
 
 def tight_network(module: nn.Module, vocab_size: int) -> TightNetwork | None:

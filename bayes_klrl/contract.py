@@ -1,0 +1,166 @@
+"""The executable contract of a posterior: what every algorithm relies on, checked on a user's own model and reward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from bayes_klrl.arrays import no_gradient, to_host
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.decoding import decode
+from bayes_klrl.posterior import Posterior, completion_log_probs
+from bayes_klrl.randomness import generator
+from bayes_klrl.sequences import Sequences
+
+__all__ = ["Check", "ContractReport", "check_posterior"]
+
+_TOKEN_TOLERANCE = 1e-5
+_NUM_DRAWS = 32
+
+
+@dataclass(frozen=True)
+class Check:
+    """One promise, whether it was kept, and what was seen."""
+
+    promise: str
+    kept: bool
+    seen: str
+
+
+@dataclass(frozen=True)
+class ContractReport:
+    """What `check_posterior` found; true if every promise was kept."""
+
+    checks: tuple[Check, ...]
+
+    def __bool__(self) -> bool:
+        return all(check.kept for check in self.checks)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{'ok    ' if c.kept else 'BROKEN'} {c.promise}: {c.seen}" for c in self.checks)
+
+    __repr__ = __str__
+
+    def raise_if_broken(self) -> None:
+        """Raise a `BayesKLRLError` that lists the broken promises, if any."""
+        broken = [f"{check.promise}: {check.seen}" for check in self.checks if not check.kept]
+        if broken:
+            raise BayesKLRLError("The posterior breaks what the algorithms rely on. " + "; ".join(broken))
+
+
+def check_posterior(posterior: Posterior, *, seed: int = 0) -> ContractReport:
+    """Run the contract on a posterior and say what is broken.
+
+    The model: next-token log-probs are normalised and hold no NaN; decoding and teacher forcing give the same log-probs
+    (EOS, padding, positions, temperature), whatever else is in the batch; permuted and repeated states go on rightly; a
+    state is not changed by what is done after it. The likelihood: the same completion gets the same reward, alone, in a
+    batch and in another order, whatever stands past its end; some draw has positive likelihood.
+
+    Parameters
+    ----------
+    posterior
+        With a model or reward of your own.
+    seed
+        Of the draws that are looked at.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> bool(bk.check_posterior(bk.Posterior(coin, longer, max_new_tokens=3)))
+    True
+    """
+    rng = generator(seed)
+    drawn = decode((posterior.prior,), posterior.prompt_ids, _NUM_DRAWS, posterior.max_new_tokens, rng)
+    sequences, log_probs = drawn.sequences(), drawn.log_probs[0].reshape(posterior.num_prompts, -1)
+    parts: tuple[Callable[[], Iterator[Check]], ...] = (
+        lambda: _normalised(posterior),
+        lambda: _sampler_is_scorer(posterior, sequences, log_probs),
+        lambda: _batch_does_not_matter(posterior, sequences),
+        lambda: _states_are_values(posterior),
+        lambda: _reward_is_a_function(posterior, sequences, rng),
+    )
+    return ContractReport(tuple(check for part in parts for check in part()))
+
+
+def _normalised(posterior: Posterior) -> Iterator[Check]:
+    """Check that every next-token distribution sums to 1."""
+    prior = posterior.prior
+    with no_gradient():
+        rows = to_host(prior.next_log_probs(prior.prefill(posterior.prompt_ids))).astype(np.float64)
+    expected = (posterior.num_prompts, prior.vocab_size)
+    yield Check("next_log_probs has the shape (R, V)", rows.shape == expected, f"{rows.shape}, expected {expected}")
+    nan = bool(np.isnan(rows).any())
+    yield Check("next_log_probs holds no NaN", not nan, "NaN found" if nan else "none")
+    off = float(np.abs(np.exp(rows).sum(axis=-1) - 1).max()) if not nan else np.nan
+    yield Check("next-token probabilities sum to 1", off < 1e-4, f"off by {off:.1e}")
+
+
+def _sampler_is_scorer(posterior: Posterior, sequences: Sequences, log_probs: np.ndarray) -> Iterator[Check]:
+    """Check that decoded and teacher-forced log-probs agree."""
+    scored = completion_log_probs(posterior.prior, posterior.prompt_ids, sequences)
+    with np.errstate(invalid="ignore"):
+        off = np.abs(scored - log_probs) / sequences.lengths
+    worst = float(np.nanmax(off))
+    yield Check(
+        "sampler and scorer agree, EOS included",
+        worst < _TOKEN_TOLERANCE,
+        f"up to {worst:.1e} nats a token over {off.size} draws",
+    )
+
+
+def _batch_does_not_matter(posterior: Posterior, sequences: Sequences) -> Iterator[Check]:
+    """Check that a completion's log-prob does not depend on the other rows and prompts of its batch."""
+    together = completion_log_probs(posterior.prior, posterior.prompt_ids, sequences)
+    off = 0.0
+    for p in range(min(posterior.num_prompts, 4)):
+        alone = Sequences(sequences.tokens[p : p + 1, :1], sequences.lengths[p : p + 1, :1])
+        single = completion_log_probs(posterior.prior, [posterior.prompt_ids[p]], alone)[0, 0]
+        off = max(off, abs(single - together[p, 0]) / int(alone.lengths[0, 0]))
+    yield Check(
+        "a completion's log-prob does not depend on its batch",
+        off < _TOKEN_TOLERANCE,
+        f"up to {off:.1e} nats a token",
+    )
+
+
+def _states_are_values(posterior: Posterior) -> Iterator[Check]:
+    """Check that select permutes and repeats rows, and that a state outlives what was appended to it."""
+    prior = posterior.prior
+    with no_gradient():
+        start = prior.select(prior.prefill(posterior.prompt_ids), np.zeros(2, dtype=np.int64))
+        tokens = np.array([0, prior.vocab_size - 1])
+        after = to_host(prior.next_log_probs(prior.append(start, tokens)))
+        again = to_host(prior.next_log_probs(prior.append(start, tokens[::-1].copy())))[::-1]
+        swapped = prior.select(prior.append(start, tokens), np.array([1, 0]))
+        swapped_rows = to_host(prior.next_log_probs(swapped))[::-1]
+    yield Check("a state is unchanged by append", _close(after, again), "append twice on one state")
+    yield Check("select permutes rows", _close(after, swapped_rows), "two rows swapped")
+
+
+def _reward_is_a_function(posterior: Posterior, sequences: Sequences, rng: np.random.Generator) -> Iterator[Check]:
+    """Check that a reward depends on its completion and prompt only."""
+    rewards = posterior.reward(sequences)
+    order = rng.permutation(rewards.shape[1])
+    shuffled = posterior.reward(Sequences(sequences.tokens[:, order], sequences.lengths[:, order]))
+    moved = int((shuffled != rewards[:, order]).sum())
+    yield Check(
+        "the reward does not depend on the order of the batch", moved == 0, f"{moved} of {rewards.size} differ"
+    )
+    single = posterior.reward(Sequences(sequences.tokens[:, :1], sequences.lengths[:, :1]))
+    moved = int((single[:, 0] != rewards[:, 0]).sum())
+    yield Check("the reward does not depend on the rest of the batch", moved == 0, f"{moved} of {len(single)} differ")
+    alive = np.isfinite(rewards).any(axis=1)
+    yield Check(
+        "some draw has positive likelihood",
+        bool(alive.all()),
+        f"{int(np.isfinite(rewards).sum())} of {rewards.size} prior draws",
+    )
+
+
+def _close(first: np.ndarray, second: np.ndarray) -> bool:
+    """Return whether log-probs agree within the tolerance of one token, equal infinities included."""
+    return bool(np.allclose(first, second, rtol=0, atol=_TOKEN_TOLERANCE))

@@ -1,0 +1,467 @@
+"""Pictures of draws, comparisons and training, written to PNG files.
+
+Made on a canvas of their own: no display, no pyplot, no global state of matplotlib. Several prompts are averaged, which
+titles say. All densities are in nats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayes_klrl.draws import Draws
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.typing import FloatArray
+from bayes_klrl.weights import normalised
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["plot_comparison", "plot_history", "plot_weights"]
+
+_COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#7F6000",
+    "#6A51A3",
+)  # Okabe and Ito, and two
+_EXACT, _GREY = "#000000", "#767676"
+_MARKERS = "osD^vPX*"
+_STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False}
+_MAX_LEVELS = 60  # rewards with no more distinct values than this are drawn as bars
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One method: how it looks, and what the panels show of it, means over prompts, NaN where undefined."""
+
+    name: str
+    draws: Draws
+    colour: str
+    marker: str
+    log_evidence: float
+    log_evidence_se: float
+    elbo: float
+    reward: float
+    kl: float
+
+
+def plot_comparison(
+    results: Mapping[str, Draws],
+    file: str | Path,
+    *,
+    log_evidence: ArrayLike | None = None,
+    kl: Mapping[str, float] | None = None,
+) -> Path:
+    """Draw evidence, reward against KL, effective sample sizes and rewards of several methods; return the file.
+
+    Parameters
+    ----------
+    results
+        The draws of each method, by name.
+    file
+        The PNG to write.
+    log_evidence
+        The exact log Z, of each prompt or a mean. None: that of a method `Exact`, if there is one.
+    kl
+        KL of each method's answer to the prior, in nats, mean over prompts. None, or NaN for a method: E[r] / alpha -
+        log Z of weighted draws, which is that of the posterior, and mean(log q - log p0) of draws from a guide.
+    """
+    if not results:
+        raise BayesKLRLError("There is nothing to plot: results is empty.")
+    rows = _rows(results, kl or {})
+    exact = _exact_log_evidence(rows, log_evidence)
+    height = 2.1 + 0.34 * len(rows)
+    with _drawing(file, (9.6, max(2 * height, 6.2))) as figure:
+        panels = figure.subplots(2, 2, width_ratios=(1.0, 1.0))
+        (evidence, plane), (ess, rewards) = panels
+        _draw_evidence(evidence, rows, exact)
+        _draw_plane(plane, rows, exact)
+        _draw_ess(ess, rows)
+        _draw_rewards(rewards, rows)
+        num_prompts = rows[0].draws.shape[0]
+        if num_prompts > 1:
+            figure.suptitle(f"Averages over {num_prompts} prompts", fontsize=10)
+    return Path(file)
+
+
+def plot_history(
+    history: Mapping[str, ArrayLike],
+    file: str | Path,
+    *,
+    title: str | None = None,
+    log_evidence: ArrayLike | None = None,
+) -> Path:
+    """Draw ELBO, reward and KL to the prior over the steps of training (`Fit.history`); return the file.
+
+    Parameters
+    ----------
+    history
+        Of every step; any of "elbo", "reward" and "kl".
+    file
+        The PNG to write.
+    title
+        Stands above.
+    log_evidence
+        log Z, of each prompt or a mean: the ELBO's ceiling, if known.
+    """
+    panels = {"elbo": "ELBO (nats)", "reward": "mean reward", "kl": "KL to the prior (nats)"}
+    shown = {key: label for key, label in panels.items() if key in history}
+    if not shown:
+        raise BayesKLRLError(f"A history has some of {list(panels)}; got {list(history)}.")
+    with _drawing(file, (3.3 * len(shown), 2.9)) as figure:
+        for axes, (key, label) in zip(np.ravel(figure.subplots(1, len(shown))), shown.items(), strict=True):
+            values = np.asarray(history[key], dtype=np.float64)
+            values = np.where(np.isfinite(values), values, np.nan)
+            steps, smooth = np.arange(1, values.size + 1), _running_mean(values)
+            single = "." if values.size == 1 else ""
+            axes.plot(steps, values, single, color=_COLOURS[0], alpha=0.35, linewidth=0.8, label="each step")
+            axes.plot(steps, smooth, color=_COLOURS[0], linewidth=1.8, label="running mean")
+            if key == "elbo" and log_evidence is not None:
+                ceiling = float(np.mean(np.asarray(log_evidence, dtype=np.float64)))
+                axes.axhline(
+                    ceiling, color=_EXACT, linestyle="--", linewidth=1, label="log evidence, its ceiling"
+                )
+            if axes.get_subplotspec().is_first_col():
+                axes.legend(frameon=False, fontsize=8)
+            axes.set_xlabel("step")
+            axes.set_ylabel(label)
+        if title:
+            figure.suptitle(_plain(title), fontsize=10)
+    return Path(file)
+
+
+def plot_weights(draws: Draws, file: str | Path) -> Path:
+    """Draw how many draws carry the estimate: sorted weights, and their cumulative sum; return the file."""
+    weights = _weights(draws)
+    alive = weights.sum(axis=1) > 0
+    num_prompts, num_draws = weights.shape
+    rank = np.arange(1, num_draws + 1)
+    with _drawing(file, (8.0, 3.3)) as figure:
+        single, cumulative = figure.subplots(1, 2)
+        for number, p in enumerate(np.flatnonzero(alive)):
+            colour = _COLOURS[number % len(_COLOURS)] if alive.sum() <= len(_COLOURS) else _GREY
+            label = f"prompt {p}" if num_prompts > 1 and alive.sum() <= len(_COLOURS) else None
+            ordered = np.sort(weights[p])[::-1]
+            positive = ordered > 0
+            single.plot(rank[positive], ordered[positive], color=colour, linewidth=1.6, label=label)
+            mass = ordered.cumsum()
+            cumulative.step(rank, mass, color=colour, linewidth=1.6, where="post")
+            if alive.sum() == 1:
+                _mark_carriers(cumulative, mass)
+        single.axhline(1 / num_draws, color=_GREY, linestyle="--", linewidth=1, label="1 / N: equal weights")
+        single.set(xscale="log", yscale="log", xlabel="rank of the draw", ylabel="normalised weight")
+        single.legend(frameon=False, fontsize=8, loc="lower left")
+        cumulative.set(
+            xscale="log",
+            ylim=(0, 1.03),
+            xlabel="number of heaviest draws",
+            ylabel="their share of the weight",
+        )
+        dead = (
+            "" if alive.all() else f"; no positive weight for {int((~alive).sum())} of {num_prompts} prompts"
+        )
+        prompts = f" for each of {num_prompts} prompts" if num_prompts > 1 else ""
+        figure.suptitle(f"{_plain(draws.method)}: {num_draws:,} draws{prompts}{dead}", fontsize=10)
+    return Path(file)
+
+
+@contextmanager
+def _drawing(file: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """Yield a figure, and write it to the file afterwards."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        canvas = FigureCanvasAgg(figure)
+        yield figure
+        figure.set_dpi(200)
+        canvas.print_png(Path(file))
+
+
+def _rows(results: Mapping[str, Draws], kl: Mapping[str, float]) -> list[_Row]:
+    """Return what is shown of each method, in the order given; `Exact` is black, the others take colours in turn."""
+    rows: list[_Row] = []
+    for name, draws in results.items():
+        number = sum(row.colour != _EXACT for row in rows)
+        weights = _weights(draws)
+        given = kl.get(name, np.nan)
+        rows.append(
+            _Row(
+                name=_plain(name),
+                draws=draws,
+                colour=_EXACT if draws.method == "Exact" else _COLOURS[number % len(_COLOURS)],
+                marker="*" if draws.method == "Exact" else _MARKERS[number % len(_MARKERS)],
+                log_evidence=float(draws.log_evidence.mean()),
+                log_evidence_se=float(np.sqrt(np.square(draws.log_evidence_se).sum()) / draws.shape[0]),
+                elbo=float(draws.elbo.mean()),
+                reward=_mean(weights, draws.reward),
+                kl=_kl_to_prior(draws, weights) if np.isnan(given) else given,
+            )
+        )
+    return rows
+
+
+def _weights(draws: Draws) -> FloatArray:
+    """Return normalised weights (P, N), all 0 for a prompt whose weights are all 0."""
+    alive = np.isfinite(draws.log_weights).any(axis=1)
+    weights = np.zeros(draws.shape)
+    if alive.any():
+        weights[alive] = normalised(draws.log_weights[alive])
+    return weights
+
+
+def _mean(weights: FloatArray, values: FloatArray) -> float:
+    """Return the weighted mean over draws, then over prompts; NaN if some prompt has no weight."""
+    if not weights.any(axis=1).all():
+        return float("nan")
+    return float(
+        np.multiply(weights, values, where=weights > 0, out=np.zeros_like(weights)).sum(axis=1).mean()
+    )
+
+
+def _kl_to_prior(draws: Draws, weights: FloatArray) -> float:
+    """Return the default of `plot_comparison`'s `kl`; NaN where nothing is known."""
+    if np.isnan(draws.log_evidence).any():
+        return float((draws.log_proposal - draws.log_prior).mean())
+    return _mean(weights, draws.log_likelihood) - float(draws.log_evidence.mean())
+
+
+def _exact_log_evidence(rows: Sequence[_Row], given: ArrayLike | None) -> float:
+    """Return the exact log Z, a mean over prompts; NaN if it is not known."""
+    if given is not None:
+        return float(np.mean(np.asarray(given, dtype=np.float64)))
+    return next((row.log_evidence for row in rows if row.draws.method == "Exact"), float("nan"))
+
+
+def _draw_evidence(axes: Axes, rows: Sequence[_Row], exact: float) -> None:
+    """Panel a: log evidence with two standard errors, and ELBOs; ELBOs far below are marked at the edge."""
+    _name_rows(axes, rows)
+    se = np.array([row.log_evidence_se if np.isfinite(row.log_evidence_se) else 0.0 for row in rows])
+    middle = np.array([row.log_evidence for row in rows])
+    elbo = np.array([row.elbo for row in rows])
+    ends = np.concatenate([middle - 2 * se, middle + 2 * se, [exact]])
+    ends = ends[np.isfinite(ends)] if np.isfinite(ends).any() else elbo[np.isfinite(elbo)]
+    low, high = (ends.min(), ends.max()) if ends.size else (0.0, 1.0)
+    span = max(high - low, 0.2)
+    floor = low - 4 * span
+    left = min([low, *elbo[elbo >= floor]])
+    axes.set_xlim(
+        left - 0.12 * (high - left + span),
+        max([high, *elbo[np.isfinite(elbo)]]) + 0.12 * (high - left + span),
+    )
+    if np.isfinite(exact):
+        axes.axvline(exact, color=_EXACT, linewidth=1, label=f"exact: {exact:.3f}")
+    for y, row in enumerate(rows):
+        if np.isfinite(row.log_evidence):
+            axes.errorbar(
+                row.log_evidence, y, xerr=2 * se[y], color=row.colour, fmt=row.marker, markersize=6, capsize=3
+            )
+        if row.elbo >= floor:
+            axes.plot(row.elbo, y, "D", color=row.colour, markerfacecolor="white", markersize=5)
+        elif row.elbo < floor:
+            axes.plot(
+                0.012, y, "<", color=row.colour, markerfacecolor="white", transform=axes.get_yaxis_transform()
+            )
+            text = "−∞" if np.isinf(row.elbo) else f"{row.elbo:.1f}".replace("-", "−")
+            axes.text(
+                0.035,
+                y,
+                f"ELBO {text}",
+                transform=axes.get_yaxis_transform(),
+                va="center",
+                fontsize=8,
+                color=_GREY,
+            )
+        if np.isfinite(row.log_evidence):
+            error = f" ± {2 * se[y]:.3f}" if se[y] > 0 else ""
+            _remark(axes, y, f"{row.log_evidence:.3f}{error}")
+        elif np.isnan(row.elbo):
+            _remark(axes, y, "no estimate")
+        else:
+            _remark(axes, y, f"ELBO {row.elbo:.3f}")
+    axes.plot([], [], "o", color=_GREY, label="log evidence ± 2 se")
+    axes.plot([], [], "D", color=_GREY, markerfacecolor="white", markersize=5, label="ELBO")
+    axes.legend(
+        frameon=False,
+        fontsize=8,
+        ncols=3,
+        loc="lower left",
+        bbox_to_anchor=(0, 0.98),
+        borderpad=0,
+        columnspacing=1,
+    )
+    axes.set_title("(a) Log evidence and its lower bound", loc="left", pad=19)
+    axes.set_xlabel("log evidence (nats)")
+
+
+def _draw_plane(axes: Axes, rows: Sequence[_Row], exact: float) -> None:
+    """Panel b: E[r] against KL to the prior, under the line that no policy can cross: E[r] / alpha - KL = log Z."""
+    shown = [row for row in rows if np.isfinite(row.kl) and np.isfinite(row.reward)]
+    axes.set_title("(b) Reward bought with distance from the prior", loc="left", pad=19)
+    missing = [row.name for row in rows if row not in shown]
+    unknown = f"\nnot shown, KL unknown: {', '.join(missing)}" if missing else ""
+    axes.set(xlabel=f"KL to the prior (nats){unknown}", ylabel="expected reward")
+    if not shown:
+        return
+    for row in shown:
+        axes.plot(row.kl, row.reward, row.marker, color=row.colour, markersize=11 if row.marker == "*" else 7)
+    kls, rewards = np.array([row.kl for row in shown]), np.array([row.reward for row in shown])
+    pad_kl, pad_reward = 0.15 * max(np.ptp(kls), 0.1), 0.2 * max(np.ptp(rewards), 0.05)
+    x = np.array([kls.min() - pad_kl, kls.max() + pad_kl])
+    y = np.array([rewards.min() - pad_reward, rewards.max() + pad_reward])
+    axes.set(xlim=x, ylim=y)
+    if np.isfinite(exact):
+        ceiling = shown[0].draws.alpha * (exact + x)
+        axes.plot(
+            x, ceiling, color=_EXACT, linewidth=1, label="E[r] / α − KL = log Z: no policy is above", zorder=0
+        )
+        axes.fill_between(x, ceiling, max(y[1], ceiling.max()), color="0.93", zorder=-1)
+        axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.98), borderpad=0)
+    heights = _spread((rewards - y[0]) / (y[1] - y[0]), gap=min(0.085, 0.96 / len(shown)))
+    for row, height in zip(shown, heights, strict=True):
+        bound = " (KL at most)" if row.draws.method == "BestOfN" else ""
+        axes.annotate(
+            row.name + bound,
+            (row.kl, row.reward),
+            (1.04, height),
+            textcoords="axes fraction",
+            va="center",
+            color=row.colour,
+            fontsize=8.5,
+            arrowprops={"arrowstyle": "-", "color": row.colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 5},
+        )
+
+
+def _draw_ess(axes: Axes, rows: Sequence[_Row]) -> None:
+    """Panel c: the effective share of the draws, with the numbers; of several prompts, the worst."""
+    _name_rows(axes, rows)
+    shares = [float(row.draws.ess.min()) / row.draws.shape[1] for row in rows]
+    left = min([0.01, *(share / 3 for share in shares if share > 0)])
+    axes.set(xscale="log", xlim=(left, 1))
+    for y, (row, share) in enumerate(zip(rows, shares, strict=True)):
+        if np.isnan(share):
+            equal = (
+                (np.ptp(row.draws.log_weights, axis=1) == 0).all()
+                if np.isfinite(row.draws.log_weights).all()
+                else False
+            )
+            text = "equal weights" if equal else "every completion"
+        else:
+            axes.barh(y, max(share - left, 0), left=left, color=row.colour, height=0.6)
+            k = float(row.draws.pareto_k.max())
+            text = f"{row.draws.ess.min():,.0f} of {row.draws.shape[1]:,}" + (
+                f", k {k:.2f}" if np.isfinite(k) else ""
+            )
+        _remark(axes, y, text)
+    worst = ", worst prompt" if rows[0].draws.shape[0] > 1 else ""
+    axes.set_title("(c) How many draws the weights are worth", loc="left")
+    axes.set_xlabel(f"effective sample size / draws{worst}  (k: Pareto tail)")
+
+
+def _draw_rewards(axes: Axes, rows: Sequence[_Row]) -> None:
+    """Panel d: the distribution of the reward under each answer, on the rows of panel c."""
+    _name_rows(axes, rows)
+    masses = [_weights(row.draws).ravel() / row.draws.shape[0] for row in rows]
+    values = [row.draws.reward.ravel() for row in rows]
+    kept = [(mass > 0) & np.isfinite(value) for mass, value in zip(masses, values, strict=True)]
+    pooled = np.concatenate([value[keep] for value, keep in zip(values, kept, strict=True)])
+    levels = np.unique(np.round(pooled, 9))
+    axes.set_title("(d) Rewards under each answer", loc="left")
+    axes.set_xlabel("reward (| mean; each row scaled to its own height)")
+    if not pooled.size:
+        return
+    extent = max(np.ptp(levels), 1e-9) if levels.size > 1 else 1.0
+    for y, (row, mass, value, keep) in enumerate(zip(rows, masses, values, kept, strict=True)):
+        if not keep.any():
+            continue
+        if levels.size <= _MAX_LEVELS:
+            heights = np.array([mass[keep][np.abs(value[keep] - level) < 1e-8].sum() for level in levels])
+            width = max(0.8 * np.diff(levels).min(initial=extent), extent / 120)
+            centres = levels
+        else:
+            heights, edges = np.histogram(
+                value[keep], bins=40, range=(levels[0], levels[-1]), weights=mass[keep]
+            )
+            width, centres = edges[1] - edges[0], (edges[1:] + edges[:-1]) / 2
+        axes.bar(
+            centres,
+            -0.8 * heights / heights.max(),
+            width,
+            bottom=y + 0.4,
+            color=row.colour,
+            alpha=0.75,
+            linewidth=0,
+        )
+        axes.plot([row.reward] * 2, [y - 0.42, y + 0.42], color="black", linewidth=1.4)
+    axes.set_xlim(levels[0] - 0.05 * extent, levels[-1] + 0.05 * extent)
+
+
+def _name_rows(axes: Axes, rows: Sequence[_Row]) -> None:
+    """Make one row a method, the first on top."""
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def _remark(axes: Axes, y: float, text: str) -> None:
+    """Write a number to the right of a row."""
+    text = text.replace("-", "−")
+    axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.25")
+
+
+def _spread(positions: FloatArray, gap: float) -> FloatArray:
+    """Return positions in 0..1, in the same order, moved apart to at least `gap` of each other."""
+    order = np.argsort(positions, kind="stable")
+    steps = gap * np.arange(order.size)
+    placed = np.maximum.accumulate(np.maximum(positions[order], 0.02) - steps) + steps
+    placed = np.minimum.accumulate((np.minimum(placed, 0.98) - steps)[::-1])[::-1] + steps
+    result = np.empty_like(positions)
+    result[order] = placed
+    return result
+
+
+def _mark_carriers(axes: Axes, mass: FloatArray) -> None:
+    """Say how many draws carry half of the weight, and nine tenths."""
+    for share in (0.5, 0.9):
+        count = int(np.searchsorted(mass, share * (1 - 1e-12))) + 1
+        axes.plot(count, mass[count - 1], "o", color=_EXACT, markersize=4)
+        axes.annotate(
+            f"{count:,} of {mass.size:,} carry {share:.0%}",
+            (count, mass[count - 1]),
+            (-8, 2),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+        )
+
+
+def _running_mean(values: FloatArray) -> FloatArray:
+    """Return the mean over a window of about a twentieth of the steps, NaN left out."""
+    half = max(values.size // 40, 1)
+    known = np.isfinite(values)
+    sums = np.concatenate([[0.0], np.where(known, values, 0.0).cumsum()])
+    counts = np.concatenate([[0], known.cumsum()])
+    first = np.maximum(np.arange(values.size) - half, 0)
+    last = np.minimum(np.arange(values.size) + half + 1, values.size)
+    number = counts[last] - counts[first]
+    result: FloatArray = np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
+    return result
+
+
+def _plain(text: str) -> str:
+    """Return text that matplotlib does not read as mathematics."""
+    return text.replace("$", r"\$")
