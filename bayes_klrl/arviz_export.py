@@ -44,9 +44,7 @@ _SEED = 0
 _PER_DRAW = ("reward", "log_prior", "log_likelihood", "log_proposal", "log_weights")
 _PER_PROMPT = ("log_evidence", "log_evidence_se", "elbo", "ess", "pareto_k")
 _INFO_DIMS = {"ancestors": ("prompt", "position", "draw"), "step_ess": ("prompt", "position")}
-_NO_HDF5_STRING = re.compile(
-    "[\x00\ud800-\udfff]"
-)  # HDF5 ends strings at NUL, and UTF-8 has no lone surrogates
+_NO_HDF5_STRING = re.compile("[\x00\ud800-\udfff]")  # HDF5 ends strings at NUL, and UTF-8 has no lone surrogates
 
 
 def draws_to_arviz(draws: Draws) -> Any:
@@ -102,9 +100,7 @@ def comparison_to_datatree(results: Mapping[str, Draws]) -> xr.DataTree:
     for name, draws in results.items():
         child = name.replace("/", "-")
         if child in children:
-            raise BayesKLRLError(
-                f"Two methods would be stored as {child!r} ('/' becomes '-'); rename {name!r}."
-            )
+            raise BayesKLRLError(f"Two methods would be stored as {child!r} ('/' becomes '-'); rename {name!r}.")
         children[child] = draws_to_datatree(draws)
         children[child].attrs["name"] = name
     common = {"convention": "absorb", "units": "nats", "bayes_klrl_version": bayes_klrl.__version__}
@@ -139,9 +135,7 @@ def load_draws(path: Path) -> Draws:
     with opened as tree:  # read in here: DataTree.load() forgets variables that are called as a group is
         if tree.attrs.get("format") != _FORMAT:
             holds = (
-                f"it is a comparison of {sorted(tree.children)}"
-                if _holds_methods(tree)
-                else "it has another origin"
+                f"it is a comparison of {sorted(tree.children)}" if _holds_methods(tree) else "it has another origin"
             )
             raise CheckpointError(f"{str(path)!r} is not a file of draws, as Draws.save writes it: {holds}.")
         return _draws_of(tree)
@@ -166,10 +160,8 @@ class StoredTexts:
 
 def _equally_weighted(draws: Draws) -> dict[str, FloatArray]:
     """Return arrays (P, N) of draws that weigh equally; NaN for prompts whose weights are all 0."""
-    values = {"length": draws.lengths} | {
-        name: getattr(draws, name) for name in _PER_DRAW if name != "log_weights"
-    }
-    alive = np.isfinite(draws.log_weights).any(axis=1)
+    values = {"length": draws.lengths} | {name: getattr(draws, name) for name in _PER_DRAW if name != "log_weights"}
+    alive = np.asarray(np.isfinite(draws.log_weights).any(axis=1))
     chosen = np.tile(np.arange(draws.shape[1]), (draws.shape[0], 1))
     rng = np.random.default_rng(_SEED)
     for p in np.flatnonzero(alive):
@@ -262,9 +254,7 @@ def _holds_methods(tree: xr.DataTree) -> bool:
 
 def _draws_of(tree: xr.DataTree) -> Draws:
     """Return the draws behind a tree."""
-    weighted, evidence, constant = (
-        tree[name].to_dataset() for name in ("weighted", "evidence", "constant_data")
-    )
+    weighted, evidence, constant = (tree[name].to_dataset() for name in ("weighted", "evidence", "constant_data"))
     prompts = [json.loads(prompt) for prompt in constant["prompts"].values]
     draws = Draws(
         tokens=weighted["tokens"].values,
@@ -274,9 +264,7 @@ def _draws_of(tree: xr.DataTree) -> Draws:
         prompts=tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts),
         method=str(constant["method"].item()),
         alpha=float(constant["alpha"]),
-        cost=Cost(
-            float(tree.attrs["seconds"]), int(tree.attrs["model_tokens"]), int(tree.attrs["training_tokens"])
-        ),
+        cost=Cost(float(tree.attrs["seconds"]), int(tree.attrs["model_tokens"]), int(tree.attrs["training_tokens"])),
         info={name: array.values for name, array in tree["info"].data_vars.items()} if "info" in tree else {},
     )
     if "text" not in weighted:

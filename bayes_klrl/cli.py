@@ -51,7 +51,7 @@ def _errors_as_messages(command: F) -> F:
                 warnings.showwarning = _show_warning
                 return command(*args, **kwargs)
         except BayesKLRLError as error:
-            _err().print(f"[bold red]Error:[/] {_escaped(str(error))}")
+            _err().print(f"[bold red]Error:[/] {_escaped(str(error))}", soft_wrap=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             _err().print("Interrupted.")
@@ -293,7 +293,7 @@ def _texts(draws: Any) -> list[list[str]]:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning without its place in the code."""
-    _err().print(f"[yellow]Note:[/] {_escaped(str(message))}")
+    _err().print(f"[yellow]Note:[/] {_escaped(str(message))}", soft_wrap=True)
 
 
 def _out() -> Console:

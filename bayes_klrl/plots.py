@@ -6,11 +6,12 @@ titles say. All densities are in nats.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -38,7 +39,13 @@ _COLOURS = (
 )  # Okabe and Ito, and two
 _EXACT, _GREY = "#000000", "#767676"
 _MARKERS = "osD^vPX*"
-_STYLE = {"font.size": 9, "axes.titlesize": 9.5, "axes.spines.top": False, "axes.spines.right": False}
+_STYLE: Any = {
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.usetex": False,
+}
 _MAX_LEVELS = 60  # rewards with no more distinct values than this are drawn as bars
 
 
@@ -130,9 +137,7 @@ def plot_history(
             axes.plot(steps, smooth, color=_COLOURS[0], linewidth=1.8, label="running mean")
             if key == "elbo" and log_evidence is not None:
                 ceiling = float(np.mean(np.asarray(log_evidence, dtype=np.float64)))
-                axes.axhline(
-                    ceiling, color=_EXACT, linestyle="--", linewidth=1, label="log evidence, its ceiling"
-                )
+                axes.axhline(ceiling, color=_EXACT, linestyle="--", linewidth=1, label="log evidence, its ceiling")
             if axes.get_subplotspec().is_first_col():
                 axes.legend(frameon=False, fontsize=8)
             axes.set_xlabel("step")
@@ -169,9 +174,7 @@ def plot_weights(draws: Draws, file: str | Path) -> Path:
             xlabel="number of heaviest draws",
             ylabel="their share of the weight",
         )
-        dead = (
-            "" if alive.all() else f"; no positive weight for {int((~alive).sum())} of {num_prompts} prompts"
-        )
+        dead = "" if alive.all() else f"; no positive weight for {int((~alive).sum())} of {num_prompts} prompts"
         prompts = f" for each of {num_prompts} prompts" if num_prompts > 1 else ""
         figure.suptitle(f"{_plain(draws.method)}: {num_draws:,} draws{prompts}{dead}", fontsize=10)
     return Path(file)
@@ -186,10 +189,9 @@ def _drawing(file: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
 
     with rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
+        FigureCanvasAgg(figure)
         yield figure
-        figure.set_dpi(200)
-        canvas.print_png(Path(file))
+        figure.savefig(file, format="png", dpi=200)
 
 
 def _rows(results: Mapping[str, Draws], kl: Mapping[str, float]) -> list[_Row]:
@@ -201,7 +203,7 @@ def _rows(results: Mapping[str, Draws], kl: Mapping[str, float]) -> list[_Row]:
         given = kl.get(name, np.nan)
         rows.append(
             _Row(
-                name=_plain(name),
+                name=textwrap.fill(_plain(name), 24),
                 draws=draws,
                 colour=_EXACT if draws.method == "Exact" else _COLOURS[number % len(_COLOURS)],
                 marker="*" if draws.method == "Exact" else _MARKERS[number % len(_MARKERS)],
@@ -228,9 +230,7 @@ def _mean(weights: FloatArray, values: FloatArray) -> float:
     """Return the weighted mean over draws, then over prompts; NaN if some prompt has no weight."""
     if not weights.any(axis=1).all():
         return float("nan")
-    return float(
-        np.multiply(weights, values, where=weights > 0, out=np.zeros_like(weights)).sum(axis=1).mean()
-    )
+    return float(np.multiply(weights, values, where=weights > 0, out=np.zeros_like(weights)).sum(axis=1).mean())
 
 
 def _kl_to_prior(draws: Draws, weights: FloatArray) -> float:
@@ -250,72 +250,62 @@ def _exact_log_evidence(rows: Sequence[_Row], given: ArrayLike | None) -> float:
 def _draw_evidence(axes: Axes, rows: Sequence[_Row], exact: float) -> None:
     """Panel a: log evidence with two standard errors, and ELBOs; ELBOs far below are marked at the edge."""
     _name_rows(axes, rows)
-    se = np.array([row.log_evidence_se if np.isfinite(row.log_evidence_se) else 0.0 for row in rows])
-    middle = np.array([row.log_evidence for row in rows])
-    elbo = np.array([row.elbo for row in rows])
-    ends = np.concatenate([middle - 2 * se, middle + 2 * se, [exact]])
-    ends = ends[np.isfinite(ends)] if np.isfinite(ends).any() else elbo[np.isfinite(elbo)]
-    low, high = (ends.min(), ends.max()) if ends.size else (0.0, 1.0)
-    span = max(high - low, 0.2)
-    floor = low - 4 * span
-    left = min([low, *elbo[elbo >= floor]])
-    axes.set_xlim(
-        left - 0.12 * (high - left + span),
-        max([high, *elbo[np.isfinite(elbo)]]) + 0.12 * (high - left + span),
-    )
+    low, high = _evidence_limits(rows, exact)
+    axes.set_xlim(low, high)
     if np.isfinite(exact):
         axes.axvline(exact, color=_EXACT, linewidth=1, label=f"exact: {exact:.3f}")
+    across = axes.get_yaxis_transform()
     for y, row in enumerate(rows):
-        if np.isfinite(row.log_evidence):
-            axes.errorbar(
-                row.log_evidence, y, xerr=2 * se[y], color=row.colour, fmt=row.marker, markersize=6, capsize=3
-            )
-        if row.elbo >= floor:
-            axes.plot(row.elbo, y, "D", color=row.colour, markerfacecolor="white", markersize=5)
-        elif row.elbo < floor:
-            axes.plot(
-                0.012, y, "<", color=row.colour, markerfacecolor="white", transform=axes.get_yaxis_transform()
-            )
-            text = "−∞" if np.isinf(row.elbo) else f"{row.elbo:.1f}".replace("-", "−")
-            axes.text(
-                0.035,
-                y,
-                f"ELBO {text}",
-                transform=axes.get_yaxis_transform(),
-                va="center",
-                fontsize=8,
-                color=_GREY,
-            )
-        if np.isfinite(row.log_evidence):
-            error = f" ± {2 * se[y]:.3f}" if se[y] > 0 else ""
-            _remark(axes, y, f"{row.log_evidence:.3f}{error}")
-        elif np.isnan(row.elbo):
-            _remark(axes, y, "no estimate")
+        known = np.isfinite(row.log_evidence)
+        error = 2 * row.log_evidence_se if np.isfinite(row.log_evidence_se) else 0.0
+        hollow: Any = {"color": row.colour, "markerfacecolor": "white", "markersize": 5}
+        if known:
+            axes.errorbar(row.log_evidence, y, xerr=error, color=row.colour, fmt=row.marker, capsize=3)
+        if row.elbo >= low:
+            axes.plot(row.elbo, y, "D", **hollow)
+        elif row.elbo < low:
+            axes.plot(0.012, y, "<", transform=across, **hollow)
+            if known:
+                axes.text(
+                    0.04, y, f"ELBO {_number(row.elbo, 1)}", transform=across, va="center", color=_GREY, fontsize=8
+                )
+        if known:
+            _remark(axes, y, _number(row.log_evidence, 3) + (f" ± {error:.3f}" if error > 0 else ""))
+        elif np.isneginf(row.log_evidence):
+            _remark(axes, y, "no positive weight")
         else:
-            _remark(axes, y, f"ELBO {row.elbo:.3f}")
+            _remark(axes, y, "no estimate" if np.isnan(row.elbo) else f"ELBO {_number(row.elbo, 3)}")
     axes.plot([], [], "o", color=_GREY, label="log evidence ± 2 se")
     axes.plot([], [], "D", color=_GREY, markerfacecolor="white", markersize=5, label="ELBO")
-    axes.legend(
-        frameon=False,
-        fontsize=8,
-        ncols=3,
-        loc="lower left",
-        bbox_to_anchor=(0, 0.98),
-        borderpad=0,
-        columnspacing=1,
-    )
-    axes.set_title("(a) Log evidence and its lower bound", loc="left", pad=19)
+    _legend_above(axes)
+    axes.set_title("(a) Log evidence and its lower bound", loc="left", pad=21)
     axes.set_xlabel("log evidence (nats)")
+
+
+def _evidence_limits(rows: Sequence[_Row], exact: float) -> tuple[float, float]:
+    """Return limits that show every error bar, and the ELBOs that do not dwarf them."""
+    se = np.nan_to_num([row.log_evidence_se for row in rows], nan=0.0, posinf=0.0)
+    middle, elbo = np.array([row.log_evidence for row in rows]), np.array([row.elbo for row in rows])
+    elbo = elbo[np.isfinite(elbo)]
+    ends = np.concatenate([middle - 2 * se, middle + 2 * se, [exact]])
+    ends = ends[np.isfinite(ends)]
+    if not ends.size:
+        ends = elbo if elbo.size else np.zeros(1)
+    span = max(np.ptp(ends), 0.2)
+    shown = np.concatenate([ends, elbo[elbo >= ends.min() - 4 * span]])
+    margin = 0.08 * max(np.ptp(shown), span)
+    return float(shown.min() - margin), float(shown.max() + margin)
 
 
 def _draw_plane(axes: Axes, rows: Sequence[_Row], exact: float) -> None:
     """Panel b: E[r] against KL to the prior, under the line that no policy can cross: E[r] / alpha - KL = log Z."""
     shown = [row for row in rows if np.isfinite(row.kl) and np.isfinite(row.reward)]
-    axes.set_title("(b) Reward bought with distance from the prior", loc="left", pad=19)
-    missing = [row.name for row in rows if row not in shown]
+    axes.set_title("(b) Reward bought with distance from the prior", loc="left", pad=21)
+    missing = [row.name.replace("\n", " ") for row in rows if row not in shown]
     unknown = f"\nnot shown, KL unknown: {', '.join(missing)}" if missing else ""
     axes.set(xlabel=f"KL to the prior (nats){unknown}", ylabel="expected reward")
     if not shown:
+        axes.set(xticks=[], yticks=[])
         return
     for row in shown:
         axes.plot(row.kl, row.reward, row.marker, color=row.colour, markersize=11 if row.marker == "*" else 7)
@@ -326,12 +316,10 @@ def _draw_plane(axes: Axes, rows: Sequence[_Row], exact: float) -> None:
     axes.set(xlim=x, ylim=y)
     if np.isfinite(exact):
         ceiling = shown[0].draws.alpha * (exact + x)
-        axes.plot(
-            x, ceiling, color=_EXACT, linewidth=1, label="E[r] / α − KL = log Z: no policy is above", zorder=0
-        )
+        axes.plot(x, ceiling, color=_EXACT, linewidth=1, label="E[r] / α − KL = log Z: no policy is above", zorder=0)
         axes.fill_between(x, ceiling, max(y[1], ceiling.max()), color="0.93", zorder=-1)
-        axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 0.98), borderpad=0)
-    heights = _spread((rewards - y[0]) / (y[1] - y[0]), gap=min(0.085, 0.96 / len(shown)))
+        _legend_above(axes)
+    heights = _spread((rewards - y[0]) / (y[1] - y[0]), gap=min(0.09, 0.96 / len(shown)))
     for row, height in zip(shown, heights, strict=True):
         bound = " (KL at most)" if row.draws.method == "BestOfN" else ""
         axes.annotate(
@@ -342,7 +330,7 @@ def _draw_plane(axes: Axes, rows: Sequence[_Row], exact: float) -> None:
             va="center",
             color=row.colour,
             fontsize=8.5,
-            arrowprops={"arrowstyle": "-", "color": row.colour, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 5},
+            arrowprops={"arrowstyle": "-", "color": row.colour, "linewidth": 0.6, "shrinkB": 5, "relpos": (0, 0.5)},
         )
 
 
@@ -354,18 +342,12 @@ def _draw_ess(axes: Axes, rows: Sequence[_Row]) -> None:
     axes.set(xscale="log", xlim=(left, 1))
     for y, (row, share) in enumerate(zip(rows, shares, strict=True)):
         if np.isnan(share):
-            equal = (
-                (np.ptp(row.draws.log_weights, axis=1) == 0).all()
-                if np.isfinite(row.draws.log_weights).all()
-                else False
-            )
-            text = "equal weights" if equal else "every completion"
+            text = "equal weights" if (row.draws.log_weights == 0).all() else "every completion"
         else:
             axes.barh(y, max(share - left, 0), left=left, color=row.colour, height=0.6)
-            k = float(row.draws.pareto_k.max())
-            text = f"{row.draws.ess.min():,.0f} of {row.draws.shape[1]:,}" + (
-                f", k {k:.2f}" if np.isfinite(k) else ""
-            )
+            ess, k = float(row.draws.ess.min()), float(row.draws.pareto_k.max())
+            text = f"{ess:,.{0 if ess >= 10 else 1}f} of {row.draws.shape[1]:,}"
+            text += f", k {_number(k, 2)}" if np.isfinite(k) else ""
         _remark(axes, y, text)
     worst = ", worst prompt" if rows[0].draws.shape[0] > 1 else ""
     axes.set_title("(c) How many draws the weights are worth", loc="left")
@@ -375,6 +357,7 @@ def _draw_ess(axes: Axes, rows: Sequence[_Row]) -> None:
 def _draw_rewards(axes: Axes, rows: Sequence[_Row]) -> None:
     """Panel d: the distribution of the reward under each answer, on the rows of panel c."""
     _name_rows(axes, rows)
+    axes.tick_params(labelleft=False)
     masses = [_weights(row.draws).ravel() / row.draws.shape[0] for row in rows]
     values = [row.draws.reward.ravel() for row in rows]
     kept = [(mass > 0) & np.isfinite(value) for mass, value in zip(masses, values, strict=True)]
@@ -393,9 +376,7 @@ def _draw_rewards(axes: Axes, rows: Sequence[_Row]) -> None:
             width = max(0.8 * np.diff(levels).min(initial=extent), extent / 120)
             centres = levels
         else:
-            heights, edges = np.histogram(
-                value[keep], bins=40, range=(levels[0], levels[-1]), weights=mass[keep]
-            )
+            heights, edges = np.histogram(value[keep], bins=40, range=(levels[0], levels[-1]), weights=mass[keep])
             width, centres = edges[1] - edges[0], (edges[1:] + edges[:-1]) / 2
         axes.bar(
             centres,
@@ -419,8 +400,18 @@ def _name_rows(axes: Axes, rows: Sequence[_Row]) -> None:
 
 def _remark(axes: Axes, y: float, text: str) -> None:
     """Write a number to the right of a row."""
-    text = text.replace("-", "−")
     axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.25")
+
+
+def _legend_above(axes: Axes) -> None:
+    """Put the legend between the axes and their title."""
+    where: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)}
+    axes.legend(frameon=False, fontsize=8, ncols=3, borderpad=0, columnspacing=1, **where)
+
+
+def _number(value: float, digits: int) -> str:
+    """Return a number with a true minus sign."""
+    return f"{value:,.{digits}f}".replace("-", "−").replace("inf", "∞")
 
 
 def _spread(positions: FloatArray, gap: float) -> FloatArray:

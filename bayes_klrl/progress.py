@@ -31,7 +31,7 @@ def progress_display(enabled: bool) -> Iterator[None]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
     )
     with Progress(*columns, console=Console(stderr=True)) as display:
         token = _display.set(display)

@@ -135,9 +135,7 @@ def test_the_groups_are_labelled(draws: Draws) -> None:
     assert (tree.attrs["convention"], tree.attrs["units"]) == ("absorb", "nats")
     for name in ("log_likelihood/likelihood", "log_prior/x", "sample_stats/log_proposal"):
         assert tree[name].dims == ("chain", "draw", "prompt")
-    np.testing.assert_array_equal(
-        tree["log_likelihood/likelihood"].values, tree["posterior/log_likelihood"].values
-    )
+    np.testing.assert_array_equal(tree["log_likelihood/likelihood"].values, tree["posterior/log_likelihood"].values)
     assert ("info" in tree) == (draws.method == "SMC")
     if draws.method == "SMC":
         assert tree["info/ancestors"].dims == ("prompt", "position", "draw")
@@ -186,9 +184,7 @@ def test_arviz_counts_copies_of_a_draw_once() -> None:
     """Its effective sample size is near Kish's, not near N."""
     reward = bk.Reward(lambda completions: [3 * text.startswith("nö") for text in completions], alpha=1.0)
     draws = bk.ImportanceSampling(4000).run(bk.Posterior(LM, reward, max_new_tokens=6), seed=0)
-    seen = float(
-        az.ess(draws.to_arviz(), var_names=["log_prior"], method="mean")["log_prior"].values.squeeze()
-    )
+    seen = float(az.ess(draws.to_arviz(), var_names=["log_prior"], method="mean")["log_prior"].values.squeeze())
     assert draws.ess[0] < 0.5 * draws.shape[1]
     assert 0.6 < seen / draws.ess[0] < 1.7
 

@@ -248,13 +248,13 @@ def test_an_option_that_cannot_be_is_refused_when_the_algorithm_is_made(case: st
 @pytest.mark.parametrize(
     "make",
     [
-        lambda n: bk.ImportanceSampling(n),
-        lambda n: bk.SMC(n),
+        bk.ImportanceSampling,
+        bk.SMC,
         lambda n: bk.BestOfN(n, 5),
         lambda n: bk.BestOfN(5, n),
         lambda n: bk.Exact(num_draws=n),
         lambda n: bk.Exact(max_sequences=n),
-        lambda n: bk.SVI(n),
+        bk.SVI,
         lambda n: bk.SVI(5, num_particles=n),
         lambda n: bk.SVI(5, num_draws=n),
     ],
@@ -307,13 +307,11 @@ def test_a_proposal_of_shorter_context() -> None:
 )
 def test_enumeration_refuses_what_is_too_much(vocab_size: int, max_new_tokens: int, says: str) -> None:
     with pytest.raises(bk.BayesKLRLError, match=f"{says} completions, more than max_sequences = 100,000"):
-        bk.Exact(max_sequences=100_000).run(
-            posterior(Untouchable(vocab_size), max_new_tokens=max_new_tokens), seed=0
-        )
+        bk.Exact(max_sequences=100_000).run(posterior(Untouchable(vocab_size), max_new_tokens=max_new_tokens), seed=0)
 
 
 def test_svi_on_a_model_without_parameters() -> None:
-    with pytest.raises(bk.BayesKLRLError, match="needs a prior with torch parameters.* got a Untouchable"):
+    with pytest.raises(bk.BayesKLRLError, match=r"needs a prior with torch parameters.* got a Untouchable"):
         bk.SVI(5).run(posterior(), seed=0)
 
 

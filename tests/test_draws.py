@@ -148,7 +148,7 @@ def test_texts_stand_where_their_tokens_stand(runs: dict[str, bk.Draws]) -> None
 def test_draws_without_a_tokenizer_have_everything_but_texts() -> None:
     longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
     draws = bk.SMC(8).run(bk.Posterior(RecurrentLM(), longer, prompts=[1], max_new_tokens=3), seed=0)
-    with pytest.raises(bk.BayesKLRLError, match="no tokenizer. Use `tokens` and `lengths`"):
+    with pytest.raises(bk.BayesKLRLError, match=r"no tokenizer\. Use `tokens` and `lengths`"):
         draws.texts()
     assert "text" not in draws.to_pandas()
     draws.mean(draws.reward)

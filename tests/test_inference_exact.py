@@ -80,9 +80,7 @@ def test_regularised_return_is_the_elbo_is_log_evidence_minus_kl(seed: int) -> N
     posterior = random_posterior(seed, num_tokens=4, alpha=0.7, prompts=((0,), (1,)))
     truth = Truth(posterior)
     guide = full_table(posterior.prior, 4, noise=1.0, seed=seed)
-    log_q = bk.Posterior(guide, posterior.likelihood, prompts=[[0], [1]], max_new_tokens=4).log_prior(
-        truth.sequences
-    )
+    log_q = bk.Posterior(guide, posterior.likelihood, prompts=[[0], [1]], max_new_tokens=4).log_prior(truth.sequences)
     q = np.exp(log_q)
     kl_to_prior = (q * (log_q - truth.log_prior)).sum(axis=1)
     regularised_return = (q * truth.reward).sum(axis=1) - posterior.alpha * kl_to_prior
@@ -99,9 +97,7 @@ def test_order_is_the_same_for_all_prompts() -> None:
     assert (exact.tokens == exact.tokens[:1]).all()
     assert (exact.lengths == exact.lengths[:1]).all()
     np.testing.assert_allclose(exact.log_proposal, -np.log(exact.shape[1]))
-    np.testing.assert_array_equal(
-        exact.log_weights, exact.log_prior - exact.log_proposal + exact.log_likelihood
-    )
+    np.testing.assert_array_equal(exact.log_weights, exact.log_prior - exact.log_proposal + exact.log_likelihood)
     for p, prompt in enumerate(([0], [1, 2], [2, 0, 1])):
         alone = bk.Exact().run(
             bk.Posterior(posterior.prior, posterior.likelihood, prompts=[prompt], max_new_tokens=5), seed=0
@@ -130,7 +126,7 @@ def test_too_many_completions_are_refused_before_any_work() -> None:
 
     prior = bk.NgramLM(problems.gold_table(0.0), eos_token_id=3)
     posterior = bk.Posterior(prior, bk.TokenReward(never, alpha=1.0), prompts=[[0], [1]], max_new_tokens=6)
-    with pytest.raises(bk.BayesKLRLError, match=r"2.19e\+03 completions.*max_sequences = 2,185.*bk.SMC"):
+    with pytest.raises(bk.BayesKLRLError, match=r"completions, more than max_sequences = 2,185.*bk\.SMC"):
         bk.Exact(max_sequences=2185).run(posterior, seed=0)
     with pytest.raises(bk.BayesKLRLError, match="raised AssertionError"):
         bk.Exact(max_sequences=2186).run(posterior, seed=0)
@@ -141,17 +137,13 @@ def test_too_many_completions_are_refused_before_any_work() -> None:
 
 def test_no_posterior_at_all_is_refused() -> None:
     prior = bk.NgramLM(problems.gold_table(0.0), eos_token_id=3)
-    never = bk.TokenReward(
-        lambda tokens, lengths, prompt_index: np.where(prompt_index == 1, -np.inf, 0.0), alpha=1.0
-    )
+    never = bk.TokenReward(lambda tokens, lengths, prompt_index: np.where(prompt_index == 1, -np.inf, 0.0), alpha=1.0)
     posterior = bk.Posterior(prior, never, prompts=[[0], [1]], max_new_tokens=2)
     with pytest.raises(bk.SupportError, match="prompt 1"):
         bk.Exact().run(posterior, seed=0)
 
 
-@pytest.mark.parametrize(
-    "vocab_size, eos, num_tokens", [(3, [2], 4), (4, [0, 2], 3), (2, [], 5), (2, [0, 1], 3)]
-)
+@pytest.mark.parametrize("vocab_size, eos, num_tokens", [(3, [2], 4), (4, [0, 2], 3), (2, [], 5), (2, [0, 1], 3)])
 def test_all_sequences_against_the_definition(vocab_size: int, eos: list[int], num_tokens: int) -> None:
     listed = all_sequences(vocab_size, eos, num_tokens).lists()
     assert sorted(listed) == completions(vocab_size, eos, num_tokens)

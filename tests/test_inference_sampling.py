@@ -40,9 +40,7 @@ def best_of_n_law(log_prior: np.ndarray, reward: np.ndarray, n: int) -> np.ndarr
 # A sampler's draws for one seed that may be tested as independent ones: few of a large pool, or all of an exact one.
 SAMPLERS: dict[str, Callable[[bk.Posterior, int], bk.Draws]] = {
     "exact": lambda posterior, seed: bk.Exact(num_draws=100).run(posterior, seed=seed),
-    "prior IS": lambda posterior, seed: (
-        bk.ImportanceSampling(5000).run(posterior, seed=seed).resample(100, seed)
-    ),
+    "prior IS": lambda posterior, seed: bk.ImportanceSampling(5000).run(posterior, seed=seed).resample(100, seed),
     "IS from a proposal": lambda posterior, seed: (
         bk.ImportanceSampling(5000, proposal=proposal()).run(posterior, seed=seed).resample(100, seed)
     ),
@@ -97,9 +95,7 @@ def test_best_of_n_follows_its_own_law(n: int, truth: Truth) -> None:
     assert law.sum() == pytest.approx(1, abs=1e-12)
     assert len(np.unique(truth.reward.round(9))) < 100
     posterior = problems.gold_posterior()
-    observed = [
-        counts(truth, bk.BestOfN(n, 150).run(posterior, seed=seed).tokens[0]) for seed in range(NUM_SEEDS)
-    ]
+    observed = [counts(truth, bk.BestOfN(n, 150).run(posterior, seed=seed).tokens[0]) for seed in range(NUM_SEEDS)]
     assert_follows(law, np.array(observed))
 
 
@@ -194,9 +190,7 @@ def test_importance_sampling_is_unbiased_from_any_proposal(num_draws: int) -> No
     draws = bk.ImportanceSampling(num_draws, proposal=other).run(many, seed=1)
     ratio = np.exp(draws.log_evidence - Truth(base).log_evidence[0])
     assert abs(ratio.mean() - 1) < 3 * ratio.std() / 20
-    np.testing.assert_allclose(
-        draws.log_evidence, np.log(np.exp(draws.log_weights).mean(axis=1)), rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose(draws.log_evidence, np.log(np.exp(draws.log_weights).mean(axis=1)), rtol=0, atol=1e-12)
     spread = draws.log_evidence.std()
     if num_draws == 50:
         claimed = np.sqrt((draws.log_evidence_se**2).mean())
@@ -284,9 +278,7 @@ def ngram_pair(seed: int, eos: tuple[int, ...]) -> list[bk.LanguageModel]:
 def gpt2_pair(seed: int, eos: tuple[int, ...]) -> list[bk.LanguageModel]:
     tiny = [
         tiny_transformer(vocab_size=4).prior,
-        problems.random_gpt2_task(
-            9, vocab_size=4, max_new_tokens=3, hidden=16, layers=2, target_kl=0.5
-        ).prior,
+        problems.random_gpt2_task(9, vocab_size=4, max_new_tokens=3, hidden=16, layers=2, target_kl=0.5).prior,
     ]
     return [bk.TorchLM(lm.module, eos_token_id=eos) for lm in tiny]  # type: ignore[attr-defined]
 

@@ -130,9 +130,7 @@ def test_optimal_twist_and_policy_make_one_particle_exact(options: dict[str, Any
 def test_optimal_twist_and_policy_give_equal_weights_at_every_step() -> None:
     posterior = problems.gold_posterior()
     truth = Truth(posterior)
-    draws = bk.SMC(32, proposal=truth.policy(), twist=truth.twist(), ess_threshold=0.99).run(
-        posterior, seed=0
-    )
+    draws = bk.SMC(32, proposal=truth.policy(), twist=truth.twist(), ess_threshold=0.99).run(posterior, seed=0)
     assert (draws.info["ancestors"] == np.arange(32)).all()
     seen = draws.info["step_ess"][~np.isnan(draws.info["step_ess"])]
     np.testing.assert_allclose(seen, 32, rtol=1e-9)
@@ -299,9 +297,7 @@ def test_weights_of_an_unresampled_run_are_importance_weights() -> None:
 def test_evidence_is_the_mean_weight_and_records_have_their_shapes() -> None:
     posterior = random_posterior(8, num_tokens=6, prompts=((0,), (1, 2), (2,)))
     draws = bk.SMC(40, ess_threshold=0.9).run(posterior, seed=2)
-    np.testing.assert_allclose(
-        draws.log_evidence, np.log(np.exp(draws.log_weights).mean(axis=1)), rtol=0, atol=1e-12
-    )
+    np.testing.assert_allclose(draws.log_evidence, np.log(np.exp(draws.log_weights).mean(axis=1)), rtol=0, atol=1e-12)
     ancestors, step_ess = draws.info["ancestors"], draws.info["step_ess"]
     assert ancestors.shape == (3, 6, 40)
     assert step_ess.shape == (3, 6)
@@ -403,9 +399,7 @@ def test_standard_error_is_calibrated(name: str) -> None:
 def test_offspring_are_unbiased(scheme: str) -> None:
     weights = np.array([0.0, 0.31, 0.02, 0.0, 0.26, 0.17, 0.1, 0.14, 0.0])
     rng = np.random.default_rng(0)
-    offspring = np.array(
-        [np.bincount(RESAMPLING[scheme](weights, rng), minlength=9) for _ in range(4000)], dtype=float
-    )
+    offspring = np.array([np.bincount(RESAMPLING[scheme](weights, rng), minlength=9) for _ in range(4000)], dtype=float)
     assert (offspring.sum(axis=1) == 9).all()
     assert (offspring[:, weights == 0] == 0).all()
     expected = 9 * weights

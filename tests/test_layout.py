@@ -27,6 +27,7 @@ VOCABULARY = {
     "likelihood",
     "posterior",
     "progress",
+    "randomness",
     "sequences",
     "typing",
     "weights",
@@ -44,7 +45,7 @@ LAZY_THIRD_PARTY = {"draws": {"pandas", "xarray"}, "progress": {"rich"}}
 # Backends are leaves: only these files, and the faces that present or build things, may import a third package at the
 # top. All others are NumPy, so that weights, resampling, SMC, enumeration and n-grams work without torch and JAX.
 BACKEND = re.compile(r"models\.(torch|jax|pyro|numpyro)_\w+|inference\.(svi_\w+|elbo)")
-FACES = {"arviz_export", "cli", "plots", "problems"}
+FACES = {"arviz_export", "cli", "comparison", "comparison_table", "plots", "problems"}
 
 
 @dataclass(frozen=True)

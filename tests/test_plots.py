@@ -138,7 +138,5 @@ def test_labels_are_spread_without_changing_their_order() -> None:
 
 
 def test_running_mean_leaves_out_what_is_unknown() -> None:
-    np.testing.assert_allclose(
-        _running_mean(np.array([1.0, 2.0, 6.0, np.nan, 4.0])), [1.5, 3.0, 4.0, 5.0, 4.0]
-    )
+    np.testing.assert_allclose(_running_mean(np.array([1.0, 2.0, 6.0, np.nan, 4.0])), [1.5, 3.0, 4.0, 5.0, 4.0])
     assert np.isnan(_running_mean(np.array([np.nan]))).all()

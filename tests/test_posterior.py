@@ -178,9 +178,7 @@ def test_prompt_and_completion_fit_into_the_context(num_prompt_tokens: int, max_
 # ---- columns
 
 
-@pytest.mark.parametrize(
-    "name", ["completions", "completion_ids", "finished", "tokens", "lengths", "prompt_index"]
-)
+@pytest.mark.parametrize("name", ["completions", "completion_ids", "finished", "tokens", "lengths", "prompt_index"])
 def test_reserved_names_are_no_columns(name: str) -> None:
     with pytest.raises(bk.BayesKLRLError, match=f"'{name}': the name is reserved"):
         posterior(**{name: [1]})

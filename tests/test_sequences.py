@@ -78,9 +78,7 @@ def test_lists_may_hold_numpy_integers(rows: list) -> None:
         (np.ones((1, 2, 3), int), np.array([[0, 1]]), "from 0 to 1"),
     ],
 )
-def test_arrays_that_are_no_completions_are_refused(
-    tokens: np.ndarray, lengths: np.ndarray, says: str
-) -> None:
+def test_arrays_that_are_no_completions_are_refused(tokens: np.ndarray, lengths: np.ndarray, says: str) -> None:
     with pytest.raises(bk.BayesKLRLError, match=says):
         bk.Sequences(tokens, lengths)
 

@@ -23,9 +23,7 @@ def classifier_posterior() -> bk.Posterior:
     logits = np.random.default_rng(0).normal(size=(3, 4))
     log_probs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     utility = np.random.default_rng(1).normal(size=(3, 4))
-    likelihood = bk.TokenReward(
-        lambda tokens, lengths, prompt_index: utility[prompt_index, tokens[:, 0]], alpha=0.7
-    )
+    likelihood = bk.TokenReward(lambda tokens, lengths, prompt_index: utility[prompt_index, tokens[:, 0]], alpha=0.7)
     return bk.Posterior(Classifier(log_probs), likelihood, prompts=[[0], [1], [2]], max_new_tokens=1)
 
 
@@ -54,7 +52,8 @@ POSTERIORS = {
 
 def truth(posterior: bk.Posterior) -> tuple[list[list[int]], np.ndarray, np.ndarray]:
     """Return the completions, their log-prior by single steps and their rewards, (P, M)."""
-    lm, xs = posterior.prior, completions(posterior.prior.vocab_size, posterior.prior.eos_token_ids, posterior.max_new_tokens)
+    lm = posterior.prior
+    xs = completions(lm.vocab_size, sorted(lm.eos_token_ids), posterior.max_new_tokens)
     log_prior = np.zeros((posterior.num_prompts, len(xs)))
     for p, prompt in enumerate(posterior.prompt_ids):
         for m, x in enumerate(xs):

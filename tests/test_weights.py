@@ -107,9 +107,7 @@ def test_the_standard_error_is_not_0_because_its_estimate_came_out_negative() ->
     assert weights.log_evidence_se(25.0, 50, 100) == weights.log_evidence_se(25.0, 50) > 0.1
 
 
-@pytest.mark.parametrize(
-    "ess, num, se", [(10.0, 10, 0.0), (0.0, 10, np.inf), (1.0, 1, np.nan), (1.0, 10, 1.0)]
-)
+@pytest.mark.parametrize("ess, num, se", [(10.0, 10, 0.0), (0.0, 10, np.inf), (1.0, 1, np.nan), (1.0, 10, 1.0)])
 def test_the_standard_error_at_its_ends(ess: float, num: int, se: float) -> None:
     np.testing.assert_allclose(weights.log_evidence_se(ess, num), se, atol=1e-7)
 

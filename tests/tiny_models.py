@@ -4,25 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import tokenizers
 import torch
 import transformers as hf
 
-__all__ = ["tiny_gpt2", "tiny_llama", "tiny_other", "tiny_t5"]
+__all__ = ["tiny_gpt2", "tiny_llama", "tiny_other", "tiny_t5", "tiny_tokenizer"]
 
 
-def tiny_gpt2(
-    vocab_size: int = 5, eos_token_id: int | list[int] | None = 0, seed: int = 0, **options: Any
-) -> Any:
+def tiny_gpt2(vocab_size: int = 5, eos_token_id: int | list[int] | None = 0, seed: int = 0, **options: Any) -> Any:
     """Return a GPT-2 of two layers and 16 dimensions, whose next-token distributions are far from uniform."""
     settings = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 0} | options
-    return seeded(
-        hf.GPT2LMHeadModel, hf.GPT2Config(vocab_size=vocab_size, eos_token_id=eos_token_id, **settings), seed
-    )
+    return seeded(hf.GPT2LMHeadModel, hf.GPT2Config(vocab_size=vocab_size, eos_token_id=eos_token_id, **settings), seed)
 
 
-def tiny_llama(
-    vocab_size: int = 5, eos_token_id: int | list[int] | None = 0, seed: int = 0, **options: Any
-) -> Any:
+def tiny_llama(vocab_size: int = 5, eos_token_id: int | list[int] | None = 0, seed: int = 0, **options: Any) -> Any:
     """Return a Llama of two layers and 16 dimensions, two query heads for each key head."""
     settings = {
         "hidden_size": 16,
@@ -40,9 +35,7 @@ def tiny_llama(
     )
 
 
-def tiny_t5(
-    vocab_size: int = 5, eos_token_id: int | list[int] | None = 0, seed: int = 0, **options: Any
-) -> Any:
+def tiny_t5(vocab_size: int = 5, eos_token_id: int | list[int] | None = 0, seed: int = 0, **options: Any) -> Any:
     """Return a T5 whose decoder starts with the EOS token: the trap is that it is then no EOS."""
     settings = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2} | options
     config = hf.T5Config(
@@ -56,12 +49,8 @@ def tiny_other(name: str, vocab_size: int = 5, seed: int = 0) -> Any:
     common = {"vocab_size": vocab_size, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     configs: dict[str, Any] = {
-        "opt": lambda: hf.OPTConfig(
-            **common, **ids, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32
-        ),
-        "gpt_neox": lambda: hf.GPTNeoXConfig(
-            **common, **ids, intermediate_size=24, max_position_embeddings=32
-        ),
+        "opt": lambda: hf.OPTConfig(**common, **ids, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32),
+        "gpt_neox": lambda: hf.GPTNeoXConfig(**common, **ids, intermediate_size=24, max_position_embeddings=32),
         "bloom": lambda: hf.BloomConfig(vocab_size=vocab_size, hidden_size=16, n_layer=2, n_head=2, **ids),
         "mamba": lambda: hf.MambaConfig(
             vocab_size=vocab_size, hidden_size=16, num_hidden_layers=2, state_size=4, **ids
@@ -87,6 +76,18 @@ def tiny_other(name: str, vocab_size: int = 5, seed: int = 0) -> Any:
     config = configs[name]()
     factory = hf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else hf.AutoModelForCausalLM
     return seeded(factory.from_config, config, seed)
+
+
+def tiny_tokenizer(vocab_size: int = 5, adds_eos: bool = False) -> Any:
+    """Return a tokenizer of words a, b, c, ... after "<eos>", id 0."""
+    words = {"<eos>": 0} | {chr(ord("a") + index): index + 1 for index in range(vocab_size - 1)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<eos>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    if adds_eos:
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="$A <eos>", special_tokens=[("<eos>", 0)]
+        )
+    return hf.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
 
 
 def seeded(build: Any, config: Any, seed: int) -> Any:

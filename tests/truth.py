@@ -40,9 +40,7 @@ class Truth:
         prior = posterior.prior
         self.posterior = posterior
         self.xs = completions(prior.vocab_size, sorted(prior.eos_token_ids), posterior.max_new_tokens)
-        one = bk.Sequences.from_lists(
-            self.xs, max_new_tokens=posterior.max_new_tokens, pad_token=posterior.pad_token
-        )
+        one = bk.Sequences.from_lists(self.xs, max_new_tokens=posterior.max_new_tokens, pad_token=posterior.pad_token)
         copies = posterior.num_prompts
         self.sequences = bk.Sequences(np.repeat(one.tokens, copies, 0), np.repeat(one.lengths, copies, 0))
         self.log_prior = posterior.log_prior(self.sequences)
@@ -87,7 +85,7 @@ class Truth:
         for context, masses in mass.items():
             table[context] = masses / masses.sum()
         with np.errstate(divide="ignore"):
-            return bk.NgramLM(np.log(table), eos_token_id=prior.eos_token_ids)
+            return bk.NgramLM(np.log(table), eos_token_id=prior.eos_token_ids, tokenizer=prior.tokenizer)
 
     def kl(self, guide: bk.LanguageModel) -> np.ndarray:
         """KL(q || p*) of each prompt."""
@@ -139,7 +137,9 @@ def full_table(lm: bk.NgramLM, order: int, *, noise: float = 0.0, seed: int = 0)
     table = np.broadcast_to(lm.log_probs, (lm.vocab_size,) * order)
     logits = table + noise * np.random.default_rng(seed).standard_normal(table.shape)
     return bk.NgramLM(
-        logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)), eos_token_id=lm.eos_token_ids
+        logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)),
+        eos_token_id=lm.eos_token_ids,
+        tokenizer=lm.tokenizer,
     )
 
 

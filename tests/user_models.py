@@ -53,7 +53,7 @@ class RecurrentLM:
         return state[rows]
 
     def token_log_probs(self, prompts: Sequence[Sequence[int]], sequences: bk.Sequences) -> np.ndarray:
-        num_prompts, num_draws, num_tokens = sequences.tokens.shape
+        _, num_draws, num_tokens = sequences.tokens.shape
         tokens = sequences.tokens.reshape(-1, num_tokens)
         state, log_probs = self.prefill(prompts).repeat(num_draws, axis=0), np.zeros(tokens.shape)
         for t in range(num_tokens):

@@ -52,6 +52,7 @@ class ElboTerms:
 
     log_weights: Tensor
     log_likelihood: Tensor
+    log_guide: Tensor
     surrogate: Tensor
     """Its mean over N, summed over P, has the gradient of the ELBO."""
     model_tokens: int
@@ -69,10 +70,11 @@ class _SequenceELBO(ELBO):
     Attributes
     ----------
     last
-        The `ElboTerms` of the newest step, for logging.
+        The `ElboTerms` of the newest step.
     """
 
     last: ElboTerms
+    _last_site: Any
 
     def __init__(self, num_particles: int = 64) -> None:
         if num_particles < 2:
@@ -93,11 +95,21 @@ class _SequenceELBO(ELBO):
         """Return a scalar whose value is -ELBO, summed over prompts, and whose gradient is the estimator's."""
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             self.last = self.terms(model_trace, guide_trace)
+            self._last_site = guide_trace.nodes["x"]
             scale = model_trace.nodes["x"]["scale"]  # P / prompts_per_step where prompts are subsampled
         surrogate = -self.last.surrogate.mean(dim=0).sum() * scale
         value = -self.last.log_weights.mean(dim=0).sum() * scale
         loss: Tensor = surrogate - surrogate.detach() + value.detach()
         return loss
+
+    def guide_change(self) -> float:
+        """Return how far the guide has moved since the newest step's draws x, in nats: 1/2 mean (log q_now(x) - log q(x))^2.
+
+        To second order KL(q || q_now), and exactly quadratic in the length of a short step.
+        """
+        with torch.no_grad():
+            now = self._last_site["fn"].log_prob(self._last_site["value"])
+        return float((now - self.last.log_guide).square().mean() / 2)
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return -ELBO, summed over prompts."""
@@ -122,7 +134,7 @@ class LeaveOneOutELBO(_SequenceELBO):
         log_lik = _log_likelihood(model_trace)
         log_q = _log_prob(guide_trace, "x")
         log_w = _log_prob(model_trace, "x") + log_lik - log_q.detach()
-        return ElboTerms(log_w, log_lik, leave_one_out(log_w) * log_q, _model_tokens(guide_trace))
+        return ElboTerms(log_w, log_lik, log_q.detach(), leave_one_out(log_w) * log_q, _model_tokens(guide_trace))
 
 
 class RaoBlackwellELBO(_SequenceELBO):
@@ -152,7 +164,8 @@ class RaoBlackwellELBO(_SequenceELBO):
         log_lik = _log_likelihood(model_trace)
         credit = leave_one_out(log_lik) * drawn.sum(dim=2).T
         surrogate = credit - (kl.sum(dim=2) + score_term).T
-        return ElboTerms(log_lik - kl.detach().sum(dim=2).T, log_lik, surrogate, _model_tokens(guide_trace))
+        log_w, log_guide = log_lik - kl.detach().sum(dim=2).T, drawn.detach().sum(dim=2).T
+        return ElboTerms(log_w, log_lik, log_guide, surrogate, _model_tokens(guide_trace))
 
 
 def leave_one_out_by_prompt(values: Tensor) -> Tensor:

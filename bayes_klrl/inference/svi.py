@@ -54,6 +54,9 @@ class SVI:
         frozen prior.
     num_draws
         N of `run`.
+    max_step_kl
+        A step that would move the guide by more nats is shortened to that (see `bayes_klrl.inference.trust_region`); inf:
+        never. Without it, a learning rate that suits one model collapses another onto one short completion.
     prompts_per_step
         Train on as many of the P prompts a step, drawn at random; None: on all.
     """
@@ -65,6 +68,7 @@ class SVI:
     estimator: str = "leave_one_out"
     adapter: Any = None
     num_draws: int = 1000
+    max_step_kl: float = 0.1
     prompts_per_step: int | None = None
 
     def __post_init__(self) -> None:
@@ -72,6 +76,8 @@ class SVI:
         check_count("num_particles", self.num_particles, least=2)
         check_positive("learning_rate", self.learning_rate)
         check_count("num_draws", self.num_draws)
+        if self.max_step_kl != np.inf:
+            check_positive("max_step_kl", self.max_step_kl)
         if self.prompts_per_step is not None:
             check_count("prompts_per_step", self.prompts_per_step)
         if self.objective not in OBJECTIVES:
@@ -114,7 +120,7 @@ class Fit:
         The approximate posterior q.
     history
         Of every step, means over prompts in nats: "elbo", "reward" (in its own units), "kl" (to the prior),
-        "log_weight_sd", "gradient_norm", "learning_rate", "seconds".
+        "log_weight_sd", "gradient_norm", "learning_rate", "step_kl" (as taken; NaN where it was not looked at), "seconds".
     posterior
         What it approximates.
     training

@@ -17,6 +17,7 @@ import torch
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.elbo import LeaveOneOutELBO, RaoBlackwellELBO
+from bayes_klrl.inference.trust_region import TrustRegion
 from bayes_klrl.models.ngram_lm import NgramLM
 from bayes_klrl.models.pyro_model import pyro_guide, pyro_model
 from bayes_klrl.models.torch_table import TableLM
@@ -68,12 +69,13 @@ def training_steps(svi: SVI, posterior: Posterior, guide: Any) -> Iterator[dict[
     parameters = [parameter for parameter in guide.parameters() if parameter.requires_grad]
     optimiser = torch.optim.Adam(parameters, lr=svi.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate_schedule(svi.num_steps))
+    trust_region = TrustRegion(parameters, svi.max_step_kl, elbo.guide_change)
     for _ in range(svi.num_steps):
         optimiser.zero_grad(set_to_none=True)
         elbo.loss_and_grads(model, program)
         norm = torch.nn.utils.clip_grad_norm_(parameters, _MAX_GRADIENT_NORM)
         learning_rate = float(schedule.get_last_lr()[0])
-        optimiser.step()
+        trust_region.step(optimiser)
         schedule.step()
         terms = elbo.last
         yield {
@@ -83,6 +85,7 @@ def training_steps(svi: SVI, posterior: Posterior, guide: Any) -> Iterator[dict[
             "log_weight_sd": float(terms.log_weights.std(dim=0).mean()),
             "gradient_norm": float(norm),
             "learning_rate": learning_rate,
+            "step_kl": trust_region.last_kl,
             "tokens": terms.model_tokens,
         }
 

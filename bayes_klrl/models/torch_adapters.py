@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -11,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.torch_network import base_model
 
-__all__ = ["adapted", "merged", "trainable_copy"]
+__all__ = ["adapted", "import_peft", "merged", "quiet_peft", "trainable_copy"]
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
@@ -21,7 +24,7 @@ def trainable_copy(module: nn.Module) -> nn.Module:
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """Return the same modules anew around the same weights, frozen: the copy can be rebuilt, the original is not touched.
+    """Return the same modules anew around the same weights, frozen; rebuilding them leaves the original alone.
 
     Parameters share storage with the original's (in-place changes of one are seen by the other); tied ones stay tied.
     """
@@ -40,7 +43,8 @@ def adapted(module: nn.Module, config: Any) -> nn.Module:
         config = default_lora(peft, frozen)
     if not isinstance(config, peft.PeftConfig):
         raise BayesKLRLError(f"adapter is 'lora' or a peft configuration such as peft.LoraConfig(r=8); got {config!r}.")
-    wrapped: nn.Module = peft.get_peft_model(frozen, config)
+    with quiet_peft():
+        wrapped: nn.Module = peft.get_peft_model(frozen, config)
     return wrapped.eval()
 
 
@@ -58,9 +62,18 @@ def default_lora(peft: Any, module: Any) -> Any:
 
 def merged(module: nn.Module) -> Any:
     """Return the Hugging Face model with its adapters added into the weights; the given module is left as it is."""
-    if not hasattr(module, "merge_and_unload"):
+    if not hasattr(module, "peft_config"):
         return base_model(module)
-    return copy.deepcopy(module).merge_and_unload()
+    duplicate: Any = copy.deepcopy(module)
+    return duplicate.merge_and_unload()
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence what peft 0.21 does to transformers 5.23: it asks for an attribute that is about to be renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+        yield
 
 
 def import_peft() -> Any:

@@ -1,7 +1,7 @@
 """Checkpoints: where a name leads, what may be loaded from there, and what is written back.
 
-Only safetensors (and GGUF) are read, never pickles; code that comes with a model is never run; a checkpoint with missing
-weights is an error, not a model with random ones.
+Only safetensors (and GGUF) are read, never pickles; code that comes with a model is never run; a checkpoint with
+missing weights is an error, not a model with random ones.
 """
 
 from __future__ import annotations
@@ -20,12 +20,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from bayes_klrl.errors import CheckpointError
-from bayes_klrl.models.torch_adapters import import_peft, merged
+from bayes_klrl.models.torch_adapters import import_peft, merged, quiet_peft
 
 __all__ = ["load", "save", "shipped_names"]
 
 SMOLLM2 = "smollm2"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
 
 
 def load(name_or_folder: str | os.PathLike[str], dtype: torch.dtype | str | None) -> tuple[Any, Any | None]:
@@ -41,8 +48,9 @@ def load(name_or_folder: str | os.PathLike[str], dtype: torch.dtype | str | None
             return load_folder(smollm2_folder(), precision)
         if "/" not in name:
             raise CheckpointError(
-                f"No folder and no shipped model is called {name!r}. Shipped: {', '.join([*shipped_names(), SMOLLM2])}. "
-                "A hub id has a '/' in it, as in 'openai-community/gpt2'."
+                f"No folder and no shipped model is called {name!r}. "
+                f"Shipped: {', '.join([*shipped_names(), SMOLLM2])}. A hub id has a '/' in it: "
+                "'openai-community/gpt2'."
             )
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise CheckpointError(f"There is no folder {name!r} (and a hub id has the form 'owner/name').")
@@ -62,7 +70,9 @@ def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any | None]:
         )
     if not any(folder.glob("*.safetensors")):
         old = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        cure = "convert its pickled weights with save_pretrained of transformers" if old else "is the download complete?"
+        cure = (
+            "convert its pickled weights with save_pretrained of transformers" if old else "is the download complete?"
+        )
         raise CheckpointError(f"{str(folder)!r} has no safetensors weights, the only kind that is read; {cure}")
     return load_model(str(folder), dtype, local_files_only=True)
 
@@ -81,8 +91,8 @@ def load_model(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, An
     if report["missing_keys"]:
         names = ", ".join(sorted(report["missing_keys"])[:3])
         raise CheckpointError(
-            f"{source!r} lacks {len(report['missing_keys'])} of the model's weights ({names}, ...); they would have been "
-            "random. Is it a model without a language modelling head, or an incomplete download?"
+            f"{source!r} lacks {len(report['missing_keys'])} of the model's weights ({names}, ...); they would "
+            "have been random. Is it a model without a language modelling head, or an incomplete download?"
         )
     return model, load_tokenizer(source, **options)
 
@@ -90,7 +100,11 @@ def load_model(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, An
 def load_tokenizer(source: str, **options: Any) -> Any | None:
     """Return the tokenizer, or None if a local folder has no file of one."""
     folder = Path(source)
-    if folder.is_dir() and "gguf_file" not in options and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if (
+        folder.is_dir()
+        and "gguf_file" not in options
+        and not any((folder / name).is_file() for name in TOKENIZER_FILES)
+    ):
         return None
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
@@ -109,7 +123,8 @@ def load_adapter(folder: Path, dtype: torch.dtype) -> tuple[Any, Any | None]:
         )
     model, tokenizer = load(base, dtype)
     try:
-        wrapped = peft.PeftModel.from_pretrained(model, str(folder))
+        with quiet_peft():
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder))
     except Exception as error:
         raise CheckpointError(f"The adapter in {str(folder)!r} does not fit its base {base!r}: {error}") from error
     return wrapped, load_tokenizer(str(folder), local_files_only=True) or tokenizer

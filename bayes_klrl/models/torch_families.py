@@ -57,11 +57,14 @@ class Layer(Protocol):
 class Family(Protocol):
     """One architecture: embedding, layers, final norm and head, ready to be called."""
 
-    layers: Sequence[Layer]
     final_norm: Function
     head: Function
     width: int
     device: torch.device
+
+    @property
+    def layers(self) -> Sequence[Layer]:
+        """The layers from the first to the last."""
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
         """Return hidden states (R, S, D) of tokens (R, S) at positions (R or 1, S), and what turns the heads."""
@@ -172,9 +175,7 @@ def direct(module: Any) -> Function:
         return partial(F.linear, weight=module.weight, bias=module.bias)
     if kind is nn.LayerNorm:
         shape = module.normalized_shape
-        return partial(
-            F.layer_norm, normalized_shape=shape, weight=module.weight, bias=module.bias, eps=module.eps
-        )
+        return partial(F.layer_norm, normalized_shape=shape, weight=module.weight, bias=module.bias, eps=module.eps)
     if kind in RMS_NORMS and module.weight.dtype == torch.float32:  # in half precision the original rounds in between
         shape, epsilon = tuple(module.weight.shape), module.variance_epsilon
         return partial(F.rms_norm, normalized_shape=shape, weight=module.weight, eps=epsilon)

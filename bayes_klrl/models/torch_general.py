@@ -105,7 +105,7 @@ class PlainNetwork:
         return logits
 
     def _logits(self, tokens: Tensor, num_last: int) -> Tensor:
-        keep = {"logits_to_keep": num_last} if self.keeps_last else {}
+        keep = {"logits_to_keep": last_positions(tokens, num_last)} if self.keeps_last else {}
         logits: Tensor = self.module(input_ids=tokens, **keep, **self.options).logits
         return logits[:, -num_last:]
 
@@ -142,9 +142,7 @@ class CachedNetwork:
     def step(self, cache: CachedRows, tokens: Tensor) -> tuple[Tensor, CachedRows]:
         """See `Network.step`."""
         grown = shallow_copy(cache.cache)
-        logits = self._logits(
-            tokens[:, None], cache.padding, cache.length, 1, past_key_values=grown, use_cache=True
-        )
+        logits = self._logits(tokens[:, None], cache.padding, cache.length, 1, past_key_values=grown, use_cache=True)
         return logits[:, -1], CachedRows(grown, cache.padding, cache.length + 1)
 
     def select(self, cache: CachedRows, rows: Tensor) -> CachedRows:
@@ -169,7 +167,7 @@ class CachedNetwork:
         options = {
             "attention_mask": (positions >= 0).long(),
             "position_ids": positions[:, start:].clamp(min=0),
-            "logits_to_keep": num_last,
+            "logits_to_keep": last_positions(tokens, num_last),
             "return_dict": True,
         }
         options = {name: value for name, value in options.items() if name in self.parameters}
@@ -211,9 +209,7 @@ class EncoderDecoderNetwork:
         grown = EncoderDecoderCache(
             shallow_copy(cache.cache.self_attention_cache), shallow_copy(cache.cache.cross_attention_cache)
         )
-        logits = self._decode(
-            cache.encoded, cache.encoder_mask, tokens[:, None], past_key_values=grown, use_cache=True
-        )
+        logits = self._decode(cache.encoded, cache.encoder_mask, tokens[:, None], past_key_values=grown, use_cache=True)
         return logits[:, -1], DecoderRows(cache.encoded, cache.encoder_mask, grown, cache.length + 1)
 
     def select(self, cache: DecoderRows, rows: Tensor) -> DecoderRows:
@@ -221,9 +217,7 @@ class EncoderDecoderNetwork:
         halves = [shallow_copy(cache.cache.self_attention_cache), shallow_copy(cache.cache.cross_attention_cache)]
         for half in halves:
             half.batch_select_indices(rows)
-        return DecoderRows(
-            cache.encoded[rows], cache.encoder_mask[rows], EncoderDecoderCache(*halves), cache.length
-        )
+        return DecoderRows(cache.encoded[rows], cache.encoder_mask[rows], EncoderDecoderCache(*halves), cache.length)
 
     def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
         """See `Network.features`."""
@@ -260,6 +254,15 @@ class EncoderDecoderNetwork:
 
     def _starts(self, num_rows: int) -> Tensor:
         return torch.full((num_rows,), self.start, dtype=torch.long, device=self.device)
+
+
+def last_positions(tokens: Tensor, num_last: int) -> Tensor:
+    """Return the last columns of (R, S) tokens as indices.
+
+    A number would do, but it makes a slice, and torch multiplies a slice by another kernel when the head is trainable
+    than when it is frozen: a fresh adapter would then differ from its prior in the last bit.
+    """
+    return torch.arange(tokens.shape[1] - num_last, tokens.shape[1], device=tokens.device)
 
 
 def forward_parameters(module: nn.Module) -> frozenset[str]:

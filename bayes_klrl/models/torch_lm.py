@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
-from bayes_klrl.models.torch_network import Network, base_model, choose_network, model_device
+from bayes_klrl.models.torch_network import Network, base_model, choose_network, model_device, renewed
 from bayes_klrl.models.torch_scoring import full_log_probs, sequence_log_probs, tempered
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import IntArray, TokenIds
@@ -263,7 +263,9 @@ class TorchLM:
         """Return `score` of all P * N rows, reshaped to (P, N, T, ...); only the longest length is computed."""
         num_prompts, num_draws, num_tokens = sequences.tokens.shape
         if num_prompts != len(prompts):
-            raise BayesKLRLError(f"{len(prompts)} prompts but completions of {num_prompts}: one row of N for each prompt.")
+            raise BayesKLRLError(
+                f"{len(prompts)} prompts but completions of {num_prompts}: one row of N for each prompt."
+            )
         longest = int(sequences.lengths.max(initial=0))
         if longest == 0:
             return torch.zeros((num_prompts, num_draws, num_tokens), device=self.device)
@@ -274,14 +276,13 @@ class TorchLM:
         tokens = torch.as_tensor(sequences.tokens[..., :longest], device=device).flatten(0, 1)
         lengths = torch.as_tensor(sequences.lengths, device=device).flatten()
         scores: Tensor = score(network, prompts, owners, tokens, lengths, self.temperature)
-        padded = scores.new_zeros((len(owners), num_tokens - longest, *scores.shape[2:]))
-        return torch.cat([scores, padded], dim=1).unflatten(0, (num_prompts, num_draws))
+        padding = scores.new_zeros((len(owners), num_tokens - longest, *scores.shape[2:]))
+        return torch.cat([scores, padding], dim=1).view(num_prompts, num_draws, num_tokens, *scores.shape[2:])
 
     def _ready_network(self) -> Network:
-        """Return the network, chosen when first needed and again if the model was since changed under it."""
+        """Return the network: chosen when first needed, renewed since layers may have been replaced."""
         self._switch_dropout_off()
-        if self._network is None or not still_right(self._network, self._module):
-            self._network = choose_network(self._module, self._vocab_size)
+        self._network = renewed(self._network, self._module) or choose_network(self._module, self._vocab_size)
         return self._network
 
     def _switch_dropout_off(self) -> None:
@@ -305,8 +306,8 @@ class TorchLM:
         configured = getattr(self._config, "eos_token_id", None)
         if configured is None:
             configured = getattr(self._tokenizer, "eos_token_id", None)
-        ids = [] if configured is None else [configured] if isinstance(configured, int) else configured
-        return frozenset(int(token) for token in ids if 0 <= token < self._vocab_size)
+        found = [] if configured is None else [configured] if isinstance(configured, int) else configured
+        return frozenset(int(token) for token in found if 0 <= token < self._vocab_size)
 
     def _check_prompts(self, prompts: Sequence[TokenIds], num_new: int) -> None:
         if len(prompts) == 0:
@@ -331,8 +332,8 @@ class TorchLM:
         limit = self.context_length
         if limit is not None and num_tokens > limit:
             raise BayesKLRLError(
-                f"Prompt and completion together have {num_tokens} tokens; this model reads at most {limit}. Shorten the "
-                "prompt or max_new_tokens."
+                f"Prompt and completion together have {num_tokens} tokens; this model reads at most {limit}. Shorten "
+                "the prompt or max_new_tokens."
             )
 
 
@@ -343,11 +344,3 @@ def output_size(model: nn.Module) -> int:
     if weight is not None:
         return int(weight.shape[0])
     return int(base_model(model).config.get_text_config().vocab_size)
-
-
-def still_right(network: Network, module: nn.Module) -> bool:
-    """Return whether a network chosen earlier still computes what the model does, hooks added since included."""
-    from bayes_klrl.models.torch_families import family_of
-    from bayes_klrl.models.torch_tight import TightNetwork
-
-    return not isinstance(network, TightNetwork) or family_of(module) is not None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bayes_klrl.typing import TokenIds
 
-__all__ = ["Network", "base_model", "choose_network", "left_padded", "model_device"]
+__all__ = ["Network", "base_model", "choose_network", "left_padded", "model_device", "renewed"]
 
 
 class Network(Protocol):
@@ -82,6 +82,15 @@ def choose_network(module: nn.Module, vocab_size: int) -> Network:
     general = general_network(module, vocab_size)
     tight = tight_network(module, vocab_size)
     return tight if tight is not None and agree(tight, general, vocab_size) else general
+
+
+def renewed(network: Network | None, module: nn.Module) -> Network | None:
+    """Return the network chosen earlier, fitted to the model's present layers; None if it is time to choose again."""
+    from bayes_klrl.models.torch_tight import TightNetwork, tight_network
+
+    if isinstance(network, TightNetwork):
+        return tight_network(module, network.vocab_size)
+    return network
 
 
 @torch.no_grad()

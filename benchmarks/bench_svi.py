@@ -1,0 +1,92 @@
+"""SVI against enumerated posteriors, and the cost of one SVI step.
+
+    python benchmarks/bench_svi.py tasks       KL(q || p*) after 600 steps x 256 completions, five seeds, three tasks
+    python benchmarks/bench_svi.py step        CPU seconds of a step with 64 completions x 16 tokens, GPT-2 4 x 128, V = 2000
+
+One thread, CPU seconds (`time.process_time`). Population ESS / N of importance sampling from the guide is 1 / E_p*[p* / q],
+the limit of what a sample of any size shows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import numpy as np
+import torch
+
+import bayes_klrl as bk
+from bayes_klrl.posterior import completion_log_probs
+from bayes_klrl.problems import GPT2_TASKS, gpt2_task
+
+
+def bench_tasks(num_seeds: int) -> None:
+    """Print, for each task and seed, both KLs, the effective sample sizes and the CPU seconds of a fit."""
+    for name in GPT2_TASKS:
+        posterior = gpt2_task(name)
+        exact = bk.Exact().run(posterior, seed=0)
+        log_posterior = exact.log_prior + exact.log_likelihood - exact.log_evidence[:, None]
+        kl_prior = float((exact.mean(exact.log_likelihood) - exact.log_evidence)[0])
+        print(f"\n{name}: {exact.shape[1]} completions, KL(p* || p0) = {kl_prior:.2f} nats")
+        rows = []
+        for seed in range(num_seeds):
+            start = time.process_time()
+            fit = bk.SVI(600, 256).fit(posterior, seed=seed)
+            seconds = time.process_time() - start
+            log_guide = completion_log_probs(fit.guide, posterior.prompt_ids, exact.sequences)
+            reverse = float((np.exp(log_guide) * (log_guide - log_posterior)).sum())
+            forward = float((np.exp(log_posterior) * (log_posterior - log_guide)).sum())
+            population_ess = float(1 / np.exp(2 * log_posterior - log_guide).sum())
+            sample_ess = float(bk.ImportanceSampling(1000, proposal=fit.guide).run(posterior, seed=seed).ess[0]) / 1000
+            rows.append((reverse, forward, population_ess, sample_ess, seconds))
+            print(
+                f"  seed {seed}: KL(q||p*) {reverse:.4f}  KL(p*||q) {forward:.4f}  ESS/N population {population_ess:.3f} "
+                f"sample {sample_ess:.3f}  CPU {seconds:.1f} s",
+                flush=True,
+            )
+        medians = [statistics.median(column) for column in zip(*rows, strict=True)]
+        print(
+            f"  median: KL(q||p*) {medians[0]:.4f}  KL(p*||q) {medians[1]:.4f}  ESS/N population {medians[2]:.3f} "
+            f"sample {medians[3]:.3f}  CPU {medians[4]:.1f} s"
+        )
+
+
+def bench_step(num_steps: int) -> None:
+    """Print the CPU seconds of one SVI step, full copy and LoRA."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=2000, n_embd=128, n_layer=4, n_head=4, n_positions=128, bos_token_id=0, eos_token_id=0
+    )
+    prior = bk.TorchLM(GPT2LMHeadModel(config), eos_token_id=[])
+    evens = bk.TokenReward(lambda tokens, lengths: (tokens % 2 == 0).mean(axis=1), alpha=0.1)
+    posterior = bk.Posterior(prior, evens, prompts=[list(range(1, 9))], max_new_tokens=16)
+    for label, svi in {
+        "full copy": bk.SVI(num_steps, learning_rate=1e-4),
+        "LoRA": bk.SVI(num_steps, adapter="lora"),
+        "Rao-Blackwell": bk.SVI(num_steps, learning_rate=1e-4, estimator="rao_blackwell"),
+    }.items():
+        svi.fit(posterior, seed=0)
+        start = time.process_time()
+        svi.fit(posterior, seed=1)
+        print(f"{label:>14}: {(time.process_time() - start) / num_steps:.3f} CPU s a step")
+
+
+def main() -> None:
+    """Run one of the two benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["tasks", "step"])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=10)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.what == "tasks":
+        bench_tasks(arguments.seeds)
+    else:
+        bench_step(arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
