@@ -22,7 +22,9 @@ from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 __all__ = ["RESERVED_NAMES", "Batch", "TextCall", "accepts", "first_failing_row", "parameters", "to_floats"]
 
 _BATCH_NAMES = ("prompts", "completions", "completion_ids", "finished")
-RESERVED_NAMES = frozenset({*_BATCH_NAMES, "tokens", "lengths", "prompt_index", "prior", "likelihood", "max_new_tokens"})
+RESERVED_NAMES = frozenset(
+    {*_BATCH_NAMES, "tokens", "lengths", "prompt_index", "prior", "likelihood", "max_new_tokens"}
+)
 
 
 @dataclass(frozen=True, eq=False)

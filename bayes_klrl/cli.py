@@ -93,7 +93,9 @@ def _algorithm(method: str, num_steps: int) -> Algorithm:
 @_errors_as_messages
 def compare(
     file: PosteriorFile = None,
-    method: Annotated[list[str] | None, typer.Option(help=_METHOD_HELP + "; may be given several times. Default: all but exact.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help=_METHOD_HELP + "; may be given several times. Default: all but exact.")
+    ] = None,
     policy: Annotated[
         list[Path] | None, typer.Option(help="A Hugging Face folder to add as a proposal; may be given several times.")
     ] = None,
@@ -163,7 +165,9 @@ def tune(
     file: PosteriorFile = None,
     steps: Annotated[int, typer.Option(help="Gradient steps.", min=1)] = _DEFAULT_STEPS,
     particles: Annotated[int, typer.Option(help="Completions a prompt and step.", min=2)] = 64,
-    learning_rate: Annotated[float, typer.Option(help="Of Adam, at its highest.")] = 2e-3,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of Adam, at its highest. Default: 2e-3, LoRA 5e-3.")
+    ] = None,
     adapter: Annotated[
         str | None, typer.Option(help='"lora": train adapters over the frozen prior; default: a full copy.')
     ] = None,
@@ -189,7 +193,9 @@ def tune(
     fit.save(folder / "policy")
     plot_history(fit.history, folder / "training.png")
     if fit.interrupted:
-        _out().print(f"Interrupted after {len(fit.history['elbo'])} steps; the policy so far is in {folder / 'policy'}.")
+        _out().print(
+            f"Interrupted after {len(fit.history['elbo'])} steps; the policy so far is in {folder / 'policy'}."
+        )
     corrected = bk.ImportanceSampling(1000, proposal=fit.guide).run(posterior, seed=seed, progress=not quiet)
     corrected.save(folder / "draws.nc")
     gap = float((corrected.log_evidence - corrected.elbo).mean())
@@ -236,7 +242,9 @@ def _check_methods(methods: list[str] | None) -> None:
     """Refuse unknown names before anything is loaded."""
     for name in methods or []:
         if name not in METHODS:
-            raise typer.BadParameter(f"unknown method {name!r}; choose from {', '.join(METHODS)}", param_hint="--method")
+            raise typer.BadParameter(
+                f"unknown method {name!r}; choose from {', '.join(METHODS)}", param_hint="--method"
+            )
 
 
 def _algorithms(

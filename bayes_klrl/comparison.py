@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bayes_klrl.checks import check_count
 from bayes_klrl.comparison_table import ComparisonTable, method_row, reference_log_evidence
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
-from bayes_klrl.inference.checks import check_count
 from bayes_klrl.inference.svi import SVI, Fit
 from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.output_folder import prepare_output
@@ -66,7 +66,7 @@ class Comparison:
         """
         reference = reference_log_evidence(self.algorithms, self.draws)
         rows = {
-            name: method_row(self.algorithms[name], self.draws[name], self.posterior, reference)
+            name: method_row(self.algorithms[name], self.draws[name], reference)
             if name in self.draws
             else {"note": self.failures[name]}
             for name in self.algorithms
@@ -74,11 +74,11 @@ class Comparison:
         return ComparisonTable.of(rows)
 
     def samples(self, num: int = 3, seed: int = 0) -> dict[str, list[list[str]]]:
-        """Return `num` completions of every method and prompt, drawn with their posterior weights."""
-        return {
-            name: (draws if np.isneginf(draws[0].log_weights).all(axis=1).any() else (draws[0].resample(num, seed),))[0].texts()
-            for name, draws in self.draws.items()
+        """Return `num` completions of each prompt, drawn with their weights, by method (those with any positive weight)."""
+        alive = {
+            name: draws[0] for name, draws in self.draws.items() if np.isfinite(draws[0].log_weights).any(axis=1).all()
         }
+        return {name: draws.resample(num, seed).texts() for name, draws in alive.items()}
 
     def to_arviz(self) -> xr.DataTree:
         """Return an xarray DataTree with one child a method (and repeat), whatever ArviZ is installed."""
@@ -239,7 +239,9 @@ def _check_algorithms(algorithms: Mapping[str, Algorithm], posterior: Posterior)
         raise BayesKLRLError('algorithms is empty; give at least one, as {"SMC": bk.SMC(256)}.')
     for name, algorithm in algorithms.items():
         if not isinstance(name, str) or not name or "/" in name:
-            raise BayesKLRLError(f"A method's name is a text without '/', for it names a group in draws.nc; got {name!r}.")
+            raise BayesKLRLError(
+                f"A method's name is a text without '/', for it names a group in draws.nc; got {name!r}."
+            )
         if not isinstance(algorithm, Algorithm):
             raise BayesKLRLError(f"{name!r} is not an algorithm: {algorithm!r} has no run(posterior, seed=...).")
         proposal = getattr(algorithm, "proposal", None)

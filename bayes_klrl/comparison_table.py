@@ -12,7 +12,6 @@ import pandas as pd
 from bayes_klrl.draws import Draws
 from bayes_klrl.inference.best_of_n import BestOfN
 from bayes_klrl.inference.exact import Exact
-from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import Algorithm, FloatArray
 from bayes_klrl.weights import logmeanexp
 
@@ -59,9 +58,7 @@ def reference_log_evidence(
     return None if best is None else Reference(best.log_evidence, is_exact=False)
 
 
-def method_row(
-    algorithm: Algorithm, repeats: Sequence[Draws], posterior: Posterior, reference: Reference | None
-) -> dict[str, Any]:
+def method_row(algorithm: Algorithm, repeats: Sequence[Draws], reference: Reference | None) -> dict[str, Any]:
     """Return the table's columns for one method: means over prompts and repeats, evidences averaged as Z-hat."""
     log_evidence = logmeanexp(np.stack([_or_dead(draws.log_evidence) for draws in repeats], axis=1))
     defined = not any(np.isnan(draws.log_evidence).any() for draws in repeats)
@@ -172,9 +169,7 @@ def _kl_prior(algorithm: Algorithm, draws: Draws) -> FloatArray:
     return kl
 
 
-def _kl_posterior(
-    algorithm: Algorithm, repeats: Sequence[Draws], reference: Reference | None
-) -> tuple[str, float]:
+def _kl_posterior(algorithm: Algorithm, repeats: Sequence[Draws], reference: Reference | None) -> tuple[str, float]:
     """Return KL(answer || posterior), a mean over prompts, and whether it is a value, a bound or an approximation.
 
     Exact: 0. A guide: log Z - ELBO. Best-of-n: KL(. || prior) - E[r] / alpha + log Z, with the upper bound of the first

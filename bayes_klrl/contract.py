@@ -149,9 +149,7 @@ def _reward_is_a_function(posterior: Posterior, sequences: Sequences, rng: np.ra
     order = rng.permutation(rewards.shape[1])
     shuffled = posterior.reward(Sequences(sequences.tokens[:, order], sequences.lengths[:, order]))
     moved = int((shuffled != rewards[:, order]).sum())
-    yield Check(
-        "the reward does not depend on the order of the batch", moved == 0, f"{moved} of {rewards.size} differ"
-    )
+    yield Check("the reward does not depend on the order of the batch", moved == 0, f"{moved} of {rewards.size} differ")
     single = posterior.reward(Sequences(sequences.tokens[:, :1], sequences.lengths[:, :1]))
     moved = int((single[:, 0] != rewards[:, 0]).sum())
     yield Check("the reward does not depend on the rest of the batch", moved == 0, f"{moved} of {len(single)} differ")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
@@ -245,8 +246,7 @@ class Draws:
         They are samples of these draws, not fresh ones: never more than N distinct texts, and fit for a frequency test
         only while `num` is small against the effective sample size.
         """
-        if isinstance(num, bool) or not isinstance(num, int | np.integer) or num < 1:
-            raise BayesKLRLError(f"num must be an integer of at least 1; got {num!r}.")
+        check_count("num", num)
         rng = generator(seed)
         weights = normalised(self.log_weights)
         chosen = np.stack([rng.choice(self.shape[1], size=num, p=row) for row in weights])

@@ -1,13 +1,13 @@
 """Typed errors; each message names the value, the rule and the cure.
 
-    ValueError
-    └── BayesKLRLError            any refusal of ours, plain bad arguments included
-        ├── RewardError           a reward raised, or returned something that is not a log-likelihood
-        │   └── TextRewardError   a reward on text, and a prior that has no tokenizer
-        ├── UnboundedLossError    SVI met a completion of likelihood 0: the ELBO is -inf
-        ├── BudgetError           the budget was spent without an answer; carries what was drawn
-        ├── SupportError          mass where there must be none, or none where there must be some
-        └── CheckpointError       a folder, file or tokenizer that is not the model it should be
+ValueError
+└── BayesKLRLError            any refusal of ours, plain bad arguments included
+    ├── RewardError           a reward raised, or returned something that is not a log-likelihood
+    │   └── TextRewardError   a reward on text, and a prior that has no tokenizer
+    ├── UnboundedLossError    SVI met a completion of likelihood 0: the ELBO is -inf
+    ├── BudgetError           the budget was spent without an answer; carries what was drawn
+    ├── SupportError          mass where there must be none, or none where there must be some
+    └── CheckpointError       a folder, file or tokenizer that is not the model it should be
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bayes_klrl.draws import Draws
+    from bayes_klrl.inference.svi import Fit
 
 __all__ = [
     "BayesKLRLError",
@@ -29,7 +30,15 @@ __all__ = [
 
 
 class BayesKLRLError(ValueError):
-    """Base of every error that `bayes_klrl` raises on purpose."""
+    """Base of every error that `bayes_klrl` raises on purpose.
+
+    Attributes
+    ----------
+    fit
+        What `SVI` had learned when the error ended its training; None otherwise.
+    """
+
+    fit: Fit | None = None
 
 
 class RewardError(BayesKLRLError):

@@ -16,6 +16,7 @@ import numpy as np
 
 from bayes_klrl.arrays import no_gradient, to_host
 from bayes_klrl.batch import RESERVED_NAMES, Batch
+from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.likelihood import Likelihood
 from bayes_klrl.sequences import Sequences, pad_token
@@ -81,8 +82,7 @@ class Posterior:
                 f"likelihood must be a bk.Reward, bk.TokenReward or bk.Constraint; got {likelihood!r}. Wrap a function: "
                 "bk.Reward(fn, alpha=...)."
             )
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int | np.integer) or max_new_tokens < 1:
-            raise BayesKLRLError(f"max_new_tokens must be an integer of at least 1; got {max_new_tokens!r}.")
+        check_count("max_new_tokens", max_new_tokens)
         self.prior = prior
         self.likelihood = likelihood
         self.max_new_tokens = int(max_new_tokens)
@@ -146,9 +146,7 @@ class Posterior:
         sequences = self.sequences(x)
         num_prompts, num_draws, num_tokens = sequences.tokens.shape
         prompt_index = np.repeat(np.arange(num_prompts), num_draws)
-        rewards = self.reward_of_rows(
-            sequences.tokens.reshape(-1, num_tokens), sequences.lengths.ravel(), prompt_index
-        )
+        rewards = self.reward_of_rows(sequences.tokens.reshape(-1, num_tokens), sequences.lengths.ravel(), prompt_index)
         return rewards.reshape(num_prompts, num_draws)
 
     def reward_of_rows(self, tokens: IntArray, lengths: IntArray, prompt_index: IntArray) -> FloatArray:
@@ -194,9 +192,7 @@ def check_language_model(what: str, lm: object) -> None:
         )
 
 
-def completion_log_probs(
-    lm: LanguageModel, prompt_ids: Sequence[Sequence[int]], sequences: Sequences
-) -> FloatArray:
+def completion_log_probs(lm: LanguageModel, prompt_ids: Sequence[Sequence[int]], sequences: Sequences) -> FloatArray:
     """Return log p(x | c) of every completion, shape (P, N), float64, in chunks of draws so that memory is bounded."""
     num_prompts, num_draws, num_tokens = sequences.tokens.shape
     total = np.empty((num_prompts, num_draws))

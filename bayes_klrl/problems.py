@@ -204,9 +204,7 @@ class _RandomReward:
         """Return the reward of completions, shape (N,)."""
         counted = np.arange(tokens.shape[1]) < lengths[:, None]
         weights = (self.token_weights[tokens] * counted).sum(axis=1)
-        is_pair = (tokens[:, :-1] == self.pair[0]) & (
-            tokens[:, 1:] == self.pair[1]
-        )  # never in the EOS padding
+        is_pair = (tokens[:, :-1] == self.pair[0]) & (tokens[:, 1:] == self.pair[1])  # never in the EOS padding
         bonus = self.pair_bonus * is_pair.any(axis=1)
         reward: FloatArray = self.scale * (weights + bonus + self.length_slope * lengths)
         return reward

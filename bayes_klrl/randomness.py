@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.checks import check_count
 
 __all__ = ["check_seed", "generator", "stream_seed"]
 
 
 def check_seed(seed: object) -> int:
     """Return the seed as an int, refusing what is not a non-negative integer."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise BayesKLRLError(f"seed must be a non-negative integer; got {seed!r}.")
-    return int(seed)
+    check_count("seed", seed, least=0)
+    return int(seed)  # type: ignore[call-overload, no-any-return]
 
 
 def generator(seed: object, *stream: int) -> np.random.Generator:

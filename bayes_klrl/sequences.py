@@ -74,9 +74,7 @@ class Sequences:
                 f"Sequences needs tokens (P, N, T) and lengths (P, N); got {tokens.shape} and {lengths.shape}."
             )
         if tokens.dtype.kind not in "iu" or lengths.dtype.kind not in "iu":
-            raise BayesKLRLError(
-                f"Token ids and lengths are integers; got dtypes {tokens.dtype} and {lengths.dtype}."
-            )
+            raise BayesKLRLError(f"Token ids and lengths are integers; got dtypes {tokens.dtype} and {lengths.dtype}.")
         if lengths.size and not (1 <= lengths.min() and lengths.max() <= tokens.shape[2]):
             raise BayesKLRLError(
                 f"A completion has 1 to T = {tokens.shape[2]} tokens (EOS counts); got lengths from {lengths.min()} "
@@ -86,9 +84,7 @@ class Sequences:
         object.__setattr__(self, "lengths", lengths.astype(np.int64, copy=False))
 
     @classmethod
-    def from_lists(
-        cls, completions: Sequence[Sequence[int]], *, max_new_tokens: int, pad_token: int = 0
-    ) -> Sequences:
+    def from_lists(cls, completions: Sequence[Sequence[int]], *, max_new_tokens: int, pad_token: int = 0) -> Sequences:
         """Return the completions of one prompt, shape (1, N, max_new_tokens), from lists of token ids.
 
         Examples

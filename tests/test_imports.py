@@ -62,9 +62,7 @@ def test_help_is_light(tmp_cwd: Path) -> None:
 def type_checking_names() -> dict[str, str]:
     """{name: module} of the TYPE_CHECKING block, which must re-export each name explicitly."""
     tree = ast.parse(Path(bayes_klrl.__file__).read_text(encoding="utf-8"))
-    (block,) = [
-        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
-    ]
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     names = {}
     for node in block.body:
         assert isinstance(node, ast.ImportFrom)

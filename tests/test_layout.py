@@ -22,6 +22,7 @@ PACKAGE = ROOT / "bayes_klrl"
 VOCABULARY = {
     "arrays",
     "batch",
+    "checks",
     "draws",
     "errors",
     "likelihood",
@@ -97,9 +98,7 @@ def resolve(module: str, name: str) -> str:
     """The module behind `from module import name`, where module is ours and name a submodule or a public name."""
     if module == "bayes_klrl" and name in bayes_klrl._HOME:
         return bayes_klrl._HOME[name]
-    is_submodule = (
-        module.split(".")[0] == "bayes_klrl" and f"{module}.{name}".removeprefix("bayes_klrl.") in files()
-    )
+    is_submodule = module.split(".")[0] == "bayes_klrl" and f"{module}.{name}".removeprefix("bayes_klrl.") in files()
     return f"{module}.{name}" if is_submodule else module
 
 
@@ -148,16 +147,12 @@ def test_root_links_cannot_be_imported(tmp_cwd: Path) -> None:
 
 
 def test_imports_at_the_top_never_point_up() -> None:
-    wrong = [
-        each for each in all_imports() if each.place == "top" and is_ours(each.module) and points_up(each)
-    ]
+    wrong = [each for each in all_imports() if each.place == "top" and is_ours(each.module) and points_up(each)]
     assert not wrong, report(wrong)
 
 
 def test_lazy_imports_point_up_only_where_listed() -> None:
-    lazy = [
-        each for each in all_imports() if each.place == "lazy" and is_ours(each.module) and points_up(each)
-    ]
+    lazy = [each for each in all_imports() if each.place == "lazy" and is_ours(each.module) and points_up(each)]
     wrong = [each for each in lazy if each.module not in LAZY_UPWARD.get(each.file, set())]
     assert not wrong, report(wrong)
 
@@ -273,9 +268,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile) -> No
     assert "bayes_klrl/py.typed" in there
     shipped = PACKAGE / "models" / "shipped"
     if shipped.is_dir():
-        assert any(
-            name.startswith("bayes_klrl/models/shipped/") and name.endswith(".safetensors") for name in there
-        )
+        assert any(name.startswith("bayes_klrl/models/shipped/") and name.endswith(".safetensors") for name in there)
 
 
 def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:

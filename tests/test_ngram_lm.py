@@ -288,9 +288,7 @@ def test_any_fit_is_normalised_and_equals_its_dense_table(
     np.testing.assert_allclose(rows, dense.next_log_probs(state), rtol=1e-13)
     x = bk.Sequences(np.array([[[0, 1, 2, 4]], [[2, 2, 3, 0]]]), np.array([[4], [3]]))
     prompts = [contexts[0], contexts[-1]]
-    np.testing.assert_allclose(
-        sparse.token_log_probs(prompts, x), dense.token_log_probs(prompts, x), rtol=1e-13
-    )
+    np.testing.assert_allclose(sparse.token_log_probs(prompts, x), dense.token_log_probs(prompts, x), rtol=1e-13)
 
 
 def test_ids_are_taken_as_they_are() -> None:
@@ -304,9 +302,7 @@ def test_ids_are_taken_as_they_are() -> None:
 
 def test_a_large_vocabulary_needs_no_square_of_it() -> None:
     rng, vocab_size = np.random.default_rng(0), 50_000
-    ids = [
-        [*np.minimum(rng.zipf(1.3, size=60) - 1, vocab_size - 2).tolist(), vocab_size - 1] for _ in range(50)
-    ]
+    ids = [[*np.minimum(rng.zipf(1.3, size=60) - 1, vocab_size - 2).tolist(), vocab_size - 1] for _ in range(50)]
     lm = bk.NgramLM.fit(ids, order=3, eos_token_id=vocab_size - 1)
     assert lm.vocab_size == vocab_size
     state = lm.prefill([ids[0][:10], ids[1][:1], [], [49_000, 48_000]])
@@ -413,9 +409,7 @@ def test_a_hugging_face_tokenizer_is_used_and_saved(tmp_path: Path) -> None:
     again = bk.NgramLM.from_pretrained(tmp_path)
     assert again.encode(["sat the"]) == [[4, 2]]
     np.testing.assert_array_equal(again.log_probs, lm.log_probs)
-    bk.NgramLM(lm.log_probs, eos_token_id=0).save_pretrained(
-        tmp_path
-    )  # the old tokenizer's folder is still there
+    bk.NgramLM(lm.log_probs, eos_token_id=0).save_pretrained(tmp_path)  # the old tokenizer's folder is still there
     assert bk.NgramLM.from_pretrained(tmp_path).tokenizer is None
 
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Cost, Draws
-from bayes_klrl.inference.checks import check_count
 from bayes_klrl.models.decoding import draw_blocks
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track

@@ -91,7 +91,9 @@ class _SequenceELBO(ELBO):
     def terms(self, model_trace: Any, guide_trace: Any) -> ElboTerms:
         """Return this estimator's terms."""
 
-    def differentiable_loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(
+        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Return a scalar whose value is -ELBO, summed over prompts, and whose gradient is the estimator's."""
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             self.last = self.terms(model_trace, guide_trace)
@@ -116,9 +118,7 @@ class _SequenceELBO(ELBO):
         with torch.no_grad():
             return float(torch_item(self.differentiable_loss(model, guide, *args, **kwargs)))
 
-    def loss_and_grads(
-        self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> float:
+    def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return -ELBO and add its gradient to the parameters'."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:

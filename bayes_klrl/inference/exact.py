@@ -1,6 +1,6 @@
 """The exact posterior by enumeration of every completion.
 
-    log Z = logsumexp_x [ log p0(x) + r(x) / alpha ]   over all x that end with EOS or are T tokens long (THEORY 4.1)
+log Z = logsumexp_x [ log p0(x) + r(x) / alpha ]   over all x that end with EOS or are T tokens long (THEORY 4.1)
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, SupportError
-from bayes_klrl.inference.checks import check_count
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.sequences import Sequences, pad_token
 

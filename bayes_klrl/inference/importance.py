@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BudgetError
-from bayes_klrl.inference.checks import check_count
-from bayes_klrl.models.decoding import draw_blocks
 from bayes_klrl.inference.proposals import Proposal, resolve_proposal
+from bayes_klrl.models.decoding import draw_blocks
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
 from bayes_klrl.randomness import generator

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.inference.svi import SVI
+from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.posterior import Posterior, check_context
 from bayes_klrl.typing import LanguageModel
 
@@ -12,9 +12,7 @@ __all__ = ["Proposal", "resolve_proposal"]
 Proposal = LanguageModel | SVI | None
 
 
-def resolve_proposal(
-    proposal: Proposal, posterior: Posterior, seed: int, progress: bool
-) -> tuple[LanguageModel, int]:
+def resolve_proposal(proposal: Proposal, posterior: Posterior, seed: int, progress: bool) -> tuple[LanguageModel, int]:
     """Return the language model to draw from, and the tokens it took to train it.
 
     None is the prior itself; an `SVI` is fitted under the same seed.

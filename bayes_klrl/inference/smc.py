@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bayes_klrl.checks import check_count, check_finite, check_fraction
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.checks import check_count, check_finite, check_fraction
-from bayes_klrl.models.decoding import Decoding, decode
 from bayes_klrl.inference.importance import require_positive_weight
 from bayes_klrl.inference.proposals import Proposal, resolve_proposal
 from bayes_klrl.inference.resampling import multinomial, resampling_scheme
+from bayes_klrl.models.decoding import Decoding, decode
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
 from bayes_klrl.randomness import generator

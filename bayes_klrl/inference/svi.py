@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from bayes_klrl.checks import check_count, check_positive
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.checks import check_count, check_positive
 from bayes_klrl.models.decoding import draw_blocks
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
@@ -43,7 +43,8 @@ class SVI:
     num_particles
         N completions a prompt and step, at least 2.
     learning_rate
-        Of Adam, at its highest: it rises over the first steps and falls linearly to 0.
+        Of Adam, at its highest: it rises over the first steps and falls linearly to 0. None: 2e-3, for adapters 5e-3, for
+        an `NgramLM` 0.1.
     objective
         "elbo".
     estimator
@@ -55,7 +56,7 @@ class SVI:
     num_draws
         N of `run`.
     max_step_kl
-        A step that would move the guide by more nats is shortened to that (see `bayes_klrl.inference.trust_region`); inf:
+        A step that would move the guide by more nats is shortened to that (see `bayes_klrl.inference.svi_trust_region`); inf:
         never. Without it, a learning rate that suits one model collapses another onto one short completion.
     prompts_per_step
         Train on as many of the P prompts a step, drawn at random; None: on all.
@@ -63,18 +64,19 @@ class SVI:
 
     num_steps: int
     num_particles: int = 64
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     objective: str = "elbo"
     estimator: str = "leave_one_out"
     adapter: Any = None
     num_draws: int = 1000
-    max_step_kl: float = 0.1
+    max_step_kl: float = 0.03
     prompts_per_step: int | None = None
 
     def __post_init__(self) -> None:
         check_count("num_steps", self.num_steps)
         check_count("num_particles", self.num_particles, least=2)
-        check_positive("learning_rate", self.learning_rate)
+        if self.learning_rate is not None:
+            check_positive("learning_rate", self.learning_rate)
         check_count("num_draws", self.num_draws)
         if self.max_step_kl != np.inf:
             check_positive("max_step_kl", self.max_step_kl)
@@ -95,7 +97,8 @@ class SVI:
         Raises
         ------
         UnboundedLossError
-            If a draw has likelihood 0: names the completion and the cure.
+            If a draw has likelihood 0: names the completion and the cure. This and any other error of ours after the first
+            step carries what was learned as its attribute `fit`.
         """
         from bayes_klrl.inference.svi_pyro import fit_guide
 

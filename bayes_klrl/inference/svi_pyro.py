@@ -7,7 +7,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.elbo import LeaveOneOutELBO, RaoBlackwellELBO
-from bayes_klrl.inference.trust_region import TrustRegion
+from bayes_klrl.inference.svi_trust_region import TrustRegion
 from bayes_klrl.models.ngram_lm import NgramLM
 from bayes_klrl.models.pyro_model import pyro_guide, pyro_model
 from bayes_klrl.models.torch_table import TableLM
@@ -41,24 +41,34 @@ def fit_guide(svi: SVI, posterior: Posterior, *, seed: int, progress: bool) -> F
     from bayes_klrl.inference.svi import Fit
 
     start = time.perf_counter()
+    history: dict[str, list[float]] = defaultdict(list)
+    interrupted: list[bool] = []
+
+    def fit_so_far() -> Fit:
+        return Fit(
+            guide=guide.to_ngram() if isinstance(guide, TableLM) else guide,
+            history={name: np.array(values) for name, values in history.items() if name != "tokens"},
+            posterior=posterior,
+            training=Cost(time.perf_counter() - start, 0, int(sum(history["tokens"]))),
+            interrupted=bool(interrupted),
+        )
+
     with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
         torch.manual_seed(check_seed(seed))
         guide = trainable_guide(posterior.prior, svi.adapter)
-        history: dict[str, list[float]] = defaultdict(list)
-        with kept_on_interrupt(history) as interrupted, track("SVI", svi.num_steps, progress) as advance:
-            for step in training_steps(svi, posterior, guide):
-                for name, value in step.items():
-                    history[name].append(value)
-                history["seconds"].append(time.perf_counter() - start)
-                advance(status=f"ELBO {step['elbo']:.3f} nats, E[r] {step['reward']:.3f}, KL {step['kl']:.3f}")
-    trained = guide.to_ngram() if isinstance(guide, TableLM) else guide
-    return Fit(
-        guide=trained,
-        history={name: np.array(values) for name, values in history.items() if name != "tokens"},
-        posterior=posterior,
-        training=Cost(time.perf_counter() - start, 0, int(sum(history["tokens"]))),
-        interrupted=bool(interrupted),
-    )
+        try:
+            with kept_on_interrupt(history, interrupted), track("SVI", svi.num_steps, progress) as advance:
+                for step in training_steps(svi, posterior, guide):
+                    for name, value in step.items():
+                        history[name].append(value)
+                    history["seconds"].append(time.perf_counter() - start)
+                    advance(status=f"ELBO {step['elbo']:.3f} nats, E[r] {step['reward']:.3f}, KL {step['kl']:.3f}")
+        except BayesKLRLError as error:
+            if history["seconds"]:
+                error.fit = fit_so_far()
+                error.add_note(f"The guide after the {len(history['seconds'])} steps before is in this error's `fit`.")
+            raise
+    return fit_so_far()
 
 
 def training_steps(svi: SVI, posterior: Posterior, guide: Any) -> Iterator[dict[str, float]]:
@@ -67,7 +77,7 @@ def training_steps(svi: SVI, posterior: Posterior, guide: Any) -> Iterator[dict[
     program = pyro_guide(posterior, guide, svi.prompts_per_step)
     elbo = _ELBOS[svi.estimator](svi.num_particles)
     parameters = [parameter for parameter in guide.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr=svi.learning_rate)
+    optimiser = torch.optim.Adam(parameters, lr=svi.learning_rate or default_learning_rate(svi, guide))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate_schedule(svi.num_steps))
     trust_region = TrustRegion(parameters, svi.max_step_kl, elbo.guide_change)
     for _ in range(svi.num_steps):
@@ -88,6 +98,13 @@ def training_steps(svi: SVI, posterior: Posterior, guide: Any) -> Iterator[dict[
             "step_kl": trust_region.last_kl,
             "tokens": terms.model_tokens,
         }
+
+
+def default_learning_rate(svi: SVI, guide: Any) -> float:
+    """Return what suits the kind of guide: a table of logits, adapters, or all the weights of a transformer."""
+    if isinstance(guide, TableLM):
+        return 0.1
+    return 2e-3 if svi.adapter is None else 5e-3
 
 
 def learning_rate_schedule(num_steps: int) -> Callable[[int], float]:
@@ -121,17 +138,17 @@ def trainable_guide(prior: LanguageModel, adapter: Any) -> Any:
 
 
 @contextmanager
-def kept_on_interrupt(history: dict[str, list[float]]) -> Iterator[list[bool]]:
-    """Turn Ctrl-C after the first step into the end of training; the list given is non-empty if that happened."""
-    interrupted: list[bool] = []
+def kept_on_interrupt(history: dict[str, list[float]], interrupted: list[bool]) -> Iterator[None]:
+    """Turn Ctrl-C after the first step into the end of training, and note it in `interrupted`."""
     try:
-        yield interrupted
+        yield
     except KeyboardInterrupt:
         if not history["seconds"]:
             raise
         interrupted.append(True)
-        warnings.warn(
-            f"SVI was interrupted after {len(history['seconds'])} steps. What it learned is kept: the guide so far is in "
-            "the returned Fit (fit.guide), and fit.save(folder) writes it.",
-            stacklevel=4,
-        )
+        with suppress(UserWarning):  # where warnings are errors: what was learned matters more
+            warnings.warn(
+                f"SVI was interrupted after {len(history['seconds'])} steps. What it learned is kept: the guide so far is "
+                "in the returned Fit (fit.guide), and fit.save(folder) writes it.",
+                stacklevel=4,
+            )

@@ -190,9 +190,7 @@ class NgramLM:
             texts = [[*_plain_ids(tokenizer, text), min(eos_ids)] for text in texts]
         ids = [_as_int_array(text) for text in texts]
         if not sum(map(len, ids)):
-            raise BayesKLRLError(
-                "There is nothing to fit to; give at least one text, or list of ids, with a token."
-            )
+            raise BayesKLRLError("There is nothing to fit to; give at least one text, or list of ids, with a token.")
         used = np.concatenate([*ids, np.array(sorted(eos_ids), dtype=np.int64)])
         vocab_size = int(used.max()) + 1 if vocab_size is None else vocab_size
         _check_vocabulary(used, vocab_size)
@@ -281,9 +279,7 @@ class NgramLM:
         """See `LanguageModel.token_log_probs`."""
         num_prompts, num_draws, _ = sequences.tokens.shape
         if len(prompts) != num_prompts:
-            raise BayesKLRLError(
-                f"There are {len(prompts)} prompts and completions for {num_prompts}; give one each."
-            )
+            raise BayesKLRLError(f"There are {len(prompts)} prompts and completions for {num_prompts}; give one each.")
         before = np.broadcast_to(self.prefill(prompts)[:, None], (num_prompts, num_draws, self.order - 1))
         grams = sliding_window_view(np.concatenate([before, sequences.tokens], axis=2), self.order, axis=2)
         scored = grams[sequences.mask]  # what stands past a completion's length may be no token at all
@@ -354,9 +350,7 @@ def _as_int_array(ids: TokenIds | IntArray) -> IntArray:
     """Return token ids as int64, refusing floats rather than rounding them."""
     array = np.asarray(ids)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise BayesKLRLError(
-            f"Token ids are one list of integers; got shape {array.shape} of dtype {array.dtype}."
-        )
+        raise BayesKLRLError(f"Token ids are one list of integers; got shape {array.shape} of dtype {array.dtype}.")
     return array.astype(np.int64)
 
 
@@ -365,8 +359,7 @@ def _check_vocabulary(ids: IntArray, vocab_size: int) -> None:
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
         raise BayesKLRLError(
-            f"Token id {outside[0]} is outside the vocabulary 0..{vocab_size - 1}. "
-            "Was it made by another tokenizer?"
+            f"Token id {outside[0]} is outside the vocabulary 0..{vocab_size - 1}. Was it made by another tokenizer?"
         )
 
 

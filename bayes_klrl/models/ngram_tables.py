@@ -105,9 +105,7 @@ def _normalised_rows(log_probs: ArrayLike) -> FloatArray:
             f"An n-gram table has shape (V,) * order, one axis of length V per token; got {table.shape}."
         )
     if np.isnan(table).any():
-        raise BayesKLRLError(
-            f"Log-probs must not be NaN; row {_first(np.isnan(table).any(axis=-1))} has one."
-        )
+        raise BayesKLRLError(f"Log-probs must not be NaN; row {_first(np.isnan(table).any(axis=-1))} has one.")
     if table.max() > _SUM_TOLERANCE:
         entry = _first(table > _SUM_TOLERANCE)
         raise BayesKLRLError(
@@ -237,9 +235,7 @@ class BackoffTable:
                 and _are_keys(level.arc_keys, num_contexts * self.vocab_size)
             )
             if not sound:
-                raise BayesKLRLError(
-                    "The arrays of the back-off table do not fit together; save the model again."
-                )
+                raise BayesKLRLError("The arrays of the back-off table do not fit together; save the model again.")
             num_parents = num_contexts
 
     def _seen(self, contexts: IntArray) -> Iterator[tuple[BackoffLevel, IntArray, IntArray]]:
@@ -272,9 +268,7 @@ def _find(sorted_keys: IntArray, keys: IntArray) -> tuple[IntArray, NDArray[np.b
     return position, sorted_keys[position] == keys
 
 
-def fit_witten_bell(
-    texts: Sequence[IntArray], *, order: int, vocab_size: int, pad_token: int
-) -> BackoffTable:
+def fit_witten_bell(texts: Sequence[IntArray], *, order: int, vocab_size: int, pad_token: int) -> BackoffTable:
     """Return the n-gram model of `texts`, interpolated after Witten and Bell.
 
         p(a | h) = (c(h a) + t(h) p(a | h')) / (c(h) + t(h)),
@@ -309,9 +303,7 @@ def fit_witten_bell(
     levels: list[BackoffLevel] = []
     context = np.zeros(token.size, dtype=np.int64)
     for length in range(1, order):
-        context_keys, context = np.unique(
-            context * vocab_size + stream[position - length], return_inverse=True
-        )
+        context_keys, context = np.unique(context * vocab_size + stream[position - length], return_inverse=True)
         arc_keys, arc_counts = np.unique(context * vocab_size + token, return_counts=True)
         arc_context, arc_token = np.divmod(arc_keys, vocab_size)
         lower = unigram[arc_token]

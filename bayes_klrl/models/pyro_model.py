@@ -33,6 +33,7 @@ from bayes_klrl.typing import IntArray, LanguageModel, TokenIds
 
 __all__ = ["SequenceDistribution", "pyro_guide", "pyro_model", "to_sequences"]
 
+
 class SequenceDistribution(TorchDistribution):
     """A language model as a Pyro distribution over whole completions.
 
@@ -162,9 +163,7 @@ def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Cal
     return model
 
 
-def pyro_guide(
-    posterior: Posterior, lm: LanguageModel, prompts_per_step: int | None = None
-) -> Callable[[], Tensor]:
+def pyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int | None = None) -> Callable[[], Tensor]:
     """Return a trainable language model as a Pyro guide of `pyro_model`'s site "x".
 
     Its parameters are registered under a name of their own, so that a second guide in one parameter store trains.

@@ -1,4 +1,4 @@
-"""Refusals of options that no algorithm can run with."""
+"""Refusals of numbers that cannot be what they are given for."""
 
 from __future__ import annotations
 
