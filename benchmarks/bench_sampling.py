@@ -4,7 +4,7 @@ Both draw from the full distribution (no top-k, no top-p) and no row ever ends: 
 two interleaved, each the best of several repetitions, since the ratio of two runs minutes apart measures the machine.
 Memory is the peak above the loaded model, in separate processes (Linux only).
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_sampling.py [--size small|gpt2|llama] [--repetitions 7]
+    OMP_NUM_THREADS=1 python benchmarks/bench_sampling.py [--size small|gpt2|llama] [--new 32] [--repetitions 7]
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import numpy as np
 import torch
 import transformers as hf
 
-from bayes_klrl.arrays import draw_tokens
-from bayes_klrl.models.torch_lm import TorchLM
+import bayes_klrl as bk
+from bayes_klrl.models.decoding import decode
 
-PROMPT_LENGTH, NUM_NEW = 8, 32
+PROMPT_LENGTH = 8
 TARGETS = {"small": 2.0, "gpt2": 1.1, "llama": 2.0}
 NUM_ROWS = {"small": 64, "gpt2": 16, "llama": 64}
 
@@ -50,47 +50,43 @@ def random_model(size: str) -> Any:
     return hf.GPT2LMHeadModel(config).eval()
 
 
-def sample_ours(lm: TorchLM, prompt: list[int], num_rows: int, seed: int) -> np.ndarray:
-    """Return num_rows completions, shape (R, T): inverse CDF on uniforms from the host."""
-    uniforms = np.random.default_rng(seed).random((NUM_NEW, num_rows))
-    rows = np.arange(num_rows)
-    state = lm.select(lm.prefill([prompt]), np.zeros(num_rows, dtype=np.int64))
-    columns = []
-    for step in range(NUM_NEW):
-        columns.append(draw_tokens(lm.next_log_probs(state), rows, uniforms[step]))
-        if step + 1 < NUM_NEW:
-            state = lm.append(state, columns[-1])
-    return np.stack(columns, axis=1)
+def even_tokens(_posterior: bk.Posterior, _prompt_index: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
+    """Return a twist that makes weights degenerate every few tokens, so that SMC has something to do."""
+    return 0.5 * (prefixes % 2 == 0).sum(axis=1).astype(np.float64)
 
 
-def sample_generate(model: Any, prompt: list[int], num_rows: int, seed: int) -> np.ndarray:
+def sample_generate(model: Any, prompt: list[int], num_rows: int, num_new: int, seed: int) -> np.ndarray:
     """Return num_rows completions, shape (R, T), from Hugging Face's own sampler."""
     torch.manual_seed(seed)
     tokens = torch.tensor([prompt]).repeat(num_rows, 1)
     settings = hf.GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, max_new_tokens=NUM_NEW, min_new_tokens=NUM_NEW, pad_token_id=0
+        do_sample=True, top_k=0, top_p=1.0, max_new_tokens=num_new, min_new_tokens=num_new, pad_token_id=0
     )
     output = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
     return np.asarray(output[:, len(prompt) :])
 
 
-def samplers(size: str) -> dict[str, Callable[[int], np.ndarray]]:
-    """Return both samplers as functions of a seed."""
+def samplers(size: str, num_new: int) -> dict[str, Callable[[int], np.ndarray]]:
+    """Return the samplers as functions of a seed."""
     model = random_model(size)
-    lm = TorchLM(model, eos_token_id=())
+    lm = bk.TorchLM(model, eos_token_id=())
     prompt, num_rows = list(range(1, PROMPT_LENGTH + 1)), NUM_ROWS[size]
+    reward = bk.TokenReward(lambda tokens, lengths: (tokens % 2 == 0).sum(axis=1), alpha=2.0)
+    posterior = bk.Posterior(lm, reward, prompts=prompt, max_new_tokens=num_new)
+    smc = bk.SMC(num_rows, twist=even_tokens)
     return {
-        "generate": lambda seed: sample_generate(model, prompt, num_rows, seed),
-        "bayes_klrl": lambda seed: sample_ours(lm, prompt, num_rows, seed),
+        "generate": lambda seed: sample_generate(model, prompt, num_rows, num_new, seed),
+        "sampling": lambda seed: decode((lm,), [prompt], num_rows, num_new, np.random.default_rng(seed)).tokens,
+        "SMC": lambda seed: smc.run(posterior, seed=seed).tokens[0],
     }
 
 
-def cpu_seconds(size: str, repetitions: int) -> dict[str, list[float]]:
+def cpu_seconds(size: str, num_new: int, repetitions: int) -> dict[str, list[float]]:
     """Return the CPU seconds of each sampler's repetitions, interleaved."""
-    seconds: dict[str, list[float]] = {"generate": [], "bayes_klrl": []}
-    runs = samplers(size)
+    runs = samplers(size, num_new)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
-        assert run(0).shape == (NUM_ROWS[size], NUM_NEW)  # also the warm-up
+        assert run(0).shape == (NUM_ROWS[size], num_new)  # also the warm-up
     for repetition in range(repetitions):
         for name, run in runs.items():
             start = time.process_time()
@@ -99,10 +95,11 @@ def cpu_seconds(size: str, repetitions: int) -> dict[str, list[float]]:
     return seconds
 
 
-def peak_memory(size: str, name: str) -> float:
-    """Return by how many MB the resident memory of a process rises while it samples for the second time."""
-    command = [sys.executable, __file__, "--size", size, "--memory-of", name]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+def peak_memory(size: str, num_new: int, name: str) -> dict[str, float]:
+    """Return a process's peak resident MB, and its rise while it samples for the second time."""
+    command = [sys.executable, __file__, "--size", size, "--new", str(num_new), "--memory-of", name]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(json.loads(printed))
 
 
 def resident_mb(field: str) -> float:
@@ -112,31 +109,38 @@ def resident_mb(field: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Print a line for each size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=TARGETS)
+    parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.memory_of:
-        runs = samplers(options.size)
-        runs[options.memory_of](0)
+        run = samplers(options.size, options.new)[options.memory_of]
+        run(0)
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident_mb("VmRSS")
-        runs[options.memory_of](1)
-        print(json.dumps(resident_mb("VmHWM") - before))
+        run(1)
+        print(json.dumps({"rise": resident_mb("VmHWM") - before, "peak": resident_mb("VmHWM")}))
         return
     for size in [options.size] if options.size else TARGETS:
-        seconds = cpu_seconds(size, options.repetitions)
-        theirs, ours = min(seconds["generate"]), min(seconds["bayes_klrl"])
-        memory = {name: peak_memory(size, name) for name in seconds}
+        seconds = cpu_seconds(size, options.new, options.repetitions)
+        best = {name: min(values) for name, values in seconds.items()}
+        middle = {name: float(np.median(values)) for name, values in seconds.items()}
+        print(f"{size}: {NUM_ROWS[size]} rows x {options.new} tokens, CPU seconds best (median)")
+        for name in seconds:
+            print(f"  {name:9} {best[name]:.3f} ({middle[name]:.3f})")
         print(
-            f"{size:6} {NUM_ROWS[size]:3} rows x {NUM_NEW} tokens, CPU s: generate {theirs:.3f}, ours {ours:.3f}, "
-            f"ratio {theirs / ours:.2f} (target {TARGETS[size]}; medians "
-            f"{np.median(seconds['generate']) / np.median(seconds['bayes_klrl']):.2f}); "
-            f"peak MB above the model: generate {memory['generate']:.0f}, ours {memory['bayes_klrl']:.0f}"
+            f"  generate / sampling {best['generate'] / best['sampling']:.2f} "
+            f"({middle['generate'] / middle['sampling']:.2f}), target {TARGETS[size]};  SMC / sampling "
+            f"{best['SMC'] / best['sampling']:.2f} ({middle['SMC'] / middle['sampling']:.2f}), target 1.15"
         )
+        memory = {name: peak_memory(size, options.new, name) for name in seconds}
+        shown = ", ".join(f"{name} {mb['peak']:.0f} (rise {mb['rise']:.0f})" for name, mb in memory.items())
+        print(f"  peak MB of the process: {shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -328,7 +328,7 @@ def test_svi_options_that_the_posterior_does_not_allow(options: dict[str, Any], 
 @pytest.mark.parametrize("seed", [-1, 1.5, None, "0", True])
 @pytest.mark.parametrize("name", ["IS", "best of n", "SMC"])
 def test_a_seed_is_a_non_negative_integer(name: str, seed: Any) -> None:
-    with pytest.raises(bk.BayesKLRLError, match="seed must be a non-negative integer"):
+    with pytest.raises(bk.BayesKLRLError, match="seed must be an integer of at least 0"):
         ALGORITHMS[name].run(posterior(TextLM()), seed=seed)
 
 

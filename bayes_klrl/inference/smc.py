@@ -61,7 +61,7 @@ class SMC:
         See `ImportanceSampling`.
     twist
         log psi of unfinished prefixes: a `Twist`, a number (a constant log psi), or None: the constant log Z of a
-        64-draw pilot from the prior, with a seed of its own.
+        64-draw pilot from the prior, with a seed of its own (not run where nothing can end early).
     ess_threshold
         Resample when ESS < ess_threshold * N. 0: never; 1: whenever weights differ.
     resampling
@@ -117,6 +117,8 @@ class SMC:
             return self.twist, 0
         if self.twist is not None:
             return ConstantTwist(np.full(posterior.num_prompts, float(self.twist))), 0
+        if not posterior.prior.eos_token_ids:  # all particles end together: a constant changes nothing, so any will do
+            return ConstantTwist(np.zeros(posterior.num_prompts)), 0
         return pilot_twist(posterior, seed)
 
 

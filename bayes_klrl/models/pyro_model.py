@@ -148,7 +148,7 @@ def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Cal
     >>> model = bk.Posterior(coin, longer, max_new_tokens=3).pyro_model()
     >>> conditioned = pyro.poutine.condition(model, data={"x": torch.tensor([[0, 1, 1]])})
     >>> trace = pyro.poutine.trace(conditioned).get_trace()
-    >>> round(float(trace.log_prob_sum()), 4) == round(2 + 2 * np.log(0.5), 4)
+    >>> bool(np.isclose(float(trace.log_prob_sum()), 2 + 2 * np.log(0.5)))
     True
     """
 
