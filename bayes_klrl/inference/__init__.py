@@ -1,1 +1,7 @@
 """How a posterior is answered: one algorithm, one file."""
+
+from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
+from bayes_klrl.inference.exact import Exact as Exact
+from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
+from bayes_klrl.inference.smc import SMC as SMC
+from bayes_klrl.inference.svi import SVI as SVI
