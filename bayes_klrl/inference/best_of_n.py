@@ -13,9 +13,8 @@ import numpy as np
 
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Cost, Draws
-from bayes_klrl.models.decoding import draw_blocks
+from bayes_klrl.inference.drawing import draw
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.progress import track
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
 
@@ -43,37 +42,24 @@ class BestOfN:
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`; `log_proposal` is NaN, for best-of-n has no density that can be evaluated."""
-        start, model_tokens = time.perf_counter(), 0
-        rng = generator(seed)
-        num_prompts, num_candidates = posterior.num_prompts, self.n * self.num_draws
-        width = posterior.max_new_tokens
-        tokens = np.full((num_prompts, self.num_draws, width), posterior.pad_token, dtype=np.int64)
-        lengths = np.ones((num_prompts, self.num_draws), dtype=np.int64)
-        rewards = np.full((num_prompts, self.num_draws), -np.inf)
-        log_prior = np.zeros((num_prompts, self.num_draws))
-        first = 0
-        with track("best of n", num_candidates, progress) as advance:
-            for block in draw_blocks((posterior.prior,), posterior.prompt_ids, num_candidates, width, rng):
-                drawn = block.sequences()
-                shape = drawn.lengths.shape
-                reward = posterior.reward_of_rows(block.tokens, block.lengths, block.prompt_index).reshape(shape)
-                log_prob = block.log_probs[0].reshape(shape)
-                for column in range(shape[1]):  # the running best of draw k, candidate by candidate
-                    k, is_first = divmod(first + column, self.n)
-                    better = (reward[:, column] > rewards[:, k]) | (is_first == 0)
-                    rewards[better, k] = reward[better, column]
-                    tokens[better, k] = drawn.tokens[better, column]
-                    lengths[better, k] = drawn.lengths[better, column]
-                    log_prior[better, k] = log_prob[better, column]
-                first += shape[1]
-                model_tokens += block.model_tokens
-                advance(shape[1])
+        start = time.perf_counter()
+        drawn = draw(
+            (posterior.prior,),
+            posterior,
+            self.n * self.num_draws,
+            generator(seed),
+            description="best of n",
+            progress=progress,
+        )
+        candidates = drawn.reward.reshape(-1, self.num_draws, self.n)
+        best = candidates.argmax(axis=2) + self.n * np.arange(self.num_draws)  # (P, N), the first of equals
+        prompt = np.arange(len(best))[:, None]
         return Draws.equally_weighted(
             posterior,
-            Sequences(tokens, lengths),
+            Sequences(drawn.sequences.tokens[prompt, best], drawn.sequences.lengths[prompt, best]),
             method=type(self).__name__,
-            reward=rewards,
-            log_prior=log_prior,
+            reward=drawn.reward[prompt, best],
+            log_prior=drawn.log_probs[0][prompt, best],
             log_proposal=None,
-            cost=Cost(time.perf_counter() - start, model_tokens),
+            cost=Cost(time.perf_counter() - start, drawn.model_tokens),
         )

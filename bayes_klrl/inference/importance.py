@@ -16,12 +16,10 @@ import numpy as np
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BudgetError
+from bayes_klrl.inference.drawing import draw
 from bayes_klrl.inference.proposals import Proposal, resolve_proposal
-from bayes_klrl.models.decoding import draw_blocks
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.progress import track
 from bayes_klrl.randomness import generator
-from bayes_klrl.sequences import Sequences
 
 __all__ = ["ImportanceSampling"]
 
@@ -62,30 +60,24 @@ class ImportanceSampling:
             If no draw of some prompt has positive likelihood; it carries the draws.
         """
         proposal, training_tokens = resolve_proposal(self.proposal, posterior, seed, progress)
-        start, model_tokens = time.perf_counter(), 0
-        rng = generator(seed)
-        tokens, lengths, rewards, log_probs = [], [], [], []
-        with track("importance sampling", self.num_draws, progress) as advance:
-            for block in draw_blocks(
-                (proposal, posterior.prior), posterior.prompt_ids, self.num_draws, posterior.max_new_tokens, rng
-            ):
-                sequences = block.sequences()
-                shape = sequences.lengths.shape
-                rewards.append(posterior.reward_of_rows(block.tokens, block.lengths, block.prompt_index).reshape(shape))
-                log_probs.append(block.log_probs.reshape(2, *shape))
-                tokens.append(sequences.tokens)
-                lengths.append(sequences.lengths)
-                model_tokens += block.model_tokens
-                advance(shape[1])
-        log_proposal, log_prior = np.concatenate(log_probs, axis=2)
+        start = time.perf_counter()
+        drawn = draw(
+            (proposal, posterior.prior),
+            posterior,
+            self.num_draws,
+            generator(seed),
+            description="importance sampling",
+            progress=progress,
+        )
+        log_proposal, log_prior = drawn.log_probs
         draws = Draws.weighted(
             posterior,
-            Sequences(np.concatenate(tokens, axis=1), np.concatenate(lengths, axis=1)),
+            drawn.sequences,
             method=type(self).__name__,
-            reward=np.concatenate(rewards, axis=1),
+            reward=drawn.reward,
             log_prior=log_prior,
             log_proposal=log_proposal,
-            cost=Cost(time.perf_counter() - start, model_tokens, training_tokens),
+            cost=Cost(time.perf_counter() - start, drawn.model_tokens, training_tokens),
         )
         return require_positive_weight(draws)
 

@@ -19,11 +19,9 @@ import numpy as np
 from bayes_klrl.checks import check_count, check_positive
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.models.decoding import draw_blocks
+from bayes_klrl.inference.drawing import draw
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.progress import track
 from bayes_klrl.randomness import generator
-from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, LanguageModel
 
 __all__ = ["ESTIMATORS", "OBJECTIVES", "SVI", "Fit"]
@@ -162,28 +160,23 @@ class Fit:
         """
         check_count("num_draws", num_draws)
         start, posterior = time.perf_counter(), self.posterior
-        rng = generator(seed)
-        tokens, lengths, log_probs, model_tokens = [], [], [], 0
-        with track("drawing from the guide", num_draws, progress) as advance:
-            for block in draw_blocks(
-                (self.guide, posterior.prior), posterior.prompt_ids, num_draws, posterior.max_new_tokens, rng
-            ):
-                sequences = block.sequences()
-                tokens.append(sequences.tokens)
-                lengths.append(sequences.lengths)
-                log_probs.append(block.log_probs.reshape(2, *sequences.lengths.shape))
-                model_tokens += block.model_tokens
-                advance(sequences.lengths.shape[1])
-        sequences = Sequences(np.concatenate(tokens, axis=1), np.concatenate(lengths, axis=1))
-        log_guide, log_prior = np.concatenate(log_probs, axis=2)
+        drawn = draw(
+            (self.guide, posterior.prior),
+            posterior,
+            num_draws,
+            generator(seed),
+            description="drawing from the guide",
+            progress=progress,
+        )
+        log_guide, log_prior = drawn.log_probs
         draws = Draws.equally_weighted(
             posterior,
-            sequences,
+            drawn.sequences,
             method="SVI",
-            reward=posterior.reward(sequences),
+            reward=drawn.reward,
             log_prior=log_prior,
             log_proposal=log_guide,
-            cost=Cost(self.seconds + time.perf_counter() - start, model_tokens, self.training_tokens),
+            cost=Cost(self.seconds + time.perf_counter() - start, drawn.model_tokens, self.training_tokens),
         )
         elbo = (log_prior + draws.log_likelihood - log_guide).mean(axis=1)
         return replace(draws, elbo=elbo, guide=self.guide)

@@ -1,0 +1,70 @@
+"""Independent completions of a model with everything they are judged by: what importance sampling and guides share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bayes_klrl.models.decoding import draw_blocks
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.progress import track
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import FloatArray, LanguageModel
+
+__all__ = ["Drawn", "draw"]
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """N completions for each of P prompts.
+
+    Parameters
+    ----------
+    sequences
+        The completions.
+    log_probs
+        Under each model, shape (models, P, N).
+    reward
+        Shape (P, N).
+    model_tokens
+        Tokens that went through a model.
+    """
+
+    sequences: Sequences
+    log_probs: FloatArray
+    reward: FloatArray
+    model_tokens: int
+
+
+def draw(
+    models: Sequence[LanguageModel],
+    posterior: Posterior,
+    num_draws: int,
+    rng: np.random.Generator,
+    *,
+    description: str,
+    progress: bool,
+) -> Drawn:
+    """Return N completions a prompt drawn from `models[0]`, scored by all of them and by the reward.
+
+    Rewards are computed block by block, so that one that fails does so early.
+    """
+    tokens, lengths, log_probs, rewards, model_tokens = [], [], [], [], 0
+    with track(description, num_draws, progress) as advance:
+        for block in draw_blocks(models, posterior.prompt_ids, num_draws, posterior.max_new_tokens, rng):
+            sequences = block.sequences()
+            shape = sequences.lengths.shape
+            rewards.append(posterior.reward_of_rows(block.tokens, block.lengths, block.prompt_index).reshape(shape))
+            log_probs.append(block.log_probs.reshape(len(models), *shape))
+            tokens.append(sequences.tokens)
+            lengths.append(sequences.lengths)
+            model_tokens += block.model_tokens
+            advance(shape[1])
+    return Drawn(
+        Sequences(np.concatenate(tokens, axis=1), np.concatenate(lengths, axis=1)),
+        np.concatenate(log_probs, axis=2),
+        np.concatenate(rewards, axis=1),
+        model_tokens,
+    )
