@@ -226,8 +226,8 @@ def orthogonalise(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised, with steps as large as Adam's; one parameter group for each shape.
 
-    After 150 seconds it is at 1.84 bits per character, AdamW at 2.13. `torch.optim.Muon` does the same
-    in bfloat16, in which a CPU without such instructions is twenty times as slow.
+    In short trials it was far ahead of AdamW alone: 1.84 against 2.13 bits per character after 150 seconds, both
+    untuned. `torch.optim.Muon` does the same in bfloat16, over twenty times as slow on a CPU without it.
     """
 
     def __init__(self, matrices: list[torch.nn.Parameter], *, lr: float, weight_decay: float, momentum: float = 0.95):
