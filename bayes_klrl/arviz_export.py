@@ -243,6 +243,7 @@ def _root_attrs(draws: Draws) -> dict[str, Any]:
         "seconds": draws.seconds,
         "model_tokens": draws.model_tokens,
         "training_tokens": draws.training_tokens,
+        "training_seconds": draws.training_seconds,
         "bayes_klrl_version": bayes_klrl.__version__,
     }
 
@@ -264,7 +265,12 @@ def _draws_of(tree: xr.DataTree) -> Draws:
         prompts=tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts),
         method=str(constant["method"].item()),
         alpha=float(constant["alpha"]),
-        cost=Cost(float(tree.attrs["seconds"]), int(tree.attrs["model_tokens"]), int(tree.attrs["training_tokens"])),
+        cost=Cost(
+            float(tree.attrs["seconds"]),
+            int(tree.attrs["model_tokens"]),
+            int(tree.attrs["training_tokens"]),
+            float(tree.attrs["training_seconds"]),
+        ),
         info={name: array.values for name, array in tree["info"].data_vars.items()} if "info" in tree else {},
     )
     if "text" not in weighted:

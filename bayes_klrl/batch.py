@@ -176,6 +176,8 @@ def first_failing_row(call: TextCall, arguments: Mapping[str, Sequence[Any]]) ->
 def to_floats(outcome: Any, label: str, batch: Batch) -> FloatArray:
     """Return a function's outcome as float64 (M,), refusing None, strings and wrong lengths."""
     num_rows = len(batch)
+    if isinstance(outcome, Mapping | set | frozenset):
+        raise RewardError(f"Reward {label!r} returned a {type(outcome).__name__}, which has no order; return a list.")
     if hasattr(outcome, "detach"):  # a torch tensor: with or without gradient, of any precision
         outcome = to_host(outcome.double())
     if outcome is None or isinstance(outcome, str | bytes) or not hasattr(outcome, "__len__"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -111,6 +112,11 @@ def compare(
 
     _check_methods(method)
     check_output(out)
+    for folder in policy or []:
+        if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise BayesKLRLError(
+                f"--policy {str(folder)!r} lies in the output folder and would be overwritten; use --out."
+            )
     import bayes_klrl as bk
 
     posterior, defined = _load(file, quiet)
@@ -188,7 +194,16 @@ def tune(
 
     svi = bk.SVI(steps, particles, learning_rate=learning_rate, adapter=adapter)
     posterior, _ = _load(file, quiet)
-    fit = svi.fit(posterior, seed=seed, progress=not quiet)
+    if not hasattr(posterior.prior, "save_pretrained"):
+        raise BayesKLRLError(
+            f"A {type(posterior.prior).__name__} has no save_pretrained, so its policy could not be saved."
+        )
+    try:
+        fit = svi.fit(posterior, seed=seed, progress=not quiet)
+    except BayesKLRLError as error:
+        if error.fit is not None:
+            _err().print(f"What was learned so far is in {error.fit.save(prepare_output(out) / 'policy')}.")
+        raise
     folder = prepare_output(out)
     fit.save(folder / "policy")
     plot_history(fit.history, folder / "training.png")
@@ -224,11 +239,14 @@ def _load(file: Path | None, quiet: bool) -> tuple[Posterior, dict[str, Algorith
     if not file.is_file():
         raise BayesKLRLError(f"There is no file {str(file)!r}. Give a Python file that defines `posterior`.")
     try:
+        sys.path.insert(0, str(file.resolve().parent))  # as for a script: it may import its neighbours
         namespace = runpy.run_path(str(file), run_name="bayes_klrl_posterior_file")
     except BayesKLRLError:
         raise
     except Exception as error:  # whatever a user's file raises is theirs to read
         raise BayesKLRLError(f"{str(file)!r} raised {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(file.resolve().parent))
     posterior = namespace.get("posterior")
     if not isinstance(posterior, Posterior):
         raise BayesKLRLError(
@@ -262,7 +280,8 @@ def _algorithms(
     else:
         chosen = {METHODS[name]: _algorithm(name, num_steps) for name in methods or _DEFAULT_METHODS}
     for folder in policies:
-        chosen[f"{folder.name}, then IS"] = bk.ImportanceSampling(1000, proposal=_policy(folder, posterior))
+        label = f"{str(folder).replace('/', ' ').strip()}, then IS"  # '/' separates groups in draws.nc
+        chosen[label] = bk.ImportanceSampling(1000, proposal=_policy(folder, posterior))
     return chosen
 
 

@@ -19,7 +19,7 @@ from bayes_klrl.output_folder import prepare_output
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import progress_display, track
 from bayes_klrl.randomness import stream_seed
-from bayes_klrl.typing import Algorithm, LanguageModel
+from bayes_klrl.typing import Algorithm
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -42,7 +42,7 @@ class Comparison:
     fits
         The guides that were trained, by the name of the first row that used them.
     failures
-        What went wrong, by name, for rows without an answer.
+        What went wrong, by name; such a row has the answers of the repeats that went well, if any.
     """
 
     posterior: Posterior
@@ -62,16 +62,23 @@ class Comparison:
         units); `kl_prior`, KL(answer || prior); `kl_posterior`, KL(answer || posterior), and in `kl_posterior_sign` whether
         it is the value ("=", where the log evidence is exact), a bound (">=", "<=") or an approximation ("~"); `ess` and
         `pareto_k`, the worst prompt's; `distinct`, the number of distinct completions; `model_tokens`,
-        `training_tokens`, `seconds`; `note`.
+        `training_tokens`, `seconds`, `training_seconds`; `note`.
         """
         reference = reference_log_evidence(self.algorithms, self.draws)
-        rows = {
-            name: method_row(self.algorithms[name], self.draws[name], reference)
-            if name in self.draws
-            else {"note": self.failures[name]}
-            for name in self.algorithms
-        }
+        rows: dict[str, dict[str, Any]] = {}
+        for name, algorithm in self.algorithms.items():
+            rows[name] = method_row(algorithm, self.draws[name], reference) if name in self.draws else {"note": ""}
+            notes = [rows[name]["note"], *self._notes(name)]
+            rows[name]["note"] = "; ".join(note for note in notes if note)
         return ComparisonTable.of(rows)
+
+    def _notes(self, name: str) -> list[str]:
+        """Return what went wrong with a row beside its numbers."""
+        notes = [f"failed: {self.failures[name]}"] if name in self.failures else []
+        fit = self.fits.get(name)
+        if fit is not None and fit.interrupted:
+            notes.append(f"training was interrupted after {len(fit.history['elbo'])} steps")
+        return notes
 
     def samples(self, num: int = 3, seed: int = 0) -> dict[str, list[list[str]]]:
         """Return `num` completions of each prompt, drawn with their weights, by method (those with any positive weight)."""
@@ -164,12 +171,12 @@ def compare(
     failures: dict[str, BayesKLRLError] = {}
     with progress_display(progress), track("all methods", len(algorithms) * repeats, progress) as advance:
         for repeat in range(repeats):
-            shared: list[tuple[SVI, Fit]] = []
+            shared: list[tuple[SVI, Fit | BayesKLRLError]] = []
             for name, algorithm in algorithms.items():
                 try:
-                    ready, is_new = _with_fit(algorithm, posterior, shared, stream_seed(seed, repeat, "SVI"), progress)
-                    if is_new and repeat == 0:
-                        fits[name] = shared[-1][1]
+                    ready, trained = _with_fit(algorithm, posterior, shared, stream_seed(seed, repeat, "SVI"), progress)
+                    if trained is not None and repeat == 0:
+                        fits[name] = trained
                     outcome = ready.run(posterior, seed=stream_seed(seed, repeat, name), progress=progress)
                     draws.setdefault(name, []).append(outcome)
                 except BudgetError as error:
@@ -212,38 +219,57 @@ class _Amortised:
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`."""
         draws = self.algorithm.run(posterior, seed=seed, progress=progress)
-        return replace(draws, cost=replace(draws.cost, training_tokens=self.fit.training_tokens))
+        bill = replace(self.fit.training, seconds=draws.seconds, model_tokens=draws.model_tokens)
+        return replace(draws, cost=bill)
 
 
 def _with_fit(
-    algorithm: Algorithm, posterior: Posterior, shared: list[tuple[SVI, Fit]], seed: int, progress: bool
-) -> tuple[Algorithm, bool]:
-    """Return the algorithm with its SVI replaced by a trained guide, and whether that was trained just now."""
+    algorithm: Algorithm,
+    posterior: Posterior,
+    shared: list[tuple[SVI, Fit | BayesKLRLError]],
+    seed: int,
+    progress: bool,
+) -> tuple[Algorithm, Fit | None]:
+    """Return the algorithm with its SVI replaced by a trained guide, and the fit if it was made just now.
+
+    A training that failed is not tried again for the next row: its error is raised there, too.
+    """
     proposal: Any = getattr(algorithm, "proposal", None)
     svi = algorithm if isinstance(algorithm, SVI) else proposal
     if not isinstance(svi, SVI):
-        return algorithm, False
+        return algorithm, None
     recipe = replace(svi, num_draws=1)  # how many are drawn later does not change the training
-    known = [fit for other, fit in shared if other == recipe]
-    if not known:
-        shared.append((recipe, svi.fit(posterior, seed=seed, progress=progress)))
-    fit = known[0] if known else shared[-1][1]
+    known = next((outcome for other, outcome in shared if other == recipe), None)
+    outcome = known or _fit_or_error(svi, posterior, seed, progress)
+    if known is None:
+        shared.append((recipe, outcome))
+    if isinstance(outcome, BayesKLRLError):
+        raise outcome
+    trained = outcome if known is None else None
     if isinstance(algorithm, SVI):
-        return _Fitted(fit, algorithm.num_draws), not known
-    return _Amortised(replace(algorithm, proposal=fit.guide), fit), not known  # type: ignore[type-var]
+        return _Fitted(outcome, algorithm.num_draws), trained
+    return _Amortised(replace(algorithm, proposal=outcome.guide), outcome), trained  # type: ignore[type-var]
+
+
+def _fit_or_error(svi: SVI, posterior: Posterior, seed: int, progress: bool) -> Fit | BayesKLRLError:
+    """Return the trained guide, or the error that ended its training."""
+    try:
+        return svi.fit(posterior, seed=seed, progress=progress)
+    except BayesKLRLError as error:
+        return error
 
 
 def _check_algorithms(algorithms: Mapping[str, Algorithm], posterior: Posterior) -> None:
     """Refuse what no run could make right, before the first one starts."""
-    if not algorithms:
-        raise BayesKLRLError('algorithms is empty; give at least one, as {"SMC": bk.SMC(256)}.')
+    if not isinstance(algorithms, Mapping) or not algorithms:
+        raise BayesKLRLError('algorithms must be a non-empty mapping from names, such as {"SMC": bk.SMC(256)}.')
     for name, algorithm in algorithms.items():
         if not isinstance(name, str) or not name or "/" in name:
             raise BayesKLRLError(
                 f"A method's name is a text without '/', for it names a group in draws.nc; got {name!r}."
             )
-        if not isinstance(algorithm, Algorithm):
+        if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
             raise BayesKLRLError(f"{name!r} is not an algorithm: {algorithm!r} has no run(posterior, seed=...).")
         proposal = getattr(algorithm, "proposal", None)
-        if isinstance(proposal, LanguageModel):
+        if proposal is not None and not isinstance(proposal, SVI):
             check_proposal(proposal, posterior.prior)

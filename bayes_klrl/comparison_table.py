@@ -18,6 +18,7 @@ from bayes_klrl.weights import logmeanexp
 __all__ = ["ComparisonTable", "Reference", "method_row", "reference_log_evidence"]
 
 _TRUSTED_ESS = 100  # below it, intervals of importance sampling cover too rarely (THEORY 5.1)
+_FAR = 5  # standard errors that an estimate may lie below the reference before its row says so
 _COLUMNS = (
     "log_evidence",
     "log_evidence_se",
@@ -32,6 +33,7 @@ _COLUMNS = (
     "model_tokens",
     "training_tokens",
     "seconds",
+    "training_seconds",
     "note",
 )
 
@@ -47,15 +49,21 @@ class Reference:
 def reference_log_evidence(
     algorithms: Mapping[str, Algorithm], draws: Mapping[str, Sequence[Draws]]
 ) -> Reference | None:
-    """Return the exact log evidence if a method has it, else the estimate of the largest effective sample size."""
-    best: Draws | None = None
+    """Return the exact log evidence if a method has it, else the highest estimate worth trusting.
+
+    An estimate that missed a mode is too low and looks certain, so among those with an ESS of 100 or more (of all, if none
+    has) the highest counts, and no ELBO lies above log Z.
+    """
     for name, repeats in draws.items():
-        first = repeats[0]
         if isinstance(algorithms[name], Exact):
-            return Reference(first.log_evidence, is_exact=True)
-        if np.isfinite(first.log_evidence).all() and (best is None or first.ess.min() > best.ess.min()):
-            best = first
-    return None if best is None else Reference(best.log_evidence, is_exact=False)
+            return Reference(repeats[0].log_evidence, is_exact=True)
+    estimates = [repeat for repeats in draws.values() for repeat in repeats if np.isfinite(repeat.log_evidence).all()]
+    if not estimates:
+        return None
+    trusted = [each for each in estimates if each.ess.min() >= _TRUSTED_ESS] or estimates
+    highest = max(trusted, key=lambda each: float(each.log_evidence.mean())).log_evidence
+    bounds = [each.elbo for repeats in draws.values() for each in repeats]
+    return Reference(np.fmax.reduce([highest, *bounds]), is_exact=False)
 
 
 def method_row(algorithm: Algorithm, repeats: Sequence[Draws], reference: Reference | None) -> dict[str, Any]:
@@ -63,7 +71,7 @@ def method_row(algorithm: Algorithm, repeats: Sequence[Draws], reference: Refere
     log_evidence = logmeanexp(np.stack([_or_dead(draws.log_evidence) for draws in repeats], axis=1))
     defined = not any(np.isnan(draws.log_evidence).any() for draws in repeats)
     variance = np.mean([draws.log_evidence_se**2 for draws in repeats], axis=0) / len(repeats)
-    alive = not any(np.isneginf(draws.log_weights).all(axis=1).any() for draws in repeats)
+    alive = not any(np.isneginf(draws.log_weights + draws.log_likelihood).all(axis=1).any() for draws in repeats)
     kl_prior = float(np.mean([_kl_prior(algorithm, draws).mean() for draws in repeats])) if alive else np.nan
     sign, kl_posterior = _kl_posterior(algorithm, repeats, reference) if alive else ("", np.nan)
     ess = float(np.min([draws.ess.min() for draws in repeats]))
@@ -81,7 +89,8 @@ def method_row(algorithm: Algorithm, repeats: Sequence[Draws], reference: Refere
         "model_tokens": int(np.mean([draws.model_tokens for draws in repeats])),
         "training_tokens": int(np.mean([draws.training_tokens for draws in repeats])),
         "seconds": float(np.mean([draws.seconds for draws in repeats])),
-        "note": _note(algorithm, ess, alive),
+        "training_seconds": float(np.mean([draws.training_seconds for draws in repeats])),
+        "note": _note(algorithm, repeats, ess, alive, reference),
     }
 
 
@@ -104,7 +113,8 @@ class ComparisonTable(pd.DataFrame):
 
         view = Table(box=None, pad_edge=False, header_style="bold")
         headers = ("method", "log evidence", "ELBO", "E\\[r]", "KL to prior", "KL to posterior", "ESS", "Pareto k")
-        for header in (*headers, "distinct", "model tokens", "training", "seconds"):
+        counts = ("distinct", "model tokens", "training tokens", "seconds", "training s")
+        for header in (*headers, *counts):
             view.add_column(header, justify="left" if header == "method" else "right", no_wrap=header != "method")
         for name, row in self.iterrows():
             view.add_row(str(name), *_cells(row))
@@ -113,7 +123,7 @@ class ComparisonTable(pd.DataFrame):
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(width=160, color_system=None, force_terminal=False)
+        console = Console(width=200, color_system=None, force_terminal=False)
         with console.capture() as capture:
             console.print(self)
             for name, row in self.iterrows():
@@ -140,7 +150,7 @@ def _cells(row: Any) -> list[str]:
         _number(row["ess"], 0),
         "-inf" if np.isneginf(row["pareto_k"]) else _number(row["pareto_k"], 2),
         *(_number(row[name], 0) for name in ("distinct", "model_tokens", "training_tokens")),
-        _number(row["seconds"], 1),
+        *(_number(row[name], 1) for name in ("seconds", "training_seconds")),
     ]
 
 
@@ -187,7 +197,8 @@ def _kl_posterior(algorithm: Algorithm, repeats: Sequence[Draws], reference: Ref
             (_kl_prior(algorithm, draws) - draws.mean(draws.log_likelihood) + reference.log_evidence).mean()
             for draws in repeats
         ]
-        return "<=" if reference.is_exact else "~", float(np.mean(values))
+        bound = float(np.mean(values))
+        return ("<=" if reference.is_exact else "~", bound) if bound >= 0 else ("", np.nan)
     gaps = [(reference.log_evidence - draws.elbo).mean() for draws in repeats]
     return "=" if reference.is_exact else "~", float(np.mean(gaps))
 
@@ -199,12 +210,18 @@ def _num_distinct(draws: Draws) -> int:
     return sum(len(np.unique(rows[mask], axis=0)) for rows, mask in zip(kept, alive, strict=True))
 
 
-def _note(algorithm: Algorithm, ess: float, alive: bool) -> str:
+def _note(algorithm: Algorithm, repeats: Sequence[Draws], ess: float, alive: bool, reference: Reference | None) -> str:
     """Return what a reader must know before believing the row."""
     if not alive:
         return "no draw has positive likelihood"
+    notes = []
     if not np.isnan(ess) and ess < _TRUSTED_ESS:
-        return f"effective sample size {ess:.0f} < {_TRUSTED_ESS}: do not trust its error bars"
+        notes.append(f"effective sample size {ess:.0f} < {_TRUSTED_ESS}: do not trust its error bars")
+    first = repeats[0]
+    if reference is not None and not np.isnan(first.log_evidence).any():
+        missing = float((reference.log_evidence - first.log_evidence).mean())
+        if missing > max(_FAR * float(np.sqrt(np.square(first.log_evidence_se).mean())), 0.1):
+            notes.append(f"its log evidence is {missing:.2f} nats too low: it missed part of the posterior")
     if isinstance(algorithm, BestOfN):
-        return "KLs by the bound log n - (n - 1) / n, too high where rewards tie"
-    return ""
+        notes.append("KLs by the bound log n - (n - 1) / n, too high where rewards tie")
+    return "; ".join(notes)

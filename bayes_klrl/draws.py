@@ -32,16 +32,17 @@ class Cost:
     Parameters
     ----------
     seconds
-        Wall time.
+        Wall time to draw and score.
     model_tokens
         Tokens that went through a language model to draw and score (prefill, decoding, scoring), each model counted.
-    training_tokens
+    training_tokens, training_seconds
         The same for fitting a guide, apart.
     """
 
     seconds: float = 0.0
     model_tokens: int = 0
     training_tokens: int = 0
+    training_seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,8 @@ class Draws:
     guide
         The fitted policy, for SVI.
     info
-        What else is worth looking at, by name: for SMC `ancestors` (P, T, N) and `step_ess` (P, T).
+        What else is worth looking at, by name: for SMC `ancestors` (P, T, N) and `step_ess` (P, T); for
+        models in half precision `scoring_gap` (P,), how far decoded and teacher-forced log-probs differ at worst, in nats.
     decoder
         Turns lists of token ids into texts; None if the prior has no tokenizer.
     """
@@ -188,7 +190,7 @@ class Draws:
 
     @property
     def seconds(self) -> float:
-        """Wall time."""
+        """Wall time to draw and score; training apart."""
         return self.cost.seconds
 
     @property
@@ -200,6 +202,11 @@ class Draws:
     def training_tokens(self) -> int:
         """Tokens that went through a language model to fit a guide."""
         return self.cost.training_tokens
+
+    @property
+    def training_seconds(self) -> float:
+        """Wall time to fit a guide."""
+        return self.cost.training_seconds
 
     @property
     def sequences(self) -> Sequences:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from bayes_klrl.errors import BayesKLRLError
@@ -9,6 +10,7 @@ from bayes_klrl.errors import BayesKLRLError
 __all__ = ["check_output", "prepare_output"]
 
 _MARK = ".bayes-klrl"
+_OURS = ("draws.nc", "table.csv", "comparison.png", "training*.png", "policy", "policy-[0-9]*")
 
 
 def check_output(folder: str | Path) -> Path:
@@ -31,8 +33,11 @@ def check_output(folder: str | Path) -> Path:
 
 
 def prepare_output(folder: str | Path) -> Path:
-    """Create and mark the folder; see `check_output` for what is refused."""
+    """Create and mark the folder, without what an earlier run left there; see `check_output` for what is refused."""
     path = check_output(folder)
     path.mkdir(parents=True, exist_ok=True)
+    for pattern in _OURS:
+        for old in path.glob(pattern):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     (path / _MARK).write_text("Written by bayes-klrl; files in here may be overwritten by it.\n", encoding="utf-8")
     return path

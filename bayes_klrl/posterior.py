@@ -269,7 +269,9 @@ def check_context(prompt_ids: tuple[tuple[int, ...], ...], max_new_tokens: int, 
     """Refuse a prompt and completion that do not fit into the model's context."""
     context = getattr(lm, "context_length", None)
     longest = max(len(row) for row in prompt_ids)
-    if context is not None and longest + max_new_tokens > context:
+    apart = getattr(lm, "prompt_apart", False)
+    needed = max(longest, max_new_tokens) if apart else longest + max_new_tokens
+    if context is not None and needed > context:
         raise BayesKLRLError(
             f"A prompt of {longest} tokens and max_new_tokens = {max_new_tokens} exceed the model's context of {context} "
             "tokens. Shorten one of them."

@@ -36,9 +36,9 @@ class LanguageModel(Protocol):
 
     States are values: `append` and `select` return new states and leave the old ones usable.
 
-    A model may also have `context_length: int` (prompt and completion together; absent or None: unlimited) and
-    `bos_token_id: int` (what an empty prompt becomes; absent or None: an empty prompt is refused unless
-    `accepts_empty_prompt` is true).
+    A model may also have `context_length: int` (prompt and completion together, each by itself if `prompt_apart` is true;
+    absent or None: unlimited) and `bos_token_id: int` (what an empty prompt becomes; absent or None: an empty prompt is
+    refused unless `accepts_empty_prompt` is true).
     """
 
     @property

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from bayes_klrl.models.decoding import draw_blocks
+from bayes_klrl.models.decoding import draw_blocks, scoring_gap
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
 from bayes_klrl.sequences import Sequences
@@ -30,12 +30,15 @@ class Drawn:
         Shape (P, N).
     model_tokens
         Tokens that went through a model.
+    info
+        For a model in half precision `scoring_gap`, (P,), of the first block.
     """
 
     sequences: Sequences
     log_probs: FloatArray
     reward: FloatArray
     model_tokens: int
+    info: Mapping[str, FloatArray]
 
 
 def draw(
@@ -52,6 +55,7 @@ def draw(
     Rewards are computed block by block, so that one that fails does so early.
     """
     tokens, lengths, log_probs, rewards, model_tokens = [], [], [], [], 0
+    info: dict[str, FloatArray] = {}
     with track(description, num_draws, progress) as advance:
         for block in draw_blocks(models, posterior.prompt_ids, num_draws, posterior.max_new_tokens, rng):
             sequences = block.sequences()
@@ -61,10 +65,13 @@ def draw(
             tokens.append(sequences.tokens)
             lengths.append(sequences.lengths)
             model_tokens += block.model_tokens
+            if not info and any(getattr(model, "half_precision", False) for model in models):
+                info["scoring_gap"] = scoring_gap(block, models, posterior.prompt_ids)
             advance(shape[1])
     return Drawn(
         Sequences(np.concatenate(tokens, axis=1), np.concatenate(lengths, axis=1)),
         np.concatenate(log_probs, axis=2),
         np.concatenate(rewards, axis=1),
         model_tokens,
+        info,
     )

@@ -9,12 +9,12 @@ tends to Z(b)^2 / Z(2b): it takes exp(KL(p* || p0)) draws and more (Chatterjee a
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bayes_klrl.checks import check_count
-from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BudgetError
 from bayes_klrl.inference.drawing import draw
 from bayes_klrl.inference.proposals import Proposal, resolve_proposal
@@ -59,7 +59,7 @@ class ImportanceSampling:
         BudgetError
             If no draw of some prompt has positive likelihood; it carries the draws.
         """
-        proposal, training_tokens = resolve_proposal(self.proposal, posterior, seed, progress)
+        proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         start = time.perf_counter()
         drawn = draw(
             (proposal, posterior.prior),
@@ -77,9 +77,9 @@ class ImportanceSampling:
             reward=drawn.reward,
             log_prior=log_prior,
             log_proposal=log_proposal,
-            cost=Cost(time.perf_counter() - start, drawn.model_tokens, training_tokens),
+            cost=replace(training, seconds=time.perf_counter() - start, model_tokens=drawn.model_tokens),
         )
-        return require_positive_weight(draws)
+        return require_positive_weight(replace(draws, info=drawn.info))
 
 
 def require_positive_weight(draws: Draws) -> Draws:

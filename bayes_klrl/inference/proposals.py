@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bayes_klrl.draws import Cost
 from bayes_klrl.inference.svi import SVI
 from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.posterior import Posterior, check_context
@@ -12,15 +13,15 @@ __all__ = ["Proposal", "resolve_proposal"]
 Proposal = LanguageModel | SVI | None
 
 
-def resolve_proposal(proposal: Proposal, posterior: Posterior, seed: int, progress: bool) -> tuple[LanguageModel, int]:
-    """Return the language model to draw from, and the tokens it took to train it.
+def resolve_proposal(proposal: Proposal, posterior: Posterior, seed: int, progress: bool) -> tuple[LanguageModel, Cost]:
+    """Return the language model to draw from, and what it cost to train it.
 
     None is the prior itself; an `SVI` is fitted under the same seed.
     """
     if isinstance(proposal, SVI):
         fit = proposal.fit(posterior, seed=seed, progress=progress)
-        return fit.guide, fit.training_tokens
+        return fit.guide, fit.training
     lm = posterior.prior if proposal is None else proposal
     check_proposal(lm, posterior.prior)
     check_context(posterior.prompt_ids, posterior.max_new_tokens, lm)
-    return lm, 0
+    return lm, Cost()

@@ -27,11 +27,11 @@ from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.importance import require_positive_weight
 from bayes_klrl.inference.proposals import Proposal, resolve_proposal
 from bayes_klrl.inference.resampling import multinomial, resampling_scheme
-from bayes_klrl.models.decoding import Decoding, decode
+from bayes_klrl.models.decoding import Decoding, decode, scoring_gap
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
 from bayes_klrl.randomness import generator
-from bayes_klrl.typing import FloatArray, IntArray, Twist
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, Twist
 from bayes_klrl.weights import (
     check_log_weights,
     effective_sample_size,
@@ -94,13 +94,13 @@ class SMC:
         BudgetError
             If all particles of some prompt have likelihood 0; it carries the draws.
         """
-        proposal, training_tokens = resolve_proposal(self.proposal, posterior, seed, progress)
+        proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         start = time.perf_counter()
         twist, pilot_tokens = self._resolved_twist(posterior, seed)
         decoding = Decoding(
             (proposal, posterior.prior), posterior.prompt_ids, self.num_particles, posterior.max_new_tokens
         )
-        population = _Population(posterior, decoding, twist)
+        population = _Population(posterior, decoding, twist, (proposal, posterior.prior))
         rng, scheme = generator(seed), resampling_scheme(self.resampling)
         with track("SMC", posterior.max_new_tokens, progress) as advance:
             while not decoding.done:
@@ -108,7 +108,8 @@ class SMC:
                 if not decoding.done:
                     population.resample_where_degenerate(self.ess_threshold, scheme, rng)
                 advance()
-        cost = Cost(time.perf_counter() - start, decoding.model_tokens + pilot_tokens, training_tokens)
+        seconds, model_tokens = time.perf_counter() - start, decoding.model_tokens + pilot_tokens
+        cost = replace(training, seconds=seconds, model_tokens=model_tokens)
         return require_positive_weight(population.draws(type(self).__name__, cost))
 
     def _resolved_twist(self, posterior: Posterior, seed: int) -> tuple[Twist, int]:
@@ -150,7 +151,10 @@ def pilot_twist(posterior: Posterior, seed: int) -> tuple[ConstantTwist, int]:
 class _Population:
     """The particles of all prompts with their weights, R = P * N rows, prompt by prompt."""
 
-    def __init__(self, posterior: Posterior, decoding: Decoding, twist: Twist) -> None:
+    def __init__(
+        self, posterior: Posterior, decoding: Decoding, twist: Twist, models: tuple[LanguageModel, LanguageModel]
+    ) -> None:
+        self._models = models
         num_rows, width = decoding.finished.size, posterior.max_new_tokens
         self._posterior, self._decoding, self._twist = posterior, decoding, twist
         self._shape = (posterior.num_prompts, num_rows // posterior.num_prompts)
@@ -233,8 +237,15 @@ class _Population:
             log_evidence_se=log_evidence_se(ess, self._shape[1], self.num_resampled),
             elbo=np.full(self._shape[0], np.nan),
             ess=ess,
-            info={"ancestors": self.ancestors, "step_ess": self.step_ess},
+            info={"ancestors": self.ancestors, "step_ess": self.step_ess, **self._decoding_gap()},
         )
+
+    def _decoding_gap(self) -> dict[str, FloatArray]:
+        """Return `scoring_gap` for models in half precision."""
+        models = self._models
+        if not any(getattr(model, "half_precision", False) for model in models):
+            return {}
+        return {"scoring_gap": scoring_gap(self._decoding, models, self._posterior.prompt_ids)}
 
     def _log_twist(self, rows: IntArray) -> FloatArray:
         """Return log psi of unfinished rows, checked."""

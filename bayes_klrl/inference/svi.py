@@ -144,7 +144,7 @@ class Fit:
     @property
     def seconds(self) -> float:
         """Wall time of the training."""
-        return self.training.seconds
+        return self.training.training_seconds
 
     def save(self, folder: str | Path) -> Path:
         """Write the guide as `from_pretrained` reads it, adapters merged, and return the folder."""
@@ -176,7 +176,7 @@ class Fit:
             reward=drawn.reward,
             log_prior=log_prior,
             log_proposal=log_guide,
-            cost=Cost(self.seconds + time.perf_counter() - start, drawn.model_tokens, self.training_tokens),
+            cost=Cost(time.perf_counter() - start, drawn.model_tokens, self.training_tokens, self.seconds),
         )
         elbo = (log_prior + draws.log_likelihood - log_guide).mean(axis=1)
-        return replace(draws, elbo=elbo, guide=self.guide)
+        return replace(draws, elbo=elbo, guide=self.guide, info=drawn.info)

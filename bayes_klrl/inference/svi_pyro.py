@@ -19,7 +19,7 @@ from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.elbo import LeaveOneOutELBO, RaoBlackwellELBO
 from bayes_klrl.inference.svi_trust_region import TrustRegion
 from bayes_klrl.models.ngram_lm import NgramLM
-from bayes_klrl.models.pyro_model import pyro_guide, pyro_model
+from bayes_klrl.models.pyro_model import model_device, pyro_guide, pyro_model
 from bayes_klrl.models.torch_table import TableLM
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
@@ -49,11 +49,11 @@ def fit_guide(svi: SVI, posterior: Posterior, *, seed: int, progress: bool) -> F
             guide=guide.to_ngram() if isinstance(guide, TableLM) else guide,
             history={name: np.array(values) for name, values in history.items() if name != "tokens"},
             posterior=posterior,
-            training=Cost(time.perf_counter() - start, 0, int(sum(history["tokens"]))),
+            training=Cost(training_tokens=int(sum(history["tokens"])), training_seconds=time.perf_counter() - start),
             interrupted=bool(interrupted),
         )
 
-    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
+    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope(), model_device(posterior.prior):
         torch.manual_seed(check_seed(seed))
         guide = trainable_guide(posterior.prior, svi.adapter)
         try:

@@ -56,8 +56,13 @@ class TrustRegion:
             optimiser.step()
             return
         before = [parameter.clone() for parameter in self._parameters]
-        optimiser.step()
-        kl = self._measure()
+        try:
+            optimiser.step()
+            kl = self._measure()
+        except BaseException:  # Ctrl-C before it is known how far the step went: it was not taken
+            for parameter, start in zip(self._parameters, before, strict=True):
+                parameter.copy_(start)
+            raise
         self.last_kl = min(kl, self._max_kl)
         if kl > self._max_kl:
             share = (self._max_kl / kl) ** 0.5

@@ -31,7 +31,7 @@ from bayes_klrl.posterior import Posterior
 from bayes_klrl.sequences import Sequences, completion_lengths
 from bayes_klrl.typing import IntArray, LanguageModel, TokenIds
 
-__all__ = ["SequenceDistribution", "pyro_guide", "pyro_model", "to_sequences"]
+__all__ = ["SequenceDistribution", "model_device", "pyro_guide", "pyro_model", "to_sequences"]
 
 
 class SequenceDistribution(TorchDistribution):
@@ -92,7 +92,7 @@ class SequenceDistribution(TorchDistribution):
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
         decoding = decode((self.lm,), self.prompt_ids, num_draws, shape[-1], np.random.default_rng(seed))
         by_prompt = decoding.tokens.reshape(num_prompts, num_draws, shape[-1])
-        tokens = torch.as_tensor(by_prompt.swapaxes(0, 1).copy(), device=_device(self.lm))
+        tokens = torch.as_tensor(by_prompt.swapaxes(0, 1).copy(), device=model_device(self.lm))
         return tokens.reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -102,7 +102,9 @@ class SequenceDistribution(TorchDistribution):
         sequences = to_sequences(tokens.expand(*batch_shape, tokens.shape[-1]), self.lm)
         with torch.no_grad() if self.frozen else nullcontext():
             distinct, index = _distinct(sequences)
-            log_probs = torch.as_tensor(self.lm.token_log_probs(self.prompt_ids, distinct), device=_device(self.lm))
+            log_probs = torch.as_tensor(
+                self.lm.token_log_probs(self.prompt_ids, distinct), device=model_device(self.lm)
+            )
             total = log_probs.sum(dim=2, dtype=torch.float64).gather(1, torch.as_tensor(index, device=log_probs.device))
             total = total.T.reshape(batch_shape)
         return track_provenance(total, provenance)  # type: ignore[no-any-return]
@@ -153,7 +155,7 @@ def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Cal
     """
 
     def model() -> Tensor:
-        with pyro.plate("prompts", posterior.num_prompts, subsample_size=prompts_per_step, dim=-1) as chosen:
+        with model_device(posterior.prior), _prompts(posterior, prompts_per_step) as chosen:
             x: Tensor = pyro.sample("x", _distribution(posterior, posterior.prior, chosen, frozen=True))
             reward = _reward(posterior, x, chosen)
             pyro.deterministic("reward", reward)
@@ -166,19 +168,32 @@ def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Cal
 def pyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int | None = None) -> Callable[[], Tensor]:
     """Return a trainable language model as a Pyro guide of `pyro_model`'s site "x".
 
-    Its parameters are registered under a name of their own, so that a second guide in one parameter store trains.
+    Its parameters are registered under a name of their own, so that a second guide in one parameter store trains. The
+    prior itself as a guide is frozen: training it would move the target (train `prior.copy()` or `prior.with_adapter()`).
     """
     module = getattr(lm, "module", lm)
-    name = _registered_name(module) if isinstance(module, torch.nn.Module) else None
+    is_prior = lm is posterior.prior
+    name = _registered_name(module) if isinstance(module, torch.nn.Module) and not is_prior else None
 
     def guide() -> Tensor:
         if name is not None:
             pyro.module(name, module)
-        with pyro.plate("prompts", posterior.num_prompts, subsample_size=prompts_per_step, dim=-1) as chosen:
-            x: Tensor = pyro.sample("x", _distribution(posterior, lm, chosen, frozen=False))
+        with model_device(lm), _prompts(posterior, prompts_per_step) as chosen:
+            x: Tensor = pyro.sample("x", _distribution(posterior, lm, chosen, frozen=is_prior))
         return x
 
     return guide
+
+
+def model_device(lm: LanguageModel) -> torch.device:
+    """Return where a model's arrays live: as a context, where Pyro's own small tensors are made."""
+    device: torch.device = getattr(lm, "device", torch.device("cpu"))
+    return device
+
+
+def _prompts(posterior: Posterior, prompts_per_step: int | None) -> Any:
+    """Return the plate of the prompts."""
+    return pyro.plate("prompts", posterior.num_prompts, subsample_size=prompts_per_step, dim=-1)
 
 
 def _distribution(posterior: Posterior, lm: LanguageModel, chosen: Tensor, frozen: bool) -> SequenceDistribution:
@@ -197,12 +212,6 @@ def _reward(posterior: Posterior, x: Tensor, chosen: Tensor) -> Tensor:
     reward = posterior.reward_of_rows(padded, lengths.ravel(), prompt_index)
     on_device = torch.as_tensor(reward, dtype=torch.float64, device=tokens.device).reshape(tokens.shape[:-1])
     return track_provenance(on_device, provenance)  # type: ignore[no-any-return]
-
-
-def _device(lm: LanguageModel) -> torch.device:
-    """Return where a model's arrays live."""
-    device: torch.device = getattr(lm, "device", torch.device("cpu"))
-    return device
 
 
 _names: WeakKeyDictionary[torch.nn.Module, str] = WeakKeyDictionary()

@@ -22,9 +22,11 @@ from transformers.utils import logging
 from bayes_klrl.errors import CheckpointError
 from bayes_klrl.models.torch_adapters import import_peft, merged, quiet_peft
 
-__all__ = ["load", "save", "shipped_names"]
+__all__ = ["OWN_ENTRY", "load", "save", "shipped_names"]
 
 SMOLLM2 = "smollm2"
+OWN_ENTRY = "bayes_klrl"
+"""Where config.json keeps what defines the distribution beside the weights."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -155,6 +157,7 @@ def save(
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text())
     config["eos_token_id"] = eos_entry
+    config[OWN_ENTRY] = {"eos_token_id": eos, "temperature": temperature}
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.models.torch_network import Network, base_model, choose_network, model_device, renewed
 from bayes_klrl.models.torch_scoring import full_log_probs, sequence_log_probs, tempered
@@ -72,13 +73,12 @@ class TorchLM:
         temperature: float = 1.0,
         device: str | torch.device | None = None,
     ) -> None:
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise BayesKLRLError(f"temperature divides the logits and must be positive; got {temperature}.")
+        check_positive("temperature", temperature)
+        self._vocab_size = output_size(model)
         self._module = model.to(device) if device is not None else model
         self._module.eval()
         self._tokenizer = tokenizer
         self._config: Any = base_model(model).config
-        self._vocab_size = output_size(model)
         self._network: Network | None = None
         self.temperature = float(temperature)
         if tokenizer is not None and len(tokenizer) > self._vocab_size:
@@ -108,17 +108,18 @@ class TorchLM:
         device
             Where the model lives.
         options
-            `eos_token_id` and `temperature`, see `TorchLM`.
+            `eos_token_id` and `temperature`, see `TorchLM`; by default what `save_pretrained` was given.
 
         Raises
         ------
         CheckpointError
             If there is no such model, or weights are missing; says what to do.
         """
-        from bayes_klrl.models.torch_checkpoint import load
+        from bayes_klrl.models.torch_checkpoint import OWN_ENTRY, load
 
         model, tokenizer = load(name_or_folder, dtype)
-        return cls(model, tokenizer, device=device, **options)
+        saved = getattr(base_model(model).config, OWN_ENTRY, None) or {}
+        return cls(model, tokenizer, device=device, **{**saved, **options})
 
     @property
     def module(self) -> nn.Module:
@@ -165,6 +166,16 @@ class TorchLM:
         length = getattr(self._config, "max_position_embeddings", None)
         return length if isinstance(length, int) and length > 0 else None
 
+    @property
+    def half_precision(self) -> bool:
+        """Whether weights have fewer bits than float32, so that decoding and scoring differ by more than rounding."""
+        return any(parameter.dtype.itemsize < 4 for parameter in self._module.parameters())
+
+    @property
+    def prompt_apart(self) -> bool:
+        """Whether prompt and completion have a context each: those of an encoder-decoder model have."""
+        return bool(self._config.is_encoder_decoder)
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the trainable parameters."""
         return (parameter for parameter in self._module.parameters() if parameter.requires_grad)
@@ -201,7 +212,8 @@ class TorchLM:
         tokens = np.asarray(tokens)
         self._check_ids(tokens)
         num_tokens = state.num_tokens + 1
-        self._check_length(int(num_tokens.max(initial=0)))
+        if not self.prompt_apart:
+            self._check_length(int(num_tokens.max(initial=0)))
         if self._module.training:
             self._module.eval()
         on_device = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
@@ -249,8 +261,8 @@ class TorchLM:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder that `from_pretrained` reads: weights with adapters merged, tokenizer, EOS ids.
 
-        The temperature goes into the generation config, for Hugging Face's `generate`; `from_pretrained` takes it as an
-        argument.
+        The temperature and the EOS ids are kept in config.json, where `from_pretrained` finds them, and in the
+        generation config, for Hugging Face's `generate`.
         """
         from bayes_klrl.models.torch_checkpoint import save
 
@@ -299,7 +311,7 @@ class TorchLM:
 
     def _resolve_eos(self, given: int | Collection[int] | None) -> frozenset[int]:
         if given is not None:
-            ids = frozenset([given] if isinstance(given, int) else map(int, given))
+            ids = _eos_set(given)
             if outside := sorted(token for token in ids if not 0 <= token < self._vocab_size):
                 raise BayesKLRLError(f"eos_token_id {outside} is outside the vocabulary 0..{self._vocab_size - 1}.")
             return ids
@@ -319,7 +331,7 @@ class TorchLM:
                     f"token, for example the BOS id ({self.bos_token_id} here)."
                 )
             self._check_ids(np.asarray(prompt))
-            self._check_length(len(prompt) + num_new)
+            self._check_length(max(len(prompt), num_new) if self.prompt_apart else len(prompt) + num_new)
 
     def _check_ids(self, ids: IntArray) -> None:
         if ids.size and not (0 <= ids.min() and ids.max() < self._vocab_size):
@@ -337,9 +349,28 @@ class TorchLM:
             )
 
 
+def _eos_set(given: int | Collection[int]) -> frozenset[int]:
+    """Return one id or several as a set, refusing what is no id."""
+    ids: Any = [given] if isinstance(given, Integral) else given
+    if isinstance(ids, str) or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
+        raise BayesKLRLError(f"eos_token_id is a token id or a collection of them; got {given!r}.")
+    return frozenset(int(token) for token in ids)
+
+
 def output_size(model: nn.Module) -> int:
-    """Return the number of logits of a model."""
-    head = base_model(model).get_output_embeddings()
+    """Return the number of logits of a model.
+
+    Raises
+    ------
+    CheckpointError
+        If it has no language modelling head.
+    """
+    find_head = getattr(base_model(model), "get_output_embeddings", None)
+    if find_head is None or (head := find_head()) is None:
+        raise CheckpointError(
+            f"A {type(model).__name__} is not a language model of Hugging Face's: it has no language modelling head. Give "
+            "an AutoModelForCausalLM, or the folder or name of one to bk.TorchLM.from_pretrained."
+        )
     weight = getattr(head, "weight", None)
     if weight is not None:
         return int(weight.shape[0])

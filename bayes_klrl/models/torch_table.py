@@ -88,7 +88,7 @@ class TableLM(nn.Module):
         before = np.repeat(self.prefill(prompts)[:, None], num_draws, axis=1)
         read = np.concatenate([before, np.where(sequences.mask, sequences.tokens, 0)], axis=2)
         contexts = np.stack([read[..., t : t + order - 1] for t in range(num_tokens)], axis=2)
-        rows = self._rows(contexts.reshape(-1, order - 1))
+        rows = self._rows(contexts.reshape(num_prompts * num_draws * num_tokens, order - 1))
         inside = torch.as_tensor(sequences.mask, device=rows.device)[..., None]
         return torch.where(inside, rows.reshape(num_prompts, num_draws, num_tokens, -1), 0.0)
 

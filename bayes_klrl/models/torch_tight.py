@@ -56,14 +56,27 @@ class Cache:
 
 def with_room(stored: Tensor) -> Tensor:
     """Return a copy of one layer's keys and values with free positions at the end."""
-    _, num_rows, num_heads, length, size = stored.shape
-    capacity = length + GROWTH
-    if capacity <= SHORT:
-        copy = stored.new_empty((2, capacity, num_rows, num_heads, size)).permute(0, 2, 3, 1, 4)
-    else:
-        copy = stored.new_empty((2, num_rows, num_heads, capacity, size))
+    length = stored.shape[3]
+    copy = empty_layer(stored, stored.shape[1], length + GROWTH)
     copy[..., :length, :] = stored
     return copy
+
+
+def picked(stored: Tensor, length: int, rows: Tensor) -> Tensor:
+    """Return a copy of some rows of one layer's first `length` positions, with free positions at the end."""
+    copy = empty_layer(stored, len(rows), length + GROWTH)
+    # in the order (position, row, head, size), in which short buffers lie: whole positions are picked at once
+    for source, target in zip(stored.permute(0, 3, 1, 2, 4), copy.permute(0, 3, 1, 2, 4), strict=True):
+        torch.index_select(source[:length], 1, rows, out=target[:length])
+    return copy
+
+
+def empty_layer(like: Tensor, num_rows: int, capacity: int) -> Tensor:
+    """Return room for keys and values, shape (2, R, heads, capacity, size), in time order while it is short."""
+    _, _, num_heads, _, size = like.shape
+    if capacity <= SHORT:
+        return like.new_empty((2, capacity, num_rows, num_heads, size)).permute(0, 2, 3, 1, 4)
+    return like.new_empty((2, num_rows, num_heads, capacity, size))
 
 
 class Memory(Protocol):
@@ -171,7 +184,7 @@ class TightNetwork:
 
     def select(self, cache: Cache, rows: Tensor) -> Cache:
         """See `Network.select`."""
-        layers = [stored[..., : cache.length, :].index_select(1, rows) for stored in cache.buffer.layers]
+        layers = [picked(stored, cache.length, rows) for stored in cache.buffer.layers]
         padding = None if cache.padding is None else cache.padding[rows]
         return Cache(Buffer(layers, cache.length), cache.length, padding)
 

@@ -1,0 +1,125 @@
+"""The command line: what it writes, and that every bad call ends in one readable line and a non-zero code."""
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import bayes_klrl as bk
+from bayes_klrl.cli import app
+
+SMALL = """
+import numpy as np
+import bayes_klrl as bk
+
+letters = bk.NgramLM.fit(["a cat sat", "the cat ran", "a rat sat"], order=3)
+vowels = bk.Reward(lambda completions: [sum(map(text.count, "aeiou")) for text in completions], alpha=1.0)
+posterior = bk.Posterior(letters, vowels, prompts=["the c", "a r"], max_new_tokens=4)
+"""
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture
+def small(tmp_cwd: Path) -> Path:
+    file = tmp_cwd / "small.py"
+    file.write_text(SMALL)
+    return file
+
+
+def test_compare_writes_its_folder(small: Path, tmp_cwd: Path) -> None:
+    result = run("compare", small, "--method", "prior-is", "--method", "exact", "--out", tmp_cwd / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "log evidence" in result.output
+    assert {"draws.nc", "table.csv", "comparison.png"} <= {path.name for path in (tmp_cwd / "out").iterdir()}
+
+
+def test_a_file_may_bring_its_own_algorithms_and_import_its_neighbours(small: Path, tmp_cwd: Path) -> None:
+    (tmp_cwd / "sizes.py").write_text("num_draws = 50\n")
+    small.write_text(SMALL + "import sizes\nalgorithms = {'mine': bk.ImportanceSampling(sizes.num_draws)}\n")
+    result = run("compare", small, "--out", tmp_cwd / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "mine" in result.output
+
+
+def test_sample_prints_completions_and_saves_draws(small: Path, tmp_cwd: Path) -> None:
+    result = run("sample", small, "--method", "exact", "--num", 4, "--out", tmp_cwd / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 2 * (1 + 4)  # a prompt and four lines, twice
+    assert bk.Draws.load(tmp_cwd / "out" / "draws.nc").shape[0] == 2
+
+
+def test_tune_writes_a_policy(small: Path, tmp_cwd: Path) -> None:
+    result = run("tune", small, "--steps", 3, "--particles", 8, "--out", tmp_cwd / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert bk.NgramLM.from_pretrained(tmp_cwd / "out" / "policy").order == 3
+
+
+def test_tune_keeps_what_was_learned_before_an_interrupt(small: Path, tmp_cwd: Path) -> None:
+    small.write_text(
+        SMALL.replace("sum(map(text.count", "interrupting() or sum(map(text.count").replace("letters =", CALLS)
+    )
+    result = run("tune", small, "--steps", 50, "--particles", 8, "--out", tmp_cwd / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "Interrupted after" in result.output
+    assert (tmp_cwd / "out" / "policy" / "config.json").exists()
+
+
+def test_tune_keeps_what_was_learned_before_an_error(small: Path, tmp_cwd: Path) -> None:
+    failing = CALLS.replace("raise KeyboardInterrupt", "raise OSError('the judge is gone')")
+    small.write_text(
+        SMALL.replace("sum(map(text.count", "interrupting() or sum(map(text.count").replace("letters =", failing)
+    )
+    result = run("tune", small, "--steps", 50, "--particles", 8, "--out", tmp_cwd / "out", "--quiet")
+    assert result.exit_code == 1
+    assert "the judge is gone" in result.output
+    assert (tmp_cwd / "out" / "policy" / "config.json").exists()
+
+
+CALLS = """
+calls = []
+def interrupting():
+    calls.append(1)
+    if len(calls) == 200:
+        raise KeyboardInterrupt
+
+letters ="""
+
+
+@pytest.mark.parametrize(
+    "words, code, said",
+    [
+        (["compare", "--method", "magic"], 2, "unknown method 'magic'"),
+        (["compare", "--methods", "smc"], 2, "No such option"),
+        (["compare", "nowhere.py"], 1, "There is no file 'nowhere.py'"),
+        (["compare", "empty.py"], 1, "must define `posterior`"),
+        (["compare", "broken.py"], 1, "raised ZeroDivisionError"),
+        (["compare", "small.py", "--out", "theirs"], 1, "not written by bayes-klrl"),
+        (["compare", "small.py", "--out", "small.py"], 1, "is a file"),
+        (["compare", "small.py", "--policy", "theirs"], 1, "is not a model"),
+        (["tune", "small.py", "--out", "theirs"], 1, "not written by bayes-klrl"),
+        (["tune", "--adapter", "dora"], 2, 'must be "lora"'),
+        (["tune", "small.py", "--adapter", "lora"], 1, "Adapters are for a bk.TorchLM"),
+        (["tune", "small.py", "--learning-rate", "-1"], 1, "learning_rate must be a positive finite number"),
+        (["sample", "small.py", "--num", "0"], 2, "Invalid value"),
+        (["compare", "small.py", "--seed", "-1"], 2, "Invalid value"),
+    ],
+)
+def test_bad_calls_end_in_a_line_and_a_code(words: list[str], code: int, said: str, small: Path, tmp_cwd: Path) -> None:
+    (tmp_cwd / "empty.py").write_text("x = 1\n")
+    (tmp_cwd / "broken.py").write_text("1 / 0\n")
+    (tmp_cwd / "theirs").mkdir()
+    (tmp_cwd / "theirs" / "thesis.tex").write_text("x")
+    result = run(*words, "--quiet")
+    assert result.exit_code == code, result.output
+    assert said in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+    assert sorted(path.name for path in (tmp_cwd / "theirs").iterdir()) == ["thesis.tex"]
+
+
+def test_a_policy_in_the_output_folder_is_not_overwritten(small: Path, tmp_cwd: Path) -> None:
+    result = run("compare", small, "--policy", tmp_cwd / "out" / "policy", "--out", tmp_cwd / "out", "--quiet")
+    assert result.exit_code == 1
+    assert "would be overwritten" in " ".join(result.output.split())
