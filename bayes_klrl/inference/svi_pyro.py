@@ -19,7 +19,7 @@ from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.elbo import LeaveOneOutELBO, RaoBlackwellELBO
 from bayes_klrl.inference.svi_trust_region import TrustRegion
 from bayes_klrl.models.ngram_lm import NgramLM
-from bayes_klrl.models.pyro_model import model_device, pyro_guide, pyro_model
+from bayes_klrl.models.pyro_model import on_model_device, pyro_guide, pyro_model
 from bayes_klrl.models.torch_table import TableLM
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
@@ -53,7 +53,7 @@ def fit_guide(svi: SVI, posterior: Posterior, *, seed: int, progress: bool) -> F
             interrupted=bool(interrupted),
         )
 
-    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope(), model_device(posterior.prior):
+    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope(), on_model_device(posterior.prior):
         torch.manual_seed(check_seed(seed))
         guide = trainable_guide(posterior.prior, svi.adapter)
         try:
