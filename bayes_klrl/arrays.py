@@ -13,7 +13,7 @@ import numpy as np
 
 from bayes_klrl.typing import Array, FloatArray, IntArray
 
-__all__ = ["draw_tokens", "no_gradient", "take_tokens", "to_host"]
+__all__ = ["draw_tokens", "is_identity", "no_gradient", "take_tokens", "to_host"]
 
 
 def no_gradient() -> AbstractContextManager[Any]:
@@ -59,7 +59,7 @@ def draw_tokens(log_probs: Array, rows: IntArray, uniforms: FloatArray) -> IntAr
     if hasattr(log_probs, "detach"):
         torch = sys.modules["torch"]
         cumulative = log_probs.exp().cumsum(dim=-1)
-        if not _is_identity(rows, len(cumulative)):
+        if not is_identity(rows, len(cumulative)):
             cumulative = cumulative[torch.as_tensor(rows, device=cumulative.device)]
         u = torch.as_tensor(uniforms, dtype=cumulative.dtype, device=cumulative.device)[:, None]
         targets = u.clamp(max=1.0 - torch.finfo(u.dtype).eps) * cumulative[:, -1:]
@@ -82,6 +82,6 @@ def take_tokens(log_probs: Array, rows: IntArray, tokens: IntArray) -> FloatArra
     return taken
 
 
-def _is_identity(rows: IntArray, num_rows: int) -> bool:
+def is_identity(rows: IntArray, num_rows: int) -> bool:
     """Return whether rows are 0, 1, ..., num_rows - 1."""
     return len(rows) == num_rows and bool((rows == np.arange(num_rows)).all())

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bayes_klrl.arrays import draw_tokens, take_tokens
+from bayes_klrl.arrays import draw_tokens, is_identity, take_tokens
 from bayes_klrl.errors import CheckpointError, SupportError
 from bayes_klrl.posterior import check_language_model, completion_log_probs
 from bayes_klrl.sequences import Sequences, pad_token
@@ -147,19 +147,21 @@ class Decoding:
         """Bring the states up to date with the newest tokens, one state row for each distinct unfinished prefix."""
         rows = np.flatnonzero(~self.finished)
         newest = self.tokens[rows, self.step_count - 1]
-        width = int(newest.max()) + 1
-        keys, group = np.unique(self._state_row[rows] * width + newest, return_inverse=True)
-        parents, tokens = keys // width, keys % width
-        if np.unique(parents).size == parents.size >= _COMPACT_BELOW * self._num_state_rows:
-            # one token for each state row that is still needed: grow in place, whatever the others are given
-            fed = np.full(self._num_state_rows, self._filler)
-            fed[parents] = tokens
-            states = self._states
-        else:
-            self._state_row[rows] = group
-            self._num_state_rows = parents.size
-            fed = tokens
-            states = [model.select(state, parents) for model, state in zip(self._distinct, self._states, strict=True)]
+        owners = self._state_row[rows]
+        fed, states = newest, self._states
+        if not is_identity(owners, self._num_state_rows):  # some share a state row, or some have ended
+            width = int(newest.max()) + 1
+            keys, group = np.unique(owners * width + newest, return_inverse=True)
+            parents, tokens = keys // width, keys % width
+            if np.unique(parents).size == parents.size >= _COMPACT_BELOW * self._num_state_rows:
+                # one token for each state row that is still needed: grow in place, whatever the others are given
+                fed = np.full(self._num_state_rows, self._filler)
+                fed[parents] = tokens
+            else:
+                self._state_row[rows] = group
+                self._num_state_rows = parents.size
+                fed = tokens
+                states = [model.select(state, parents) for model, state in zip(self._distinct, states, strict=True)]
         self._states = [model.append(state, fed) for model, state in zip(self._distinct, states, strict=True)]
         self.model_tokens += len(self._distinct) * self._num_state_rows
 
