@@ -80,8 +80,8 @@ def _algorithm(method: str, num_steps: int) -> Algorithm:
     import bayes_klrl as bk
 
     algorithms: dict[str, Algorithm] = {
-        "prior-is": bk.ImportanceSampling(4096),
-        "best-of-n": bk.BestOfN(16, 128),
+        "prior-is": bk.ImportanceSampling(2048),
+        "best-of-n": bk.BestOfN(16, 64),
         "smc": bk.SMC(512),
         "svi": bk.SVI(num_steps),
         "svi-is": bk.ImportanceSampling(1000, proposal=bk.SVI(num_steps)),
