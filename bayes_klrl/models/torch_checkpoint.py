@@ -110,7 +110,7 @@ def load_tokenizer(source: str, **options: Any) -> Any | None:
         return None
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except Exception as error:
+    except Exception as error:  # as above: tokenizers raise bare Exceptions, too
         raise CheckpointError(f"The tokenizer of {source!r} cannot be loaded: {error}") from error
 
 
@@ -127,7 +127,7 @@ def load_adapter(folder: Path, dtype: torch.dtype) -> tuple[Any, Any | None]:
     try:
         with quiet_peft():
             wrapped = peft.PeftModel.from_pretrained(model, str(folder))
-    except Exception as error:
+    except Exception as error:  # as above: peft passes on whatever torch and safetensors raise
         raise CheckpointError(f"The adapter in {str(folder)!r} does not fit its base {base!r}: {error}") from error
     return wrapped, load_tokenizer(str(folder), local_files_only=True) or tokenizer
 
