@@ -162,12 +162,11 @@ def accepts(fn: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
     return True
 
 
-def first_failing_row(call: TextCall, arguments: Mapping[str, Sequence[Any]]) -> int:
-    """Return the first completion on which the function raises by itself; 0 if it takes several to make it raise."""
-    num_rows = len(next(iter(arguments.values())))
+def first_failing_row(num_rows: int, call_on: Callable[[slice], object]) -> int:
+    """Return the first completion on which a function raises by itself; 0 if it takes several to make it raise."""
     for row in range(num_rows):
         try:
-            call({name: column[row : row + 1] for name, column in arguments.items()})
+            call_on(slice(row, row + 1))
         except Exception:  # the search for the culprit: any exception is the answer
             return row
     return 0

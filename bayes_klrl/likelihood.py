@@ -183,7 +183,9 @@ class _TextFactor(_Factor):
         try:
             outcome = call(arguments)
         except Exception as error:  # whatever a user's function raises is shown with the completion it met
-            row = first_failing_row(call, arguments)
+            row = first_failing_row(
+                len(batch), lambda rows: call({name: column[rows] for name, column in arguments.items()})
+            )
             raise RewardError(
                 f"Reward {self.label!r} raised {type(error).__name__}: {error} -- at {batch.describe(row)}."
             ) from error
@@ -278,13 +280,18 @@ class TokenReward(_Factor):
 
     def values(self, batch: Batch) -> FloatArray:
         """See `_Factor.values`."""
-        extra = {name: batch.prompt_index.copy() for name in self._asked_for}
+
+        def call(rows: slice) -> Any:
+            extra = {name: batch.prompt_index[rows].copy() for name in self._asked_for}
+            return self.fn(batch.tokens[rows].copy(), batch.lengths[rows].copy(), **extra)
+
         try:
-            outcome = self.fn(batch.tokens.copy(), batch.lengths.copy(), **extra)
-        except Exception as error:  # whatever a user's function raises is shown with the completions it met
+            outcome = call(slice(None))
+        except Exception as error:  # whatever a user's function raises is shown with the completion it met
+            row = first_failing_row(len(batch), call)
             raise RewardError(
-                f"TokenReward {self.label!r} raised {type(error).__name__}: {error} -- on tokens of shape "
-                f"{batch.tokens.shape}, the first of them {batch.describe(0)}."
+                f"TokenReward {self.label!r} raised {type(error).__name__}: {error} -- at {batch.describe(row)}; the "
+                f"tokens had shape {batch.tokens.shape}."
             ) from error
         return self.checked(outcome, batch)
 

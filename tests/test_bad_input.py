@@ -126,9 +126,11 @@ def test_a_reward_that_raises_shows_the_completion_and_the_original_error() -> N
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_a_token_reward_that_raises_shows_its_shape_and_the_original_error() -> None:
-    fn: Callable[..., Any] = lambda tokens, lengths: tokens[:, 99]  # noqa: E731
-    with pytest.raises(bk.RewardError, match=r"raised IndexError: .* tokens of shape \(3, 3\).*ids \[1, 3\]") as caught:
+def test_a_token_reward_that_raises_shows_the_completion_its_shape_and_the_original_error() -> None:
+    def fn(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return np.array([[0.0][int(n == 3)] for n in lengths])  # the second is the one of three tokens
+
+    with pytest.raises(bk.RewardError, match=rf"raised IndexError: .* at {SECOND}.* shape \(3, 3\)") as caught:
         posterior(likelihood=bk.TokenReward(fn, alpha=1.0)).reward(XS)
     assert isinstance(caught.value.__cause__, IndexError)
 

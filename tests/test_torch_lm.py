@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers.activations import NewGELUActivation
 
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.models import torch_scoring
+from bayes_klrl.models.torch_activation import tanh_gelu
 from bayes_klrl.models.torch_general import CachedNetwork, EncoderDecoderNetwork, PlainNetwork
 from bayes_klrl.models.torch_lm import TorchLM
 from bayes_klrl.models.torch_tight import TightNetwork
@@ -485,6 +487,8 @@ def test_adapters_are_of_peft_or_refused() -> None:
     pytest.importorskip("peft")
     with pytest.raises(BayesKLRLError, match="LoraConfig"):
         TorchLM(tiny_gpt2()).with_adapter("ia5")
+    with pytest.raises(BayesKLRLError, match=r"cannot put this adapter on a MambaForCausalLM.*target_modules"):
+        TorchLM(tiny_other("mamba")).with_adapter()
 
 
 def test_a_missing_peft_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -641,3 +645,17 @@ def test_nothing_is_kept_alive_by_a_dropped_model() -> None:
     del lm
     gc.collect()
     assert alive() is None
+
+
+def test_the_activation_of_gpt2_is_hugging_faces_own() -> None:
+    """Value, gradient and second derivative; and the same bits with a graph and without, else a guide equal to its prior
+    would not be at distance 0 from it."""
+    inputs = torch.linspace(-12, 12, 97, dtype=torch.float64, requires_grad=True)
+    expected = NewGELUActivation()(inputs)
+    result = tanh_gelu(inputs)
+    assert torch.equal(result, tanh_gelu(inputs.detach()))
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+    weights = torch.linspace(1, 2, 97, dtype=torch.float64)
+    slopes = [torch.autograd.grad((value * weights).sum(), inputs)[0] for value in (tanh_gelu(inputs), expected)]
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-9, atol=1e-12)
+    assert torch.autograd.gradgradcheck(tanh_gelu, inputs)

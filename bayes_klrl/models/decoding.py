@@ -151,7 +151,7 @@ class Decoding:
         fed, states = newest, self._states
         if not is_identity(owners, self._num_state_rows):  # some share a state row, or some have ended
             width = int(newest.max()) + 1
-            keys, group = np.unique(owners * width + newest, return_inverse=True)
+            keys, group = distinct_in_order(owners * width + newest)
             parents, tokens = keys // width, keys % width
             if np.unique(parents).size == parents.size >= _COMPACT_BELOW * self._num_state_rows:
                 # one token for each state row that is still needed: grow in place, whatever the others are given
@@ -171,6 +171,23 @@ class Decoding:
         return Sequences(
             self.tokens.reshape(num_prompts, -1, self.max_new_tokens), self.lengths.reshape(num_prompts, -1)
         )
+
+
+def distinct_in_order(keys: IntArray) -> tuple[IntArray, IntArray]:
+    """Return the distinct keys in order of first appearance, and which of them each key is.
+
+    So rows that share nothing get state rows in their own order, and no later step has to gather.
+
+    Examples
+    --------
+    >>> distinct_in_order(np.array([7, 3, 7, 5]))
+    (array([7, 3, 5]), array([0, 1, 0, 2]))
+    """
+    _, first, group = np.unique(keys, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    place = np.empty_like(order)
+    place[order] = np.arange(order.size)
+    return keys[first[order]], place[group]
 
 
 def scoring_gap(decoding: Decoding, models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds]) -> FloatArray:

@@ -43,8 +43,14 @@ def adapted(module: nn.Module, config: Any) -> nn.Module:
         config = default_lora(peft, frozen)
     if not isinstance(config, peft.PeftConfig):
         raise BayesKLRLError(f"adapter is 'lora' or a peft configuration such as peft.LoraConfig(r=8); got {config!r}.")
-    with quiet_peft():
-        wrapped: nn.Module = peft.get_peft_model(frozen, config)
+    try:
+        with quiet_peft():
+            wrapped: nn.Module = peft.get_peft_model(frozen, config)
+    except (KeyError, RuntimeError, ValueError) as error:  # what peft raises for a model that it cannot adapt
+        raise BayesKLRLError(
+            f"peft cannot put this adapter on a {type(frozen).__name__}: {error}. Name its layers in "
+            "peft.LoraConfig(target_modules=[...]), or train a full copy (adapter=None)."
+        ) from error
     return wrapped.eval()
 
 

@@ -29,6 +29,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from bayes_klrl.models.torch_activation import tanh_gelu
 from bayes_klrl.models.torch_network import base_model, model_device
 
 __all__ = ["Family", "Layer", "Rotation", "family_of"]
@@ -180,7 +181,7 @@ def direct(module: Any) -> Function:
         shape, epsilon = tuple(module.weight.shape), module.variance_epsilon
         return partial(F.rms_norm, normalized_shape=shape, weight=module.weight, eps=epsilon)
     if kind is NewGELUActivation:
-        return partial(F.gelu, approximate="tanh")  # the same function in one kernel instead of eight
+        return tanh_gelu  # the same function in four kernels instead of eight
     return module  # type: ignore[no-any-return]
 
 
