@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
     from bayes_klrl.inference.exact import Exact as Exact
     from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
+    from bayes_klrl.inference.quasi_rejection import QuasiRejection as QuasiRejection
+    from bayes_klrl.inference.rejection import RejectionSampling as RejectionSampling
     from bayes_klrl.inference.smc import SMC as SMC
     from bayes_klrl.inference.svi import SVI as SVI
     from bayes_klrl.inference.svi import Fit as Fit
@@ -57,6 +59,8 @@ _HOME = {
     "Likelihood": "bayes_klrl.likelihood",
     "NgramLM": "bayes_klrl.models.ngram_lm",
     "Posterior": "bayes_klrl.posterior",
+    "QuasiRejection": "bayes_klrl.inference.quasi_rejection",
+    "RejectionSampling": "bayes_klrl.inference.rejection",
     "Reward": "bayes_klrl.likelihood",
     "RewardError": "bayes_klrl.errors",
     "SMC": "bayes_klrl.inference.smc",
@@ -87,6 +91,8 @@ __all__ = [
     "Likelihood",
     "NgramLM",
     "Posterior",
+    "QuasiRejection",
+    "RejectionSampling",
     "Reward",
     "RewardError",
     "SMC",
