@@ -41,10 +41,10 @@ def repeated(posterior: bk.Posterior, num_runs: int) -> bk.Posterior:
 
 
 def test_several_prompts_and_early_ends_follow_their_posteriors() -> None:
-    base = random_posterior(31, num_tokens=4, eos_logit=1.0, prompts=((0,), (1, 2)), prompt_shift=0.5, alpha=0.8)
+    base = random_posterior(31, num_tokens=4, eos_logit=1.0, prompts=((0,), (1, 2)), prompt_shift=-1.0, alpha=0.8)
     posterior = bounded(base)
     truth = Truth(posterior)
-    draws = bk.RejectionSampling(3000).run(posterior, seed=0)
+    draws = bk.RejectionSampling(1500, max_proposals=10**6).run(posterior, seed=0)
     for p in range(2):
         assert chi_square_p(counts(truth, draws.tokens[p]), truth.p[p]) > 0.001
     np.testing.assert_allclose(draws.log_prior, posterior.log_prior(draws), rtol=0, atol=1e-12)
