@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bayes_klrl.errors import TextRewardError as TextRewardError
     from bayes_klrl.errors import UnboundedLossError as UnboundedLossError
     from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
+    from bayes_klrl.inference.conditional_smc import ConditionalSMC as ConditionalSMC
     from bayes_klrl.inference.exact import Exact as Exact
     from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
     from bayes_klrl.inference.quasi_rejection import QuasiRejection as QuasiRejection
@@ -50,6 +51,7 @@ _HOME = {
     "BudgetError": "bayes_klrl.errors",
     "CheckpointError": "bayes_klrl.errors",
     "Comparison": "bayes_klrl.comparison",
+    "ConditionalSMC": "bayes_klrl.inference.conditional_smc",
     "Constraint": "bayes_klrl.likelihood",
     "Draws": "bayes_klrl.draws",
     "Exact": "bayes_klrl.inference.exact",
@@ -82,6 +84,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "Comparison",
+    "ConditionalSMC",
     "Constraint",
     "Draws",
     "Exact",
