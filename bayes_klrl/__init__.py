@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from bayes_klrl.errors import TextRewardError as TextRewardError
     from bayes_klrl.errors import UnboundedLossError as UnboundedLossError
     from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
+    from bayes_klrl.inference.conditional_smc import ConditionalSMC as ConditionalSMC
     from bayes_klrl.inference.exact import Exact as Exact
     from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
+    from bayes_klrl.inference.quasi_rejection import QuasiRejection as QuasiRejection
+    from bayes_klrl.inference.rejection import RejectionSampling as RejectionSampling
     from bayes_klrl.inference.smc import SMC as SMC
     from bayes_klrl.inference.svi import SVI as SVI
     from bayes_klrl.inference.svi import Fit as Fit
@@ -55,6 +58,7 @@ _HOME = {
     "BudgetError": "bayes_klrl.errors",
     "CheckpointError": "bayes_klrl.errors",
     "Comparison": "bayes_klrl.comparison",
+    "ConditionalSMC": "bayes_klrl.inference.conditional_smc",
     "Constraint": "bayes_klrl.likelihood",
     "Draws": "bayes_klrl.draws",
     "Exact": "bayes_klrl.inference.exact",
@@ -65,6 +69,8 @@ _HOME = {
     "Likelihood": "bayes_klrl.likelihood",
     "NgramLM": "bayes_klrl.models.ngram_lm",
     "Posterior": "bayes_klrl.posterior",
+    "QuasiRejection": "bayes_klrl.inference.quasi_rejection",
+    "RejectionSampling": "bayes_klrl.inference.rejection",
     "Reward": "bayes_klrl.likelihood",
     "RewardError": "bayes_klrl.errors",
     "SMC": "bayes_klrl.inference.smc",
@@ -89,6 +95,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "Comparison",
+    "ConditionalSMC",
     "Constraint",
     "Draws",
     "Exact",
@@ -99,6 +106,8 @@ __all__ = [
     "Likelihood",
     "NgramLM",
     "Posterior",
+    "QuasiRejection",
+    "RejectionSampling",
     "Reward",
     "RewardError",
     "SMC",

@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from bayes_klrl.draws import Draws
-from bayes_klrl.inference.best_of_n import BestOfN
 from bayes_klrl.inference.exact import Exact
+from bayes_klrl.inference.rejection import RejectionSampling
 from bayes_klrl.typing import Algorithm, FloatArray
 from bayes_klrl.weights import logmeanexp
 
@@ -72,7 +72,7 @@ def method_row(algorithm: Algorithm, repeats: Sequence[Draws], reference: Refere
     defined = not any(np.isnan(draws.log_evidence).any() for draws in repeats)
     variance = np.mean([draws.log_evidence_se**2 for draws in repeats], axis=0) / len(repeats)
     alive = not any(np.isneginf(draws.log_weights + draws.log_likelihood).all(axis=1).any() for draws in repeats)
-    kl_prior = float(np.mean([_kl_prior(algorithm, draws).mean() for draws in repeats])) if alive else np.nan
+    kl_prior = float(np.mean([_kl_prior(draws, reference).mean() for draws in repeats])) if alive else np.nan
     sign, kl_posterior = _kl_posterior(algorithm, repeats, reference) if alive else ("", np.nan)
     ess = float(np.min([draws.ess.min() for draws in repeats]))
     return {
@@ -90,7 +90,7 @@ def method_row(algorithm: Algorithm, repeats: Sequence[Draws], reference: Refere
         "training_tokens": int(np.mean([draws.training_tokens for draws in repeats])),
         "seconds": float(np.mean([draws.seconds for draws in repeats])),
         "training_seconds": float(np.mean([draws.training_seconds for draws in repeats])),
-        "note": _note(algorithm, repeats, ess, alive, reference),
+        "note": _note(repeats, ess, alive, reference),
     }
 
 
@@ -164,42 +164,50 @@ def _or_dead(log_evidence: FloatArray) -> FloatArray:
     return np.where(np.isnan(log_evidence), -np.inf, log_evidence)
 
 
-def _kl_prior(algorithm: Algorithm, draws: Draws) -> FloatArray:
+def _kl_prior(draws: Draws, reference: Reference | None) -> FloatArray:
     """Return KL(answer || prior) of each prompt, (P,).
 
-    Of weighted draws that of the posterior, E[r] / alpha - log Z; of a guide E_q[log q - log p0]; of best-of-n its upper
-    bound log n - (n - 1) / n, attained where rewards do not tie.
+    What the algorithm reports itself, if it does (best-of-n, by order statistics); of weighted draws that of the posterior,
+    E[r] / alpha - log Z, likewise of unweighted ones whose target is the posterior, with log Z the reference; of a guide
+    E_q[log q - log p0].
     """
-    if isinstance(algorithm, BestOfN):
-        return np.full(draws.shape[0], np.log(algorithm.n) - (algorithm.n - 1) / algorithm.n)
-    if np.isnan(draws.log_evidence).any():
-        guide: FloatArray = (draws.log_proposal - draws.log_prior).mean(axis=1)
-        return guide
-    kl: FloatArray = draws.mean(draws.log_likelihood) - draws.log_evidence
+    if "kl_prior" in draws.info:
+        return draws.info["kl_prior"]
+    log_evidence = draws.log_evidence
+    if np.isnan(log_evidence).any():
+        if reference is None or not np.isnan(draws.log_proposal).all():
+            guide: FloatArray = (draws.log_proposal - draws.log_prior).mean(axis=1)
+            return guide
+        log_evidence = reference.log_evidence
+    kl: FloatArray = draws.mean(draws.log_likelihood) - log_evidence
     return kl
 
 
 def _kl_posterior(algorithm: Algorithm, repeats: Sequence[Draws], reference: Reference | None) -> tuple[str, float]:
     """Return KL(answer || posterior), a mean over prompts, and whether it is a value, a bound or an approximation.
 
-    Exact: 0. A guide: log Z - ELBO. Best-of-n: KL(. || prior) - E[r] / alpha + log Z, with the upper bound of the first
-    term. Weighted draws, resampled: at most log Z - E[log Z-hat], about half the squared standard error (THEORY 1.11).
+    Exact draws: 0. A guide: log Z - ELBO. Best-of-n: KL(. || prior) - E[r] / alpha + log Z, the first term estimated by order
+    statistics. Weighted draws, resampled: at most log Z - E[log Z-hat], about half the squared standard error (THEORY 1.11).
+    Quasi-rejection: at most log(Z / Z_B), estimated. Markov chains: unknown, see their R-hat.
     """
-    if isinstance(algorithm, Exact):
+    if isinstance(algorithm, Exact | RejectionSampling):
         return "=", 0.0
+    if "kl_bound" in repeats[0].info:
+        return "~", float(np.mean([draws.info["kl_bound"].mean() for draws in repeats]))
     weighted = not np.isnan(repeats[0].log_evidence).any()
     if weighted:
         return "~", float(np.mean([(draws.log_evidence_se**2 / 2).mean() for draws in repeats]))
     if reference is None:
         return "", np.nan
-    if isinstance(algorithm, BestOfN):
+    if "kl_prior" in repeats[0].info:
         values = [
-            (_kl_prior(algorithm, draws) - draws.mean(draws.log_likelihood) + reference.log_evidence).mean()
+            (draws.info["kl_prior"] - draws.mean(draws.log_likelihood) + reference.log_evidence).mean()
             for draws in repeats
         ]
-        bound = float(np.mean(values))
-        return ("<=" if reference.is_exact else "~", bound) if bound >= 0 else ("", np.nan)
+        return "~", float(np.mean(values))
     gaps = [(reference.log_evidence - draws.elbo).mean() for draws in repeats]
+    if np.isnan(gaps).any():
+        return "", np.nan
     return "=" if reference.is_exact else "~", float(np.mean(gaps))
 
 
@@ -210,7 +218,7 @@ def _num_distinct(draws: Draws) -> int:
     return sum(len(np.unique(rows[mask], axis=0)) for rows, mask in zip(kept, alive, strict=True))
 
 
-def _note(algorithm: Algorithm, repeats: Sequence[Draws], ess: float, alive: bool, reference: Reference | None) -> str:
+def _note(repeats: Sequence[Draws], ess: float, alive: bool, reference: Reference | None) -> str:
     """Return what a reader must know before believing the row."""
     if not alive:
         return "no draw has positive likelihood"
@@ -222,6 +230,4 @@ def _note(algorithm: Algorithm, repeats: Sequence[Draws], ess: float, alive: boo
         missing = float((reference.log_evidence - first.log_evidence).mean())
         if missing > max(_FAR * float(np.sqrt(np.square(first.log_evidence_se).mean())), 0.1):
             notes.append(f"its log evidence is {missing:.2f} nats too low: it missed part of the posterior")
-    if isinstance(algorithm, BestOfN):
-        notes.append("KLs by the bound log n - (n - 1) / n, too high where rewards tie")
     return "; ".join(notes)

@@ -1,6 +1,7 @@
 """Bad input: refused with a typed error that names the value, and before a model is run wherever that can be."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ ALGORITHMS = {
     "IS": bk.ImportanceSampling(8),
     "best of n": bk.BestOfN(2, 4),
     "SMC": bk.SMC(8),
+    "quasi-rejection": bk.QuasiRejection(8, bound=10.0),
 }
 
 
@@ -228,6 +230,9 @@ OPTIONS: dict[str, tuple[Callable[[], Any], str]] = {
     "threshold NaN": (lambda: bk.SMC(8, ess_threshold=np.nan), "got nan"),
     "twist NaN": (lambda: bk.SMC(8, twist=np.nan), "twist .* got nan"),
     "twist a name": (lambda: bk.SMC(8, twist="optimal"), "twist .* got 'optimal'"),
+    "bound NaN": (lambda: bk.QuasiRejection(8, bound=np.nan), "bound must be a finite number; got nan"),
+    "bound inf": (lambda: bk.QuasiRejection(8, bound=np.inf), "got inf"),
+    "a budget below the draws": (lambda: bk.RejectionSampling(8, max_proposals=7), "max_proposals = 7 .* is less than"),
     "learning rate 0": (lambda: bk.SVI(5, learning_rate=0), "learning_rate must be a positive finite number; got 0"),
     "learning rate NaN": (lambda: bk.SVI(5, learning_rate=np.nan), "got nan"),
     "learning rate inf": (lambda: bk.SVI(5, learning_rate=np.inf), "got inf"),
@@ -254,6 +259,9 @@ def test_an_option_that_cannot_be_is_refused_when_the_algorithm_is_made(case: st
         bk.SMC,
         lambda n: bk.BestOfN(n, 5),
         lambda n: bk.BestOfN(5, n),
+        bk.RejectionSampling,
+        lambda n: bk.RejectionSampling(5, max_proposals=n),
+        lambda n: bk.QuasiRejection(n, bound=1.0),
         lambda n: bk.Exact(num_draws=n),
         lambda n: bk.Exact(max_sequences=n),
         bk.SVI,
@@ -284,7 +292,7 @@ PROPOSALS: dict[str, tuple[Any, type[bk.BayesKLRLError], str]] = {
 }
 
 
-@pytest.mark.parametrize("algorithm", [bk.ImportanceSampling, bk.SMC])
+@pytest.mark.parametrize("algorithm", [bk.ImportanceSampling, bk.SMC, partial(bk.QuasiRejection, bound=1.0)])
 @pytest.mark.parametrize("case", PROPOSALS)
 def test_a_proposal_that_does_not_fit_the_prior(case: str, algorithm: Any) -> None:
     proposal, error, says = PROPOSALS[case]
@@ -328,7 +336,7 @@ def test_svi_options_that_the_posterior_does_not_allow(options: dict[str, Any], 
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, None, "0", True])
-@pytest.mark.parametrize("name", ["IS", "best of n", "SMC"])
+@pytest.mark.parametrize("name", ["IS", "best of n", "SMC", "quasi-rejection"])
 def test_a_seed_is_a_non_negative_integer(name: str, seed: Any) -> None:
     with pytest.raises(bk.BayesKLRLError, match="seed must be an integer of at least 0"):
         ALGORITHMS[name].run(posterior(TextLM()), seed=seed)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from bayes_klrl.inference.order_statistics import best_of_n_log_probs
 from bayes_klrl.inference.svi import Fit
 from bayes_klrl.problems import gold_posterior
 
@@ -39,6 +40,31 @@ def test_the_exact_row_makes_the_others_exact() -> None:
         z = (table.loc[name, "log_evidence"] - truth.log_evidence[0]) / table.loc[name, "log_evidence_se"]
         assert abs(z) < 4
     assert "nan" not in str(table)
+
+
+def test_divergences_of_methods_that_have_no_evidence() -> None:
+    """Best-of-n's KLs by order statistics, close to the exact ones; of exact draws E[r] / alpha - log Z and 0."""
+    rows = {
+        "exact": bk.Exact(),
+        "best of 16": bk.BestOfN(16, 2000),
+        "rejection": bk.RejectionSampling(2000),
+        "quasi-rejection": bk.QuasiRejection(2000, bound=1.0),
+    }
+    table = bk.compare(POSTERIOR, rows, seed=0).table()
+    exact = bk.Exact().run(POSTERIOR, seed=0)
+    log_law = best_of_n_log_probs(exact, 16)
+    law, log_posterior = np.exp(log_law), exact.log_prior + exact.log_likelihood - exact.log_evidence[:, None]
+    some = law > 0
+    for column, other in (("kl_prior", exact.log_prior), ("kl_posterior", log_posterior)):
+        truth = (law[some] * (log_law[some] - other[some])).sum()
+        assert table.loc["best of 16", column] == pytest.approx(truth, abs=0.02)
+    assert table.loc["best of 16", "kl_prior"] < np.log(16) - 15 / 16 - 0.03  # what the bound alone would say
+    assert table.loc["rejection", "kl_prior"] == pytest.approx(table.loc["exact", "kl_prior"], abs=0.05)
+    assert (table.loc["rejection", "kl_posterior_sign"], table.loc["rejection", "kl_posterior"]) == ("=", 0.0)
+    assert table.loc["quasi-rejection", "kl_posterior_sign"] == "~"
+    assert table.loc["quasi-rejection", "kl_posterior"] > 0.1
+    alone = bk.compare(POSTERIOR, {"rejection": rows["rejection"]}, seed=0).table()
+    assert np.isnan(alone.loc["rejection", "kl_prior"])  # nobody knows log Z
 
 
 def test_a_row_does_not_depend_on_the_others_or_their_order() -> None:

@@ -53,6 +53,10 @@ SAMPLERS: dict[str, Callable[[bk.Posterior, int], bk.Draws]] = {
         .run(posterior, seed=seed)
         .resample(100, seed)
     ),
+    "rejection": lambda posterior, seed: bk.RejectionSampling(100).run(posterior, seed=seed),
+    "quasi-rejection, a bound that holds": lambda posterior, seed: bk.QuasiRejection(
+        100, bound=5.0, proposal=proposal()
+    ).run(posterior, seed=seed),
 }
 
 
@@ -208,6 +212,7 @@ ALGORITHMS: dict[str, Any] = {
     "SMC, multinomial": bk.SMC(30, ess_threshold=1.0, resampling="multinomial"),
     "SMC, residual": bk.SMC(30, ess_threshold=1.0, resampling="residual"),
     "SMC, stratified": bk.SMC(30, ess_threshold=1.0, resampling="stratified"),
+    "quasi-rejection": bk.QuasiRejection(30, bound=1.0),
     "SVI": bk.SVI(3, num_particles=8, num_draws=30),
     "IS from SVI": bk.ImportanceSampling(30, proposal=bk.SVI(3, num_particles=8)),
     "SMC from SVI": bk.SMC(30, proposal=bk.SVI(3, num_particles=8, estimator="rao_blackwell")),

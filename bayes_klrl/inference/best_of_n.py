@@ -1,19 +1,21 @@
 """Best-of-n: draw n completions from the prior, keep the one of highest reward.
 
 No posterior, but what most people run first. With rewards that do not tie, KL(best-of-n || p0) = log n - (n - 1) / n; with
-ties it is lower (Beirami et al. 2024). Its draws have no density that can be evaluated, hence no weights.
+ties it is lower (Beirami et al. 2024), see `order_statistics`. Its draws have no density that can be evaluated, hence no
+weights.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.inference.drawing import draw
+from bayes_klrl.inference.order_statistics import best_of_n_kl, best_of_n_win_rate
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
@@ -31,6 +33,11 @@ class BestOfN:
         Candidates for each draw.
     num_draws
         N for each prompt, so that n * N completions are decoded.
+
+    Notes
+    -----
+    `Draws.info`, each of shape (P,) and estimated from the rewards of all n * N candidates: `kl_prior`, KL(best-of-n || p0)
+    in nats, ties included, and `win_rate` against one prior draw.
     """
 
     n: int
@@ -54,7 +61,7 @@ class BestOfN:
         candidates = drawn.reward.reshape(-1, self.num_draws, self.n)
         best = candidates.argmax(axis=2) + self.n * np.arange(self.num_draws)  # (P, N), the first of equals
         prompt = np.arange(len(best))[:, None]
-        return Draws.equally_weighted(
+        draws = Draws.equally_weighted(
             posterior,
             Sequences(drawn.sequences.tokens[prompt, best], drawn.sequences.lengths[prompt, best]),
             method=type(self).__name__,
@@ -63,3 +70,8 @@ class BestOfN:
             log_proposal=None,
             cost=Cost(time.perf_counter() - start, drawn.model_tokens),
         )
+        info = {
+            "kl_prior": best_of_n_kl(drawn.reward, self.n),
+            "win_rate": best_of_n_win_rate(drawn.reward, self.n),
+        }
+        return replace(draws, info=info)

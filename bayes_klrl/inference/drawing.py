@@ -11,7 +11,7 @@ from bayes_klrl.models.decoding import draw_blocks, scoring_gap
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
 from bayes_klrl.sequences import Sequences
-from bayes_klrl.typing import FloatArray, LanguageModel
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
 __all__ = ["Drawn", "draw"]
 
@@ -49,24 +49,29 @@ def draw(
     *,
     description: str,
     progress: bool,
+    prompts: IntArray | None = None,
 ) -> Drawn:
     """Return N completions a prompt drawn from `models[0]`, scored by all of them and by the reward.
 
-    Rewards are computed block by block, so that one that fails does so early.
+    Rewards are computed block by block, so that one that fails does so early. With `prompts`, indices of some of the
+    posterior's, only these are drawn for, and P is their number.
     """
+    index = np.arange(posterior.num_prompts) if prompts is None else prompts
+    prompt_ids = [posterior.prompt_ids[p] for p in index]
     tokens, lengths, log_probs, rewards, model_tokens = [], [], [], [], 0
     info: dict[str, FloatArray] = {}
     with track(description, num_draws, progress) as advance:
-        for block in draw_blocks(models, posterior.prompt_ids, num_draws, posterior.max_new_tokens, rng):
+        for block in draw_blocks(models, prompt_ids, num_draws, posterior.max_new_tokens, rng):
             sequences = block.sequences()
             shape = sequences.lengths.shape
-            rewards.append(posterior.reward_of_rows(block.tokens, block.lengths, block.prompt_index).reshape(shape))
+            reward = posterior.reward_of_rows(block.tokens, block.lengths, index[block.prompt_index])
+            rewards.append(reward.reshape(shape))
             log_probs.append(block.log_probs.reshape(len(models), *shape))
             tokens.append(sequences.tokens)
             lengths.append(sequences.lengths)
             model_tokens += block.model_tokens
             if not info and any(getattr(model, "half_precision", False) for model in models):
-                info["scoring_gap"] = scoring_gap(block, models, posterior.prompt_ids)
+                info["scoring_gap"] = scoring_gap(block, models, prompt_ids)
             advance(shape[1])
     return Drawn(
         Sequences(np.concatenate(tokens, axis=1), np.concatenate(lengths, axis=1)),

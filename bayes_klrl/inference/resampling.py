@@ -13,7 +13,15 @@ import numpy as np
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.typing import FloatArray, IntArray
 
-__all__ = ["RESAMPLING", "multinomial", "resampling_scheme", "residual", "stratified", "systematic"]
+__all__ = [
+    "RESAMPLING",
+    "conditional_multinomial",
+    "multinomial",
+    "resampling_scheme",
+    "residual",
+    "stratified",
+    "systematic",
+]
 
 Scheme = Callable[[FloatArray, np.random.Generator], IntArray]
 
@@ -44,6 +52,14 @@ def residual(weights: FloatArray, rng: np.random.Generator) -> IntArray:
     left = np.maximum(num * weights - copies, 0.0)
     drawn = _inverse_cdf(left / left.sum(), np.sort(rng.random(num_left)))
     return np.concatenate([kept, drawn])
+
+
+def conditional_multinomial(weights: FloatArray, rng: np.random.Generator) -> IntArray:
+    """Return ancestor 0 for particle 0, and N - 1 independent ones, from all N, for the others (THEORY 3.6).
+
+    Not one of `RESAMPLING`: it is what `multinomial` becomes when the path of particle 0 is given.
+    """
+    return np.concatenate([[0], _inverse_cdf(weights, np.sort(rng.random(weights.size - 1)))])
 
 
 RESAMPLING: dict[str, Scheme] = {

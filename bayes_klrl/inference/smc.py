@@ -17,32 +17,20 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bayes_klrl.checks import check_count, check_finite, check_fraction
 from bayes_klrl.draws import Cost, Draws
-from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.importance import require_positive_weight
+from bayes_klrl.inference.population import EvidenceRuns, evidence_runs, grown
 from bayes_klrl.inference.proposals import Proposal, resolve_proposal
-from bayes_klrl.inference.resampling import multinomial, resampling_scheme
-from bayes_klrl.models.decoding import Decoding, decode, scoring_gap
+from bayes_klrl.inference.resampling import resampling_scheme
+from bayes_klrl.models.decoding import decode
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.progress import track
 from bayes_klrl.randomness import generator
-from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, Twist
-from bayes_klrl.weights import (
-    check_log_weights,
-    effective_sample_size,
-    grouped_ess,
-    log_evidence_se,
-    logmeanexp,
-    normalised,
-)
-
-if TYPE_CHECKING:
-    from bayes_klrl.inference.resampling import Scheme
+from bayes_klrl.typing import FloatArray, IntArray, Twist
+from bayes_klrl.weights import logmeanexp
 
 __all__ = ["SMC"]
 
@@ -94,23 +82,45 @@ class SMC:
         BudgetError
             If all particles of some prompt have likelihood 0; it carries the draws.
         """
+        ready, training = self.prepared(posterior, seed, progress)
+        start = time.perf_counter()
+        population, tokens = grown(ready, posterior, 1, None, generator(seed), progress)
+        cost = replace(
+            training,
+            seconds=training.seconds + time.perf_counter() - start,
+            model_tokens=training.model_tokens + tokens,
+        )
+        return require_positive_weight(population.draws(type(self).__name__, cost))
+
+    def log_evidences(self, posterior: Posterior, num_runs: int, *, seed: int, progress: bool = False) -> EvidenceRuns:
+        """Return log Z-hat of M independent runs, (P, M), decoded together.
+
+        The mean of each Z-hat is Z, so the mean of log Z-hat is at most log Z: with probability 1 - delta, whatever the
+        number of particles, log Z >= mean log Z-hat - log(1 / delta) / M (THEORY 3.6). Proposal and twist are made once,
+        from a stream of their own, and are the same in all runs.
+
+        Parameters
+        ----------
+        posterior, seed, progress
+            See `Algorithm.run`.
+        num_runs
+            M.
+        """
+        check_count("num_runs", num_runs)
+        ready, training = self.prepared(posterior, seed, progress)
+        return evidence_runs(ready, posterior, num_runs, None, generator(seed), training, progress)
+
+    def prepared(self, posterior: Posterior, seed: int, progress: bool = False) -> tuple[SMC, Cost]:
+        """Return the same sampler with its proposal trained and its pilot run, and what that cost.
+
+        What it returns is itself prepared: preparing it again costs nothing and changes nothing, so that several runs can
+        share one twist.
+        """
         proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         start = time.perf_counter()
         twist, pilot_tokens = self._resolved_twist(posterior, seed)
-        decoding = Decoding(
-            (proposal, posterior.prior), posterior.prompt_ids, self.num_particles, posterior.max_new_tokens
-        )
-        population = _Population(posterior, decoding, twist, (proposal, posterior.prior))
-        rng, scheme = generator(seed), resampling_scheme(self.resampling)
-        with track("SMC", posterior.max_new_tokens, progress) as advance:
-            while not decoding.done:
-                population.step(rng)
-                if not decoding.done:
-                    population.resample_where_degenerate(self.ess_threshold, scheme, rng)
-                advance()
-        seconds, model_tokens = time.perf_counter() - start, decoding.model_tokens + pilot_tokens
-        cost = replace(training, seconds=seconds, model_tokens=model_tokens)
-        return require_positive_weight(population.draws(type(self).__name__, cost))
+        cost = replace(training, seconds=time.perf_counter() - start, model_tokens=pilot_tokens)
+        return replace(self, proposal=proposal, twist=twist), cost
 
     def _resolved_twist(self, posterior: Posterior, seed: int) -> tuple[Twist, int]:
         """Return the twist and the model tokens that it took to make it."""
@@ -146,114 +156,3 @@ def pilot_twist(posterior: Posterior, seed: int) -> tuple[ConstantTwist, int]:
     log_evidence = logmeanexp(log_likelihood)
     values = np.where(np.isneginf(log_evidence), -np.log(_PILOT_DRAWS + 1), log_evidence)
     return ConstantTwist(values), pilot.model_tokens
-
-
-class _Population:
-    """The particles of all prompts with their weights, R = P * N rows, prompt by prompt."""
-
-    def __init__(
-        self, posterior: Posterior, decoding: Decoding, twist: Twist, models: tuple[LanguageModel, LanguageModel]
-    ) -> None:
-        self._models = models
-        num_rows, width = decoding.finished.size, posterior.max_new_tokens
-        self._posterior, self._decoding, self._twist = posterior, decoding, twist
-        self._shape = (posterior.num_prompts, num_rows // posterior.num_prompts)
-        self.reward: FloatArray = np.full(num_rows, -np.inf)
-        self.log_psi = self._log_twist(np.arange(num_rows))
-        # the first increment divides by psi_0, so the start value is where log Z begins
-        self.log_evidence = self.log_psi.reshape(self._shape)[:, 0].copy()
-        self.log_weights: FloatArray = np.zeros(num_rows)
-        self.family: IntArray = np.tile(np.arange(self._shape[1]), self._shape[0])
-        # multinomial ones only: corrected for noise that the even schemes do not add, the standard error would read 0
-        self.num_resampled = np.zeros(self._shape[0], dtype=np.int64)
-        self.step_ess = np.full((self._shape[0], width), np.nan)
-        self.ancestors = np.tile(np.arange(self._shape[1]), (self._shape[0], width, 1))
-
-    def step(self, rng: np.random.Generator) -> None:
-        """Draw one token for every unfinished particle and update its weight."""
-        decoding = self._decoding
-        live = ~decoding.finished
-        log_proposal, log_prior = decoding.log_probs.copy()
-        ended = decoding.step(rng.random(live.size))
-        log_psi = self.log_psi.copy()
-        if ended.size:
-            self.reward[ended] = self._posterior.reward_of_rows(
-                decoding.tokens[ended], decoding.lengths[ended], decoding.prompt_index[ended]
-            )
-            log_psi[ended] = self._posterior.likelihood.log_likelihood(self.reward[ended])
-        growing = np.flatnonzero(~decoding.finished)
-        if growing.size:
-            log_psi[growing] = self._log_twist(growing)
-        with np.errstate(invalid="ignore"):  # a particle that was dead before stays dead: -inf - -inf
-            prior_term = decoding.log_probs[1] - log_prior
-            increment = prior_term - (decoding.log_probs[0] - log_proposal) + (log_psi - self.log_psi)
-            grown = np.where(live, self.log_weights + increment, self.log_weights)
-        dead = np.isneginf(self.log_weights) | np.isneginf(self.log_psi)
-        self.log_weights = np.where(dead, -np.inf, grown)
-        self.log_psi = log_psi
-        self.step_ess[:, decoding.step_count - 1] = effective_sample_size(self.log_weights.reshape(self._shape))
-
-    def resample_where_degenerate(self, threshold: float, scheme: Scheme, rng: np.random.Generator) -> None:
-        """Resample each prompt whose ESS is below the threshold and which has an unfinished particle."""
-        num_prompts, num_particles = self._shape
-        log_weights = self.log_weights.reshape(self._shape)
-        unfinished = ~self._decoding.finished.reshape(self._shape).all(axis=1)
-        ess = self.step_ess[:, self._decoding.step_count - 1]
-        chosen = np.flatnonzero(unfinished & (ess < threshold * num_particles) & (ess > 0))
-        if not chosen.size:
-            return
-        local = np.tile(np.arange(num_particles), (num_prompts, 1))
-        for p in chosen:
-            local[p] = scheme(normalised(log_weights[p]), rng)
-            self.log_evidence[p] += logmeanexp(log_weights[p])
-            log_weights[p] = 0.0
-        self.ancestors[:, self._decoding.step_count - 1] = local
-        self.num_resampled[chosen] += scheme is multinomial
-        ancestors = (local + num_particles * np.arange(num_prompts)[:, None]).ravel()
-        self.reward, self.log_psi = self.reward[ancestors], self.log_psi[ancestors]
-        self.family = self.family[ancestors]
-        self._decoding.reorder(ancestors)
-
-    def draws(self, method: str, cost: Cost) -> Draws:
-        """Return the particles with their final weights and the accumulated log evidence in them."""
-        log_proposal, log_prior = self._decoding.log_probs.reshape(2, *self._shape)
-        log_weights = self.log_weights.reshape(self._shape)
-        draws = Draws.weighted(
-            self._posterior,
-            self._decoding.sequences(),
-            method=method,
-            reward=self.reward.reshape(self._shape),
-            log_prior=log_prior,
-            log_proposal=log_proposal,
-            cost=cost,
-        )
-        families = self.family.reshape(self._shape)
-        ess = np.array([grouped_ess(row, family) for row, family in zip(log_weights, families, strict=True)])
-        log_weights = log_weights + self.log_evidence[:, None]
-        return replace(
-            draws,
-            log_weights=log_weights,
-            log_evidence=logmeanexp(log_weights),
-            log_evidence_se=log_evidence_se(ess, self._shape[1], self.num_resampled),
-            elbo=np.full(self._shape[0], np.nan),
-            ess=ess,
-            info={"ancestors": self.ancestors, "step_ess": self.step_ess, **self._decoding_gap()},
-        )
-
-    def _decoding_gap(self) -> dict[str, FloatArray]:
-        """Return `scoring_gap` for models in half precision."""
-        models = self._models
-        if not any(getattr(model, "half_precision", False) for model in models):
-            return {}
-        return {"scoring_gap": scoring_gap(self._decoding, models, self._posterior.prompt_ids)}
-
-    def _log_twist(self, rows: IntArray) -> FloatArray:
-        """Return log psi of unfinished rows, checked."""
-        decoding = self._decoding
-        prefixes = decoding.tokens[rows, : decoding.step_count]
-        values = check_log_weights(self._twist(self._posterior, decoding.prompt_index[rows], prefixes))
-        if values.shape != rows.shape:
-            raise BayesKLRLError(
-                f"The twist returned shape {values.shape} for {rows.size} prefixes; it must return one log psi a prefix."
-            )
-        return values

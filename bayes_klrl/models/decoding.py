@@ -111,13 +111,16 @@ class Decoding:
         """Whether every row has finished."""
         return bool(self.finished.all())
 
-    def step(self, uniforms: FloatArray) -> IntArray:
-        """Draw the next token of every unfinished row.
+    def step(self, uniforms: FloatArray, forced: IntArray | None = None) -> IntArray:
+        """Draw the next token of every unfinished row, or take the one it is given.
 
         Parameters
         ----------
         uniforms
             From [0, 1), shape (R,); those of finished rows are not used.
+        forced
+            The next token of rows that draw none, -1 for rows that do, shape (R,). A given token is scored as a drawn one
+            is, by the same call.
 
         Returns
         -------
@@ -129,6 +132,8 @@ class Decoding:
         state_rows = self._state_row[rows]
         log_probs = [model.next_log_probs(state) for model, state in zip(self._distinct, self._states, strict=True)]
         tokens = draw_tokens(log_probs[self._which[0]], state_rows, uniforms[rows])
+        if forced is not None:
+            tokens = np.where(forced[rows] >= 0, forced[rows], tokens)
         taken = [take_tokens(array, state_rows, tokens) for array in log_probs]
         for k, which in enumerate(self._which):
             self.log_probs[k, rows] += taken[which]
