@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
     from bayes_klrl.posterior import Posterior as Posterior
+    from bayes_klrl.reward_frontier import Frontier as Frontier
+    from bayes_klrl.reward_frontier import frontier as frontier
     from bayes_klrl.sequences import Sequences as Sequences
     from bayes_klrl.typing import Algorithm as Algorithm
     from bayes_klrl.typing import LanguageModel as LanguageModel
@@ -52,6 +54,7 @@ _HOME = {
     "Draws": "bayes_klrl.draws",
     "Exact": "bayes_klrl.inference.exact",
     "Fit": "bayes_klrl.inference.svi",
+    "Frontier": "bayes_klrl.reward_frontier",
     "ImportanceSampling": "bayes_klrl.inference.importance",
     "LanguageModel": "bayes_klrl.typing",
     "Likelihood": "bayes_klrl.likelihood",
@@ -69,6 +72,7 @@ _HOME = {
     "UnboundedLossError": "bayes_klrl.errors",
     "check_posterior": "bayes_klrl.contract",
     "compare": "bayes_klrl.comparison",
+    "frontier": "bayes_klrl.reward_frontier",
 }
 
 __all__ = [
@@ -82,6 +86,7 @@ __all__ = [
     "Draws",
     "Exact",
     "Fit",
+    "Frontier",
     "ImportanceSampling",
     "LanguageModel",
     "Likelihood",
@@ -99,6 +104,7 @@ __all__ = [
     "UnboundedLossError",
     "check_posterior",
     "compare",
+    "frontier",
 ]
 
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from bayes_klrl.checks import check_finite
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.reward_path import Curves, RewardPool, curves
+from bayes_klrl.reward_path import RewardPool, curves, moments
 
-__all__ = ["Gap", "Implied", "gap", "implied", "monotone_root"]
+__all__ = ["Gap", "Implied", "gap", "gap_at", "implied", "monotone_root"]
 
 _HALVINGS = 80
 _DOUBLINGS = 60
@@ -106,12 +106,12 @@ def implied(pool: RewardPool, reward: float, *, reward_se: float = 0.0) -> Impli
             f"No posterior of this pool has the mean reward {reward:.6g}: its rewards reach from {low:.6g} to {high:.6g}, "
             "both ends excluded. Draw more (`num_draws`)."
         )
-    b = monotone_root(lambda x: float(_mean_at(pool, x).reward[0]) - reward, start=1.0 / (high - low))
+    b = monotone_root(lambda x: moments(pool, x)[0] - reward, start=1.0 / (high - low))
     if b is None:
         raise BayesKLRLError(f"The mean reward {reward:.6g} is too near an end of {low:.6g} to {high:.6g}. Draw more.")
-    at = _mean_at(pool, b)
+    at = curves(pool, [b])[0]
     se_reward, se_evidence = float(at.se["reward"][0]), float(at.se["log_evidence"][0])
-    slope = reward_variance(pool, b)
+    slope = moments(pool, b)[2]
     log_evidence = float(at.log_evidence[0])
     return Implied(
         inverse_alpha=b,
@@ -146,21 +146,16 @@ def gap(
     covariance
         Of the estimates of reward and KL, from one sample of the policy commonly positive; 0 if they are independent.
     """
+    return gap_at(implied(pool, reward, reward_se=reward_se), kl, kl_se=kl_se, covariance=covariance)
+
+
+def gap_at(at: Implied, kl: float, *, kl_se: float = 0.0, covariance: float = 0.0) -> Gap:
+    """Return the gap of a policy whose implied posterior is known; see `gap`."""
     check_finite("kl", kl)
     check_finite("kl_se", kl_se)
     check_finite("covariance", covariance)
-    at = implied(pool, reward, reward_se=reward_se)
     variance = kl_se**2 + at.kl_se**2 - 2 * at.inverse_alpha * covariance
     return Gap(value=kl - at.kl, se=float(np.sqrt(max(variance, 0.0))), implied=at)
-
-
-def reward_variance(pool: RewardPool, b: float) -> float:
-    """Return Var_p*_b[r] = dR/db, mean over prompts."""
-    log_w = pool.log_base + b * pool.centred
-    w = np.exp(log_w - log_w.max(axis=1, keepdims=True))
-    w /= w.sum(axis=1, keepdims=True)
-    mean = (w * pool.centred).sum(axis=1, keepdims=True)
-    return float((w * np.square(pool.centred - mean)).sum(axis=1).mean())
 
 
 def monotone_root(increasing: Callable[[float], float], *, start: float, low: float | None = None) -> float | None:
@@ -195,8 +190,3 @@ def monotone_root(increasing: Callable[[float], float], *, start: float, low: fl
         middle = (bottom + high) / 2
         bottom, high = (middle, high) if increasing(middle) < 0 else (bottom, middle)
     return high
-
-
-def _mean_at(pool: RewardPool, b: float) -> Curves:
-    """Return the mean curves at one inverse temperature."""
-    return curves(pool, [b])[0]

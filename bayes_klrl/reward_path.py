@@ -32,10 +32,12 @@ __all__ = [
     "LEVEL",
     "MIN_ESS",
     "MIN_INFLUENTIAL",
+    "NORMAL_QUANTILE",
     "QUANTITIES",
     "Curves",
     "RewardPool",
     "curves",
+    "moments",
 ]
 
 QUANTITIES = ("log_evidence", "reward", "kl", "ess")
@@ -44,7 +46,7 @@ MIN_ESS = 100  # below it intervals cover too rarely (THEORY 5.1)
 MIN_INFLUENTIAL = 50  # draws that an error estimate must rest on (THEORY 5.2)
 CAP = 3.0  # nats that K must stay below log N, at which every plug-in estimate saturates (THEORY 5.3)
 _MAX_BIAS = 0.25  # of a standard error; more costs an interval over a hundredth of its 95
-_NORMAL_QUANTILE = 1.959963984540054  # of `LEVEL`, two-sided
+NORMAL_QUANTILE = 1.959963984540054  # of `LEVEL`, two-sided
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +91,7 @@ class RewardPool:
     @property
     def num_draws(self) -> int:
         """N."""
-        return self.reward.shape[1]
+        return int(self.reward.shape[1])
 
     @cached_property
     def possible(self) -> np.ndarray:
@@ -102,22 +104,25 @@ class RewardPool:
         return np.where(self.possible, self.log_weights, -np.inf)
 
     @cached_property
-    def centre(self) -> FloatArray:
-        """The plain mean of each prompt's finite rewards, (P, 1): b r - log Z loses no digits once it is taken off."""
-        total = np.where(self.possible, self.reward, 0.0).sum(axis=1, keepdims=True)
-        mean: FloatArray = total / self.possible.sum(axis=1, keepdims=True)
-        return mean
+    def _extremes(self) -> tuple[FloatArray, FloatArray]:
+        """The lowest and the highest possible reward of each prompt, (P, 1) each."""
+        low = np.where(self.possible, self.reward, np.inf).min(axis=1, keepdims=True)
+        high = np.where(self.possible, self.reward, -np.inf).max(axis=1, keepdims=True)
+        return low, high
 
-    @cached_property
-    def centred(self) -> FloatArray:
-        """Rewards less `centre`, 0 for the impossible, shape (P, N)."""
-        return np.where(self.possible, self.reward, self.centre) - self.centre
+    def centred(self, b: float) -> tuple[FloatArray, FloatArray]:
+        """Return the reward that wins as b goes on, (P, 1), and all rewards less it, (P, N), 0 for the impossible.
+
+        Taken off, it leaves b r - log Z its digits even where b is so large that only the best draws count.
+        """
+        low, high = self._extremes
+        centre = high if b >= 0 else low
+        return centre, np.where(self.possible, self.reward, centre) - centre
 
     def reward_range(self) -> tuple[float, float]:
         """Return the lowest and the highest R(b) of the mean over prompts, its limits as b -> -inf and inf."""
-        low = np.where(self.possible, self.reward, np.inf).min(axis=1).mean()
-        high = np.where(self.possible, self.reward, -np.inf).max(axis=1).mean()
-        return float(low), float(high)
+        low, high = self._extremes
+        return float(low.mean()), float(high.mean())
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,9 +137,12 @@ class Curves:
         The estimates; K is to the prior, in nats.
     se
         Their standard errors, by name.
+    within
+        How far the draws reach: ESS >= 100 for every prompt, and K < log N - 3. Elsewhere all is extrapolation.
     valid
-        Where an interval can be relied on, by name: ESS >= 100 for every prompt, its error rests on 50 draws or more, its
-        bias is below a quarter of its standard error, and K < log N - 3. Elsewhere it is extrapolation.
+        Where an interval can be relied on, by name: `within`, its error rests on 50 draws or more, and its bias is below a
+        quarter of its standard error. A verdict from the same draws: pools whose tail came out short pass more easily, so
+        near its edge intervals cover less than they say.
     """
 
     inverse_alpha: FloatArray
@@ -143,6 +151,7 @@ class Curves:
     kl: FloatArray
     ess: FloatArray
     se: Mapping[str, FloatArray]
+    within: np.ndarray
     valid: Mapping[str, np.ndarray]
 
     @property
@@ -162,16 +171,10 @@ class Curves:
         """Upper ends of the 95 % intervals, by name."""
         return {name: self._end(name, 1) for name in QUANTITIES}
 
-    @property
-    def trusted(self) -> np.ndarray:
-        """Where log Z, R and K are all valid."""
-        result: np.ndarray = self.valid["log_evidence"] & self.valid["reward"] & self.valid["kl"]
-        return result
-
     def _end(self, name: str, sign: int) -> FloatArray:
         """Return one end of the interval of a quantity."""
         value: FloatArray = getattr(self, name)
-        half = sign * _NORMAL_QUANTILE * self.se[name]
+        half = sign * NORMAL_QUANTILE * self.se[name]
         if name == "ess":
             with np.errstate(over="ignore"):
                 return value * np.exp(half / value)
@@ -243,18 +246,30 @@ def curves(pool: RewardPool, inverse_alphas: ArrayLike) -> tuple[Curves, Curves]
     return _judged(inverse_alpha, sums.pooled(), pool.num_draws), _judged(inverse_alpha, sums, pool.num_draws)
 
 
+def moments(pool: RewardPool, b: float) -> tuple[float, float, float]:
+    """Return R(b), K(b) and Var_p*_b[r] = dR/db, means over prompts: what searches along the path need, and no more."""
+    centre, reward = pool.centred(b)
+    log_w = pool.log_base + b * reward
+    log_z = logmeanexp(log_w)
+    w = np.exp(log_w - log_z[:, None])
+    r = (w * reward).mean(axis=1)
+    variance = (w * np.square(reward - r[:, None])).mean(axis=1)
+    return float((centre[:, 0] + r).mean()), float((b * r - log_z).mean()), float(variance.mean())
+
+
 def _sums_at(pool: RewardPool, b: float) -> _Sums:
     """Return the sums at one inverse temperature, by the formulas at the top of this file."""
     num = pool.num_draws
-    log_w = pool.log_base + b * pool.centred
+    centre, reward = pool.centred(b)
+    log_w = pool.log_base + b * reward
     log_z = logmeanexp(log_w)
     w = np.exp(log_w - log_z[:, None])
     square = np.square(w)
     mean_square = square.mean(axis=1, keepdims=True)
-    r = (w * pool.centred).mean(axis=1)
+    r = (w * reward).mean(axis=1)
     ess = num / mean_square[:, 0]
     f_evidence, f_second = w - 1.0, square / mean_square - 1.0  # of log Z(b), and of log mean w^2
-    f_reward = w * (pool.centred - r[:, None])
+    f_reward = w * (reward - r[:, None])
     influence = {
         "log_evidence": f_evidence,
         "reward": f_reward,
@@ -264,9 +279,13 @@ def _sums_at(pool: RewardPool, b: float) -> _Sums:
     bias_evidence = -np.square(f_evidence).mean(axis=1) / (2 * num)
     bias_reward = -(w * f_reward).mean(axis=1) / num
     bias_second = -np.square(f_second).mean(axis=1) / (2 * num)
-    centre = pool.centre[:, 0]
     return _Sums(
-        value={"log_evidence": b * centre + log_z, "reward": centre + r, "kl": b * r - log_z, "ess": ess},
+        value={
+            "log_evidence": b * centre[:, 0] + log_z,
+            "reward": centre[:, 0] + r,
+            "kl": b * r - log_z,
+            "ess": ess,
+        },
         bias={
             "log_evidence": bias_evidence,
             "reward": bias_reward,
@@ -290,4 +309,5 @@ def _judged(inverse_alpha: FloatArray, sums: _Sums, num_draws: int) -> Curves:
         influential = np.square(sums.squares[name]) >= MIN_INFLUENTIAL * sums.fourths[name]
         spread, unbiased = se[name] > 0, np.abs(sums.bias[name]) <= _MAX_BIAS * se[name]
         valid[name] = within & influential & spread & unbiased
-    return Curves(inverse_alpha, *(sums.value[name] for name in QUANTITIES), se=se, valid=valid)
+    v = sums.value
+    return Curves(inverse_alpha, v["log_evidence"], v["reward"], v["kl"], v["ess"], se=se, within=within, valid=valid)
