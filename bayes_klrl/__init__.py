@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
     from bayes_klrl.posterior import Posterior as Posterior
+    from bayes_klrl.reward_frontier import Frontier as Frontier
+    from bayes_klrl.reward_frontier import frontier as frontier
     from bayes_klrl.sequences import Sequences as Sequences
     from bayes_klrl.typing import Algorithm as Algorithm
     from bayes_klrl.typing import LanguageModel as LanguageModel
@@ -63,6 +65,7 @@ _HOME = {
     "Draws": "bayes_klrl.draws",
     "Exact": "bayes_klrl.inference.exact",
     "Fit": "bayes_klrl.inference.svi",
+    "Frontier": "bayes_klrl.reward_frontier",
     "HmmLM": "bayes_klrl.models.hmm_lm",
     "ImportanceSampling": "bayes_klrl.inference.importance",
     "LanguageModel": "bayes_klrl.typing",
@@ -83,6 +86,7 @@ _HOME = {
     "UnboundedLossError": "bayes_klrl.errors",
     "check_posterior": "bayes_klrl.contract",
     "compare": "bayes_klrl.comparison",
+    "frontier": "bayes_klrl.reward_frontier",
 }
 
 __all__ = [
@@ -100,6 +104,7 @@ __all__ = [
     "Draws",
     "Exact",
     "Fit",
+    "Frontier",
     "HmmLM",
     "ImportanceSampling",
     "LanguageModel",
@@ -120,6 +125,7 @@ __all__ = [
     "UnboundedLossError",
     "check_posterior",
     "compare",
+    "frontier",
 ]
 
 

@@ -1,14 +1,12 @@
 """Pictures of draws, comparisons and training, written to PNG files.
 
-Made on a canvas of their own: no display, no pyplot, no global state of matplotlib. Several prompts are averaged, which
-titles say. All densities are in nats.
+Several prompts are averaged, which titles say. All densities are in nats. `plot_style` has what pictures share.
 """
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,34 +16,27 @@ from numpy.typing import ArrayLike
 
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.plot_style import (
+    BLACK,
+    COLOURS,
+    GREY,
+    MARKERS,
+    drawing,
+    kl_to_prior,
+    legend_above,
+    number_text,
+    plain_text,
+    spread_out,
+    weighted_mean,
+    weights_or_zero,
+)
 from bayes_klrl.typing import FloatArray
-from bayes_klrl.weights import normalised
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["plot_comparison", "plot_history", "plot_weights"]
 
-_COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#7F6000",
-    "#6A51A3",
-)  # Okabe and Ito, and two
-_EXACT, _GREY = "#000000", "#767676"
-_MARKERS = "osD^vPX*"
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.usetex": False,
-}
 _MAX_LEVELS = 60  # rewards with no more distinct values than this are drawn as bars
 
 
@@ -90,7 +81,7 @@ def plot_comparison(
     rows = _rows(results, kl or {})
     exact = _exact_log_evidence(rows, log_evidence)
     height = 2.1 + 0.34 * len(rows)
-    with _drawing(file, (9.6, max(2 * height, 6.2))) as figure:
+    with drawing(file, (9.6, max(2 * height, 6.2))) as figure:
         panels = figure.subplots(2, 2, width_ratios=(1.0, 1.0))
         (evidence, plane), (ess, rewards) = panels
         _draw_evidence(evidence, rows, exact)
@@ -127,37 +118,37 @@ def plot_history(
     shown = {key: label for key, label in panels.items() if key in history}
     if not shown:
         raise BayesKLRLError(f"A history has some of {list(panels)}; got {list(history)}.")
-    with _drawing(file, (3.3 * len(shown), 2.9)) as figure:
+    with drawing(file, (3.3 * len(shown), 2.9)) as figure:
         for axes, (key, label) in zip(np.ravel(figure.subplots(1, len(shown))), shown.items(), strict=True):
             values = np.asarray(history[key], dtype=np.float64)
             values = np.where(np.isfinite(values), values, np.nan)
             steps, smooth = np.arange(1, values.size + 1), _running_mean(values)
             single = "." if values.size == 1 else ""
-            axes.plot(steps, values, single, color=_COLOURS[0], alpha=0.35, linewidth=0.8, label="each step")
-            axes.plot(steps, smooth, color=_COLOURS[0], linewidth=1.8, label="running mean")
+            axes.plot(steps, values, single, color=COLOURS[0], alpha=0.35, linewidth=0.8, label="each step")
+            axes.plot(steps, smooth, color=COLOURS[0], linewidth=1.8, label="running mean")
             if key == "elbo" and log_evidence is not None:
                 ceiling = float(np.mean(np.asarray(log_evidence, dtype=np.float64)))
-                axes.axhline(ceiling, color=_EXACT, linestyle="--", linewidth=1, label="log evidence, its ceiling")
+                axes.axhline(ceiling, color=BLACK, linestyle="--", linewidth=1, label="log evidence, its ceiling")
             if axes.get_subplotspec().is_first_col():
                 axes.legend(frameon=False, fontsize=8)
             axes.set_xlabel("step")
             axes.set_ylabel(label)
         if title:
-            figure.suptitle(_plain(title), fontsize=10)
+            figure.suptitle(plain_text(title), fontsize=10)
     return Path(file)
 
 
 def plot_weights(draws: Draws, file: str | Path) -> Path:
     """Draw how many draws carry the estimate: sorted weights, and their cumulative sum; return the file."""
-    weights = _weights(draws)
+    weights = weights_or_zero(draws)
     alive = weights.sum(axis=1) > 0
     num_prompts, num_draws = weights.shape
     rank = np.arange(1, num_draws + 1)
-    with _drawing(file, (8.0, 3.3)) as figure:
+    with drawing(file, (8.0, 3.3)) as figure:
         single, cumulative = figure.subplots(1, 2)
         for number, p in enumerate(np.flatnonzero(alive)):
-            colour = _COLOURS[number % len(_COLOURS)] if alive.sum() <= len(_COLOURS) else _GREY
-            label = f"prompt {p}" if num_prompts > 1 and alive.sum() <= len(_COLOURS) else None
+            colour = COLOURS[number % len(COLOURS)] if alive.sum() <= len(COLOURS) else GREY
+            label = f"prompt {p}" if num_prompts > 1 and alive.sum() <= len(COLOURS) else None
             ordered = np.sort(weights[p])[::-1]
             positive = ordered > 0
             single.plot(rank[positive], ordered[positive], color=colour, linewidth=1.6, label=label)
@@ -165,7 +156,7 @@ def plot_weights(draws: Draws, file: str | Path) -> Path:
             cumulative.step(rank, mass, color=colour, linewidth=1.6, where="post")
             if alive.sum() == 1:
                 _mark_carriers(cumulative, mass)
-        single.axhline(1 / num_draws, color=_GREY, linestyle="--", linewidth=1, label="1 / N: equal weights")
+        single.axhline(1 / num_draws, color=GREY, linestyle="--", linewidth=1, label="1 / N: equal weights")
         single.set(xscale="log", yscale="log", xlabel="rank of the draw", ylabel="normalised weight")
         single.legend(frameon=False, fontsize=8, loc="lower left")
         cumulative.set(
@@ -176,68 +167,31 @@ def plot_weights(draws: Draws, file: str | Path) -> Path:
         )
         dead = "" if alive.all() else f"; no positive weight for {int((~alive).sum())} of {num_prompts} prompts"
         prompts = f" for each of {num_prompts} prompts" if num_prompts > 1 else ""
-        figure.suptitle(f"{_plain(draws.method)}: {num_draws:,} draws{prompts}{dead}", fontsize=10)
+        figure.suptitle(f"{plain_text(draws.method)}: {num_draws:,} draws{prompts}{dead}", fontsize=10)
     return Path(file)
-
-
-@contextmanager
-def _drawing(file: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """Yield a figure, and write it to the file afterwards."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        yield figure
-        figure.savefig(file, format="png", dpi=200)
 
 
 def _rows(results: Mapping[str, Draws], kl: Mapping[str, float]) -> list[_Row]:
     """Return what is shown of each method, in the order given; `Exact` is black, the others take colours in turn."""
     rows: list[_Row] = []
     for name, draws in results.items():
-        number = sum(row.colour != _EXACT for row in rows)
-        weights = _weights(draws)
+        number = sum(row.colour != BLACK for row in rows)
+        weights = weights_or_zero(draws)
         given = kl.get(name, np.nan)
         rows.append(
             _Row(
-                name=textwrap.fill(_plain(name), 24),
+                name=textwrap.fill(plain_text(name), 24),
                 draws=draws,
-                colour=_EXACT if draws.method == "Exact" else _COLOURS[number % len(_COLOURS)],
-                marker="*" if draws.method == "Exact" else _MARKERS[number % len(_MARKERS)],
+                colour=BLACK if draws.method == "Exact" else COLOURS[number % len(COLOURS)],
+                marker="*" if draws.method == "Exact" else MARKERS[number % len(MARKERS)],
                 log_evidence=float(draws.log_evidence.mean()),
                 log_evidence_se=float(np.sqrt(np.square(draws.log_evidence_se).sum()) / draws.shape[0]),
                 elbo=float(draws.elbo.mean()),
-                reward=_mean(weights, draws.reward),
-                kl=_kl_to_prior(draws, weights) if np.isnan(given) else given,
+                reward=weighted_mean(weights, draws.reward),
+                kl=kl_to_prior(draws, weights) if np.isnan(given) else given,
             )
         )
     return rows
-
-
-def _weights(draws: Draws) -> FloatArray:
-    """Return normalised weights (P, N), all 0 for a prompt whose weights are all 0."""
-    alive = np.isfinite(draws.log_weights).any(axis=1)
-    weights = np.zeros(draws.shape)
-    if alive.any():
-        weights[alive] = normalised(draws.log_weights[alive])
-    return weights
-
-
-def _mean(weights: FloatArray, values: FloatArray) -> float:
-    """Return the weighted mean over draws, then over prompts; NaN if some prompt has no weight."""
-    if not weights.any(axis=1).all():
-        return float("nan")
-    return float(np.multiply(weights, values, where=weights > 0, out=np.zeros_like(weights)).sum(axis=1).mean())
-
-
-def _kl_to_prior(draws: Draws, weights: FloatArray) -> float:
-    """Return the default of `plot_comparison`'s `kl`; NaN where nothing is known."""
-    if np.isnan(draws.log_evidence).any():
-        return float((draws.log_proposal - draws.log_prior).mean())
-    return _mean(weights, draws.log_likelihood) - float(draws.log_evidence.mean())
 
 
 def _exact_log_evidence(rows: Sequence[_Row], given: ArrayLike | None) -> float:
@@ -253,7 +207,7 @@ def _draw_evidence(axes: Axes, rows: Sequence[_Row], exact: float) -> None:
     low, high = _evidence_limits(rows, exact)
     axes.set_xlim(low, high)
     if np.isfinite(exact):
-        axes.axvline(exact, color=_EXACT, linewidth=1, label=f"exact: {exact:.3f}")
+        axes.axvline(exact, color=BLACK, linewidth=1, label=f"exact: {exact:.3f}")
     across = axes.get_yaxis_transform()
     for y, row in enumerate(rows):
         known = np.isfinite(row.log_evidence)
@@ -267,17 +221,17 @@ def _draw_evidence(axes: Axes, rows: Sequence[_Row], exact: float) -> None:
             axes.plot(0.012, y, "<", transform=across, **hollow)
             if known:
                 axes.text(
-                    0.04, y, f"ELBO {_number(row.elbo, 1)}", transform=across, va="center", color=_GREY, fontsize=8
+                    0.04, y, f"ELBO {number_text(row.elbo, 1)}", transform=across, va="center", color=GREY, fontsize=8
                 )
         if known:
-            _remark(axes, y, _number(row.log_evidence, 3) + (f" ± {error:.3f}" if error > 0 else ""))
+            _remark(axes, y, number_text(row.log_evidence, 3) + (f" ± {error:.3f}" if error > 0 else ""))
         elif np.isneginf(row.log_evidence):
             _remark(axes, y, "no positive weight")
         else:
-            _remark(axes, y, "no estimate" if np.isnan(row.elbo) else f"ELBO {_number(row.elbo, 3)}")
-    axes.plot([], [], "o", color=_GREY, label="log evidence ± 2 se")
-    axes.plot([], [], "D", color=_GREY, markerfacecolor="white", markersize=5, label="ELBO")
-    _legend_above(axes)
+            _remark(axes, y, "no estimate" if np.isnan(row.elbo) else f"ELBO {number_text(row.elbo, 3)}")
+    axes.plot([], [], "o", color=GREY, label="log evidence ± 2 se")
+    axes.plot([], [], "D", color=GREY, markerfacecolor="white", markersize=5, label="ELBO")
+    legend_above(axes)
     axes.set_title("(a) Log evidence and its lower bound", loc="left", pad=21)
     axes.set_xlabel("log evidence (nats)")
 
@@ -316,10 +270,10 @@ def _draw_plane(axes: Axes, rows: Sequence[_Row], exact: float) -> None:
     axes.set(xlim=x, ylim=y)
     if np.isfinite(exact):
         ceiling = shown[0].draws.alpha * (exact + x)
-        axes.plot(x, ceiling, color=_EXACT, linewidth=1, label="E[r] / α − KL = log Z: no policy is above", zorder=0)
+        axes.plot(x, ceiling, color=BLACK, linewidth=1, label="E[r] / α − KL = log Z: no policy is above", zorder=0)
         axes.fill_between(x, ceiling, max(y[1], ceiling.max()), color="0.93", zorder=-1)
-        _legend_above(axes)
-    heights = _spread((rewards - y[0]) / (y[1] - y[0]), gap=min(0.09, 0.96 / len(shown)))
+        legend_above(axes)
+    heights = spread_out((rewards - y[0]) / (y[1] - y[0]), gap=min(0.09, 0.96 / len(shown)))
     for row, height in zip(shown, heights, strict=True):
         bound = " (KL at most)" if row.draws.method == "BestOfN" else ""
         axes.annotate(
@@ -347,7 +301,7 @@ def _draw_ess(axes: Axes, rows: Sequence[_Row]) -> None:
             axes.barh(y, max(share - left, 0), left=left, color=row.colour, height=0.6)
             ess, k = float(row.draws.ess.min()), float(row.draws.pareto_k.max())
             text = f"{ess:,.{0 if ess >= 10 else 1}f} of {row.draws.shape[1]:,}"
-            text += f", k {_number(k, 2)}" if np.isfinite(k) else ""
+            text += f", k {number_text(k, 2)}" if np.isfinite(k) else ""
         _remark(axes, y, text)
     worst = ", worst prompt" if rows[0].draws.shape[0] > 1 else ""
     axes.set_title("(c) How many draws the weights are worth", loc="left")
@@ -358,7 +312,7 @@ def _draw_rewards(axes: Axes, rows: Sequence[_Row]) -> None:
     """Panel d: the distribution of the reward under each answer, on the rows of panel c."""
     _name_rows(axes, rows)
     axes.tick_params(labelleft=False)
-    masses = [_weights(row.draws).ravel() / row.draws.shape[0] for row in rows]
+    masses = [weights_or_zero(row.draws).ravel() / row.draws.shape[0] for row in rows]
     values = [row.draws.reward.ravel() for row in rows]
     kept = [(mass > 0) & np.isfinite(value) for mass, value in zip(masses, values, strict=True)]
     pooled = np.concatenate([value[keep] for value, keep in zip(values, kept, strict=True)])
@@ -403,33 +357,11 @@ def _remark(axes: Axes, y: float, text: str) -> None:
     axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8, color="0.25")
 
 
-def _legend_above(axes: Axes) -> None:
-    """Put the legend between the axes and their title."""
-    where: Any = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)}
-    axes.legend(frameon=False, fontsize=8, ncols=3, borderpad=0, columnspacing=1, **where)
-
-
-def _number(value: float, digits: int) -> str:
-    """Return a number with a true minus sign."""
-    return f"{value:,.{digits}f}".replace("-", "−").replace("inf", "∞")
-
-
-def _spread(positions: FloatArray, gap: float) -> FloatArray:
-    """Return positions in 0..1, in the same order, moved apart to at least `gap` of each other."""
-    order = np.argsort(positions, kind="stable")
-    steps = gap * np.arange(order.size)
-    placed = np.maximum.accumulate(np.maximum(positions[order], 0.02) - steps) + steps
-    placed = np.minimum.accumulate((np.minimum(placed, 0.98) - steps)[::-1])[::-1] + steps
-    result = np.empty_like(positions)
-    result[order] = placed
-    return result
-
-
 def _mark_carriers(axes: Axes, mass: FloatArray) -> None:
     """Say how many draws carry half of the weight, and nine tenths."""
     for share in (0.5, 0.9):
         count = int(np.searchsorted(mass, share * (1 - 1e-12))) + 1
-        axes.plot(count, mass[count - 1], "o", color=_EXACT, markersize=4)
+        axes.plot(count, mass[count - 1], "o", color=BLACK, markersize=4)
         axes.annotate(
             f"{count:,} of {mass.size:,} carry {share:.0%}",
             (count, mass[count - 1]),
@@ -451,8 +383,3 @@ def _running_mean(values: FloatArray) -> FloatArray:
     number = counts[last] - counts[first]
     result: FloatArray = np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
     return result
-
-
-def _plain(text: str) -> str:
-    """Return text that matplotlib does not read as mathematics."""
-    return text.replace("$", r"\$")

@@ -38,7 +38,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.fixture(scope="module", params=[(c, s) for c in CASES for s in range(3)], ids=lambda p: f"{p[0][0]} {p[0][1]} {p[1]}")
+@pytest.fixture(
+    scope="module", params=[(c, s) for c in CASES for s in range(3)], ids=lambda p: f"{p[0][0]} {p[0][1]} {p[1]}"
+)
 def solved(request: pytest.FixtureRequest) -> tuple[bk.Posterior, Truth, Any]:
     (kind, options), seed = request.param
     for attempt in range(20):  # hard limits may leave no posterior at all
@@ -182,9 +184,9 @@ def test_draws_by_chi_square_over_fifty_seeds(kind: str) -> None:
     ]
     assert stats.kstest(p_values, "uniform").pvalue > 0.01
     tempered = posterior.likelihood**0.5  # and it bites: draws of another posterior fail
-    wrong = backward_messages(
-        bk.Posterior(posterior.prior, tempered, prompts=[[0], [2, 1]], max_new_tokens=4)
-    ).draw(20_000, 0)
+    wrong = backward_messages(bk.Posterior(posterior.prior, tempered, prompts=[[0], [2, 1]], max_new_tokens=4)).draw(
+        20_000, 0
+    )
     assert chi_square_p(counts(truth, wrong.tokens[0]), np.exp(truth.log_posterior[0])) < 1e-6
 
 
@@ -302,4 +304,6 @@ def test_an_ngram_twist_serves_another_prior() -> None:
     weights = np.exp(runs - log_z)
     assert abs(weights.mean() - 1) < 4 * weights.std() / np.sqrt(200)
     with pytest.raises(bk.BayesKLRLError, match="completions of 5 tokens"):
-        twist(bk.Posterior(expensive.prior, posterior.likelihood, max_new_tokens=6), np.array([0]), np.zeros((1, 0), int))
+        twist(
+            bk.Posterior(expensive.prior, posterior.likelihood, max_new_tokens=6), np.array([0]), np.zeros((1, 0), int)
+        )

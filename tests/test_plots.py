@@ -11,7 +11,8 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl.draws import Draws
-from bayes_klrl.plots import _running_mean, _spread, plot_comparison, plot_history, plot_weights
+from bayes_klrl.plot_style import spread_out
+from bayes_klrl.plots import _running_mean, plot_comparison, plot_history, plot_weights
 
 TABLE = np.log([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.4, 0.4, 0.2]])
 LM = bk.NgramLM(TABLE, eos_token_id=2)
@@ -129,12 +130,12 @@ def test_plots_leave_matplotlib_as_it_was(tmp_path: Path) -> None:
 def test_labels_are_spread_without_changing_their_order() -> None:
     rng = np.random.default_rng(0)
     for positions in (rng.random(6), np.full(6, 0.97), np.zeros(6), np.array([0.5])):
-        placed = _spread(positions, gap=0.1)
+        placed = spread_out(positions, gap=0.1)
         assert (np.diff(np.sort(placed)) >= 0.1 - 1e-12).all()
         assert (np.argsort(placed) == np.argsort(positions, kind="stable")).all()
         assert placed.min() >= 0
         assert placed.max() <= 1
-    np.testing.assert_array_equal(_spread(np.array([0.2, 0.8, 0.5]), gap=0.1), [0.2, 0.8, 0.5])
+    np.testing.assert_array_equal(spread_out(np.array([0.2, 0.8, 0.5]), gap=0.1), [0.2, 0.8, 0.5])
 
 
 def test_running_mean_leaves_out_what_is_unknown() -> None:

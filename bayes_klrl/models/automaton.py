@@ -154,9 +154,7 @@ class Automaton:
             )
 
     @classmethod
-    def contains(
-        cls, pattern: TokenIds, *, vocab_size: int, eos_token_ids: int | Collection[int] = ()
-    ) -> Automaton:
+    def contains(cls, pattern: TokenIds, *, vocab_size: int, eos_token_ids: int | Collection[int] = ()) -> Automaton:
         """Return the machine that accepts what contains `pattern` as neighbouring tokens (Knuth, Morris and Pratt).
 
         Its last state, of the pattern found, is never left; state k has read the first k tokens of it.
@@ -166,9 +164,7 @@ class Automaton:
         return cls(_staying(transitions, eos_token_ids), 0, [len(ids)])
 
     @classmethod
-    def forbids(
-        cls, pattern: TokenIds, *, vocab_size: int, eos_token_ids: int | Collection[int] = ()
-    ) -> Automaton:
+    def forbids(cls, pattern: TokenIds, *, vocab_size: int, eos_token_ids: int | Collection[int] = ()) -> Automaton:
         """Return the machine that accepts what does not contain `pattern` as neighbouring tokens."""
         return cls.contains(pattern, vocab_size=vocab_size, eos_token_ids=eos_token_ids).complement()
 

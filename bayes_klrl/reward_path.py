@@ -1,0 +1,313 @@
+"""The path of posteriors from the prior to the greedy policy, estimated from one pool of draws.
+
+With b = 1 / alpha, p*_b(x) = p0(x) exp(b r(x)) / Z(b) and draws x_n ~ q of weight u_n = p0(x_n) / q(x_n) (1 for the prior's):
+
+    log Z(b) = log mean u exp(b r)    R(b) = E_p*_b[r] = d log Z / db    K(b) = KL(p*_b || p0) = b R(b) - log Z(b)
+
+and the draws are worth ESS(b) = N Z(b)^2 / Z(2b) of p*_b for the prior's (THEORY 1.6). Standard errors come from influence
+functions (5.2): with w_n = u_n exp(b r_n) / Z(b), so that mean w = 1, they are
+
+    log Z: w - 1    R: w (r - R)    K: b w (r - R) - (w - 1)    ESS: ESS [2 (w - 1) - (w^2 / mean w^2 - 1)]
+
+and se^2 = sum f^2 / (N (N - 1)). A reward of -inf belongs to the base measure, as a `Constraint` does: whatever b is, such
+a completion has weight 0, so that b -> 0 is the constrained prior, log Z(0) = log p0(A), and b < 0 is legal. KL is always to
+the unconstrained p0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayes_klrl.errors import BayesKLRLError, SupportError
+from bayes_klrl.typing import FloatArray
+from bayes_klrl.weights import check_log_weights, logmeanexp
+
+__all__ = [
+    "CAP",
+    "LEVEL",
+    "MIN_ESS",
+    "MIN_INFLUENTIAL",
+    "NORMAL_QUANTILE",
+    "QUANTITIES",
+    "Curves",
+    "RewardPool",
+    "curves",
+    "moments",
+]
+
+QUANTITIES = ("log_evidence", "reward", "kl", "ess")
+LEVEL = 0.95  # of every interval
+MIN_ESS = 100  # below it intervals cover too rarely (THEORY 5.1)
+MIN_INFLUENTIAL = 50  # draws that an error estimate must rest on (THEORY 5.2)
+CAP = 3.0  # nats that K must stay below log N, at which every plug-in estimate saturates (THEORY 5.3)
+_MAX_BIAS = 0.25  # of a standard error; more costs an interval over a hundredth of its 95
+NORMAL_QUANTILE = 1.959963984540054  # of `LEVEL`, two-sided
+
+
+@dataclass(frozen=True, eq=False)
+class RewardPool:
+    """N independent draws for each of P prompts, by how the prior weighs them and by their reward.
+
+    Parameters
+    ----------
+    log_weights
+        log p0(x) - log q(x) of draws from q, shape (P, N) or (N,); zeros for the prior's own draws.
+    reward
+        r(x), same shape; -inf for what is impossible.
+
+    Raises
+    ------
+    BayesKLRLError
+        For fewer than two draws, unequal shapes, NaN or +inf; `SupportError` if all of a prompt's draws are impossible.
+    """
+
+    log_weights: FloatArray
+    reward: FloatArray
+
+    def __post_init__(self) -> None:
+        log_weights, reward = np.atleast_2d(check_log_weights(self.log_weights)), np.atleast_2d(self.reward)
+        if log_weights.shape != reward.shape or reward.ndim != 2 or reward.shape[1] < 2:
+            raise BayesKLRLError(
+                "A pool needs log-weights and rewards of one shape (P, N) with at least N = 2 draws; got "
+                f"{log_weights.shape} and {reward.shape}."
+            )
+        reward = reward.astype(np.float64)
+        if np.isnan(reward).any() or np.isposinf(reward).any():
+            raise BayesKLRLError("Rewards must be finite or -inf; the pool has NaN or +inf among them.")
+        object.__setattr__(self, "log_weights", log_weights)
+        object.__setattr__(self, "reward", reward)
+        if not self.possible.any(axis=1).all():
+            p = int((~self.possible.any(axis=1)).argmax())
+            raise SupportError(
+                f"None of the {reward.shape[1]:,} draws of prompt {p} is possible (finite reward, positive prior): nothing "
+                "can be said of its posteriors. Draw more, or relax the constraint."
+            )
+
+    @property
+    def num_draws(self) -> int:
+        """N."""
+        return int(self.reward.shape[1])
+
+    @cached_property
+    def possible(self) -> np.ndarray:
+        """Which draws have a posterior weight at all, shape (P, N)."""
+        return np.isfinite(self.reward) & np.isfinite(self.log_weights)
+
+    @cached_property
+    def log_base(self) -> FloatArray:
+        """The log-weights of the base measure, -inf for the impossible, shape (P, N)."""
+        return np.where(self.possible, self.log_weights, -np.inf)
+
+    @cached_property
+    def _extremes(self) -> tuple[FloatArray, FloatArray]:
+        """The lowest and the highest possible reward of each prompt, (P, 1) each."""
+        low = np.where(self.possible, self.reward, np.inf).min(axis=1, keepdims=True)
+        high = np.where(self.possible, self.reward, -np.inf).max(axis=1, keepdims=True)
+        return low, high
+
+    def centred(self, b: float) -> tuple[FloatArray, FloatArray]:
+        """Return the reward that wins as b goes on, (P, 1), and all rewards less it, (P, N), 0 for the impossible.
+
+        Taken off, it leaves b r - log Z its digits even where b is so large that only the best draws count.
+        """
+        low, high = self._extremes
+        centre = high if b >= 0 else low
+        return centre, np.where(self.possible, self.reward, centre) - centre
+
+    def reward_range(self) -> tuple[float, float]:
+        """Return the lowest and the highest R(b) of the mean over prompts, its limits as b -> -inf and inf."""
+        low, high = self._extremes
+        return float(low.mean()), float(high.mean())
+
+
+@dataclass(frozen=True, eq=False)
+class Curves:
+    """log Z, R, K and ESS at A inverse temperatures, with what is known of their errors; arrays (A,) or (P, A).
+
+    Parameters
+    ----------
+    inverse_alpha
+        b = 1 / alpha, shape (A,).
+    log_evidence, reward, kl, ess
+        The estimates; K is to the prior, in nats.
+    se
+        Their standard errors, by name.
+    within
+        How far the draws reach: ESS >= 100 for every prompt, and K < log N - 3. Elsewhere all is extrapolation.
+    valid
+        Where an interval can be relied on, by name: `within`, its error rests on 50 draws or more, and its bias is below a
+        quarter of its standard error. A verdict from the same draws: pools whose tail came out short pass more easily, so
+        near its edge intervals cover less than they say.
+    """
+
+    inverse_alpha: FloatArray
+    log_evidence: FloatArray
+    reward: FloatArray
+    kl: FloatArray
+    ess: FloatArray
+    se: Mapping[str, FloatArray]
+    within: np.ndarray
+    valid: Mapping[str, np.ndarray]
+
+    @property
+    def alphas(self) -> FloatArray:
+        """Units of reward per nat, shape (A,)."""
+        with np.errstate(divide="ignore"):
+            result: FloatArray = 1.0 / self.inverse_alpha
+        return result
+
+    @property
+    def lower(self) -> dict[str, FloatArray]:
+        """Lower ends of the 95 % intervals, by name; on the log scale for ESS, not below 0 for KL."""
+        return {name: self._end(name, -1) for name in QUANTITIES}
+
+    @property
+    def upper(self) -> dict[str, FloatArray]:
+        """Upper ends of the 95 % intervals, by name."""
+        return {name: self._end(name, 1) for name in QUANTITIES}
+
+    def _end(self, name: str, sign: int) -> FloatArray:
+        """Return one end of the interval of a quantity."""
+        value: FloatArray = getattr(self, name)
+        half = sign * NORMAL_QUANTILE * self.se[name]
+        if name == "ess":
+            with np.errstate(over="ignore"):
+                return value * np.exp(half / value)
+        return np.maximum(value + half, 0.0) if name == "kl" else value + half
+
+
+@dataclass(frozen=True, eq=False)
+class _Sums:
+    """What one pool says at one b, shape (P,), or at A of them, (P, A), before any verdict; by name.
+
+    `squares` and `fourths` are sums over draws of the influence functions' powers; `kl_to_pool` = mean w log w is the
+    plug-in KL to what the draws came from, at most log N whatever the truth.
+    """
+
+    value: Mapping[str, FloatArray]
+    bias: Mapping[str, FloatArray]
+    squares: Mapping[str, FloatArray]
+    fourths: Mapping[str, FloatArray]
+    kl_to_pool: FloatArray
+    worst_ess: FloatArray
+
+    @classmethod
+    def stacked(cls, parts: Sequence[_Sums]) -> _Sums:
+        """Return those of A inverse temperatures, one after the other on a new last axis."""
+
+        def stack(kind: str) -> dict[str, FloatArray]:
+            return {name: np.stack([getattr(part, kind)[name] for part in parts], axis=-1) for name in QUANTITIES}
+
+        return cls(
+            **{kind: stack(kind) for kind in ("value", "bias", "squares", "fourths")},
+            kl_to_pool=np.stack([part.kl_to_pool for part in parts], axis=-1),
+            worst_ess=np.stack([part.worst_ess for part in parts], axis=-1),
+        )
+
+    def pooled(self) -> _Sums:
+        """Return those of the mean over prompts, shape (A,): estimates and biases average, influence functions add up."""
+        num_prompts = len(self.kl_to_pool)
+        return _Sums(
+            value={name: array.mean(axis=0) for name, array in self.value.items()},
+            bias={name: array.mean(axis=0) for name, array in self.bias.items()},
+            squares={name: array.sum(axis=0) / num_prompts**2 for name, array in self.squares.items()},
+            fourths={name: array.sum(axis=0) / num_prompts**4 for name, array in self.fourths.items()},
+            kl_to_pool=self.kl_to_pool.max(axis=0),
+            worst_ess=self.worst_ess.min(axis=0),
+        )
+
+
+def curves(pool: RewardPool, inverse_alphas: ArrayLike) -> tuple[Curves, Curves]:
+    """Return the curves of the mean over prompts, arrays (A,), and those of each prompt, (P, A).
+
+    Prompts are a fixed set: the error of the mean is that of the draws, not of having other prompts.
+
+    Parameters
+    ----------
+    pool
+        The draws.
+    inverse_alphas
+        b = 1 / alpha, shape (A,); 0 is the (constrained) prior, negative ones are legal.
+
+    Examples
+    --------
+    >>> rewards = np.random.default_rng(0).standard_normal(10_000)
+    >>> mean, _ = curves(RewardPool(np.zeros(10_000), rewards), [0.5])    # Gaussian: K = b^2 / 2
+    >>> bool(mean.lower["kl"][0] < 0.125 < mean.upper["kl"][0]), bool(mean.valid["kl"][0])
+    (True, True)
+    """
+    inverse_alpha = np.asarray(inverse_alphas, dtype=np.float64)
+    sums = _Sums.stacked([_sums_at(pool, float(b)) for b in inverse_alpha])
+    return _judged(inverse_alpha, sums.pooled(), pool.num_draws), _judged(inverse_alpha, sums, pool.num_draws)
+
+
+def moments(pool: RewardPool, b: float) -> tuple[float, float, float]:
+    """Return R(b), K(b) and Var_p*_b[r] = dR/db, means over prompts: what searches along the path need, and no more."""
+    centre, reward = pool.centred(b)
+    log_w = pool.log_base + b * reward
+    log_z = logmeanexp(log_w)
+    w = np.exp(log_w - log_z[:, None])
+    r = (w * reward).mean(axis=1)
+    variance = (w * np.square(reward - r[:, None])).mean(axis=1)
+    return float((centre[:, 0] + r).mean()), float((b * r - log_z).mean()), float(variance.mean())
+
+
+def _sums_at(pool: RewardPool, b: float) -> _Sums:
+    """Return the sums at one inverse temperature, by the formulas at the top of this file."""
+    num = pool.num_draws
+    centre, reward = pool.centred(b)
+    log_w = pool.log_base + b * reward
+    log_z = logmeanexp(log_w)
+    w = np.exp(log_w - log_z[:, None])
+    square = np.square(w)
+    mean_square = square.mean(axis=1, keepdims=True)
+    r = (w * reward).mean(axis=1)
+    ess = num / mean_square[:, 0]
+    f_evidence, f_second = w - 1.0, square / mean_square - 1.0  # of log Z(b), and of log mean w^2
+    f_reward = w * (reward - r[:, None])
+    influence = {
+        "log_evidence": f_evidence,
+        "reward": f_reward,
+        "kl": b * f_reward - f_evidence,
+        "ess": ess[:, None] * (2 * f_evidence - f_second),
+    }
+    bias_evidence = -np.square(f_evidence).mean(axis=1) / (2 * num)
+    bias_reward = -(w * f_reward).mean(axis=1) / num
+    bias_second = -np.square(f_second).mean(axis=1) / (2 * num)
+    return _Sums(
+        value={
+            "log_evidence": b * centre[:, 0] + log_z,
+            "reward": centre[:, 0] + r,
+            "kl": b * r - log_z,
+            "ess": ess,
+        },
+        bias={
+            "log_evidence": bias_evidence,
+            "reward": bias_reward,
+            "kl": b * bias_reward - bias_evidence,
+            "ess": ess * (2 * bias_evidence - bias_second),
+        },
+        squares={name: np.square(f).sum(axis=1) for name, f in influence.items()},
+        fourths={name: np.square(np.square(f)).sum(axis=1) for name, f in influence.items()},
+        kl_to_pool=(w * np.log(np.where(w > 0, w, 1.0))).mean(axis=1),
+        worst_ess=ess,
+    )
+
+
+def _judged(inverse_alpha: FloatArray, sums: _Sums, num_draws: int) -> Curves:
+    """Return the estimates with their standard errors and where these can be relied on."""
+    se = {name: np.sqrt(array / (num_draws * (num_draws - 1))) for name, array in sums.squares.items()}
+    within = (sums.worst_ess >= MIN_ESS) & (sums.kl_to_pool < np.log(num_draws) - CAP)
+    valid = {}
+    for name in QUANTITIES:
+        # No spread at all rests on no draw: a pool cannot tell a constant reward from one that it has not seen vary.
+        influential = np.square(sums.squares[name]) >= MIN_INFLUENTIAL * sums.fourths[name]
+        spread, unbiased = se[name] > 0, np.abs(sums.bias[name]) <= _MAX_BIAS * se[name]
+        valid[name] = within & influential & spread & unbiased
+    v = sums.value
+    return Curves(inverse_alpha, v["log_evidence"], v["reward"], v["kl"], v["ess"], se=se, within=within, valid=valid)
