@@ -11,6 +11,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from bayes_klrl.certificate import Certificate as Certificate
+    from bayes_klrl.certificate import certify as certify
     from bayes_klrl.comparison import Comparison as Comparison
     from bayes_klrl.comparison import compare as compare
     from bayes_klrl.contract import check_posterior as check_posterior
@@ -58,6 +60,7 @@ _HOME = {
     "BayesKLRLError": "bayes_klrl.errors",
     "BestOfN": "bayes_klrl.inference.best_of_n",
     "BudgetError": "bayes_klrl.errors",
+    "Certificate": "bayes_klrl.certificate",
     "CheckpointError": "bayes_klrl.errors",
     "Comparison": "bayes_klrl.comparison",
     "ConditionalSMC": "bayes_klrl.inference.conditional_smc",
@@ -84,6 +87,7 @@ _HOME = {
     "TokenReward": "bayes_klrl.likelihood",
     "TorchLM": "bayes_klrl.models.torch_lm",
     "UnboundedLossError": "bayes_klrl.errors",
+    "certify": "bayes_klrl.certificate",
     "check_posterior": "bayes_klrl.contract",
     "compare": "bayes_klrl.comparison",
     "frontier": "bayes_klrl.reward_frontier",
@@ -97,6 +101,7 @@ __all__ = [
     "BayesKLRLError",
     "BestOfN",
     "BudgetError",
+    "Certificate",
     "CheckpointError",
     "Comparison",
     "ConditionalSMC",
@@ -123,6 +128,7 @@ __all__ = [
     "TokenReward",
     "TorchLM",
     "UnboundedLossError",
+    "certify",
     "check_posterior",
     "compare",
     "frontier",

@@ -1,0 +1,58 @@
+"""Where a policy stands against the reward-KL frontier: the alpha it effectively solved for, and what it paid too much."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bayes_klrl.draws import Draws
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.frontier_draws import pool_of
+from bayes_klrl.implied_alpha import gap
+
+__all__ = ["FrontierPoint", "frontier_point"]
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """See `Certificate`: `implied_alpha`, `frontier_gap` with its standard error; NaN with a note where undefined."""
+
+    implied_alpha: float
+    gap: float
+    gap_se: float
+    notes: tuple[str, ...]
+
+
+def frontier_point(policy_draws: Draws, prior_draws: Draws, *, has_alpha: bool) -> FrontierPoint:
+    """Return where the policy stands, from its own draws and a pool of the prior's."""
+    if not has_alpha:
+        return _undefined("no implied alpha: a likelihood of constraints alone has none")
+    reward = policy_draws.reward
+    log_ratio = policy_draws.log_proposal - policy_draws.log_prior
+    if not (np.isfinite(reward).all() and np.isfinite(log_ratio).all()):
+        return _undefined("no implied alpha: the policy draws completions of likelihood or prior probability 0")
+    num_prompts, num_draws = reward.shape
+    scale = num_draws * num_prompts**2
+    covariance = sum(np.cov(r, k) for r, k in zip(reward, log_ratio, strict=True)) / scale
+    try:
+        found = gap(
+            pool_of(prior_draws),
+            float(reward.mean()),
+            float(log_ratio.mean()),
+            reward_se=float(np.sqrt(covariance[0, 0])),
+            kl_se=float(np.sqrt(covariance[1, 1])),
+            covariance=float(covariance[0, 1]),
+        )
+    except BayesKLRLError as error:
+        return _undefined(f"no implied alpha: {error}")
+    notes = (
+        ()
+        if found.implied.valid
+        else ("implied alpha and frontier gap are extrapolated: the prior's draws do not reach there",)
+    )
+    return FrontierPoint(found.implied.alpha, found.value, found.se, notes)
+
+
+def _undefined(note: str) -> FrontierPoint:
+    return FrontierPoint(np.nan, np.nan, np.nan, (note,))

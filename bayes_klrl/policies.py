@@ -1,0 +1,108 @@
+"""A policy as users have it, tuned here or elsewhere, as a `LanguageModel` on the prior's vocabulary."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.inference.svi import SVI, Fit
+from bayes_klrl.models.ngram_lm import NgramLM
+from bayes_klrl.posterior import Posterior, check_context, check_language_model
+from bayes_klrl.typing import LanguageModel
+
+__all__ = ["as_policy"]
+
+_CONFIGS = ("config.json", "adapter_config.json")
+_PROBE = "A quick test: 3 naïve foxes, isn't it?\n"
+
+
+def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
+    """Return a policy that draws and scores completions of this posterior's prompts.
+
+    Parameters
+    ----------
+    policy
+        A language model, an SVI `Fit`, or a folder: a Hugging Face model, a PEFT adapter, or what a trainer of TRL's wrote,
+        whose last `checkpoint-N` is taken where the model itself was not saved. A folder is loaded at the prior's
+        temperature, with the prior's EOS ids and on its device: all three belong to the question, not to the answer.
+    posterior
+        Whose prior it must share the vocabulary with.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder is no model, or vocabulary, EOS ids or tokenizer are not the prior's.
+    BayesKLRLError
+        If it is none of these things.
+    """
+    if isinstance(policy, Fit):
+        policy = policy.guide
+    elif isinstance(policy, str | os.PathLike):
+        policy = load_policy(Path(policy), posterior.prior)
+    elif isinstance(policy, SVI):
+        raise BayesKLRLError("An SVI is a way to a policy: fit it first, and give svi.fit(posterior, seed=...).")
+    check_language_model("The policy", policy)
+    check_same_vocabulary(policy, posterior.prior)
+    check_context(posterior.prompt_ids, posterior.max_new_tokens, policy)
+    return policy  # type: ignore[no-any-return]
+
+
+def load_policy(folder: Path, prior: LanguageModel) -> LanguageModel:
+    """Return the model in a folder, of the prior's kind and at its temperature."""
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {str(folder)!r} to load a policy from.")
+    if isinstance(prior, NgramLM):
+        return NgramLM.from_pretrained(folder)
+    from bayes_klrl.models.torch_lm import TorchLM
+
+    return TorchLM.from_pretrained(
+        model_folder(folder),
+        device=getattr(prior, "device", None),
+        eos_token_id=prior.eos_token_ids,
+        temperature=getattr(prior, "temperature", 1.0),
+    )
+
+
+def model_folder(folder: Path) -> Path:
+    """Return the folder itself if it holds a model, else its last `checkpoint-N`, as trainers leave them."""
+    if any((folder / name).is_file() for name in _CONFIGS) or any(folder.glob("*.gguf")):
+        return folder
+    checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    if not checkpoints:
+        raise CheckpointError(
+            f"{str(folder)!r} is no policy: it has neither a config.json or adapter_config.json nor a checkpoint-N in it."
+        )
+    return max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def check_same_vocabulary(policy: LanguageModel, prior: LanguageModel) -> None:
+    """Refuse a policy whose token ids mean something else than the prior's."""
+    if policy.vocab_size != prior.vocab_size or policy.eos_token_ids != prior.eos_token_ids:
+        raise CheckpointError(
+            f"The policy has {policy.vocab_size} tokens and EOS {sorted(policy.eos_token_ids)}, the prior "
+            f"{prior.vocab_size} and {sorted(prior.eos_token_ids)}. They must share one vocabulary: certify against the model "
+            "that the policy was tuned from."
+        )
+    if policy.tokenizer is None or prior.tokenizer is None or policy.tokenizer is prior.tokenizer:
+        return
+    theirs, ours = tokens_by_id(policy), tokens_by_id(prior)
+    # an id that only one of them has is no conflict: trainers add a padding token
+    differing = sorted(i for i in theirs.keys() & ours.keys() if theirs[i] != ours[i])
+    if differing:
+        first = differing[0]
+        raise CheckpointError(
+            f"The policy's tokenizer is not the prior's: id {first} stands for {theirs[first]!r} in the one and "
+            f"{ours[first]!r} in the other. Certify against the model that the policy was tuned from."
+        )
+
+
+def tokens_by_id(lm: LanguageModel) -> dict[int, Any]:
+    """Return what every id of a tokenizer stands for; of one without a vocabulary, the ids of a probe text by position."""
+    get_vocab = getattr(lm.tokenizer, "get_vocab", None)
+    if callable(get_vocab):
+        return {int(i): token for token, i in get_vocab().items()}
+    characters = getattr(lm.tokenizer, "characters", None)
+    return dict(enumerate(characters if characters is not None else lm.encode([_PROBE])[0]))
