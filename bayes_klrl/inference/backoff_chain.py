@@ -90,7 +90,8 @@ class BackoffChain:
     def expect(self, values: FloatArray) -> tuple[FloatArray, NDArray[np.bool_] | None]:
         """See `Chain.expect`."""
         stacked, cancelled = self._stacked(values)
-        return stacked[len(values) :], cancelled
+        totals: FloatArray = stacked[len(values) :]
+        return totals, cancelled
 
     def _stacked(self, values: FloatArray) -> tuple[FloatArray, NDArray[np.bool_] | None]:
         """Return the values with the sums of every node below them, (J + H, K), and where digits were lost, (H, K)."""
@@ -127,7 +128,8 @@ class BackoffChain:
             stacked[: num + part.nodes.start] += part.added.T @ own
             if part.removed is not None:
                 stacked[:num] -= part.removed.T @ own
-        return np.maximum(stacked[:num], 0.0)  # what cancels leaves rounding errors of either sign
+        collected: FloatArray = np.maximum(stacked[:num], 0.0)  # what cancels leaves rounding errors of either sign
+        return collected
 
     def row(self, state: int) -> tuple[FloatArray, IntArray]:
         """See `Chain.row`."""
@@ -172,7 +174,7 @@ class BackoffChain:
         """See `Chain.prefix_state`."""
         return ngram_state(self._prior, prompt_ids, prompt_index, prefixes)
 
-    def _explicit(self, depth: int, level: _Level) -> tuple[IntArray, ...]:
+    def _explicit(self, depth: int, level: _Level) -> _Explicit:
         """Return of every (h, a) in E(h): h within the level, log p(a | h), arrival; the same for what h' would give."""
         within, tokens = np.divmod(np.union1d(level.arcs.arc_keys, level.extension_keys), self._size)
         here = self._lookup(depth, within, tokens)
@@ -203,7 +205,9 @@ class BackoffChain:
     def _parts(self) -> list[_Part]:
         """The formula as sparse matrices, one order after another."""
         root = np.zeros(self._size, dtype=np.int64)
-        parts = [_Part(slice(0, 1), self._sparse(slice(0, 1), [(root, self._root_arrivals, np.exp(self._table.unigram))]))]
+        parts = [
+            _Part(slice(0, 1), self._sparse(slice(0, 1), [(root, self._root_arrivals, np.exp(self._table.unigram))]))
+        ]
         for depth, level in enumerate(self._levels, start=1):
             within, log_p, arrival, log_below, arrival_below = self._explicit(depth, level)
             same = arrival == arrival_below
@@ -245,11 +249,12 @@ class BackoffChain:
 
 
 _Entries = tuple[IntArray, IntArray, FloatArray]
+_Explicit = tuple[IntArray, FloatArray, IntArray, FloatArray, IntArray]
 
 
 def _csr(entries: list[_Entries], shape: tuple[int, int]) -> Any:
     """Return the sum of entries (row, column, value) as a sparse matrix."""
-    from scipy.sparse import csr_array
+    from scipy.sparse import csr_array  # type: ignore[import-untyped]
 
     if not entries:
         return csr_array(shape)

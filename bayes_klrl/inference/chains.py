@@ -93,7 +93,7 @@ class DenseChain:
 
     @cached_property
     def _plogp(self) -> FloatArray:
-        """p log p in the shape of `_probs`."""
+        """All p log p in the shape of `_probs`."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(self._probs > 0, self._probs * np.log(self._probs), 0.0)
 
@@ -151,9 +151,7 @@ class DenseChain:
         return arrivals
 
 
-def ngram_state(
-    prior: NgramLM, prompt_ids: Sequence[TokenIds], prompt_index: IntArray, prefixes: IntArray
-) -> IntArray:
+def ngram_state(prior: NgramLM, prompt_ids: Sequence[TokenIds], prompt_index: IntArray, prefixes: IntArray) -> IntArray:
     """Return the last n - 1 tokens of each prompt and prefix, shape (R, n - 1)."""
     width = prior.order - 1
     before = prior.prefill(prompt_ids)[prompt_index]
@@ -185,7 +183,7 @@ class HmmChain:
         expected: FloatArray = self._prior.steps @ emitted
         return expected, None
 
-    def expect_log(self, values: FloatArray) -> None:  # noqa: ARG002
+    def expect_log(self, values: FloatArray) -> None:
         """See `Chain.expect_log`: p0(x) is a sum over hidden paths."""
         return
 

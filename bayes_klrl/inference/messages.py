@@ -216,7 +216,8 @@ class Messages:
         states, log_probs = self._start
         values = prior_mean(self._backward, self.num_tokens)[states, 0]
         possible = np.isfinite(log_probs)
-        return np.where(possible, np.exp(log_probs) * np.where(possible, values, 0.0), 0.0).sum(axis=1)
+        mean: FloatArray = np.where(possible, np.exp(log_probs) * np.where(possible, values, 0.0), 0.0).sum(axis=1)
+        return mean
 
     def _squared_log_evidence(self) -> FloatArray:
         """Return log E_p0[likelihood^2] of each prompt."""

@@ -33,7 +33,9 @@ def explored(start: S, successors: Callable[[S], Sequence[S]]) -> tuple[IntArray
             row.append(number[successor])
         rows.append(row)
         if len(states) > _MAX_STATES:
-            raise BayesKLRLError(f"The automaton has more than {_MAX_STATES:,} states. Use a smaller pattern or distance.")
+            raise BayesKLRLError(
+                f"The automaton has more than {_MAX_STATES:,} states. Use a smaller pattern or distance."
+            )
     return np.array(rows, dtype=np.int64), states
 
 
