@@ -51,16 +51,8 @@ def regex_machine(
     accepting = np.array([end in states for states in subsets], dtype=np.int64)
     transitions = by_kind[:, kind_of]
     transitions[:, sorted(eos_token_ids)] = np.arange(len(transitions))[:, None]
-    # the dead state may be reachable by no token at all: keep what is
-    transitions, accepting = _reached(transitions, accepting)
     transitions, accepting = minimal(transitions, accepting)
     return transitions, accepting.astype(bool)
-
-
-def _reached(transitions: IntArray, labels: IntArray) -> tuple[IntArray, IntArray]:
-    """Return the part of a machine that can be reached from state 0."""
-    new, old = explored(0, lambda state: transitions[state].tolist())
-    return new, labels[old]
 
 
 @dataclass
