@@ -160,6 +160,13 @@ def test_regex_of_token_ids_and_of_characters_is_one() -> None:
     np.testing.assert_array_equal(by_id.transitions, by_character.transitions)
     assert by_id.accepting == by_character.accepting
     escaped = bk.Automaton.regex(r"\*\<<1>", vocab_size=3, alphabet={"*": 0, "<": 2})
+    assert accepted(
+        bk.Automaton.regex(r"[\a-b]", vocab_size=4, alphabet=ALPHABET, eos_token_ids=3), ["a", "b", "c"]
+    ) == [
+        True,
+        True,
+        False,
+    ]
     assert [x for x in product(range(3), repeat=3) if run(escaped, x) in escaped.accepting] == [(0, 2, 1)]
 
 
@@ -182,6 +189,7 @@ def test_regex_is_minimal() -> None:
         ("<9>", "outside the vocabulary"),
         ("<3>", "is EOS"),
         ("<a>", "a token is <id>"),
+        ("[<1>-c]", "a range [a-f] is one of characters"),
         ("a\\", "'' is not in the alphabet"),
         ("[^abc]", "matches nothing"),
         ("((((a{99}){99}){99}){99})", "too large"),

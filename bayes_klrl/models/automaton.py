@@ -124,10 +124,12 @@ class Automaton:
         visited = np.empty((width + 1, num_rows), dtype=np.int64)
         visited[0] = self.start
         flat = self.transitions.ravel()
-        for t in range(width):
+        longest = int(lengths.max(initial=0))
+        for t in range(longest):
             going = t < lengths
             read = np.where(going, tokens[:, t], 0)  # past the length may stand no token at all
             visited[t + 1] = np.where(going, flat[visited[t] * self.vocab_size + read], visited[t])
+        visited[longest + 1 :] = visited[longest]
         return visited.T
 
     def final_states(self, tokens: IntArray, lengths: IntArray) -> IntArray:
