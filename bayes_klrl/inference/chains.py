@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bayes_klrl.models.hmm_lm import HmmLM
 from bayes_klrl.models.ngram_lm import NgramLM
@@ -34,7 +35,7 @@ class Chain(Protocol):
     least_log_prob: float
     """The smallest finite log M."""
 
-    def expect(self, values: FloatArray) -> tuple[FloatArray, FloatArray | None]:
+    def expect(self, values: FloatArray) -> tuple[FloatArray, NDArray[np.bool_] | None]:
         """Return sum_j M[h, j] values[j, k], shape (H, K), for values (J, K).
 
         Second, where sums of non-negative values lost more than four digits to cancellation, bool (H, K); None for
@@ -92,7 +93,7 @@ class DenseChain:
 
     @cached_property
     def _plogp(self) -> FloatArray:
-        """P log p in the shape of `_probs`."""
+        """All p log p in the shape of `_probs`."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(self._probs > 0, self._probs * np.log(self._probs), 0.0)
 
