@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bayes_klrl.inference.conditional_smc import ConditionalSMC as ConditionalSMC
     from bayes_klrl.inference.exact import Exact as Exact
     from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
+    from bayes_klrl.inference.mcmc import SuffixMH as SuffixMH
     from bayes_klrl.inference.quasi_rejection import QuasiRejection as QuasiRejection
     from bayes_klrl.inference.rejection import RejectionSampling as RejectionSampling
     from bayes_klrl.inference.smc import SMC as SMC
@@ -68,6 +69,7 @@ _HOME = {
     "SMC": "bayes_klrl.inference.smc",
     "SVI": "bayes_klrl.inference.svi",
     "Sequences": "bayes_klrl.sequences",
+    "SuffixMH": "bayes_klrl.inference.mcmc",
     "SupportError": "bayes_klrl.errors",
     "TextRewardError": "bayes_klrl.errors",
     "TokenReward": "bayes_klrl.likelihood",
@@ -101,6 +103,7 @@ __all__ = [
     "SMC",
     "SVI",
     "Sequences",
+    "SuffixMH",
     "SupportError",
     "TextRewardError",
     "TokenReward",

@@ -28,6 +28,7 @@ ALGORITHMS = {
     "best of n": bk.BestOfN(2, 4),
     "SMC": bk.SMC(8),
     "quasi-rejection": bk.QuasiRejection(8, bound=10.0),
+    "suffix MH": bk.SuffixMH(2, 4, num_warmup=2),
 }
 
 
@@ -257,6 +258,8 @@ def test_an_option_that_cannot_be_is_refused_when_the_algorithm_is_made(case: st
         bk.SMC,
         lambda n: bk.BestOfN(n, 5),
         lambda n: bk.BestOfN(5, n),
+        lambda n: bk.SuffixMH(n, 5),
+        lambda n: bk.SuffixMH(5, n),
         bk.RejectionSampling,
         lambda n: bk.RejectionSampling(5, max_proposals=n),
         lambda n: bk.QuasiRejection(n, bound=1.0),
@@ -290,7 +293,11 @@ PROPOSALS: dict[str, tuple[Any, type[bk.BayesKLRLError], str]] = {
 }
 
 
-@pytest.mark.parametrize("algorithm", [bk.ImportanceSampling, bk.SMC, partial(bk.QuasiRejection, bound=1.0)])
+@pytest.mark.parametrize(
+@pytest.mark.parametrize(
+    "algorithm", [bk.ImportanceSampling, bk.SMC, partial(bk.QuasiRejection, bound=1.0), partial(bk.SuffixMH, 2)]
+)
+)
 @pytest.mark.parametrize("case", PROPOSALS)
 def test_a_proposal_that_does_not_fit_the_prior(case: str, algorithm: Any) -> None:
     proposal, error, says = PROPOSALS[case]
@@ -334,7 +341,7 @@ def test_svi_options_that_the_posterior_does_not_allow(options: dict[str, Any], 
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, None, "0", True])
-@pytest.mark.parametrize("name", ["IS", "best of n", "SMC", "quasi-rejection"])
+@pytest.mark.parametrize("name", ["IS", "best of n", "SMC", "quasi-rejection", "suffix MH"])
 def test_a_seed_is_a_non_negative_integer(name: str, seed: Any) -> None:
     with pytest.raises(bk.BayesKLRLError, match="seed must be an integer of at least 0"):
         ALGORITHMS[name].run(posterior(TextLM()), seed=seed)
