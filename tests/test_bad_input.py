@@ -294,9 +294,7 @@ PROPOSALS: dict[str, tuple[Any, type[bk.BayesKLRLError], str]] = {
 
 
 @pytest.mark.parametrize(
-@pytest.mark.parametrize(
     "algorithm", [bk.ImportanceSampling, bk.SMC, partial(bk.QuasiRejection, bound=1.0), partial(bk.SuffixMH, 2)]
-)
 )
 @pytest.mark.parametrize("case", PROPOSALS)
 def test_a_proposal_that_does_not_fit_the_prior(case: str, algorithm: Any) -> None:
