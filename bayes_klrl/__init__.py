@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bayes_klrl.errors import SupportError as SupportError
     from bayes_klrl.errors import TextRewardError as TextRewardError
     from bayes_klrl.errors import UnboundedLossError as UnboundedLossError
+    from bayes_klrl.inference.annealing import AnnealedSMC as AnnealedSMC
     from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
     from bayes_klrl.inference.conditional_smc import ConditionalSMC as ConditionalSMC
     from bayes_klrl.inference.exact import Exact as Exact
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Algorithm": "bayes_klrl.typing",
+    "AnnealedSMC": "bayes_klrl.inference.annealing",
     "BayesKLRLError": "bayes_klrl.errors",
     "BestOfN": "bayes_klrl.inference.best_of_n",
     "BudgetError": "bayes_klrl.errors",
@@ -81,6 +83,7 @@ _HOME = {
 
 __all__ = [
     "Algorithm",
+    "AnnealedSMC",
     "BayesKLRLError",
     "BestOfN",
     "BudgetError",

@@ -45,6 +45,9 @@ _SEED = 0
 _PER_DRAW = ("reward", "log_prior", "log_likelihood", "log_proposal", "log_weights")
 _PER_PROMPT = ("log_evidence", "log_evidence_se", "elbo", "ess", "pareto_k")
 _INFO_DIMS = {"ancestors": ("prompt", "position", "draw"), "step_ess": ("prompt", "position"), "chain": ("draw",)}
+_INFO_DIMS |= dict.fromkeys(
+    ("schedule", "path_log_evidence", "path_reward", "path_kl", "path_ess"), ("prompt", "temperature")
+)
 _NO_HDF5_STRING = re.compile("[\x00\ud800-\udfff]")  # HDF5 ends strings at NUL, and UTF-8 has no lone surrogates
 
 
