@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from bayes_klrl import problems
 from bayes_klrl.arviz_export import draws_to_datatree
 from bayes_klrl.inference.chain_diagnostics import ess_bulk, r_hat
 from bayes_klrl.inference.suffix_moves import CUTS, States, draw_cuts, log_acceptance, suffix_move, tempered
@@ -157,6 +158,16 @@ def test_long_chains_follow_the_posterior(name: str) -> None:
         assert chi_square_p(counts(truth, draws.tokens[p]), truth.p[p]) > 0.001
     np.testing.assert_allclose(draws.log_prior, base.log_prior(draws), rtol=0, atol=1e-12)
     np.testing.assert_array_equal(draws.reward, base.reward(draws))
+
+
+def test_a_transformers_chains_carry_its_log_probs() -> None:
+    """Kept tokens pass through the decode loop again, beside drawn ones: as if scored at once."""
+    posterior = problems.random_gpt2_task(3, vocab_size=5, max_new_tokens=3, hidden=16, layers=1, target_kl=0.5)
+    draws = bk.SuffixMH(1500, 1, num_warmup=25).run(posterior, seed=0)
+    np.testing.assert_allclose(draws.log_prior, posterior.log_prior(draws), rtol=0, atol=1e-5)
+    np.testing.assert_array_equal(draws.reward, posterior.reward(draws))
+    truth = Truth(posterior)
+    assert chi_square_p(counts(truth, draws.tokens[0]), truth.p[0]) > 0.001
 
 
 def test_chains_start_and_stay_where_it_is_possible() -> None:
