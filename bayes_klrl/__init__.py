@@ -24,15 +24,17 @@ if TYPE_CHECKING:
     from bayes_klrl.errors import SupportError as SupportError
     from bayes_klrl.errors import TextRewardError as TextRewardError
     from bayes_klrl.errors import UnboundedLossError as UnboundedLossError
+    from bayes_klrl.inference.annealing import AnnealedSMC as AnnealedSMC
     from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
     from bayes_klrl.inference.conditional_smc import ConditionalSMC as ConditionalSMC
     from bayes_klrl.inference.exact import Exact as Exact
     from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
+    from bayes_klrl.inference.mcmc import SuffixMH as SuffixMH
     from bayes_klrl.inference.quasi_rejection import QuasiRejection as QuasiRejection
     from bayes_klrl.inference.rejection import RejectionSampling as RejectionSampling
     from bayes_klrl.inference.smc import SMC as SMC
-    from bayes_klrl.inference.svi import SVI as SVI
     from bayes_klrl.inference.svi import Fit as Fit
+    from bayes_klrl.inference.svi import SVI as SVI
     from bayes_klrl.likelihood import Constraint as Constraint
     from bayes_klrl.likelihood import Likelihood as Likelihood
     from bayes_klrl.likelihood import Reward as Reward
@@ -54,6 +56,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Algorithm": "bayes_klrl.typing",
+    "AnnealedSMC": "bayes_klrl.inference.annealing",
     "Automaton": "bayes_klrl.models.automaton",
     "AutomatonConstraint": "bayes_klrl.models.automaton_reward",
     "AutomatonReward": "bayes_klrl.models.automaton_reward",
@@ -82,6 +85,7 @@ _HOME = {
     "SMC": "bayes_klrl.inference.smc",
     "SVI": "bayes_klrl.inference.svi",
     "Sequences": "bayes_klrl.sequences",
+    "SuffixMH": "bayes_klrl.inference.mcmc",
     "SupportError": "bayes_klrl.errors",
     "TextRewardError": "bayes_klrl.errors",
     "TokenReward": "bayes_klrl.likelihood",
@@ -95,6 +99,7 @@ _HOME = {
 
 __all__ = [
     "Algorithm",
+    "AnnealedSMC",
     "Automaton",
     "AutomatonConstraint",
     "AutomatonReward",
@@ -123,6 +128,7 @@ __all__ = [
     "SMC",
     "SVI",
     "Sequences",
+    "SuffixMH",
     "SupportError",
     "TextRewardError",
     "TokenReward",

@@ -13,8 +13,9 @@ Everything ArviZ is here, for 0.2x (`InferenceData`) and 1.x (`xarray.DataTree`)
 ArviZ has no weighted draws, so `posterior` is made for it: draws that weigh equally are taken as they are, weighted
 ones resampled. Token ids are not in it: their mean and R-hat say nothing. Systematic resampling keeps the order, so
 copies of a draw stand side by side and ArviZ's effective sample size, which sees them as autocorrelation, comes out
-near Kish's 1 / sum(W^2); shuffled, it would claim N. Draws are no Markov chain: R-hat says nothing here, and the
-numbers to judge by are in `evidence`. A prompt whose weights are all 0 has no posterior: NaN.
+near Kish's 1 / sum(W^2); shuffled, it would claim N. Such draws are no Markov chain: R-hat says nothing of them, and the
+numbers to judge by are in `evidence`. A prompt whose weights are all 0 has no posterior: NaN. Draws of Markov chains, which
+say so in `info["chain"]`, keep their chains, and R-hat its meaning.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ _FORMAT = "bayes_klrl.Draws/1"
 _SEED = 0
 _PER_DRAW = ("reward", "log_prior", "log_likelihood", "log_proposal", "log_weights")
 _PER_PROMPT = ("log_evidence", "log_evidence_se", "elbo", "ess", "pareto_k")
-_INFO_DIMS = {"ancestors": ("prompt", "position", "draw"), "step_ess": ("prompt", "position")}
+_INFO_DIMS = {"ancestors": ("prompt", "position", "draw"), "step_ess": ("prompt", "position"), "chain": ("draw",)}
+_INFO_DIMS |= dict.fromkeys(
+    ("schedule", "path_log_evidence", "path_reward", "path_kl", "path_ess"), ("prompt", "temperature")
+)
 _NO_HDF5_STRING = re.compile("[\x00\ud800-\udfff]")  # HDF5 ends strings at NUL, and UTF-8 has no lone surrogates
 
 
@@ -51,7 +55,7 @@ def draws_to_arviz(draws: Draws) -> Any:
     """Return what the installed ArviZ summarises: an InferenceData in 0.x, a DataTree in 1.x.
 
     `az.summary(draws.to_arviz())` then gives posterior means and their Monte Carlo errors; its R-hat says nothing about
-    draws that are no Markov chain (`kind="stats"` leaves it out).
+    draws that are no Markov chain (`kind="stats"` leaves it out); those of `SuffixMH` are.
     """
     tree = draws_to_datatree(draws)
     with warnings.catch_warnings():
@@ -71,12 +75,13 @@ def draws_to_datatree(draws: Draws) -> xr.DataTree:
     """
     equal = _equally_weighted(draws)
     scalars = {name: equal[name] for name in ("reward", "length", "log_prior", "log_likelihood")}
+    num_chains = int(np.max(draws.info["chain"])) + 1 if "chain" in draws.info else 1
     groups = {
         "/": xr.Dataset(attrs=_root_attrs(draws)),
-        "/posterior": _chain(scalars),
-        "/log_likelihood": _chain({"likelihood": equal["log_likelihood"]}),
-        "/log_prior": _chain({"x": equal["log_prior"]}),
-        "/sample_stats": _chain({"log_proposal": equal["log_proposal"]}),
+        "/posterior": _chains(scalars, num_chains),
+        "/log_likelihood": _chains({"likelihood": equal["log_likelihood"]}, num_chains),
+        "/log_prior": _chains({"x": equal["log_prior"]}, num_chains),
+        "/sample_stats": _chains({"log_proposal": equal["log_proposal"]}, num_chains),
         "/weighted": _weighted(draws),
         "/evidence": _numbered(xr.Dataset({name: ("prompt", getattr(draws, name)) for name in _PER_PROMPT})),
         "/constant_data": _constant_data(draws),
@@ -184,9 +189,12 @@ def _resampled(draws: Draws, p: int, rng: np.random.Generator) -> IntArray:
     return systematic(weights, rng)
 
 
-def _chain(arrays: Mapping[str, np.ndarray]) -> xr.Dataset:
-    """Return arrays (P, N) as one chain, (1, N, P), which is how ArviZ wants them."""
-    variables = {name: (("chain", "draw", "prompt"), array.T[None]) for name, array in arrays.items()}
+def _chains(arrays: Mapping[str, np.ndarray], num_chains: int) -> xr.Dataset:
+    """Return arrays (P, N), chain by chain, as (chains, N / chains, P), which is how ArviZ wants them."""
+    variables = {
+        name: (("chain", "draw", "prompt"), array.T.reshape(num_chains, -1, len(array)))
+        for name, array in arrays.items()
+    }
     return _numbered(xr.Dataset(variables))
 
 

@@ -18,6 +18,7 @@ from bayes_klrl.weights import logmeanexp
 __all__ = ["ComparisonTable", "Reference", "method_row", "reference_log_evidence"]
 
 _TRUSTED_ESS = 100  # below it, intervals of importance sampling cover too rarely (THEORY 5.1)
+_MIXED_R_HAT = 1.01  # Vehtari et al. (2021)
 _FAR = 5  # standard errors that an estimate may lie below the reference before its row says so
 _COLUMNS = (
     "log_evidence",
@@ -226,6 +227,9 @@ def _note(repeats: Sequence[Draws], ess: float, alive: bool, reference: Referenc
     if not np.isnan(ess) and ess < _TRUSTED_ESS:
         notes.append(f"effective sample size {ess:.0f} < {_TRUSTED_ESS}: do not trust its error bars")
     first = repeats[0]
+    r_hats = [np.max(values) for name, values in first.info.items() if name.startswith("r_hat_")]
+    if r_hats and np.fmax.reduce(r_hats) > _MIXED_R_HAT:
+        notes.append(f"R-hat {np.fmax.reduce(r_hats):.3f} > {_MIXED_R_HAT}: the chains disagree or are too short")
     if reference is not None and not np.isnan(first.log_evidence).any():
         missing = float((reference.log_evidence - first.log_evidence).mean())
         if missing > max(_FAR * float(np.sqrt(np.square(first.log_evidence_se).mean())), 0.1):

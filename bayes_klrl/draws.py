@@ -70,8 +70,9 @@ class Draws:
     guide
         The fitted policy, for SVI.
     info
-        What else is worth looking at, by name: for SMC `ancestors` (P, T, N) and `step_ess` (P, T); for
-        models in half precision `scoring_gap` (P,), how far decoded and teacher-forced log-probs differ at worst, in nats.
+        What else is worth looking at, by name, as each algorithm's docstring lists: for SMC `ancestors` (P, T, N) and
+        `step_ess` (P, T), for Markov chains which `chain` (N,) a draw is of; for models in half precision `scoring_gap`
+        (P,), how far decoded and teacher-forced log-probs differ at worst, in nats.
     decoder
         Turns lists of token ids into texts; None if the prior has no tokenizer.
     """

@@ -32,6 +32,8 @@ ALGORITHMS = {
     "IS": bk.ImportanceSampling(200),
     "SMC": bk.SMC(50, ess_threshold=1.0),
     "BestOfN": bk.BestOfN(3, 40),
+    "AnnealedSMC": bk.AnnealedSMC(30),
+    "SuffixMH": bk.SuffixMH(4, 10, num_warmup=5),
 }
 
 
@@ -125,7 +127,12 @@ def test_saving_twice_overwrites(draws: Draws, tmp_path: Path) -> None:
 def test_the_groups_are_labelled(draws: Draws) -> None:
     tree = draws_to_datatree(draws)
     num_prompts, num_draws = draws.shape
-    assert dict(tree["posterior"].sizes) == {"chain": 1, "draw": num_draws, "prompt": num_prompts}
+    num_chains = 4 if draws.method == "SuffixMH" else 1
+    assert dict(tree["posterior"].sizes) == {
+        "chain": num_chains,
+        "draw": num_draws // num_chains,
+        "prompt": num_prompts,
+    }
     assert set(tree["posterior"].data_vars) == {"reward", "length", "log_prior", "log_likelihood"}
     assert set(tree["weighted"].dims) == {"prompt", "draw", "position"}
     assert tree["weighted/text"].values.tolist() == draws.texts()
@@ -136,7 +143,7 @@ def test_the_groups_are_labelled(draws: Draws) -> None:
     for name in ("log_likelihood/likelihood", "log_prior/x", "sample_stats/log_proposal"):
         assert tree[name].dims == ("chain", "draw", "prompt")
     np.testing.assert_array_equal(tree["log_likelihood/likelihood"].values, tree["posterior/log_likelihood"].values)
-    assert ("info" in tree) == (draws.method == "SMC")
+    assert ("info" in tree) == (draws.method != "ImportanceSampling")
     if draws.method == "SMC":
         assert tree["info/ancestors"].dims == ("prompt", "position", "draw")
 

@@ -28,6 +28,8 @@ ALGORITHMS = {
     "best of n": bk.BestOfN(2, 4),
     "SMC": bk.SMC(8),
     "quasi-rejection": bk.QuasiRejection(8, bound=10.0),
+    "suffix MH": bk.SuffixMH(2, 4, num_warmup=2),
+    "annealed SMC": bk.AnnealedSMC(8),
 }
 
 
@@ -168,7 +170,12 @@ def test_there_is_no_posterior_where_nothing_is_possible(case: str) -> None:
     says = "prompt 1" if case == "for one of the prompts" else "prompt 0"
     with pytest.raises(bk.SupportError, match=f"Every completion of {says}"):
         bk.Exact().run(impossible, seed=0)
-    for algorithm in (bk.ImportanceSampling(20), bk.SMC(20), bk.SMC(20, twist=0.0, ess_threshold=1.0)):
+    for algorithm in (
+        bk.ImportanceSampling(20),
+        bk.SMC(20),
+        bk.SMC(20, twist=0.0, ess_threshold=1.0),
+        bk.AnnealedSMC(20),
+    ):
         with pytest.raises(bk.BudgetError, match=f"None of the 20 draws of {says}") as caught:
             algorithm.run(impossible, seed=0)
         draws = caught.value.draws
@@ -259,6 +266,9 @@ def test_an_option_that_cannot_be_is_refused_when_the_algorithm_is_made(case: st
         bk.SMC,
         lambda n: bk.BestOfN(n, 5),
         lambda n: bk.BestOfN(5, n),
+        bk.AnnealedSMC,
+        lambda n: bk.SuffixMH(n, 5),
+        lambda n: bk.SuffixMH(5, n),
         bk.RejectionSampling,
         lambda n: bk.RejectionSampling(5, max_proposals=n),
         lambda n: bk.QuasiRejection(n, bound=1.0),
@@ -292,7 +302,10 @@ PROPOSALS: dict[str, tuple[Any, type[bk.BayesKLRLError], str]] = {
 }
 
 
-@pytest.mark.parametrize("algorithm", [bk.ImportanceSampling, bk.SMC, partial(bk.QuasiRejection, bound=1.0)])
+@pytest.mark.parametrize(
+    "algorithm",
+    [bk.ImportanceSampling, bk.SMC, bk.AnnealedSMC, partial(bk.QuasiRejection, bound=1.0), partial(bk.SuffixMH, 2)],
+)
 @pytest.mark.parametrize("case", PROPOSALS)
 def test_a_proposal_that_does_not_fit_the_prior(case: str, algorithm: Any) -> None:
     proposal, error, says = PROPOSALS[case]
@@ -336,7 +349,7 @@ def test_svi_options_that_the_posterior_does_not_allow(options: dict[str, Any], 
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, None, "0", True])
-@pytest.mark.parametrize("name", ["IS", "best of n", "SMC", "quasi-rejection"])
+@pytest.mark.parametrize("name", ["IS", "best of n", "SMC", "quasi-rejection", "suffix MH", "annealed SMC"])
 def test_a_seed_is_a_non_negative_integer(name: str, seed: Any) -> None:
     with pytest.raises(bk.BayesKLRLError, match="seed must be an integer of at least 0"):
         ALGORITHMS[name].run(posterior(TextLM()), seed=seed)

@@ -67,6 +67,23 @@ def test_divergences_of_methods_that_have_no_evidence() -> None:
     assert np.isnan(alone.loc["rejection", "kl_prior"])  # nobody knows log Z
 
 
+def test_chains_that_have_not_mixed_say_so() -> None:
+    rows = {
+        "exact": bk.Exact(),
+        "short": bk.SuffixMH(4, 20, num_warmup=0),
+        "long": bk.SuffixMH(8, 4000),
+        "annealed": bk.AnnealedSMC(500),
+    }
+    table = bk.compare(POSTERIOR, rows, seed=0).table()
+    assert "R-hat" in table.loc["short", "note"]
+    assert "R-hat" not in table.loc["long", "note"]
+    for name in ("long", "annealed"):
+        assert table.loc[name, "kl_prior"] == pytest.approx(table.loc["exact", "kl_prior"], abs=0.1)
+    assert np.isnan(table.loc["long", "kl_posterior"])  # nobody can say how far chains are
+    assert table.loc["annealed", "kl_posterior_sign"] == "~"
+    assert "nan" not in str(table)
+
+
 def test_a_row_does_not_depend_on_the_others_or_their_order() -> None:
     alone = bk.compare(POSTERIOR, {"SMC": METHODS["SMC"]}, seed=3)["SMC"]
     among = bk.compare(POSTERIOR, dict(reversed(METHODS.items())), seed=3)["SMC"]

@@ -96,7 +96,7 @@ def test_conditioned_on_the_output_of_smc_it_is_no_bound() -> None:
     many = repeated(base, NUM_RUNS)
     smc = bk.SMC(2, twist=ConstantTwist(np.full(NUM_RUNS, truth.log_evidence[0])), ess_threshold=0.0)
     inexact = smc.run(many, seed=1).resample(1, seed=2)
-    wrong = bk.ConditionalSMC(smc).run(many, inexact, seed=3).log_evidence
+    wrong = bk.ConditionalSMC(smc).run(many, inexact.sequences, seed=3).log_evidence
     right = bk.ConditionalSMC(smc).run(many, bk.RejectionSampling(1).run(many, seed=4), seed=3).log_evidence
     assert z_score(wrong, truth.log_evidence[0]) < -3
     assert z_score(right, truth.log_evidence[0]) > 3
@@ -186,8 +186,11 @@ def test_what_cannot_be_retained() -> None:
     sampler = bk.ConditionalSMC(bk.SMC(8))
     with pytest.raises(bk.BayesKLRLError, match="retains one completion a prompt; got 3"):
         sampler.run(posterior, exact_draws(truth, 3, seed=0), seed=0)
-    with pytest.raises(bk.BayesKLRLError, match=r"Weighted draws \(ImportanceSampling\)"):
-        sampler.log_evidences(posterior, bk.ImportanceSampling(4).run(posterior, seed=0), seed=0)
+    inexact = bk.ImportanceSampling(4).run(posterior, seed=0)
+    for draws in (inexact, inexact.resample(4, seed=0), bk.Exact().run(posterior, seed=0)):
+        with pytest.raises(bk.BayesKLRLError, match=f"Draws of {draws.method}, weighted or resampled, are not exact"):
+            sampler.log_evidences(posterior, draws, seed=0)
+    sampler.log_evidences(posterior, bk.Exact(num_draws=3).run(posterior, seed=0), seed=0)
     with pytest.raises(bk.BayesKLRLError, match=r"takes a bk.SMC"):
         bk.ConditionalSMC(8)
     with pytest.raises(bk.BayesKLRLError, match="prefix, not an outcome"):

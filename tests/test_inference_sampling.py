@@ -54,6 +54,11 @@ SAMPLERS: dict[str, Callable[[bk.Posterior, int], bk.Draws]] = {
         .resample(100, seed)
     ),
     "rejection": lambda posterior, seed: bk.RejectionSampling(100).run(posterior, seed=seed),
+    "annealed SMC": lambda posterior, seed: bk.AnnealedSMC(3000).run(posterior, seed=seed).resample(100, seed),
+    "suffix MH": lambda posterior, seed: bk.SuffixMH(100, 1, num_warmup=60).run(posterior, seed=seed),
+    "suffix MH, cut anywhere": lambda posterior, seed: bk.SuffixMH(
+        100, 1, num_warmup=100, cut="max_length", proposal=proposal()
+    ).run(posterior, seed=seed),
     "quasi-rejection, a bound that holds": lambda posterior, seed: bk.QuasiRejection(
         100, bound=5.0, proposal=proposal()
     ).run(posterior, seed=seed),
@@ -213,6 +218,8 @@ ALGORITHMS: dict[str, Any] = {
     "SMC, residual": bk.SMC(30, ess_threshold=1.0, resampling="residual"),
     "SMC, stratified": bk.SMC(30, ess_threshold=1.0, resampling="stratified"),
     "quasi-rejection": bk.QuasiRejection(30, bound=1.0),
+    "suffix MH": bk.SuffixMH(5, 6, num_warmup=5),
+    "annealed SMC": bk.AnnealedSMC(30, num_pilot=8),
     "SVI": bk.SVI(3, num_particles=8, num_draws=30),
     "IS from SVI": bk.ImportanceSampling(30, proposal=bk.SVI(3, num_particles=8)),
     "SMC from SVI": bk.SMC(30, proposal=bk.SVI(3, num_particles=8, estimator="rao_blackwell")),

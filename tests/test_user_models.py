@@ -15,6 +15,8 @@ ALGORITHMS = {
     "Exact": bk.Exact(),
     "Exact draws": bk.Exact(num_draws=2000),
     "best of n": bk.BestOfN(4, 500),
+    "annealed SMC": bk.AnnealedSMC(1000),
+    "suffix MH": bk.SuffixMH(500, 1, num_warmup=60),
     "quasi-rejection": bk.QuasiRejection(500, bound=2.5),
 }
 

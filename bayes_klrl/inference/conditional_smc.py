@@ -27,6 +27,8 @@ from bayes_klrl.sequences import Sequences
 
 __all__ = ["ConditionalSMC"]
 
+_EXACT_METHODS = ("Exact", "RejectionSampling")
+
 
 @dataclass(frozen=True)
 class ConditionalSMC:
@@ -113,9 +115,10 @@ class ConditionalSMC:
 
     def _checked(self, posterior: Posterior, retained: Sequences | Draws) -> Sequences:
         """Return what is retained as outcomes of the posterior, refusing draws that are known not to be exact."""
-        if isinstance(retained, Draws) and np.ptp(retained.log_weights) > 0:
+        if isinstance(retained, Draws) and (retained.method not in _EXACT_METHODS or np.ptp(retained.log_weights) > 0):
             raise BayesKLRLError(
-                f"Weighted draws ({retained.method}) are no posterior draws, and conditioned on them nothing is bounded. "
-                "Retain exact draws: bk.RejectionSampling(...), or bk.Exact(num_draws=...)."
+                f"Draws of {retained.method}, weighted or resampled, are not exact posterior draws, and conditioned on them "
+                "nothing is bounded. Retain those of bk.RejectionSampling(...) or bk.Exact(num_draws=...). If you know them "
+                "to be exact, give `draws.sequences`."
             )
         return posterior.sequences(retained)

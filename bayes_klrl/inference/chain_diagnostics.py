@@ -1,0 +1,50 @@
+"""R-hat and bulk effective sample size of Markov chains, by ArviZ (Vehtari et al. 2021)."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from bayes_klrl.typing import FloatArray
+
+__all__ = ["ess_bulk", "r_hat"]
+
+_FEWEST_DRAWS = 4  # ArviZ splits chains in halves and wants two draws of each
+
+
+def r_hat(values: FloatArray) -> FloatArray:
+    """Return rank-normalised split R-hat of a scalar; NaN for one chain, fewer than 4 draws, or a constant.
+
+    Parameters
+    ----------
+    values
+        Shape (P, chains, draws).
+
+    Returns
+    -------
+    Shape (P,).
+    """
+    return _by_arviz("rhat", values) if values.shape[1] > 1 else np.full(len(values), np.nan)
+
+
+def ess_bulk(values: FloatArray) -> FloatArray:
+    """Return the bulk effective sample size of a scalar, (P,); NaN for fewer than 4 draws, or a constant."""
+    return _by_arviz("ess", values)
+
+
+def _by_arviz(name: str, values: FloatArray) -> FloatArray:
+    """Return a statistic of each prompt, (P,); both of ArviZ's generations take an xarray Dataset and return one."""
+    result = np.full(len(values), np.nan)
+    varied = np.flatnonzero(np.ptp(values, axis=(1, 2)) > 0)
+    if values.shape[2] < _FEWEST_DRAWS or not varied.size:
+        return result
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "\nArviZ is undergoing a major refactor", FutureWarning)
+        import arviz
+        import xarray as xr
+
+    dataset = xr.Dataset({"value": (("chain", "draw", "prompt"), values[varied].transpose(1, 2, 0))})
+    with np.errstate(all="ignore"):  # chains that each are constant: R-hat is infinite or undefined, not an error
+        result[varied] = getattr(arviz, name)(dataset)["value"].values
+    return result

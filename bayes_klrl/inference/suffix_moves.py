@@ -1,0 +1,158 @@
+"""Suffix moves: the Metropolis-Hastings step on completions that Markov chains and annealing share (THEORY 1.11).
+
+    cut x at t, keep x_1:t, draw the rest from q, accept the new x' with probability min(1, ratio)
+
+    ratio = w(x') / w(x) [|x| / |x'| if t is uniform on 0 .. |x| - 1],   w(x) = p0(x) exp(s r(x) / alpha) / q(x)
+
+The prefix cancels, so whole completions can stand in the ratio; with q = p0 it is exp(s (r' - r) / alpha). s = 1 leaves
+the posterior invariant, 0 < s < 1 a tempered one. If t is uniform on 0 .. T - 1 whatever |x|, and nothing happens where t >=
+|x|, both directions are equally likely and there is no factor of lengths. Forgetting it where it belongs is the classical
+mistake: long completions are cut at any one place less often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.decoding import Decoding
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
+
+__all__ = ["CUTS", "States", "check_cut", "draw_cuts", "log_acceptance", "suffix_move", "tempered"]
+
+CUTS = ("own_length", "max_length")
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """One completion a chain or particle, R = P * N rows, prompt by prompt.
+
+    Parameters
+    ----------
+    tokens, lengths, reward
+        Shapes (R, T), (R,) and (R,).
+    log_probs
+        log q(x) and log p0(x), (2, R).
+    """
+
+    tokens: IntArray
+    lengths: IntArray
+    reward: FloatArray
+    log_probs: FloatArray
+
+    def taken(self, rows: IntArray) -> States:
+        """Return the states of some rows."""
+        return States(self.tokens[rows], self.lengths[rows], self.reward[rows], self.log_probs[:, rows])
+
+    def where(self, chosen: np.ndarray, other: States) -> States:
+        """Return `other`'s rows where chosen (R,), one's own elsewhere."""
+        return States(
+            np.where(chosen[:, None], other.tokens, self.tokens),
+            np.where(chosen, other.lengths, self.lengths),
+            np.where(chosen, other.reward, self.reward),
+            np.where(chosen, other.log_probs, self.log_probs),
+        )
+
+    def log_weights(self, posterior: Posterior, power: FloatArray | float) -> FloatArray:
+        """Return log p0 + s r / alpha - log q, (R,), with s = `power`, a number or one a row."""
+        log_proposal, log_prior = self.log_probs
+        log_ratio = np.where(np.isneginf(log_prior), -np.inf, log_prior - log_proposal)
+        weights: FloatArray = log_ratio + tempered(posterior.likelihood.log_likelihood(self.reward), power)
+        return weights
+
+
+def tempered(log_likelihood: FloatArray, power: FloatArray | float) -> FloatArray:
+    """Return s times the log-likelihood; what is impossible stays so at every s, 0 included."""
+    with np.errstate(invalid="ignore"):  # 0 * -inf
+        result: FloatArray = np.where(np.isneginf(log_likelihood), -np.inf, power * log_likelihood)
+    return result
+
+
+def check_cut(cut: object) -> None:
+    """Refuse an unknown rule for cuts."""
+    if cut not in CUTS:
+        raise BayesKLRLError(f"Unknown rule for cuts {cut!r}; choose one of {list(CUTS)}.")
+
+
+def draw_cuts(lengths: IntArray, max_new_tokens: int, cut: str, rng: np.random.Generator) -> IntArray:
+    """Return t, how many tokens are kept, (R,): uniform below each length, or below T for all."""
+    below = lengths if cut == "own_length" else np.full(lengths.shape, max_new_tokens)
+    return np.minimum((rng.random(lengths.shape) * below).astype(np.int64), below - 1)
+
+
+def log_acceptance(
+    log_weights: FloatArray, new_log_weights: FloatArray, lengths: IntArray, new_lengths: IntArray, cut: str
+) -> FloatArray:
+    """Return log min(1, ratio) of moves from x to x'; 0 from where the weight is 0, which is no place to stay.
+
+    Parameters
+    ----------
+    log_weights, new_log_weights
+        log w of x and x'.
+    lengths, new_lengths
+        |x| and |x'|.
+    cut
+        One of `CUTS`.
+    """
+    with np.errstate(invalid="ignore"):  # -inf - -inf
+        log_ratio = new_log_weights - log_weights
+    if cut == "own_length":
+        log_ratio = log_ratio + np.log(lengths) - np.log(new_lengths)
+    result: FloatArray = np.minimum(np.where(np.isneginf(log_weights), 0.0, log_ratio), 0.0)
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """Where a move led: the states, which rows had something to redraw, which of these accepted, and the cost."""
+
+    states: States
+    proposed: np.ndarray
+    accepted: np.ndarray
+    model_tokens: int
+
+
+def suffix_move(
+    posterior: Posterior,
+    models: Sequence[LanguageModel],
+    states: States,
+    power: FloatArray | float,
+    cut: str,
+    rng: np.random.Generator,
+) -> Moved:
+    """Move every row once, all of them in one decoding: kept tokens are given, the others drawn.
+
+    Parameters
+    ----------
+    posterior
+        The posterior.
+    models
+        (q, p0).
+    states
+        The rows, N for each prompt.
+    power
+        s, a number or one a row.
+    cut
+        One of `CUTS`.
+    rng
+        Source of cuts, tokens and decisions.
+    """
+    num_rows = states.lengths.size
+    cuts = draw_cuts(states.lengths, posterior.max_new_tokens, cut, rng)
+    num_draws = num_rows // posterior.num_prompts
+    decoding = Decoding(models, posterior.prompt_ids, num_draws, posterior.max_new_tokens)
+    while not decoding.done:
+        t = decoding.step_count
+        decoding.step(rng.random(num_rows), np.where(t < cuts, states.tokens[:, t], -1))
+    reward = posterior.reward_of_rows(decoding.tokens, decoding.lengths, decoding.prompt_index)
+    new = States(decoding.tokens, decoding.lengths, reward, decoding.log_probs)
+    log_accept = log_acceptance(
+        states.log_weights(posterior, power), new.log_weights(posterior, power), states.lengths, new.lengths, cut
+    )
+    accepted = -rng.standard_exponential(num_rows) < log_accept
+    proposed = cuts < states.lengths
+    return Moved(states.where(accepted, new), proposed, accepted & proposed, decoding.model_tokens)
