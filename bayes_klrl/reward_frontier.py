@@ -52,7 +52,7 @@ class Frontier:
     per_prompt
         The same of each prompt, arrays (P, A).
     cut
-        The least alpha that the draws reach: ESS >= 100 for every prompt, and KL < log N - 3. What is below is extrapolation,
+        The least alpha that the draws reach: ESS >= 100 for every prompt, so KL < log N - 4.6. What is below is extrapolation,
         unless an `extension` covers it. 0: they reach everywhere, as for a reward of few levels; inf: nowhere.
     alpha
         The posterior's own.
@@ -266,7 +266,7 @@ class Frontier:
         """Return the error of `alpha_for`: what was asked for, why it cannot be had, what can, and the cure."""
         label = {"kl": "A KL to the prior", "reward": "A mean reward", "ess": "An effective sample size"}[name]
         num = self.pool.num_draws
-        nothing = f"{num:,} draws say nothing (ESS below {MIN_ESS}, or KL above log N - 3)"
+        nothing = f"{num:,} draws say nothing (ESS below {MIN_ESS})"
         if np.isinf(self.cut):
             return f"{label} of {target:.6g} cannot be had: at every alpha {nothing}. Draw more (`num_draws`)."
         last = _FAR / self.alpha if self.cut == 0 else 1 / self.cut
@@ -302,7 +302,7 @@ def frontier(
     posterior
         The prior and the reward; its own alpha is marked, and in the default grid.
     num_draws
-        N for each prompt. The frontier is known up to about log N - 3 nats.
+        N for each prompt. The frontier is known up to log N - 4.6 nats at best.
     seed
         Of the draws.
     alphas
