@@ -10,7 +10,7 @@ from bayes_klrl.best_of_n_curve import best_of_n_curve
 from bayes_klrl.implied_alpha import gap, implied, monotone_root
 from bayes_klrl.path_points import PathPoints
 from bayes_klrl.problems import gold_posterior
-from bayes_klrl.reward_path import QUANTITIES, Curves, RewardPool, curves, moments
+from bayes_klrl.reward_path import QUANTITIES, Curves, RewardPool, _sums_at, curves, moments
 from tests.truth import Truth, random_posterior
 
 
@@ -171,16 +171,36 @@ def test_the_effective_sample_size_alone_would_call_bad_intervals_valid() -> Non
 
 
 def test_many_prompts_make_the_bias_count() -> None:
-    """200 prompts: the mean's error shrinks, its bias does not; log Z is called valid only where it hardly matters."""
-    law, rng = Gaussian(), np.random.default_rng(6)
-    bs = np.array([0.3, 1.25])
-    means = [curves(law.pools(rng, (200, 1000)), bs)[0] for _ in range(60)]
-    found = np.array([each.log_evidence for each in means])
-    assert all(each.valid["log_evidence"][0] for each in means)
-    assert not any(each.valid["log_evidence"][1] for each in means)
-    ratio = (found.mean(axis=0) - bs**2 / 2) / np.mean([each.se["log_evidence"] for each in means], axis=0)
-    assert abs(ratio[0]) < 0.5
-    assert ratio[1] < -0.4
+    """800 prompts: the mean's error shrinks, its bias of -(e^(b^2) - 1) / 2 N does not, and rules its interval out."""
+    pool = Gaussian().pools(np.random.default_rng(6), (800, 2000))
+    for b, expected in ((0.3, True), (1.0, False)):
+        mean, per_prompt = curves(pool, [b])
+        assert mean.within.all()
+        assert bool(mean.valid["log_evidence"][0]) is expected
+        assert per_prompt.valid["log_evidence"].mean() > 0.95
+        ratio = np.expm1(b**2) / (2 * 2000) / mean.se["log_evidence"][0]
+        assert bool(ratio < 0.25) is expected
+
+
+def test_the_bias_that_the_rule_goes_by_is_the_bias() -> None:
+    rng, b, num = np.random.default_rng(10), 0.5, 100
+    sums = _sums_at(Gaussian().pools(rng, (40_000, num)), b)
+    for name in QUANTITIES:
+        error = sums.value[name] - Gaussian().value(name, b, num)
+        if name == "ess":  # its interval, and so its bias, is one of log ESS
+            error = num * np.exp(-(b**2)) * np.log1p(error / (num * np.exp(-(b**2))))
+        se = error.std() / np.sqrt(error.size)
+        assert abs(error.mean()) > 5 * se
+        assert error.mean() == pytest.approx(sums.bias[name].mean(), rel=0.1, abs=4 * se), name
+
+
+def test_one_prompt_out_of_reach_is_out_of_reach_for_the_mean() -> None:
+    rng = np.random.default_rng(12)
+    reward = rng.standard_normal((2, 1000)) * [[0.01], [1.0]]
+    mean, per_prompt = curves(RewardPool(np.zeros((2, 1000)), reward), [2.5])
+    assert mean.ess[0] > 400
+    assert per_prompt.within.ravel().tolist() == [True, False]
+    assert not mean.within[0]
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -236,8 +256,9 @@ def test_impossible_draws_belong_to_the_base_measure() -> None:
 
 def test_large_rewards_and_cold_temperatures_lose_no_digits() -> None:
     reward = 1e6 + np.array([0.0, 1.0, 2.0, 2.0])
-    mean, _ = curves(RewardPool(np.zeros(4), reward), [1e-3, 1e12])
+    mean, _ = curves(RewardPool(np.zeros(4), reward), [1e-3, 1e12, -1e12])
     assert mean.kl[1] == pytest.approx(np.log(2), abs=1e-12)
+    assert mean.kl[2] == pytest.approx(np.log(4), abs=1e-12)
     shifted, _ = curves(RewardPool(np.zeros(4), reward - 1e6), [1e-3])
     assert mean.kl[0] == pytest.approx(shifted.kl[0], rel=1e-9)
 
