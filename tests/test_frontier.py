@@ -1,7 +1,7 @@
 """`bk.frontier`: the curve against enumerated truth, its inverse, constraints, extension, refusals, table and picture."""
 
 import struct
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from bayes_klrl.frontier_extension import annealed_points
 from bayes_klrl.path_points import PathPoints
 from bayes_klrl.plots_frontier import policy_point
 from bayes_klrl.problems import gold_posterior
@@ -232,14 +233,65 @@ def test_the_gap_of_a_policy_is_its_kl_to_the_posterior_of_its_own_reward() -> N
     assert below.alpha < 0
 
 
+@dataclass(frozen=True)
+class Annealer:
+    """Reports the enumerated path with errors of known size, on a schedule of its own for each prompt, padded with 1."""
+
+    noise: float = 0.0
+
+    def run(self, posterior: bk.Posterior, *, seed: int, progress: bool = False) -> bk.Draws:
+        rng = np.random.default_rng(seed)
+        prompts = posterior.num_prompts
+        s = np.minimum(np.linspace(0, 1, 41) ** 1.5 * rng.uniform(1.0, 1.1, (prompts, 1)), 1.0)
+        whole = [exact_points(posterior, row / posterior.alpha) for row in (np.unique(each) for each in s)]
+        at = [points.at(row / posterior.alpha) for points, row in zip(whole, s, strict=True)]
+        log_z, reward = (np.stack([at[p][name][p] for p in range(prompts)]) for name in ("log_evidence", "reward"))
+        info = {
+            "schedule": s,
+            "path_log_evidence": log_z + self.noise * rng.standard_normal((prompts, 1)),
+            "path_reward": reward + self.noise * rng.standard_normal((prompts, 1)),
+        }
+        return replace(bk.ImportanceSampling(10).run(posterior, seed=0), info=info)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_algorithm_that_reports_its_path_extends_the_frontier(mixed: bool) -> None:
+    """Also where factors have different alphas, so that tempering changes the reward and not alpha."""
+    posterior = TWO
+    if mixed:
+        slope = bk.TokenReward(lambda tokens, lengths: 0.2 * lengths, alpha=1.3)
+        posterior = bk.Posterior(TWO.prior, TWO.likelihood * slope, prompts=TWO.prompts, max_new_tokens=5)
+    curve = bk.frontier(posterior, num_draws=600, seed=0, extend=Annealer())
+    cold = curve.alphas < curve.cut
+    assert cold.any()
+    assert curve.within.all()
+    for a in np.flatnonzero(cold)[::5]:
+        truth = exact(posterior, curve.alphas[a])
+        for name in ("log_evidence", "reward", "kl"):
+            assert getattr(curve, name)[a] == pytest.approx(truth[name], rel=0.01, abs=0.01)
+
+
+def test_the_errors_of_an_extension_are_the_spread_of_its_runs() -> None:
+    found = [annealed_points(GOLD, Annealer(0.05), 0.1, seed=seed).at(np.array([9.0])) for seed in range(40)]
+    truth = exact(GOLD, 1 / 9.0)
+    scores = [(f[n][0, 0] - truth[n]) / f[f"{n}_se"][0, 0] for f in found for n in ("log_evidence", "reward")]
+    assert abs(np.mean(scores)) < 0.4
+    assert 0.85 < np.mean(np.abs(scores) < 1.96) <= 1.0  # 80 scores, 0.95 +- 0.025
+
+
+def test_what_cannot_extend() -> None:
+    with pytest.raises(bk.BayesKLRLError, match="reports its path"):
+        bk.frontier(GOLD, num_draws=600, seed=0, extend=bk.ImportanceSampling(10))
+    with pytest.raises(bk.BayesKLRLError, match="extend is a PathPoints or an algorithm"):
+        bk.frontier(GOLD, num_draws=600, seed=0, extend=3)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("posterior", [GOLD, TWO], ids=["gold", "two prompts"])
-@pytest.mark.parametrize("as_function", [False, True])
-def test_an_extension_goes_on_where_the_draws_end(posterior: bk.Posterior, as_function: bool) -> None:
+def test_an_extension_goes_on_where_the_draws_end(posterior: bk.Posterior) -> None:
     short = bk.frontier(posterior, num_draws=600, seed=0)
     nodes = np.linspace(0, 4 / short.cut, 60)
     points = exact_points(posterior, nodes)
-    given = (lambda posed, curve: points if curve.cut == short.cut else None) if as_function else points
-    curve = bk.frontier(posterior, num_draws=600, seed=0, extend=given)  # type: ignore[arg-type]
+    curve = bk.frontier(posterior, num_draws=600, seed=0, extend=points)
     cold = curve.alphas < curve.cut
     assert curve.cut == short.cut
     assert cold.any()
@@ -333,6 +385,7 @@ def test_the_table_and_the_print() -> None:
     assert list(table["kl"]) == list(CURVE.kl)
     assert (table["kl_lower"] <= table["kl"]).all()
     assert list(table["within"]) == list(CURVE.within)
+    assert repr(CURVE).startswith(f"Frontier({CURVE.alphas.size} alphas from ")
     printed = str(CURVE)
     assert max(map(len, printed.splitlines())) < 140
     assert f"down to alpha = {CURVE.cut:.4g}" in printed
