@@ -1,8 +1,9 @@
 """A frontier beyond the reach of its draws, by annealing: several runs of an algorithm that reports its path.
 
 Annealed SMC passes p_s(x) prop. to p0(x) exp(s r(x) / alpha) for 0 = s_0 < ... < s_m = 1 and leaves log Z(s) and E[r] of
-all of them in `Draws.info` (THEORY 3.7): points of the frontier at b = s / alpha. Runs are independent; Z-hat is averaged
-over them, not its log, and their spread gives the errors.
+all of them in `Draws.info` (THEORY 3.7): points of the frontier at b = s / alpha. Runs are independent and weigh Z-hat each,
+as draws do in `reward_path`, whose influence functions give the errors: Z-hat is averaged, not its log, and E[r] loses the
+bias that it has in every single run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from bayes_klrl.path_points import PathPoints
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import stream_seed
 from bayes_klrl.typing import Algorithm, FloatArray
-from bayes_klrl.weights import logmeanexp
+from bayes_klrl.weights import logmeanexp, normalised
 
 __all__ = ["NUM_RUNS", "annealed_points", "posterior_at"]
 
@@ -61,11 +62,12 @@ def annealed_points(
     nodes = _nodes(runs) / alpha
     at = [_on(nodes, draws, alpha, scale) for draws in runs]
     log_evidence = np.stack([each["log_evidence"] for each in at], axis=-1)  # (P, M, runs)
-    reward = np.stack([each["reward"] for each in at], axis=-1)
-    kl = np.stack([each["kl"] for each in at], axis=-1)
-    return PathPoints(
-        nodes, logmeanexp(log_evidence), reward.mean(axis=-1), _error(log_evidence), _error(reward), _error(kl)
-    )
+    each_reward = np.stack([each["reward"] for each in at], axis=-1)
+    share = NUM_RUNS * normalised(log_evidence)
+    reward = (share * each_reward).mean(axis=-1)
+    f_evidence, f_reward = share - 1.0, share * (each_reward - reward[..., None])
+    f_kl = nodes[:, None] * f_reward - f_evidence
+    return PathPoints(nodes, logmeanexp(log_evidence), reward, _error(f_evidence), _error(f_reward), _error(f_kl))
 
 
 def _nodes(runs: list[Draws]) -> FloatArray:
@@ -82,10 +84,11 @@ def _on(nodes: FloatArray, draws: Draws, alpha: float, scale: float) -> dict[str
     for schedule, log_z, reward in zip(*(draws.info[key] for key in _KEYS), strict=True):
         s, first = np.unique(schedule, return_index=True)
         rows.append(PathPoints(s / alpha, log_z[first], scale * reward[first]).at(nodes))
-    return {name: np.concatenate([row[name] for row in rows]) for name in ("log_evidence", "reward", "kl")}
+    return {name: np.concatenate([row[name] for row in rows]) for name in ("log_evidence", "reward")}
 
 
-def _error(values: FloatArray) -> FloatArray:
-    """Return the standard error of the mean over runs, the last axis, as large as so few runs demand."""
-    result: FloatArray = _STUDENT * values.std(axis=-1, ddof=1) / np.sqrt(values.shape[-1])
+def _error(influence: FloatArray) -> FloatArray:
+    """Return the standard error that influence functions of the runs, the last axis, give: as large as so few demand."""
+    variance = np.square(influence).sum(axis=-1) / (NUM_RUNS * (NUM_RUNS - 1))
+    result: FloatArray = _STUDENT * np.sqrt(variance)
     return result
