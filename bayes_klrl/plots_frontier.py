@@ -70,7 +70,10 @@ def plot_frontier(frontier: Frontier, file: str | Path, *, policies: Mapping[str
         legend_above(axes)
         num_prompts, num_draws = frontier.pool.reward.shape
         prompts = f" for each of {num_prompts} prompts (means)" if num_prompts > 1 else ""
-        axes.set_title(f"The reward-KL frontier from {num_draws:,} draws{prompts}", loc="left", pad=32)
+        what = (
+            f"The reward-KL frontier from {num_draws:,} draws{prompts}; band: 95% interval, where it can be relied on"
+        )
+        axes.set_title(what, loc="left", pad=32)
     return Path(file)
 
 
@@ -149,7 +152,8 @@ def _draw_curve(axes: Axes, frontier: Frontier, bend: Curves) -> None:
             continue
         reward, kl = np.where(where, bend.reward, np.nan), np.where(where, bend.kl, np.nan)
         axes.plot(kl, reward, color=colour, linestyle=style, linewidth=1.8, label=label)
-        axes.fill_between(kl, reward - half, reward + half, color=colour, alpha=0.18, linewidth=0, zorder=-1)
+        band = np.where(bend.valid["log_evidence"], half, np.nan)
+        axes.fill_between(kl, reward - band, reward + band, color=colour, alpha=0.18, linewidth=0, zorder=-1)
 
 
 def _with_neighbour(where: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ bayes_klrl.frontier` would otherwise replace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,14 @@ from bayes_klrl.checks import check_finite
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.frontier_draws import drawn_or_given, pool_of
+from bayes_klrl.frontier_extension import annealed_points
 from bayes_klrl.frontier_grid import default_grid, pool_cut
 from bayes_klrl.frontier_table import frontier_table, frontier_text
 from bayes_klrl.implied_alpha import Gap, Implied, gap_at, implied, monotone_root
 from bayes_klrl.path_points import PathPoints
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.reward_path import MIN_ESS, QUANTITIES, Curves, RewardPool, curves
-from bayes_klrl.typing import FloatArray
+from bayes_klrl.typing import Algorithm, FloatArray
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +38,7 @@ __all__ = ["Frontier", "frontier"]
 _FAR = 2.0**40  # times the own 1 / alpha: as good as infinitely cold
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Frontier:
     """log Z, E[r], KL to the prior and ESS of the posterior at every alpha, with intervals and where they end.
 
@@ -52,7 +53,7 @@ class Frontier:
     per_prompt
         The same of each prompt, arrays (P, A).
     cut
-        The least alpha that the draws reach: ESS >= 100 for every prompt, and KL < log N - 3. What is below is extrapolation,
+        The least alpha that the draws reach: ESS >= 100 for every prompt, so KL < log N - 4.6. What is below is extrapolation,
         unless an `extension` covers it. 0: they reach everywhere, as for a reward of few levels; inf: nowhere.
     alpha
         The posterior's own.
@@ -71,8 +72,8 @@ class Frontier:
     cut: float
     alpha: float
     best_of_n: BestOfNCurve
-    pool: RewardPool = field(repr=False)
-    extension: PathPoints | None = field(default=None, repr=False)
+    pool: RewardPool
+    extension: PathPoints | None = None
     cost: Cost = field(default_factory=Cost)
 
     @property
@@ -189,6 +190,13 @@ class Frontier:
         """Return one row an alpha: each quantity with the ends of its interval and its validity, and `within`."""
         return frontier_table(self)
 
+    def __repr__(self) -> str:
+        (num_prompts, num_draws), alphas = self.pool.reward.shape, self.alphas
+        return (
+            f"Frontier({alphas.size} alphas from {alphas[0]:.4g} to {alphas[-1]:.4g}, cut at {self.cut:.4g}: "
+            f"{num_draws} draws x {num_prompts} prompts)"
+        )
+
     def __str__(self) -> str:
         return frontier_text(self)
 
@@ -266,7 +274,7 @@ class Frontier:
         """Return the error of `alpha_for`: what was asked for, why it cannot be had, what can, and the cure."""
         label = {"kl": "A KL to the prior", "reward": "A mean reward", "ess": "An effective sample size"}[name]
         num = self.pool.num_draws
-        nothing = f"{num:,} draws say nothing (ESS below {MIN_ESS}, or KL above log N - 3)"
+        nothing = f"{num:,} draws say nothing (ESS below {MIN_ESS})"
         if np.isinf(self.cut):
             return f"{label} of {target:.6g} cannot be had: at every alpha {nothing}. Draw more (`num_draws`)."
         last = _FAR / self.alpha if self.cut == 0 else 1 / self.cut
@@ -288,7 +296,7 @@ def frontier(
     num_draws: int | None = None,
     seed: int | None = None,
     alphas: ArrayLike | None = None,
-    extend: PathPoints | Callable[[Posterior, Frontier], PathPoints] | None = None,
+    extend: PathPoints | Algorithm | None = None,
     draws: Draws | None = None,
     progress: bool = False,
 ) -> Frontier:
@@ -302,13 +310,15 @@ def frontier(
     posterior
         The prior and the reward; its own alpha is marked, and in the default grid.
     num_draws
-        N for each prompt. The frontier is known up to about log N - 3 nats.
+        N for each prompt. The frontier is known up to log N - 4.6 nats at best.
     seed
         Of the draws.
     alphas
         Where to evaluate; they come back sorted, falling. None: about 40 on a log grid from near the prior to past the cut.
     extend
-        What goes on below the cut: points, or a function that is given the posterior and the frontier and returns them.
+        What goes on below the cut: points, or an algorithm that passes them on its way, such as `AnnealedSMC`, which is then
+        run `frontier_extension.NUM_RUNS` times for the coldest alpha of the grid, with seeds made from `seed` (0 if `draws`
+        were given).
     draws
         Importance-sampling draws to use in place of new ones, from the prior or from a proposal such as a tuned policy
         (then without `num_draws` and `seed`).
@@ -331,6 +341,8 @@ def frontier(
     """
     if not isinstance(posterior, Posterior):
         raise BayesKLRLError(f"A frontier is of a bk.Posterior; got {posterior!r}.")
+    if not (extend is None or isinstance(extend, PathPoints | Algorithm)):
+        raise BayesKLRLError(f"extend is a PathPoints or an algorithm such as bk.AnnealedSMC(256); got {extend!r}.")
     if posterior.likelihood.alpha is None:
         raise BayesKLRLError(
             "A likelihood of constraints alone has no alpha: its frontier is the one point KL = -log p0(A) = -log Z. Multiply "
@@ -343,9 +355,10 @@ def frontier(
     inverse = default_grid(pool, posterior.alpha, cut) if grid is None else 1.0 / grid
     mean, per_prompt = curves(pool, inverse)
     result = Frontier(mean, per_prompt, cut, posterior.alpha, best_of_n_curve(pool), pool, cost=used.cost)
-    if extend is None:
-        return result
-    return result.extended(extend if isinstance(extend, PathPoints) else extend(posterior, result))
+    if extend is None or isinstance(extend, PathPoints):
+        return result if extend is None else result.extended(extend)
+    coldest = float(result.alphas[-1])
+    return result.extended(annealed_points(posterior, extend, coldest, seed=seed or 0, progress=progress))
 
 
 def _checked_alphas(alphas: ArrayLike) -> FloatArray:

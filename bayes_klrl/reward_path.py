@@ -12,6 +12,9 @@ functions (5.2): with w_n = u_n exp(b r_n) / Z(b), so that mean w = 1, they are
 and se^2 = sum f^2 / (N (N - 1)). A reward of -inf belongs to the base measure, as a `Constraint` does: whatever b is, such
 a completion has weight 0, so that b -> 0 is the constrained prior, log Z(0) = log p0(A), and b < 0 is legal. KL is always to
 the unconstrained p0.
+
+N draws know K up to a point: the plug-in is log N - H(W), at most log N whatever the truth, so THEORY 5.3 caps it at
+log N - 3. Kish's ESS is at most exp(H(W)), so ESS >= 100 alone keeps K below log N - log 100 = log N - 4.6.
 """
 
 from __future__ import annotations
@@ -28,7 +31,6 @@ from bayes_klrl.typing import FloatArray
 from bayes_klrl.weights import check_log_weights, logmeanexp
 
 __all__ = [
-    "CAP",
     "LEVEL",
     "MIN_ESS",
     "MIN_INFLUENTIAL",
@@ -44,7 +46,6 @@ QUANTITIES = ("log_evidence", "reward", "kl", "ess")
 LEVEL = 0.95  # of every interval
 MIN_ESS = 100  # below it intervals cover too rarely (THEORY 5.1)
 MIN_INFLUENTIAL = 50  # draws that an error estimate must rest on (THEORY 5.2)
-CAP = 3.0  # nats that K must stay below log N, at which every plug-in estimate saturates (THEORY 5.3)
 _MAX_BIAS = 0.25  # of a standard error; more costs an interval over a hundredth of its 95
 NORMAL_QUANTILE = 1.959963984540054  # of `LEVEL`, two-sided
 
@@ -138,7 +139,7 @@ class Curves:
     se
         Their standard errors, by name.
     within
-        How far the draws reach: ESS >= 100 for every prompt, and K < log N - 3. Elsewhere all is extrapolation.
+        How far the draws reach: ESS >= 100 for every prompt, and so K < log N - 4.6. Elsewhere all is extrapolation.
     valid
         Where an interval can be relied on, by name: `within`, its error rests on 50 draws or more, and its bias is below a
         quarter of its standard error. A verdict from the same draws: pools whose tail came out short pass more easily, so
@@ -185,15 +186,13 @@ class Curves:
 class _Sums:
     """What one pool says at one b, shape (P,), or at A of them, (P, A), before any verdict; by name.
 
-    `squares` and `fourths` are sums over draws of the influence functions' powers; `kl_to_pool` = mean w log w is the
-    plug-in KL to what the draws came from, at most log N whatever the truth.
+    `squares` and `fourths` are sums over draws of the influence functions' powers.
     """
 
     value: Mapping[str, FloatArray]
     bias: Mapping[str, FloatArray]
     squares: Mapping[str, FloatArray]
     fourths: Mapping[str, FloatArray]
-    kl_to_pool: FloatArray
     worst_ess: FloatArray
 
     @classmethod
@@ -205,19 +204,17 @@ class _Sums:
 
         return cls(
             **{kind: stack(kind) for kind in ("value", "bias", "squares", "fourths")},
-            kl_to_pool=np.stack([part.kl_to_pool for part in parts], axis=-1),
             worst_ess=np.stack([part.worst_ess for part in parts], axis=-1),
         )
 
     def pooled(self) -> _Sums:
         """Return those of the mean over prompts, shape (A,): estimates and biases average, influence functions add up."""
-        num_prompts = len(self.kl_to_pool)
+        num_prompts = len(self.worst_ess)
         return _Sums(
             value={name: array.mean(axis=0) for name, array in self.value.items()},
             bias={name: array.mean(axis=0) for name, array in self.bias.items()},
             squares={name: array.sum(axis=0) / num_prompts**2 for name, array in self.squares.items()},
             fourths={name: array.sum(axis=0) / num_prompts**4 for name, array in self.fourths.items()},
-            kl_to_pool=self.kl_to_pool.max(axis=0),
             worst_ess=self.worst_ess.min(axis=0),
         )
 
@@ -294,7 +291,6 @@ def _sums_at(pool: RewardPool, b: float) -> _Sums:
         },
         squares={name: np.square(f).sum(axis=1) for name, f in influence.items()},
         fourths={name: np.square(np.square(f)).sum(axis=1) for name, f in influence.items()},
-        kl_to_pool=(w * np.log(np.where(w > 0, w, 1.0))).mean(axis=1),
         worst_ess=ess,
     )
 
@@ -302,7 +298,7 @@ def _sums_at(pool: RewardPool, b: float) -> _Sums:
 def _judged(inverse_alpha: FloatArray, sums: _Sums, num_draws: int) -> Curves:
     """Return the estimates with their standard errors and where these can be relied on."""
     se = {name: np.sqrt(array / (num_draws * (num_draws - 1))) for name, array in sums.squares.items()}
-    within = (sums.worst_ess >= MIN_ESS) & (sums.kl_to_pool < np.log(num_draws) - CAP)
+    within = sums.worst_ess >= MIN_ESS
     valid = {}
     for name in QUANTITIES:
         # No spread at all rests on no draw: a pool cannot tell a constant reward from one that it has not seen vary.
