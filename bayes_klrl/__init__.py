@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
     from bayes_klrl.inference.exact import Exact as Exact
     from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
+    from bayes_klrl.inference.oracles import myopic_policy as myopic_policy
+    from bayes_klrl.inference.oracles import posterior_policy as posterior_policy
     from bayes_klrl.inference.smc import SMC as SMC
     from bayes_klrl.inference.svi import SVI as SVI
     from bayes_klrl.inference.svi import Fit as Fit
@@ -34,8 +36,11 @@ if TYPE_CHECKING:
     from bayes_klrl.likelihood import TokenReward as TokenReward
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
+    from bayes_klrl.models.torch_losses import LossInputs as LossInputs
     from bayes_klrl.posterior import Posterior as Posterior
     from bayes_klrl.sequences import Sequences as Sequences
+    from bayes_klrl.trainer_audit import Audit as Audit
+    from bayes_klrl.trainer_audit import audit as audit
     from bayes_klrl.typing import Algorithm as Algorithm
     from bayes_klrl.typing import LanguageModel as LanguageModel
 
@@ -43,6 +48,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Algorithm": "bayes_klrl.typing",
+    "Audit": "bayes_klrl.trainer_audit",
     "BayesKLRLError": "bayes_klrl.errors",
     "BestOfN": "bayes_klrl.inference.best_of_n",
     "BudgetError": "bayes_klrl.errors",
@@ -55,6 +61,7 @@ _HOME = {
     "ImportanceSampling": "bayes_klrl.inference.importance",
     "LanguageModel": "bayes_klrl.typing",
     "Likelihood": "bayes_klrl.likelihood",
+    "LossInputs": "bayes_klrl.models.torch_losses",
     "NgramLM": "bayes_klrl.models.ngram_lm",
     "Posterior": "bayes_klrl.posterior",
     "Reward": "bayes_klrl.likelihood",
@@ -67,12 +74,16 @@ _HOME = {
     "TokenReward": "bayes_klrl.likelihood",
     "TorchLM": "bayes_klrl.models.torch_lm",
     "UnboundedLossError": "bayes_klrl.errors",
+    "audit": "bayes_klrl.trainer_audit",
     "check_posterior": "bayes_klrl.contract",
     "compare": "bayes_klrl.comparison",
+    "myopic_policy": "bayes_klrl.inference.oracles",
+    "posterior_policy": "bayes_klrl.inference.oracles",
 }
 
 __all__ = [
     "Algorithm",
+    "Audit",
     "BayesKLRLError",
     "BestOfN",
     "BudgetError",
@@ -85,6 +96,7 @@ __all__ = [
     "ImportanceSampling",
     "LanguageModel",
     "Likelihood",
+    "LossInputs",
     "NgramLM",
     "Posterior",
     "Reward",
@@ -97,8 +109,11 @@ __all__ = [
     "TokenReward",
     "TorchLM",
     "UnboundedLossError",
+    "audit",
     "check_posterior",
     "compare",
+    "myopic_policy",
+    "posterior_policy",
 ]
 
 

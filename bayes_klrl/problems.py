@@ -25,7 +25,7 @@ from bayes_klrl.weights import logsumexp, normalised
 if TYPE_CHECKING:
     from bayes_klrl.models.torch_lm import TorchLM
 
-__all__ = ["GPT2_TASKS", "gold_posterior", "gold_table", "gpt2_task", "random_gpt2_task"]
+__all__ = ["GPT2_TASKS", "audit_posterior", "gold_posterior", "gold_table", "gpt2_task", "random_gpt2_task"]
 
 GPT2_TASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -83,6 +83,30 @@ def gold_posterior(alpha: float = 1 / 1.5, max_new_tokens: int = 6) -> Posterior
     )
     prior = NgramLM(gold_table(-0.5), eos_token_id=3)
     return Posterior(prior, likelihood, prompts="", max_new_tokens=max_new_tokens)
+
+
+def audit_posterior(alpha: float = 0.4) -> Posterior:
+    """Return a gamble on which trainers that differ in their KL part ways: 40 completions of at most 3 tokens.
+
+        r(x) = 2 [x = 1 1 1] + [x_1 is 0 or 2] - |x| / 10     under GOLD with eos_logit 0.5
+
+    After a first 1 the prize takes two tokens of probability 0.06 each: the posterior leaves it and takes what is sure, the
+    myopic policies do not count what the gamble costs and take it. At the default, in nats: KL(p* || p0) = 0.59; KL of the
+    myopic policy to p* 1.62, to the nearest posterior of any alpha 0.91.
+
+    Examples
+    --------
+    >>> audit_posterior().reward([[1, 1, 1], [2, 3], [1, 1, 3]]).round(1)
+    array([[ 1.7,  0.8, -0.3]])
+    """
+
+    def gamble(tokens: IntArray, lengths: IntArray) -> FloatArray:
+        prize, sure = (tokens == 1).all(axis=1), np.isin(tokens[:, 0], (0, 2))
+        reward: FloatArray = 2.0 * prize + sure - 0.1 * lengths
+        return reward
+
+    likelihood = TokenReward(gamble, alpha=alpha, bounds=(-0.3 - _BOUNDS_SLACK, 1.7 + _BOUNDS_SLACK), name="gamble")
+    return Posterior(NgramLM(gold_table(0.5), eos_token_id=3), likelihood, prompts="", max_new_tokens=3)
 
 
 @dataclass(frozen=True, eq=False)
