@@ -251,7 +251,7 @@ def audit(
         rng=generator(seed),
     )
     slope, kl_slope = _slopes(gradient, seed)
-    trained = train(gradient, problem.prior_table[0], num_steps=num_steps, tolerance=tolerance)
+    trained = train(gradient, problem.prior_table[0], num_steps=num_steps, tolerance=tolerance / 10)
     found = _Found(problem, problem.policy(trained.table[None]), trained.settled, tolerance)
     verdict, explanation = found.verdict()
     return Audit(
@@ -340,7 +340,7 @@ class _Found:
         self.targets, self.implied = self._at_alpha(), self._at_best_alpha()
         self.kl_to_prior = self._kl(problem.log_prior)
         log_posterior = problem.log_posterior(1 / problem.posterior.alpha)[0]
-        self.forward_kl = float(np.exp(log_posterior) @ (log_posterior - self._log_q))
+        self.forward_kl = max(float(np.exp(log_posterior) @ (log_posterior - self._log_q)), 0.0)
         self.reward = float(np.exp(self._log_q) @ problem.reward[0])
         self.reward_sd = float(np.sqrt(np.exp(self._log_q) @ (problem.reward[0] - self.reward) ** 2))
 

@@ -10,7 +10,7 @@ of the loss's gradient over completions drawn from the policy, in one of two way
   independent draws would have O(1 / sqrt N). The rows are shuffled, so a loss may cut them into groups of its own: a group
   of 8 among 4096 is as good as 8 independent draws, and small groups show what small groups do.
 
-The step is the natural gradient of a table: with d(s) the probability that a drawn completion reaches prefix s,
+The step is the natural gradient of a table: with d(s) the policy's probability of reaching prefix s,
 
     direction(s, a) = -gradient(s, a) / (d(s) q(a|s) + damping), centred under q(.|s).
 
@@ -37,8 +37,8 @@ __all__ = ["LossGradient", "Trained", "train"]
 
 _RADIUS = 0.2  # Fisher length of the longest step: a KL of 0.02 nats
 _LARGEST_LOGIT_STEP = 2.0
-_GONE = -60.0  # log q - log p0 of a completion that the policy has left for good
-_SETTLED, _NEARLY_SETTLED = 1e-9, 1e-5  # of the longest direction seen: enough to stop, enough when time is up
+_GONE = -200.0  # log q - log p0 of a completion that the policy has left for good: rewards are not 200 alpha apart
+_SETTLED = 1e-9  # of the longest direction seen
 _NOTHING = 1e-12  # a direction that is rounding only: the loss has no gradient at all
 
 
@@ -155,9 +155,8 @@ class LossGradient:
         return 1e-300 if self._num_draws is None else 1.0 / self._num_draws
 
     def occupancy(self, table: Tensor) -> Tensor:
-        """Return the probability that a drawn completion passes through each prefix and token, d(s) q(a | s), (S, V)."""
-        drawn_by = self._prior_table if self._from_prior else table
-        probs = self.completion_log_probs(drawn_by).exp()[:, None].expand_as(self._mask)[self._mask]
+        """Return the policy's probability of passing through each prefix and token, d(s) q(a | s), shape (S, V)."""
+        probs = self.completion_log_probs(table).exp()[:, None].expand_as(self._mask)[self._mask]
         passed = (self._states * table.shape[1] + self._tokens)[self._mask]
         return torch.zeros(table.numel(), dtype=table.dtype).index_add(0, passed, probs).reshape(table.shape)
 
@@ -230,7 +229,7 @@ def train(gradient: LossGradient, start: FloatArray, *, num_steps: int, toleranc
     num_steps
         The most steps.
     tolerance
-        With draws: how far apart, in nats, the averages of the third and the fourth quarter may be.
+        How far apart, in nats, the averages of the third and the fourth quarter may be for the policy to have settled.
     """
     logits = torch.tensor(start, requires_grad=True)
     reference = gradient.completion_log_probs(logits.detach())
@@ -249,13 +248,13 @@ def train(gradient: LossGradient, start: FloatArray, *, num_steps: int, toleranc
                 return Trained(_log_probs(logits), step, settled=True)
             if float((gradient.completion_log_probs(logits.log_softmax(dim=-1)) - reference).min()) < _GONE:
                 return Trained(_log_probs(logits), step + 1, settled=False)
-            if gradient.noisy and step >= num_steps // 2:
-                averages[int(step >= 3 * num_steps // 4)] += logits.log_softmax(dim=-1) / (num_steps / 4)
-    if not gradient.noisy:
-        return Trained(_log_probs(logits), num_steps, settled=step_rule.relative_size <= _NEARLY_SETTLED)
-    third, fourth = (gradient.completion_log_probs(average.log_softmax(dim=-1)) for average in averages)
-    moved = float((fourth.exp() * (fourth - third)).sum())
-    return Trained(_log_probs(averages.mean(dim=0)), num_steps, settled=moved <= tolerance)
+            if step >= num_steps // 2:
+                averages[int(step >= 3 * num_steps // 4)] += logits.log_softmax(dim=-1)
+    third, fourth = (
+        gradient.completion_log_probs(average.log_softmax(dim=-1)) for average in averages / (num_steps / 4)
+    )
+    settled = float((fourth.exp() * (fourth - third)).sum()) <= tolerance
+    return Trained(_log_probs(averages.sum(dim=0) / (num_steps / 2) if gradient.noisy else logits), num_steps, settled)
 
 
 class _StepRule:

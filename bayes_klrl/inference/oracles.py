@@ -15,7 +15,6 @@ formula above with lambda = alpha + V. With T = 1 the first two coincide.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +30,7 @@ from bayes_klrl.weights import logsumexp
 __all__ = ["Enumerated", "implied_inverse_alpha", "myopic_policy", "nearest_myopic", "posterior_policy"]
 
 _MAX_SEQUENCES = 20_000  # a table over the prefixes and some hundred passes over it stay within seconds
-_ALPHA_GRID = np.geomspace(1e-3, 1e3, 121)
+_NUM_GRID, _NUM_REFINEMENTS = 61, 7  # to 1e-10 of log alpha
 _MAX_INVERSE_ALPHA_NATS = 500.0  # b times the rewards' range, past which a posterior is a point mass to float64
 
 
@@ -100,14 +99,20 @@ class Enumerated:
 
     def myopic(self, alpha: float, *, forward: bool = False) -> PrefixPolicy:
         """Return the myopic policy at `alpha`; see `myopic_policy`."""
+        return self.policy(self.myopic_tables(np.array([alpha]), forward=forward))
+
+    def myopic_tables(self, alphas: FloatArray, *, forward: bool = False) -> FloatArray:
+        """Return the myopic tables of P prompts at one alpha, or of one prompt at A alphas, (P or A, S, V)."""
         tokens = _forward_tokens if forward else _reverse_tokens
+        alpha = alphas[:, None, None]
 
         def value(states: IntArray, q: FloatArray) -> FloatArray:
             mean: FloatArray = (np.exp(tokens(self.prior_table[:, states], q, alpha)) * q).sum(axis=-1)
             return mean
 
-        q = self.tree.backward(self.reward, value)
-        return self.policy(tokens(self.prior_table, q, alpha))
+        rows = max(len(alphas), len(self.reward))
+        q = self.tree.backward(np.broadcast_to(self.reward, (rows, self.reward.shape[1])), value)
+        return tokens(self.prior_table, q, alpha)
 
 
 def posterior_policy(posterior: Posterior) -> PrefixPolicy:
@@ -193,35 +198,28 @@ def implied_inverse_alpha(problem: Enumerated, log_q: FloatArray) -> float:
 
 
 def nearest_myopic(problem: Enumerated, log_q: FloatArray, *, forward: bool = False) -> tuple[float, float]:
-    """Return (alpha, KL(q || myopic policy at that alpha)) of the best alpha, for one prompt and log q(x) (M,)."""
+    """Return (alpha, KL(q || myopic policy at that alpha)) of the best alpha, for one prompt and log q(x) (M,).
 
-    def kl(log_alpha: float) -> float:
-        log_p = problem.myopic(float(np.exp(log_alpha)), forward=forward).log_probs[0]
-        return float((np.exp(log_q) * (log_q - log_p)).sum())
-
-    grid = np.log(problem.posterior.alpha * _ALPHA_GRID)
-    best = int(np.argmin([kl(point) for point in grid]))
-    log_alpha = _golden_section(kl, grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
-    return float(np.exp(log_alpha)), kl(log_alpha)
-
-
-def _golden_section(fn: Callable[[float], float], low: float, high: float, num_steps: int = 40) -> float:
-    """Return where a function of one valley is least."""
-    ratio = (np.sqrt(5.0) - 1.0) / 2.0
-    for _ in range(num_steps):
-        left, right = high - ratio * (high - low), low + ratio * (high - low)
-        low, high = (low, right) if fn(left) < fn(right) else (left, high)
-    return float(low + high) / 2
+    By a grid from 1/1000 to 1000 times the posterior's alpha, refined around its best point.
+    """
+    low, high = np.log(problem.posterior.alpha) + np.array([-1.0, 1.0]) * np.log(1e3)
+    for _ in range(_NUM_REFINEMENTS):
+        grid = np.linspace(low, high, _NUM_GRID)
+        log_p = problem.tree.log_probs(problem.myopic_tables(np.exp(grid), forward=forward))
+        kl = (np.exp(log_q) * (log_q - log_p)).sum(axis=1)
+        best = int(kl.argmin())
+        low, high = grid[max(best - 1, 0)], grid[min(best + 1, _NUM_GRID - 1)]
+    return float(np.exp(grid[best])), float(kl[best])
 
 
-def _reverse_tokens(log_prior: FloatArray, q: FloatArray, alpha: float) -> FloatArray:
-    """Return log of p0 exp(Q / alpha), normalised over tokens, shape (P, K, V)."""
+def _reverse_tokens(log_prior: FloatArray, q: FloatArray, alpha: FloatArray) -> FloatArray:
+    """Return log of p0 exp(Q / alpha), normalised over tokens, shape (P, K, V); alpha of shape (P or 1, 1, 1)."""
     log_joint = log_prior + q / alpha
     log_p: FloatArray = log_joint - logsumexp(log_joint)[..., None]
     return log_p
 
 
-def _forward_tokens(log_prior: FloatArray, q: FloatArray, alpha: float) -> FloatArray:
+def _forward_tokens(log_prior: FloatArray, q: FloatArray, alpha: FloatArray) -> FloatArray:
     """Return log of alpha p0 / (lambda - Q), shape (P, K, V); lambda by bisection on the total, which falls in lambda.
 
     With g = lambda - max Q, the total sum_a alpha p0 / (g + max Q - Q) is at most 1 at g = alpha and at least 1 at
@@ -229,7 +227,7 @@ def _forward_tokens(log_prior: FloatArray, q: FloatArray, alpha: float) -> Float
     """
     gap = q.max(axis=-1, keepdims=True) - q
     log_best = np.where(gap == 0, log_prior, -np.inf).max(axis=-1, keepdims=True)
-    low, high = np.log(alpha) + log_best, np.full_like(log_best, np.log(alpha))
+    low, high = np.log(alpha) + log_best, np.log(alpha) + np.zeros_like(log_best)
     for _ in range(80):
         middle = (low + high) / 2
         above = (alpha * np.exp(log_prior) / (np.exp(middle) + gap)).sum(axis=-1, keepdims=True) > 1

@@ -77,12 +77,14 @@ class PrefixTree:
     @property
     def tokens(self) -> IntArray:
         """The completions' tokens, shape (M, T)."""
-        return self.sequences.tokens[0]
+        tokens: IntArray = self.sequences.tokens[0]
+        return tokens
 
     @property
     def mask(self) -> np.ndarray:
         """True at the positions that belong to a completion, shape (M, T)."""
-        return self.sequences.mask[0]
+        mask: np.ndarray = self.sequences.mask[0]
+        return mask
 
     def backward(self, terminal: FloatArray, state_value: StateValue) -> FloatArray:
         """Return Q(s, a), shape (P, S, V): the completion's value, or V of the longer prefix, -inf where neither is.

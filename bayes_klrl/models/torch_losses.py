@@ -171,7 +171,8 @@ class GRPO:
     epsilon
         Of the clipping.
     group_size
-        Completions a group; None: the whole batch is one group, the limit of large ones.
+        Completions a group, G; None: the whole batch is one group, the limit of large ones. A baseline that holds its own
+        completion leaves (G - 1) / G of the reward's gradient and all of the KL's: alpha is alpha G / (G - 1).
 
     Raises
     ------
@@ -257,7 +258,7 @@ class KLPenalty:
 
     def __post_init__(self) -> None:
         if self.estimator not in ("k1", "k2", "k3", "token_k2", "token_k3", "full"):
-            raise BayesKLRLError(f"There is no estimator {self.estimator!r}; see bk's KLPenalty for the six there are.")
+            raise BayesKLRLError(f"There is no estimator {self.estimator!r}: k1, k2, k3, token_k2, token_k3 or full.")
         if self.place not in ("reward", "loss"):
             raise BayesKLRLError(f'place must be "reward" or "loss"; got {self.place!r}.')
 
