@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from bayes_klrl.inference.exact import Exact as Exact
     from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
     from bayes_klrl.inference.mcmc import SuffixMH as SuffixMH
+    from bayes_klrl.inference.oracles import myopic_policy as myopic_policy
+    from bayes_klrl.inference.oracles import posterior_policy as posterior_policy
     from bayes_klrl.inference.quasi_rejection import QuasiRejection as QuasiRejection
     from bayes_klrl.inference.rejection import RejectionSampling as RejectionSampling
     from bayes_klrl.inference.smc import SMC as SMC
-    from bayes_klrl.inference.svi import Fit as Fit
     from bayes_klrl.inference.svi import SVI as SVI
+    from bayes_klrl.inference.svi import Fit as Fit
     from bayes_klrl.likelihood import Constraint as Constraint
     from bayes_klrl.likelihood import Likelihood as Likelihood
     from bayes_klrl.likelihood import Reward as Reward
@@ -45,10 +47,13 @@ if TYPE_CHECKING:
     from bayes_klrl.models.hmm_lm import HmmLM as HmmLM
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
+    from bayes_klrl.models.torch_losses import LossInputs as LossInputs
     from bayes_klrl.posterior import Posterior as Posterior
     from bayes_klrl.reward_frontier import Frontier as Frontier
     from bayes_klrl.reward_frontier import frontier as frontier
     from bayes_klrl.sequences import Sequences as Sequences
+    from bayes_klrl.trainer_audit import Audit as Audit
+    from bayes_klrl.trainer_audit import audit as audit
     from bayes_klrl.typing import Algorithm as Algorithm
     from bayes_klrl.typing import LanguageModel as LanguageModel
 
@@ -57,6 +62,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Algorithm": "bayes_klrl.typing",
     "AnnealedSMC": "bayes_klrl.inference.annealing",
+    "Audit": "bayes_klrl.trainer_audit",
     "Automaton": "bayes_klrl.models.automaton",
     "AutomatonConstraint": "bayes_klrl.models.automaton_reward",
     "AutomatonReward": "bayes_klrl.models.automaton_reward",
@@ -76,6 +82,7 @@ _HOME = {
     "ImportanceSampling": "bayes_klrl.inference.importance",
     "LanguageModel": "bayes_klrl.typing",
     "Likelihood": "bayes_klrl.likelihood",
+    "LossInputs": "bayes_klrl.models.torch_losses",
     "NgramLM": "bayes_klrl.models.ngram_lm",
     "Posterior": "bayes_klrl.posterior",
     "QuasiRejection": "bayes_klrl.inference.quasi_rejection",
@@ -91,15 +98,19 @@ _HOME = {
     "TokenReward": "bayes_klrl.likelihood",
     "TorchLM": "bayes_klrl.models.torch_lm",
     "UnboundedLossError": "bayes_klrl.errors",
+    "audit": "bayes_klrl.trainer_audit",
     "certify": "bayes_klrl.certificate",
     "check_posterior": "bayes_klrl.contract",
     "compare": "bayes_klrl.comparison",
     "frontier": "bayes_klrl.reward_frontier",
+    "myopic_policy": "bayes_klrl.inference.oracles",
+    "posterior_policy": "bayes_klrl.inference.oracles",
 }
 
 __all__ = [
     "Algorithm",
     "AnnealedSMC",
+    "Audit",
     "Automaton",
     "AutomatonConstraint",
     "AutomatonReward",
@@ -119,6 +130,7 @@ __all__ = [
     "ImportanceSampling",
     "LanguageModel",
     "Likelihood",
+    "LossInputs",
     "NgramLM",
     "Posterior",
     "QuasiRejection",
@@ -134,10 +146,13 @@ __all__ = [
     "TokenReward",
     "TorchLM",
     "UnboundedLossError",
+    "audit",
     "certify",
     "check_posterior",
     "compare",
     "frontier",
+    "myopic_policy",
+    "posterior_policy",
 ]
 
 

@@ -19,6 +19,7 @@ from bayes_klrl.likelihood import TokenReward
 from bayes_klrl.posterior import Posterior, completion_log_probs
 from bayes_klrl.problems_gold import (
     BOUNDS_SLACK,
+    audit_posterior,
     gold_constraint,
     gold_counter,
     gold_dense,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GPT2_TASKS",
+    "audit_posterior",
     "gold_constraint",
     "gold_counter",
     "gold_dense",

@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import numpy as np
 
+from bayes_klrl.likelihood import TokenReward
 from bayes_klrl.models.automaton import Automaton
 from bayes_klrl.models.automaton_reward import AutomatonConstraint, AutomatonReward
 from bayes_klrl.models.hmm_lm import HmmLM
 from bayes_klrl.models.ngram_lm import NgramLM
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.typing import FloatArray
+from bayes_klrl.typing import FloatArray, IntArray
 from bayes_klrl.weights import logsumexp, normalised
 
-__all__ = ["gold_constraint", "gold_counter", "gold_dense", "gold_hidden", "gold_posterior", "gold_table"]
+__all__ = [
+    "audit_posterior",
+    "gold_constraint",
+    "gold_counter",
+    "gold_dense",
+    "gold_hidden",
+    "gold_posterior",
+    "gold_table",
+]
 
 BOUNDS_SLACK = 1e-9  # sums of rewards round
 _NEVER = -1e3  # EOS has no mass in double precision
@@ -132,3 +141,27 @@ def gold_hidden(num_hidden: int = 6, max_new_tokens: int = 100, *, alpha: float 
 def _gold_prior(eos_logit: float) -> NgramLM:
     """Return the GOLD bigram model, EOS the last of 4 tokens."""
     return NgramLM(gold_table(eos_logit), eos_token_id=3)
+
+
+def audit_posterior(alpha: float = 0.4) -> Posterior:
+    """Return a gamble on which trainers that differ in their KL part ways: 40 completions of at most 3 tokens.
+
+        r(x) = 2 [x = 1 1 1] + [x_1 is 0 or 2] - |x| / 10     under GOLD with eos_logit 0.5
+
+    After a first 1 the prize takes two tokens of probability 0.06 each: the posterior leaves it and takes what is sure, the
+    myopic policies do not count what the gamble costs and take it. At the default, in nats: KL(p* || p0) = 0.59; KL of the
+    myopic policy to p* 1.62, to the nearest posterior of any alpha 0.91.
+
+    Examples
+    --------
+    >>> audit_posterior().reward([[1, 1, 1], [2, 3], [1, 1, 3]]).round(1)
+    array([[ 1.7,  0.8, -0.3]])
+    """
+
+    def gamble(tokens: IntArray, lengths: IntArray) -> FloatArray:
+        prize, sure = (tokens == 1).all(axis=1), np.isin(tokens[:, 0], (0, 2))
+        reward: FloatArray = 2.0 * prize + sure - 0.1 * lengths
+        return reward
+
+    likelihood = TokenReward(gamble, alpha=alpha, bounds=(-0.3 - BOUNDS_SLACK, 1.7 + BOUNDS_SLACK), name="gamble")
+    return Posterior(NgramLM(gold_table(0.5), eos_token_id=3), likelihood, prompts="", max_new_tokens=3)

@@ -1,0 +1,324 @@
+"""What a trainer's loss is made of, and reference losses to audit or to compare one's own with.
+
+Every loss is a function of `LossInputs` that returns a scalar to be minimised, in units of reward as trainers have it:
+minus the return, so that -J(q) = -E_q[r] + alpha KL(q || p0) = -alpha ELBO(q) is what it should descend. With
+l_t = log q_t - log p0_t, the RL words are: policy q, reference model p0, "beta" alpha.
+
+    LeaveOneOut      TRL's RLOOTrainer: k1 in the reward, a leave-one-out baseline         the posterior
+    LogVariance      half the variance of the log-weights (VarGrad; Richter et al. 2020)   the same gradient, batch by batch
+    RaoBlackwell     the KL summed over the vocabulary (Amini et al. 2025)                 the posterior
+    GRPO             TRL's GRPOTrainer: k3 of every token in the loss                      a myopic policy
+    KLPenalty        every other place for the KL and every estimator of it                THEORY 2.5
+    DPO              preferences on pairs drawn from p0                                    the posterior
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bayes_klrl.checks import check_count
+from bayes_klrl.errors import BayesKLRLError
+
+__all__ = ["DPO", "GRPO", "KLPenalty", "LeaveOneOut", "LogVariance", "Loss", "LossInputs", "RaoBlackwell"]
+
+
+@dataclass(frozen=True, eq=False)
+class LossInputs:
+    """N completions of one prompt, one group, with what a trainer knows about them; float64.
+
+    Parameters
+    ----------
+    log_probs
+        log q(x_t | x_<t) of the policy, differentiable, shape (N, T); 0 past each completion's length, as below.
+    old_log_probs, ref_log_probs
+        The same of the policy that drew the completions, without gradient, and of the reference model, shape (N, T).
+    mask
+        True at the tokens of each completion, EOS included, shape (N, T).
+    rewards
+        r(x), shape (N,).
+    alpha
+        The KL coefficient, "beta" in TRL.
+    tokens
+        Token ids, shape (N, T).
+    states, policy_table, ref_table
+        Which prefix stands before each token, shape (N, T), and log q and log p0 of every token after every prefix, shape
+        (S, V); read them through `all_log_probs` and `all_ref_log_probs`.
+    weights
+        None: the completions are draws. Else the probability of each, shape (N,): every completion is there once, and
+        averages over completions are the exact expectations if they are taken by `mean`, `std` and `leave_one_out`.
+    """
+
+    log_probs: Tensor
+    old_log_probs: Tensor
+    ref_log_probs: Tensor
+    mask: Tensor
+    rewards: Tensor
+    alpha: float
+    tokens: Tensor
+    states: Tensor
+    policy_table: Tensor
+    ref_table: Tensor
+    weights: Tensor | None = None
+
+    @property
+    def all_log_probs(self) -> Tensor:
+        """Log q of every token at every position, differentiable, shape (N, T, V); not masked."""
+        return self.policy_table[self.states]
+
+    @property
+    def all_ref_log_probs(self) -> Tensor:
+        """Log p0 of every token at every position, shape (N, T, V); not masked."""
+        return self.ref_table[self.states]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the average of values (N,) over completions."""
+        return values.mean() if self.weights is None else self.weights @ values
+
+    def leave_one_out(self, values: Tensor) -> Tensor:
+        """Return values minus the mean of the others, shape (N,); minus the expectation where that is known."""
+        num = len(values)
+        return (values - self.mean(values)) * (1.0 if self.weights is not None else num / (num - 1))
+
+    def std(self, values: Tensor) -> Tensor:
+        """Return the standard deviation of values (N,)."""
+        return values.std() if self.weights is None else self.mean((values - self.mean(values)).square()).sqrt()
+
+
+Loss: TypeAlias = Callable[[LossInputs], Tensor]
+"""`loss(batch) -> scalar`. One that averages over completions by `batch.mean`, `batch.std` and `batch.leave_one_out` alone
+may say so with an attribute `exact = True`; one for completions of the reference model with `draw_from = "prior"`."""
+
+
+@dataclass(frozen=True)
+class LeaveOneOut:
+    """Score-function gradient of r - alpha k1 with a leave-one-out baseline; Ahmadian et al. (2024), TRL's `RLOOTrainer`.
+
+        loss = -mean_n rho_n (R_n - mean_{m != n} R_m),   R = r - alpha sum_t l_t (no gradient),   rho = q(x) / q_old(x)
+
+    Parameters
+    ----------
+    normalize_advantages
+        Divide by the standard deviation of R, the KL included: the steps' length changes, the optimum does not.
+    """
+
+    normalize_advantages: bool = False
+    exact: ClassVar[bool] = True
+
+    def __call__(self, batch: LossInputs) -> Tensor:
+        """Return the loss."""
+        kl = (batch.log_probs.detach() - batch.ref_log_probs).sum(dim=1)
+        returns = batch.rewards - batch.alpha * kl
+        advantages = batch.leave_one_out(returns)
+        if self.normalize_advantages:
+            advantages = advantages / (batch.std(returns) + 1e-4)
+        return -batch.mean(_sequence_ratio(batch) * advantages)
+
+
+@dataclass(frozen=True)
+class LogVariance:
+    """alpha / 2 times the variance of log w = log p0 + r / alpha - log q; VarGrad, and trajectory balance with its best log Z.
+
+    Its gradient on draws of the policy is that of `LeaveOneOut`, batch by batch (THEORY 1.10).
+    """
+
+    exact: ClassVar[bool] = True
+
+    def __call__(self, batch: LossInputs) -> Tensor:
+        """Return the loss."""
+        log_w = (batch.ref_log_probs - batch.log_probs).sum(dim=1) + batch.rewards / batch.alpha
+        centred = log_w - batch.mean(log_w)
+        return batch.alpha / 2 * batch.mean(batch.leave_one_out(log_w) * centred)
+
+
+@dataclass(frozen=True)
+class RaoBlackwell:
+    """Leave-one-out for the reward, the KL over the whole vocabulary with its effect on later KLs (THEORY 2, item 4).
+
+    grad KL(q || p0) = E sum_t [ grad KL_t + (sum_{u>t} KL_u) grad log q_t ],   KL_t = KL(q_t || p0_t) at the drawn prefix.
+    """
+
+    exact: ClassVar[bool] = True
+
+    def __call__(self, batch: LossInputs) -> Tensor:
+        """Return the loss."""
+        kl = _full_kl(batch)
+        later = kl.detach().flip(1).cumsum(1).flip(1) - kl.detach()
+        score = (later * batch.log_probs).sum(dim=1)
+        credit = batch.leave_one_out(batch.rewards) * batch.log_probs.sum(dim=1)
+        return batch.mean(batch.alpha * (kl.sum(dim=1) + score) - credit)
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """The loss of TRL's `GRPOTrainer`, one update a batch.
+
+        loss = -sum_t min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) + alpha c_t (exp(-l_t) - 1 + l_t),   averaged as told
+
+    Parameters
+    ----------
+    scale_rewards
+        Whether A = r - mean r is divided by the group's standard deviation: then alpha is alpha x sd (THEORY 2.7).
+    loss_type
+        How tokens are averaged: "grpo" in each completion, then over completions (the length enters the target); "dapo"
+        over all tokens of the batch; "dr_grpo" over completions x T. The last two differ by a factor only.
+    use_bias_correction_kl
+        c_t = rho_t rather than 1. Unbiased for the KL of each token given its prefix, not for the sequence's KL.
+    epsilon
+        Of the clipping.
+    group_size
+        Completions a group, G; None: the whole batch is one group, the limit of large ones. A baseline that holds its own
+        completion leaves (G - 1) / G of the reward's gradient and all of the KL's: alpha is alpha G / (G - 1).
+
+    Raises
+    ------
+    BayesKLRLError
+        If the loss type is unknown, or the group size does not divide the batch.
+    """
+
+    scale_rewards: bool = True
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
+    use_bias_correction_kl: bool = True
+    epsilon: float = 0.2
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.loss_type not in ("grpo", "dapo", "dr_grpo"):
+            raise BayesKLRLError(f'loss_type must be "grpo", "dapo" or "dr_grpo"; got {self.loss_type!r}.')
+        if self.group_size is not None:
+            check_count("group_size", self.group_size, least=2)
+
+    @property
+    def exact(self) -> bool:
+        """Whether there are no groups smaller than the batch."""
+        return self.group_size is None
+
+    def __call__(self, batch: LossInputs) -> Tensor:
+        """Return the loss."""
+        ratio = (batch.log_probs - batch.old_log_probs).exp()
+        advantages = self._advantages(batch)[:, None]
+        clipped = ratio.clamp(1 - self.epsilon, 1 + self.epsilon)
+        gain = torch.minimum(ratio * advantages, clipped * advantages)
+        kl = _k3(batch.log_probs - batch.ref_log_probs)
+        per_token = (batch.alpha * kl * (ratio if self.use_bias_correction_kl else 1.0) - gain) * batch.mask
+        lengths = batch.mask.sum(dim=1)
+        if self.loss_type == "grpo":
+            return batch.mean(per_token.sum(dim=1) / lengths)
+        tokens = batch.mean(lengths.to(per_token)) if self.loss_type == "dapo" else batch.mask.shape[1]
+        return batch.mean(per_token.sum(dim=1)) / tokens
+
+    def _advantages(self, batch: LossInputs) -> Tensor:
+        """Return the rewards less their group's mean, (N,), divided by its standard deviation if told so."""
+        if self.group_size is None:
+            centred = batch.rewards - batch.mean(batch.rewards)
+            return centred / (batch.std(batch.rewards) + 1e-4) if self.scale_rewards else centred
+        if len(batch.rewards) % self.group_size:
+            raise BayesKLRLError(
+                f"Groups of {self.group_size} do not divide a batch of {len(batch.rewards)} completions."
+            )
+        groups = batch.rewards.view(-1, self.group_size)
+        centred = groups - groups.mean(dim=1, keepdim=True)
+        return (centred / (groups.std(dim=1, keepdim=True) + 1e-4) if self.scale_rewards else centred).flatten()
+
+
+@dataclass(frozen=True)
+class KLPenalty:
+    """Leave-one-out for the reward, and an estimate of the KL put somewhere: the rows of THEORY 2.5.
+
+    Parameters
+    ----------
+    estimator
+        Of a completion, with l = sum_t l_t: "k1" l, "k2" l^2 / 2, "k3" exp(-l) - 1 + l; or a sum over its tokens: "token_k2",
+        "token_k3", and "full", KL(q_t || p0_t) over the vocabulary.
+    place
+        "reward": subtracted from it, without gradient. "loss": added to it, with gradient.
+    ratio
+        In the loss, multiply by rho = q / q_old, of the completion or of each token as the estimator is.
+    per_length
+        Divide by the completion's length.
+    scale_rewards
+        Divide r - mean r by its standard deviation, and not the KL.
+
+    Raises
+    ------
+    BayesKLRLError
+        If the estimator or place is unknown.
+    """
+
+    estimator: Literal["k1", "k2", "k3", "token_k2", "token_k3", "full"] = "k1"
+    place: Literal["reward", "loss"] = "reward"
+    ratio: bool = False
+    per_length: bool = False
+    scale_rewards: bool = False
+    exact: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.estimator not in ("k1", "k2", "k3", "token_k2", "token_k3", "full"):
+            raise BayesKLRLError(f"There is no estimator {self.estimator!r}: k1, k2, k3, token_k2, token_k3 or full.")
+        if self.place not in ("reward", "loss"):
+            raise BayesKLRLError(f'place must be "reward" or "loss"; got {self.place!r}.')
+
+    def __call__(self, batch: LossInputs) -> Tensor:
+        """Return the loss."""
+        kl = self.kl(batch)
+        rewards = batch.leave_one_out(batch.rewards)
+        if self.scale_rewards:
+            rewards = rewards / (batch.std(batch.rewards) + 1e-4)
+        if self.place == "reward":
+            advantages = rewards - batch.alpha * batch.leave_one_out(kl.detach())
+            return -batch.mean(_sequence_ratio(batch) * advantages)
+        return -batch.mean(_sequence_ratio(batch) * rewards) + batch.alpha * batch.mean(kl)
+
+    def kl(self, batch: LossInputs) -> Tensor:
+        """Return the estimate of every completion, shape (N,)."""
+        log_ratio = batch.log_probs - batch.ref_log_probs
+        if self.estimator in ("k1", "k2", "k3"):
+            total = log_ratio.sum(dim=1)
+            kl = {"k1": total, "k2": total.square() / 2, "k3": _k3(total)}[self.estimator]
+            kl = kl * _sequence_ratio(batch) if self.ratio else kl
+        else:
+            tokens = {"token_k2": log_ratio.square() / 2, "token_k3": _k3(log_ratio)}.get(self.estimator)
+            tokens = _full_kl(batch) if tokens is None else tokens
+            kl = (tokens * (batch.log_probs - batch.old_log_probs).exp() if self.ratio else tokens).sum(dim=1)
+        return kl / batch.mask.sum(dim=1) if self.per_length else kl
+
+
+@dataclass(frozen=True)
+class DPO:
+    """Direct preference optimisation on pairs of the prior's completions, in the limit of many (Rafailov et al. 2023).
+
+    x is preferred to y with probability sigmoid(r(x) - r(y)), and the loss is
+    -E log sigmoid(alpha [h(winner) - h(loser)]) over all pairs, h = log q - log p0. Its optimum is p* (THEORY 1.9).
+    """
+
+    exact: ClassVar[bool] = True
+    draw_from: ClassVar[str] = "prior"
+
+    def __call__(self, batch: LossInputs) -> Tensor:
+        """Return the loss."""
+        h = batch.alpha * (batch.log_probs - batch.ref_log_probs).sum(dim=1)
+        preferred = torch.sigmoid(batch.rewards[:, None] - batch.rewards)
+        # both orders of a pair are in the square, so the winner's term alone covers every pair
+        losses = -2 * preferred * torch.nn.functional.logsigmoid(h[:, None] - h)
+        weights = torch.full_like(h, 1 / len(h)) if batch.weights is None else batch.weights
+        return weights @ losses @ weights
+
+
+def _sequence_ratio(batch: LossInputs) -> Tensor:
+    """Return q(x) / q_old(x), (N,): 1 in value on the first update, with the gradient of log q."""
+    return (batch.log_probs.sum(dim=1) - batch.old_log_probs.sum(dim=1)).exp()
+
+
+def _k3(log_ratio: Tensor) -> Tensor:
+    """Return exp(-l) - 1 + l, Schulman's estimate of a KL from l = log q - log p0."""
+    return torch.expm1(-log_ratio) + log_ratio
+
+
+def _full_kl(batch: LossInputs) -> Tensor:
+    """Return KL(q_t || p0_t) over the vocabulary, differentiable with the prefixes as given, (N, T); 0 past the length."""
+    log_q, log_p = batch.all_log_probs, batch.all_ref_log_probs
+    return (log_q.exp() * (log_q - log_p)).sum(dim=-1) * batch.mask
