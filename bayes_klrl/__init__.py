@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
     from bayes_klrl.inference.exact import Exact as Exact
     from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
+    from bayes_klrl.inference.learned_twist import LearnedTwist as LearnedTwist
     from bayes_klrl.inference.smc import SMC as SMC
     from bayes_klrl.inference.svi import SVI as SVI
     from bayes_klrl.inference.svi import Fit as Fit
@@ -34,10 +35,13 @@ if TYPE_CHECKING:
     from bayes_klrl.likelihood import TokenReward as TokenReward
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
+    from bayes_klrl.models.twist import PartialRewardTwist as PartialRewardTwist
+    from bayes_klrl.models.twisted_lm import TwistedLM as TwistedLM
     from bayes_klrl.posterior import Posterior as Posterior
     from bayes_klrl.sequences import Sequences as Sequences
     from bayes_klrl.typing import Algorithm as Algorithm
     from bayes_klrl.typing import LanguageModel as LanguageModel
+    from bayes_klrl.typing import Twist as Twist
 
 __version__ = "0.1.0"
 
@@ -54,8 +58,10 @@ _HOME = {
     "Fit": "bayes_klrl.inference.svi",
     "ImportanceSampling": "bayes_klrl.inference.importance",
     "LanguageModel": "bayes_klrl.typing",
+    "LearnedTwist": "bayes_klrl.inference.learned_twist",
     "Likelihood": "bayes_klrl.likelihood",
     "NgramLM": "bayes_klrl.models.ngram_lm",
+    "PartialRewardTwist": "bayes_klrl.models.twist",
     "Posterior": "bayes_klrl.posterior",
     "Reward": "bayes_klrl.likelihood",
     "RewardError": "bayes_klrl.errors",
@@ -66,6 +72,8 @@ _HOME = {
     "TextRewardError": "bayes_klrl.errors",
     "TokenReward": "bayes_klrl.likelihood",
     "TorchLM": "bayes_klrl.models.torch_lm",
+    "Twist": "bayes_klrl.typing",
+    "TwistedLM": "bayes_klrl.models.twisted_lm",
     "UnboundedLossError": "bayes_klrl.errors",
     "check_posterior": "bayes_klrl.contract",
     "compare": "bayes_klrl.comparison",
@@ -84,8 +92,10 @@ __all__ = [
     "Fit",
     "ImportanceSampling",
     "LanguageModel",
+    "LearnedTwist",
     "Likelihood",
     "NgramLM",
+    "PartialRewardTwist",
     "Posterior",
     "Reward",
     "RewardError",
@@ -96,6 +106,8 @@ __all__ = [
     "TextRewardError",
     "TokenReward",
     "TorchLM",
+    "Twist",
+    "TwistedLM",
     "UnboundedLossError",
     "check_posterior",
     "compare",

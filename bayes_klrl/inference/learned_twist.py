@@ -38,7 +38,7 @@ class LearnedTwist:
         "ctl": contrastive twist learning; "soft_q": path consistency, for finite rewards; "fudge": classification, for
         rewards with a declared upper bound. See `bayes_klrl.inference.twist_losses`.
     num_draws
-        Completions a prompt and step, at least 2.
+        Completions a prompt and step, an even number.
     learning_rate
         Of Adam; falls linearly to 0.
     hidden
@@ -59,6 +59,8 @@ class LearnedTwist:
     def __post_init__(self) -> None:
         check_count("num_steps", self.num_steps)
         check_count("num_draws", self.num_draws, least=2)
+        if self.num_draws % 2:
+            raise BayesKLRLError(f"num_draws must be even, for half are drawn from the prior; got {self.num_draws}.")
         check_positive("learning_rate", self.learning_rate)
         check_count("hidden", self.hidden)
         if self.loss not in TWIST_LOSSES:

@@ -106,6 +106,7 @@ class SMC:
         training = training + twist_training
         start = time.perf_counter()
         twist, pilot_tokens = self._resolved_twist(twist, posterior, seed)
+        read_before = getattr(twist, "model_tokens", 0)
         proposal = TwistedLM(posterior, twist) if proposal is None else proposal
         decoding = Decoding(
             (proposal, posterior.prior), posterior.prompt_ids, self.num_particles, posterior.max_new_tokens
@@ -118,7 +119,8 @@ class SMC:
                 if not decoding.done:
                     population.resample_where_degenerate(self.ess_threshold, scheme, rng)
                 advance()
-        seconds, model_tokens = time.perf_counter() - start, decoding.model_tokens + pilot_tokens
+        read_by_twist = getattr(twist, "model_tokens", 0) - read_before
+        seconds, model_tokens = time.perf_counter() - start, decoding.model_tokens + pilot_tokens + read_by_twist
         cost = replace(training, seconds=seconds, model_tokens=model_tokens)
         return require_positive_weight(population.draws(type(self).__name__, cost))
 

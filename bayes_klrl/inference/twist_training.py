@@ -78,7 +78,7 @@ def train_twist(recipe: LearnedTwist, posterior: Posterior, *, seed: int, progre
             losses.append(float(loss.detach()))
             model_tokens += batch.model_tokens
             advance(status=f"loss {losses[-1]:.3f}")
-    twist, calibration_tokens = calibrated(replace(twist), posterior, rng)
+    twist, calibration_tokens = calibrated(replace(twist), posterior, recipe.num_draws, rng)
     cost = Cost(training_tokens=model_tokens + calibration_tokens, training_seconds=time.perf_counter() - start)
     return replace(twist, training=cost, history=np.array(losses))
 
@@ -120,7 +120,8 @@ def untrained(recipe: LearnedTwist, posterior: Posterior, rng: np.random.Generat
 def token_embedding(features: Any, prior: LanguageModel, hidden: int) -> Tensor:
     """Return where the head's token embedding starts: the prior's own, else one axis a token, else random."""
     if isinstance(features, LMFeatures):
-        return features.token_embedding()
+        embedding: Tensor = features.token_embedding()
+        return embedding
     if prior.vocab_size <= hidden:
         return torch.eye(prior.vocab_size) * prior.vocab_size**0.5
     return torch.randn(prior.vocab_size, hidden)
@@ -129,11 +130,10 @@ def token_embedding(features: Any, prior: LanguageModel, hidden: int) -> Tensor:
 def draw_batch(
     posterior: Posterior, twist: NeuralTwist, num_draws: int, rng: np.random.Generator, *, from_twist: bool
 ) -> Batch:
-    """Return N draws a prompt, half of them from the prior and half from the twisted prior; else all from the prior."""
+    """Return N draws a prompt (N even): half from the prior and half from the twisted prior, or all from the prior."""
     shares: list[tuple[LanguageModel, int]] = [(posterior.prior, num_draws)]
     if from_twist:
-        half = num_draws // 2
-        shares = [(posterior.prior, half), (TwistedLM(posterior, twist), half)]
+        shares = [(posterior.prior, num_draws // 2), (TwistedLM(posterior, twist), num_draws // 2)]
     tokens, lengths, rewards, model_tokens = [], [], [], 0
     for model, count in shares:
         drawn = decode((model,), posterior.prompt_ids, count, posterior.max_new_tokens, rng)
@@ -167,7 +167,7 @@ def loss_of(name: str, posterior: Posterior, twist: NeuralTwist, batch: Batch) -
     log_psi = taken(log_psi_next, batch.tokens)
     log_prior_next = prior_log_probs(posterior, twist, batch, features)
     scores = log_prior_next + log_psi_next.detach()
-    soft_values = scores.logsumexp(dim=-1)
+    soft_values = scores.logsumexp(dim=-1).double()
     if name == "soft_q":
         check_finite_likelihood(posterior, batch)
         return soft_q_loss(log_psi, soft_values, batch.log_likelihood, batch.inside, batch.log_base)
@@ -176,46 +176,53 @@ def loss_of(name: str, posterior: Posterior, twist: NeuralTwist, batch: Batch) -
 
 
 @torch.no_grad()
-def calibrated(twist: NeuralTwist, posterior: Posterior, rng: np.random.Generator) -> tuple[NeuralTwist, int]:
+def calibrated(
+    twist: NeuralTwist, posterior: Posterior, num_draws: int, rng: np.random.Generator
+) -> tuple[NeuralTwist, int]:
     """Return the twist with constants by which psi_t has, on average over prefixes, the scale of the likelihood.
 
         exp(constant_{c,t}) = E_p0[exp(r / alpha) 1(|x| >= t)] / E_p0[psi_t(x_1:t) 1(|x| >= t)]
 
     Contrastive learning leaves them open, and finished particles weigh their likelihood (THEORY 3.1).
     """
-    batch = draw_batch(posterior, twist, 2 * (_CALIBRATION_DRAWS // 2), rng, from_twist=True)
-    features, outputs = outputs_of(posterior, twist, batch)
-    log_psi_next = scaled(twist, outputs)
-    log_prior_next = prior_log_probs(posterior, twist, batch, features)
-    scores = log_prior_next + log_psi_next
-    log_prior, log_proposal = mixture(log_prior_next, scores, scores.logsumexp(dim=-1), batch)
-    positive, negative = ctl_weights(
-        taken(log_psi_next, batch.tokens), log_prior, log_proposal, batch.log_likelihood, batch.inside, batch.log_base
-    )
+    weights, model_tokens = [], 0
+    for _ in range(-(-_CALIBRATION_DRAWS // num_draws)):
+        batch = draw_batch(posterior, twist, num_draws, rng, from_twist=True)
+        features, outputs = outputs_of(posterior, twist, batch)
+        log_psi_next = scaled(twist, outputs)
+        log_prior_next = prior_log_probs(posterior, twist, batch, features)
+        scores = log_prior_next + log_psi_next
+        log_prior, log_proposal = mixture(log_prior_next, scores, scores.logsumexp(dim=-1).double(), batch)
+        log_psi = taken(log_psi_next, batch.tokens)
+        weights.append(
+            ctl_weights(log_psi, log_prior, log_proposal, batch.log_likelihood, batch.inside, batch.log_base)
+        )
+        model_tokens += batch.model_tokens
+    positive, negative = (torch.cat(parts, dim=1) for parts in zip(*weights, strict=True))
     shift = (positive.logsumexp(dim=1) - negative.logsumexp(dim=1)).cpu().numpy()
     log_evidence = (positive[..., 0].logsumexp(dim=1) - np.log(positive.shape[1])).cpu().numpy()
     constants = np.where(np.isfinite(shift), shift, 0.0)
     log_evidence = np.where(np.isfinite(log_evidence), log_evidence, twist.log_evidence)
-    return replace(twist, constants=constants, log_evidence=log_evidence), batch.model_tokens
+    return replace(twist, constants=constants, log_evidence=log_evidence), model_tokens
 
 
 def outputs_of(posterior: Posterior, twist: NeuralTwist, batch: Batch) -> tuple[Tensor, Tensor]:
     """Return the features of every position, (P, N, T, F), and the head's outputs, (P, N, T, V)."""
     features = twist.features.everywhere(posterior.prompt_ids, batch.sequences)
     positions = torch.arange(posterior.max_new_tokens, device=features.device)
-    return features, twist.head(features, positions).double()
+    return features, twist.head(features, positions)
 
 
 def scaled(twist: NeuralTwist, outputs: Tensor) -> Tensor:
     """Return log psi from outputs of the P prompts that are trained on, (P, N, T, V)."""
-    offsets = torch.as_tensor(twist.offsets, device=outputs.device)[:, None, None, None]
-    constants = torch.as_tensor(twist.constants, device=outputs.device)[:, None, :, None]
+    offsets = torch.as_tensor(twist.offsets, device=outputs.device).to(outputs)[:, None, None, None]
+    constants = torch.as_tensor(twist.constants, device=outputs.device).to(outputs)[:, None, :, None]
     return twist.log_psi(outputs, offsets, constants)
 
 
 @torch.no_grad()
 def prior_log_probs(posterior: Posterior, twist: NeuralTwist, batch: Batch, features: Tensor) -> Tensor:
-    """Return log p0(. | x_<t) at every position, (P, N, T, V), float64; from the features where they are the prior's."""
+    """Return log p0(. | x_<t) at every position, (P, N, T, V), float32; from the features where they are the prior's."""
     prior, everywhere = posterior.prior, getattr(posterior.prior, "position_log_probs", None)
     if isinstance(twist.features, LMFeatures):
         log_probs: Array = twist.features.lm.log_probs_from(features)
@@ -223,7 +230,7 @@ def prior_log_probs(posterior: Posterior, twist: NeuralTwist, batch: Batch, feat
         log_probs = everywhere(posterior.prompt_ids, batch.sequences)
     else:
         log_probs = stepped_log_probs(prior, posterior, batch)
-    return torch.as_tensor(log_probs, device=features.device).double()
+    return torch.as_tensor(log_probs, device=features.device).float()
 
 
 def stepped_log_probs(prior: LanguageModel, posterior: Posterior, batch: Batch) -> FloatArray:
@@ -235,14 +242,14 @@ def stepped_log_probs(prior: LanguageModel, posterior: Posterior, batch: Batch) 
     for t in range(shape[2]):
         if t:
             state = prior.append(state, tokens[:, t - 1])
-        rows.append(torch.as_tensor(prior.next_log_probs(state)).double())
+        rows.append(torch.as_tensor(prior.next_log_probs(state)).float())
     stacked: FloatArray = torch.stack(rows, dim=1).reshape(*shape, -1).numpy()
     return stacked
 
 
 def taken(values: Tensor, tokens: Tensor) -> Tensor:
-    """Return the entries of the drawn tokens, (P, N, T)."""
-    return values.gather(-1, tokens[..., None])[..., 0]
+    """Return the entries of the drawn tokens, (P, N, T), float64."""
+    return values.gather(-1, tokens[..., None])[..., 0].double()
 
 
 def mixture(log_prior_next: Tensor, scores: Tensor, soft_values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -163,6 +163,9 @@ class TwistHead(nn.Module):
         Of the tokens, (V, E); where it starts.
     """
 
+    mean: Tensor
+    scale: Tensor
+
     def __init__(self, width: int, num_tokens: int, hidden: int, embedding: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(width))
@@ -229,6 +232,11 @@ class NeuralTwist:
         What fitting cost.
     history
         The loss of every step.
+
+    Attributes
+    ----------
+    model_tokens
+        Tokens that it has read so far with the prior's network, beyond those that decoding read anyway.
     """
 
     features: Any
@@ -241,7 +249,8 @@ class NeuralTwist:
     log_bound: float | None = None
     training: Cost = field(default_factory=Cost)
     history: FloatArray = field(default_factory=lambda: np.empty(0))
-    _memo: _Memo | None = field(default=None, repr=False)
+    model_tokens: int = field(default=0, init=False)
+    _memo: _Memo | None = field(default=None, init=False, repr=False)
 
     def __call__(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
         """See `Twist.__call__`."""
@@ -312,8 +321,10 @@ class NeuralTwist:
             if all(parent is not None for parent in parents):
                 state, rows = memo.state
                 grown = self.features.select(state, rows[np.array(parents, dtype=np.int64)])
+                self.model_tokens += len(parents)
                 return self.features.append(grown, prefixes[:, -1])
         state = self.features.select(self.features.prefill(posterior.prompt_ids), prompt_index)
+        self.model_tokens += sum(map(len, posterior.prompt_ids)) + prefixes.size
         for step in range(t):
             state = self.features.append(state, prefixes[:, step])
         return state

@@ -175,7 +175,7 @@ def next_log_psi(
     posterior: Posterior,
     prompt_index: IntArray,
     prefixes: IntArray,
-    candidates: IntArray,
+    candidates: IntArray | None = None,
     prior_rows: tuple[State, IntArray] | None = None,
 ) -> FloatArray:
     """Return log psi of one-token extensions, shape (R, K): one step of look-ahead.
@@ -189,7 +189,7 @@ def next_log_psi(
     twist, posterior, prompt_index, prefixes
         See `Twist.__call__`; every prefix unfinished.
     candidates
-        Which tokens, shape (R, K).
+        Which tokens, shape (R, K); None: all V.
     prior_rows
         A decoding state of the prior, and which of its rows the prefixes are: it spares a twist on the prior's hidden
         states a forward of its own. None if there is none.
@@ -197,7 +197,9 @@ def next_log_psi(
     ahead = getattr(twist, "next_log_psi", None)
     if ahead is not None:
         everything: FloatArray = ahead(posterior, prompt_index, prefixes, prior_rows)
-        return np.take_along_axis(everything, candidates, axis=1)
+        return everything if candidates is None else np.take_along_axis(everything, candidates, axis=1)
+    if candidates is None:
+        candidates = np.tile(np.arange(posterior.prior.vocab_size), (len(prefixes), 1))
     num_rows, num_candidates = candidates.shape
     extended = np.concatenate([np.repeat(prefixes, num_candidates, axis=0), candidates.reshape(-1, 1)], axis=1)
     values = completed_log_psi(twist, posterior, np.repeat(prompt_index, num_candidates), extended)

@@ -163,14 +163,8 @@ class TwistedLM:
         log_probs = log_prior.copy()
         rows = np.flatnonzero(~np.isin(state.prefixes, self._eos).any(axis=1))
         if state.prefixes.shape[1] < self._posterior.max_new_tokens and rows.size:
-            log_psi_of = partial(
-                next_log_psi,
-                self._twist,
-                self._posterior,
-                state.prompt_index[rows],
-                state.prefixes[rows],
-                prior_rows=(state.base, rows),
-            )
+            about = (self._twist, self._posterior, state.prompt_index[rows], state.prefixes[rows])
+            log_psi_of = partial(next_log_psi, *about, prior_rows=(state.base, rows))
             log_probs[rows] = self._steered(log_prior[rows], log_psi_of)
         return log_probs, of_base
 
@@ -197,17 +191,18 @@ class TwistedLM:
                 state = self.append(state, tokens[:, t])
         return np.where(sequences.mask, log_probs.reshape(sequences.tokens.shape), 0.0)
 
-    def _steered(self, log_prior: FloatArray, log_psi_of: Callable[[IntArray], FloatArray]) -> FloatArray:
+    def _steered(self, log_prior: FloatArray, log_psi_of: Callable[[IntArray | None], FloatArray]) -> FloatArray:
         """Return log q of unfinished rows, (R, V); where the twist is 0 throughout, the prior."""
-        if self._top_k == log_prior.shape[1]:
-            candidates: IntArray = np.broadcast_to(np.arange(self._top_k), log_prior.shape)
+        if self._top_k < log_prior.shape[1]:
+            likely = np.argpartition(-log_prior, self._top_k - 1, axis=1)[:, : self._top_k]
+            scores = np.full(log_prior.shape, -np.inf)
+            kept = np.take_along_axis(log_prior, likely, axis=1) + check_log_weights(log_psi_of(likely))
+            np.put_along_axis(scores, likely, kept, axis=1)
         else:
-            candidates = np.argpartition(-log_prior, self._top_k - 1, axis=1)[:, : self._top_k]
-        scores = np.take_along_axis(log_prior, candidates, axis=1) + check_log_weights(log_psi_of(candidates))
+            scores = log_prior + check_log_weights(log_psi_of(None))
         total = logsumexp(scores)[:, None]
-        twisted = np.full(log_prior.shape, -np.inf)
-        np.put_along_axis(twisted, candidates, scores - np.where(np.isneginf(total), 0.0, total), axis=1)
-        twisted = np.where(np.isneginf(total), log_prior, twisted)
+        hopeless = np.isneginf(total)
+        twisted = np.where(hopeless, log_prior, scores - np.where(hopeless, 0.0, total))
         if self._epsilon in (0.0, 1.0):
             return twisted if self._epsilon == 0 else log_prior
         mixed: FloatArray = np.logaddexp(np.log1p(-self._epsilon) + twisted, np.log(self._epsilon) + log_prior)
