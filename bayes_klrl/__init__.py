@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from bayes_klrl.likelihood import Likelihood as Likelihood
     from bayes_klrl.likelihood import Reward as Reward
     from bayes_klrl.likelihood import TokenReward as TokenReward
+    from bayes_klrl.models.automaton import Automaton as Automaton
+    from bayes_klrl.models.automaton_reward import AutomatonConstraint as AutomatonConstraint
+    from bayes_klrl.models.automaton_reward import AutomatonReward as AutomatonReward
+    from bayes_klrl.models.hmm_lm import HmmLM as HmmLM
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
     from bayes_klrl.models.twist import PartialRewardTwist as PartialRewardTwist
@@ -47,6 +51,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Algorithm": "bayes_klrl.typing",
+    "Automaton": "bayes_klrl.models.automaton",
+    "AutomatonConstraint": "bayes_klrl.models.automaton_reward",
+    "AutomatonReward": "bayes_klrl.models.automaton_reward",
     "BayesKLRLError": "bayes_klrl.errors",
     "BestOfN": "bayes_klrl.inference.best_of_n",
     "BudgetError": "bayes_klrl.errors",
@@ -56,6 +63,7 @@ _HOME = {
     "Draws": "bayes_klrl.draws",
     "Exact": "bayes_klrl.inference.exact",
     "Fit": "bayes_klrl.inference.svi",
+    "HmmLM": "bayes_klrl.models.hmm_lm",
     "ImportanceSampling": "bayes_klrl.inference.importance",
     "LanguageModel": "bayes_klrl.typing",
     "LearnedTwist": "bayes_klrl.inference.learned_twist",
@@ -81,6 +89,9 @@ _HOME = {
 
 __all__ = [
     "Algorithm",
+    "Automaton",
+    "AutomatonConstraint",
+    "AutomatonReward",
     "BayesKLRLError",
     "BestOfN",
     "BudgetError",
@@ -90,6 +101,7 @@ __all__ = [
     "Draws",
     "Exact",
     "Fit",
+    "HmmLM",
     "ImportanceSampling",
     "LanguageModel",
     "LearnedTwist",

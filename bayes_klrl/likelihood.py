@@ -18,7 +18,7 @@ from bayes_klrl.batch import Batch, TextCall, accepts, first_failing_row, parame
 from bayes_klrl.errors import BayesKLRLError, RewardError, TextRewardError
 from bayes_klrl.typing import FloatArray, LanguageModel
 
-__all__ = ["Constraint", "Likelihood", "Reward", "TokenReward"]
+__all__ = ["Constraint", "Factor", "Likelihood", "Reward", "TokenReward", "check_alpha_and_bounds"]
 
 
 class Likelihood(ABC):
@@ -50,7 +50,7 @@ class Likelihood(ABC):
 
     @property
     @abstractmethod
-    def factors(self) -> tuple[_Factor, ...]:
+    def factors(self) -> tuple[Factor, ...]:
         """The functions that are multiplied."""
 
     def __mul__(self, other: object) -> Likelihood:
@@ -83,18 +83,18 @@ class Likelihood(ABC):
 class _Product(Likelihood):
     """Several factors, multiplied; made by `_product`."""
 
-    parts: tuple[_Factor, ...]
+    parts: tuple[Factor, ...]
     alpha: float | None
     bounds: tuple[float, float] | None
     name: str | None
 
     @property
-    def factors(self) -> tuple[_Factor, ...]:
+    def factors(self) -> tuple[Factor, ...]:
         """See `Likelihood.factors`."""
         return self.parts
 
 
-def _product(factors: tuple[_Factor, ...]) -> Likelihood:
+def _product(factors: tuple[Factor, ...]) -> Likelihood:
     """Return the product of factors: their common alpha if they have one, else alpha = 1."""
     if len(factors) == 1:
         return factors[0]
@@ -109,13 +109,13 @@ def _product(factors: tuple[_Factor, ...]) -> Likelihood:
     return _Product(factors, alpha, bounds, " * ".join(factor.label for factor in factors))
 
 
-class _Factor(Likelihood):
+class Factor(Likelihood):
     """One function of completions, and how its values enter the likelihood."""
 
     fn: Callable[..., Any]
 
     @property
-    def factors(self) -> tuple[_Factor, ...]:
+    def factors(self) -> tuple[Factor, ...]:
         """Itself."""
         return (self,)
 
@@ -129,7 +129,7 @@ class _Factor(Likelihood):
         return 1.0 if self.alpha is None or self.alpha == alpha else (alpha or 1.0) / self.alpha
 
     @abstractmethod
-    def tempered(self, gamma: float) -> _Factor:
+    def tempered(self, gamma: float) -> Factor:
         """Return the factor to the power gamma."""
 
     @abstractmethod
@@ -162,7 +162,7 @@ class _Factor(Likelihood):
         return values
 
 
-class _TextFactor(_Factor):
+class _TextFactor(Factor):
     """A factor whose function has the signature of TRL's reward functions."""
 
     def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
@@ -175,7 +175,7 @@ class _TextFactor(_Factor):
             )
 
     def values(self, batch: Batch) -> FloatArray:
-        """See `_Factor.values`."""
+        """See `Factor.values`."""
         call = TextCall.of(self.fn, frozenset(batch.columns), self.label)
         if batch.prior.tokenizer is None:  # **kwargs would otherwise decode what has no text
             call = call.without_text()
@@ -233,7 +233,7 @@ class Reward(_TextFactor):
 
 
 @dataclass(frozen=True, eq=False)
-class TokenReward(_Factor):
+class TokenReward(Factor):
     """exp(r(x) / alpha) for a function of token arrays.
 
     Parameters
@@ -277,7 +277,7 @@ class TokenReward(_Factor):
             )
 
     def values(self, batch: Batch) -> FloatArray:
-        """See `_Factor.values`."""
+        """See `Factor.values`."""
         extra = {name: batch.prompt_index.copy() for name in self._asked_for}
         try:
             outcome = self.fn(batch.tokens.copy(), batch.lengths.copy(), **extra)
@@ -337,6 +337,11 @@ def _check_factor(factor: Reward | TokenReward) -> None:
     """Refuse what cannot be a reward's function, alpha or bounds."""
     if not callable(factor.fn):
         raise BayesKLRLError(f"A reward is a function of completions; got {factor.fn!r}.")
+    check_alpha_and_bounds(factor)
+
+
+def check_alpha_and_bounds(factor: Factor) -> None:
+    """Refuse an alpha or bounds that cannot be, and make floats of them, in a frozen factor under construction."""
     object.__setattr__(factor, "alpha", _positive("alpha", factor.alpha))
     if factor.bounds is not None:
         try:

@@ -22,8 +22,10 @@ _ROWS_PER_BLOCK = 512
 _COMPACT_BELOW = 0.8
 
 
-def check_proposal(proposal: LanguageModel, prior: LanguageModel) -> None:
+def check_proposal(proposal: LanguageModel, prior: LanguageModel, *, covers: bool = False) -> None:
     """Refuse a proposal on another vocabulary, or one that cannot reach what the prior can.
+
+    With `covers` the caller knows that it reaches all that has posterior probability.
 
     Raises
     ------
@@ -40,7 +42,7 @@ def check_proposal(proposal: LanguageModel, prior: LanguageModel) -> None:
             f"The proposal has {proposal.vocab_size} tokens and EOS {sorted(proposal.eos_token_ids)}, the prior "
             f"{prior.vocab_size} and {sorted(prior.eos_token_ids)}. They must share one vocabulary."
         )
-    if prior.full_support and not proposal.full_support:
+    if prior.full_support and not proposal.full_support and not covers:
         raise SupportError(
             "The proposal gives probability 0 to some tokens that the prior can draw, so the posterior there would be "
             "missed without a trace. Use a proposal with full support (no top-k or top-p, no masked logits)."

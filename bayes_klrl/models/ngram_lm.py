@@ -23,7 +23,7 @@ from bayes_klrl.models.ngram_tables import BackoffTable, DenseTable, NgramTable,
 from bayes_klrl.sequences import Sequences, pad_token
 from bayes_klrl.typing import FloatArray, IntArray, TokenIds
 
-__all__ = ["CharacterTokenizer", "NgramLM"]
+__all__ = ["CharacterTokenizer", "NgramLM", "as_ids", "as_int_array", "check_vocabulary", "plain_ids", "texts_of"]
 
 _FORMAT = "bayes_klrl.NgramLM/1"
 _MAX_DENSE_ENTRIES = 10_000_000  # 80 MB of float64
@@ -128,7 +128,7 @@ class NgramLM:
             self._table = log_probs
         else:
             self._table = DenseTable(np.asarray(log_probs, dtype=np.float64))
-        self._eos_token_ids = _as_ids(eos_token_id)
+        self._eos_token_ids = as_ids(eos_token_id)
         self._tokenizer = tokenizer
         outside = sorted(i for i in self._eos_token_ids if not 0 <= i < self.vocab_size)
         if outside:
@@ -183,17 +183,17 @@ class NgramLM:
         if tokenizer is not None:
             eos_token_id = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
             vocab_size = len(tokenizer) if vocab_size is None else vocab_size
-        eos_ids = _as_ids(eos_token_id)
+        eos_ids = as_ids(eos_token_id)
         if are_texts and not eos_ids:
             raise BayesKLRLError("The tokenizer has no EOS to end the texts with; give eos_token_id.")
         if are_texts:
-            texts = [[*_plain_ids(tokenizer, text), min(eos_ids)] for text in texts]
-        ids = [_as_int_array(text) for text in texts]
+            texts = [[*plain_ids(tokenizer, text), min(eos_ids)] for text in texts]
+        ids = [as_int_array(text) for text in texts]
         if not sum(map(len, ids)):
             raise BayesKLRLError("There is nothing to fit to; give at least one text, or list of ids, with a token.")
         used = np.concatenate([*ids, np.array(sorted(eos_ids), dtype=np.int64)])
         vocab_size = int(used.max()) + 1 if vocab_size is None else vocab_size
-        _check_vocabulary(used, vocab_size)
+        check_vocabulary(used, vocab_size)
         table = fit_witten_bell(ids, order=order, vocab_size=vocab_size, pad_token=pad_token(eos_ids))
         return cls(table, eos_token_id=eos_ids, tokenizer=tokenizer)
 
@@ -223,6 +223,11 @@ class NgramLM:
         return self._tokenizer
 
     @property
+    def table(self) -> NgramTable:
+        """How the log-probs are stored: densely, or sparsely with back-off."""
+        return self._table
+
+    @property
     def log_probs(self) -> FloatArray:
         """The table log p(token | context), shape (V,) * order; refused above ten million entries."""
         if isinstance(self._table, DenseTable):
@@ -241,22 +246,21 @@ class NgramLM:
         """See `LanguageModel.encode`: no BOS, as EOS pads; without a tokenizer only "" has ids, none."""
         if self._tokenizer is None and any(texts):
             raise BayesKLRLError("This NgramLM has no tokenizer: give prompts as lists of token ids.")
-        return [_plain_ids(self._tokenizer, text) if text else [] for text in texts]
+        return [plain_ids(self._tokenizer, text) if text else [] for text in texts]
 
     def decode(self, ids: Sequence[TokenIds]) -> list[str]:
         """See `LanguageModel.decode`."""
         if self._tokenizer is None:
             raise BayesKLRLError("This NgramLM has no tokenizer, so its tokens have no text: use token ids.")
-        special = self._eos_token_ids.union(getattr(self._tokenizer, "all_special_ids", ()))
-        return [self._tokenizer.decode([int(i) for i in row if int(i) not in special]) for row in ids]
+        return texts_of(self._tokenizer, ids, self._eos_token_ids)
 
     def prefill(self, prompts: Sequence[TokenIds]) -> IntArray:
         """Return the last order - 1 tokens of each prompt, (R, order - 1): see `LanguageModel.prefill`."""
         width = self.order - 1
         contexts = np.full((len(prompts), width), pad_token(self._eos_token_ids), dtype=np.int64)
         for row, prompt in enumerate(prompts):
-            ids = _as_int_array(prompt)
-            _check_vocabulary(ids, self.vocab_size)
+            ids = as_int_array(prompt)
+            check_vocabulary(ids, self.vocab_size)
             kept = min(len(ids), width)
             contexts[row, width - kept :] = ids[len(ids) - kept :]
         return contexts
@@ -267,8 +271,8 @@ class NgramLM:
 
     def append(self, state: IntArray, tokens: IntArray) -> IntArray:
         """See `LanguageModel.append`."""
-        tokens = _as_int_array(tokens)
-        _check_vocabulary(tokens, self.vocab_size)
+        tokens = as_int_array(tokens)
+        check_vocabulary(tokens, self.vocab_size)
         return np.concatenate([state, tokens[:, None]], axis=1)[:, 1:]
 
     def select(self, state: IntArray, rows: IntArray) -> IntArray:
@@ -283,7 +287,7 @@ class NgramLM:
         before = np.broadcast_to(self.prefill(prompts)[:, None], (num_prompts, num_draws, self.order - 1))
         grams = sliding_window_view(np.concatenate([before, sequences.tokens], axis=2), self.order, axis=2)
         scored = grams[sequences.mask]  # what stands past a completion's length may be no token at all
-        _check_vocabulary(scored[:, -1], self.vocab_size)
+        check_vocabulary(scored[:, -1], self.vocab_size)
         log_probs = np.zeros(sequences.tokens.shape)
         log_probs[sequences.mask] = self._table.at(scored[:, :-1], scored[:, -1])
         return log_probs
@@ -337,7 +341,7 @@ class NgramLM:
             raise CheckpointError(f"{folder} does not hold a readable NgramLM: {error}") from error
 
 
-def _as_ids(eos_token_id: int | Collection[int] | None) -> frozenset[int]:
+def as_ids(eos_token_id: int | Collection[int] | None) -> frozenset[int]:
     """Return one id, several or None as a set."""
     if eos_token_id is None:
         return frozenset()
@@ -346,7 +350,7 @@ def _as_ids(eos_token_id: int | Collection[int] | None) -> frozenset[int]:
     return frozenset({int(eos_token_id)})
 
 
-def _as_int_array(ids: TokenIds | IntArray) -> IntArray:
+def as_int_array(ids: TokenIds | IntArray) -> IntArray:
     """Return token ids as int64, refusing floats rather than rounding them."""
     array = np.asarray(ids)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
@@ -354,7 +358,7 @@ def _as_int_array(ids: TokenIds | IntArray) -> IntArray:
     return array.astype(np.int64)
 
 
-def _check_vocabulary(ids: IntArray, vocab_size: int) -> None:
+def check_vocabulary(ids: IntArray, vocab_size: int) -> None:
     """Refuse ids that a lookup would wrap around or run past."""
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
@@ -363,12 +367,18 @@ def _check_vocabulary(ids: IntArray, vocab_size: int) -> None:
         )
 
 
-def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Return a text's ids without the marks a tokenizer sets at its ends: EOS padding stands for them."""
     marks = {getattr(tokenizer, f"{mark}_token_id", None) for mark in ("bos", "eos", "cls", "sep")}
     ids = [int(i) for i in tokenizer.encode(text)]
     inner = [position for position, i in enumerate(ids) if i not in marks]
     return ids[inner[0] : inner[-1] + 1] if inner else []
+
+
+def texts_of(tokenizer: Any, ids: Sequence[TokenIds], eos_token_ids: Collection[int]) -> list[str]:
+    """Return the text of each list of ids, EOS and the tokenizer's special tokens skipped."""
+    special = {*eos_token_ids, *getattr(tokenizer, "all_special_ids", ())}
+    return [tokenizer.decode([int(i) for i in row if int(i) not in special]) for row in ids]
 
 
 def _load_tokenizer(folder: Path, config: dict[str, Any]) -> Any | None:

@@ -17,7 +17,7 @@ from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.typing import FloatArray, IntArray
 from bayes_klrl.weights import logsumexp
 
-__all__ = ["BackoffLevel", "BackoffTable", "DenseTable", "NgramTable", "fit_witten_bell"]
+__all__ = ["BackoffLevel", "BackoffTable", "DenseTable", "NgramTable", "find_keys", "fit_witten_bell"]
 
 _SUM_TOLERANCE = 1e-6  # what a softmax in float32 leaves
 _EXACT_TOLERANCE = 1e-12  # what one in float64 leaves: such rows are kept bit for bit
@@ -192,7 +192,7 @@ class BackoffTable:
     def rows(self, contexts: IntArray) -> FloatArray:
         """See `NgramTable.rows`."""
         log_probs = np.tile(self.unigram, (len(contexts), 1))
-        for level, row, context in self._seen(contexts):
+        for level, row, context in self.seen(contexts):
             log_probs[row] += level.log_backoff[context, None]
             arc, count = self._arcs_of(level, context)
             log_probs[np.repeat(row, count), level.arc_keys[arc] % self.vocab_size] = level.arc_log_probs[arc]
@@ -201,8 +201,8 @@ class BackoffTable:
     def at(self, contexts: IntArray, tokens: IntArray) -> FloatArray:
         """See `NgramTable.at`."""
         log_probs: FloatArray = self.unigram[tokens]
-        for level, row, context in self._seen(contexts):
-            arc, found = _find(level.arc_keys, context * self.vocab_size + tokens[row])
+        for level, row, context in self.seen(contexts):
+            arc, found = find_keys(level.arc_keys, context * self.vocab_size + tokens[row])
             backed_off = log_probs[row] + level.log_backoff[context]
             log_probs[row] = np.where(found, level.arc_log_probs[arc], backed_off)
         return log_probs
@@ -238,12 +238,12 @@ class BackoffTable:
                 raise BayesKLRLError("The arrays of the back-off table do not fit together; save the model again.")
             num_parents = num_contexts
 
-    def _seen(self, contexts: IntArray) -> Iterator[tuple[BackoffLevel, IntArray, IntArray]]:
+    def seen(self, contexts: IntArray) -> Iterator[tuple[BackoffLevel, IntArray, IntArray]]:
         """Yield, from short contexts to long, the rows whose context was seen and the context's number."""
         row = np.arange(len(contexts))
         parent = np.zeros(len(contexts), dtype=np.int64)
         for length, level in enumerate(self.levels, start=1):
-            context, found = _find(level.context_keys, parent * self.vocab_size + contexts[row, -length])
+            context, found = find_keys(level.context_keys, parent * self.vocab_size + contexts[row, -length])
             # A context is seen only if its shorter suffix was: the rest need not be looked up any further.
             row, parent = row[found], context[found]
             yield level, row, parent
@@ -262,7 +262,7 @@ def _are_keys(keys: IntArray, limit: int) -> bool:
     return is_integer and bool(keys[0] >= 0 and keys[-1] < limit and (np.diff(keys) > 0).all())
 
 
-def _find(sorted_keys: IntArray, keys: IntArray) -> tuple[IntArray, NDArray[np.bool_]]:
+def find_keys(sorted_keys: IntArray, keys: IntArray) -> tuple[IntArray, NDArray[np.bool_]]:
     """Return each key's position in `sorted_keys` (any legal one if absent) and whether it is there."""
     position = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
     return position, sorted_keys[position] == keys

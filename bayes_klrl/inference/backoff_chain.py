@@ -1,0 +1,256 @@
+"""A sparse back-off n-gram model as a chain, without a dense column per token.
+
+A state is the longest seen suffix of the text, a node of the trie of contexts; node 0 is the empty one. What a node h does
+not spell out it leaves to its parent h' (h without its oldest token), so sums over tokens recurse over orders:
+
+    sum_a p(a | h) g(h a) = sum_{a in E(h)} [p(a | h) g(h a) - w(h) p(a | h') g(h' a)] + w(h) sum_a p(a | h') g(h' a),
+
+E(h) the tokens with an arc at h, or after which the longest seen suffix is longer than after h'. At the highest order both
+lead to the same context, and the bracket is one non-negative number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.chains import ngram_state
+from bayes_klrl.models.ngram_lm import NgramLM
+from bayes_klrl.models.ngram_tables import BackoffLevel, BackoffTable, find_keys
+from bayes_klrl.typing import FloatArray, IntArray, TokenIds
+
+__all__ = ["BackoffChain"]
+
+_CANCELLED = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class _Level:
+    """One order of the trie with numbers that are global.
+
+    Parameters
+    ----------
+    nodes
+        The nodes of this level.
+    parents
+        The node without its oldest token, shape (C,).
+    log_backoff
+        log w(h), shape (C,).
+    arcs
+        The table's level.
+    extension_keys, extensions
+        h V + a, sorted, of the nodes at the next level that are h followed by a, h counted within this level; and those
+        nodes.
+    """
+
+    nodes: slice
+    parents: IntArray
+    log_backoff: FloatArray
+    arcs: BackoffLevel
+    extension_keys: IntArray
+    extensions: IntArray
+
+
+class BackoffChain:
+    """See the module; `M` is never formed."""
+
+    def __init__(self, prior: NgramLM, table: BackoffTable) -> None:
+        self._prior, self._table, self._size = prior, table, table.vocab_size
+        self._levels, last_tokens = _trie(table)
+        self.num_states = 1 + last_tokens.size
+        # arrival j < H - 1 is node j + 1; then the tokens after which no context was ever seen
+        root_arrivals = np.full(self._size, -1, dtype=np.int64)
+        if table.levels:
+            root_arrivals[table.levels[0].context_keys] = np.arange(len(table.levels[0].context_keys))
+        unseen = np.flatnonzero(root_arrivals < 0)
+        root_arrivals[unseen] = last_tokens.size + np.arange(unseen.size)
+        self._root_arrivals = root_arrivals
+        self.arrival_states = np.concatenate([np.arange(1, self.num_states), np.zeros(unseen.size, dtype=np.int64)])
+        self.arrival_tokens = np.concatenate([last_tokens, unseen])
+        parts = [table.unigram, *(part for level in table.levels for part in (level.arc_log_probs, level.log_backoff))]
+        # back-off multiplies once an order
+        least = [float(part[np.isfinite(part)].min(initial=0.0)) for part in parts]
+        self.least_log_prob = float(sum(least))
+
+    def expect(self, values: FloatArray) -> tuple[FloatArray, FloatArray | None]:
+        """See `Chain.expect`."""
+        total: FloatArray = self._matrices[0] @ values
+        removed = self._matrices[1] @ values
+        cancelled = None
+        for level in self._levels:
+            added = total[level.nodes] + np.exp(level.log_backoff)[:, None] * total[level.parents]
+            left = added - removed[level.nodes]
+            total[level.nodes] = left
+            lost = left < _CANCELLED * added
+            if lost.any():
+                cancelled = np.zeros(total.shape, dtype=bool) if cancelled is None else cancelled
+                cancelled[level.nodes] = lost & (removed[level.nodes] > 0)
+        return total, cancelled
+
+    def expect_log(self, values: FloatArray) -> FloatArray:
+        """See `Chain.expect_log`."""
+        plain = self.expect(values)[0]
+        total: FloatArray = self._log_matrix @ values
+        for level in self._levels:
+            log_w = level.log_backoff[:, None]
+            below = log_w * plain[level.parents] + total[level.parents]
+            total[level.nodes] += np.where(np.isneginf(log_w), 0.0, np.exp(log_w) * below)
+        return total
+
+    def collect(self, mass: FloatArray) -> FloatArray:
+        """See `Chain.collect`."""
+        passed = mass.copy()
+        for level in reversed(self._levels):
+            left = np.exp(level.log_backoff)[:, None] * passed[level.nodes]
+            for k in range(mass.shape[1]):
+                passed[:, k] += np.bincount(level.parents, weights=left[:, k], minlength=self.num_states)
+        collected: FloatArray = self._matrices[0].T @ passed - self._matrices[1].T @ passed
+        return np.maximum(collected, 0.0)  # what cancels leaves rounding errors of either sign
+
+    def row(self, state: int) -> tuple[FloatArray, IntArray]:
+        """See `Chain.row`."""
+        log_probs, arrivals = self._table.unigram.copy(), self._root_arrivals.copy()
+        for level, within in self._path(state):
+            log_probs += level.log_backoff[within]
+            begin, end = np.searchsorted(level.arcs.arc_keys, [within * self._size, (within + 1) * self._size])
+            log_probs[level.arcs.arc_keys[begin:end] % self._size] = level.arcs.arc_log_probs[begin:end]
+            begin, end = np.searchsorted(level.extension_keys, [within * self._size, (within + 1) * self._size])
+            arrivals[level.extension_keys[begin:end] % self._size] = level.extensions[begin:end] - 1
+        return log_probs, arrivals
+
+    def _path(self, state: int) -> list[tuple[_Level, int]]:
+        """Return the levels from the shortest suffix of a node to itself, and its number within each."""
+        path: list[tuple[_Level, int]] = []
+        while state:
+            level = next(each for each in self._levels if each.nodes.start <= state < each.nodes.stop)
+            path.append((level, state - level.nodes.start))
+            state = int(level.parents[state - level.nodes.start])
+        return path[::-1]
+
+    def beliefs(self, prior_state: IntArray) -> tuple[IntArray, FloatArray]:
+        """See `Chain.beliefs`: the longest suffix that was seen."""
+        states = np.zeros((len(prior_state), 1), dtype=np.int64)
+        for level, (_, row, within) in zip(self._levels, self._table.seen(prior_state), strict=True):
+            states[row, 0] = level.nodes.start + within
+        return states, np.zeros(states.shape)
+
+    def log_terms(self, prior_state: IntArray, log_values: FloatArray, columns: IntArray) -> FloatArray:
+        """See `Chain.log_terms`."""
+        arrivals = np.tile(self._root_arrivals, (len(prior_state), 1))
+        for level, (_, row, within) in zip(self._levels, self._table.seen(prior_state), strict=True):
+            begin = np.searchsorted(level.extension_keys, within * self._size)
+            count = np.searchsorted(level.extension_keys, (within + 1) * self._size) - begin
+            place = np.repeat(begin - np.cumsum(count) + count, count) + np.arange(count.sum())
+            arrivals[np.repeat(row, count), level.extension_keys[place] % self._size] = level.extensions[place] - 1
+        values: FloatArray = log_values[arrivals, columns[:, None]]
+        values += self._table.rows(prior_state)
+        return values
+
+    def prefix_state(self, prompt_ids: Sequence[TokenIds], prompt_index: IntArray, prefixes: IntArray) -> IntArray:
+        """See `Chain.prefix_state`."""
+        return ngram_state(self._prior, prompt_ids, prompt_index, prefixes)
+
+    @cached_property
+    def _explicit(self) -> list[tuple[IntArray, ...]]:
+        """Of each level: node, its log p(a | h), arrival after h; log w(h) + log p(a | h'), arrival after h'; for E(h)."""
+        found = []
+        for depth, level in enumerate(self._levels, start=1):
+            within, tokens = np.divmod(np.union1d(level.arcs.arc_keys, level.extension_keys), self._size)
+            parents = level.parents[within] - (self._levels[depth - 2].nodes.start if depth > 1 else 0)
+            here = self._lookup(depth, within, tokens)
+            below = self._lookup(depth - 1, parents, tokens)
+            found.append((level.nodes.start + within, *here, level.log_backoff[within] + below[0], below[1]))
+        return found
+
+    def _lookup(self, depth: int, within: IntArray, tokens: IntArray) -> tuple[FloatArray, IntArray]:
+        """Return log p(a | h) and the arrival by a after h, for nodes h of one depth."""
+        if depth == 0:
+            return self._table.unigram[tokens], self._root_arrivals[tokens]
+        level = self._levels[depth - 1]
+        parents = level.parents[within] - (self._levels[depth - 2].nodes.start if depth > 1 else 0)
+        log_probs, arrivals = self._lookup(depth - 1, parents, tokens)
+        keys = within * self._size + tokens
+        arc, has_arc = find_keys(level.arcs.arc_keys, keys)
+        log_probs = np.where(has_arc, level.arcs.arc_log_probs[arc], level.log_backoff[within] + log_probs)
+        if level.extension_keys.size:
+            place, longer = find_keys(level.extension_keys, keys)
+            arrivals = np.where(longer, level.extensions[place] - 1, arrivals)
+        return log_probs, arrivals
+
+    @cached_property
+    def _matrices(self) -> tuple[Any, Any]:
+        """The brackets of the formula as two sparse matrices (H, J), what is added and what is taken away."""
+        added = [(np.zeros(self._size, dtype=np.int64), self._root_arrivals, np.exp(self._table.unigram))]
+        removed = []
+        for node, log_p, arrival, log_below, arrival_below in self._explicit:
+            same = arrival == arrival_below
+            change = np.exp(log_p) - np.where(same, np.exp(log_below), 0.0)
+            up = change > 0
+            added.append((node[up], arrival[up], change[up]))
+            removed.append((node[~up], arrival[~up], -change[~up]))
+            removed.append((node[~same], arrival_below[~same], np.exp(log_below[~same])))
+        return self._sparse(added), self._sparse(removed)
+
+    @cached_property
+    def _log_matrix(self) -> Any:
+        """The brackets with p log p in p's place."""
+        unigram = _plogp(self._table.unigram)
+        entries = [(np.zeros(self._size, dtype=np.int64), self._root_arrivals, unigram)]
+        for node, log_p, arrival, log_below, arrival_below in self._explicit:
+            entries.append((node, arrival, _plogp(log_p)))
+            entries.append((node, arrival_below, -_plogp(log_below)))
+        return self._sparse(entries)
+
+    def _sparse(self, entries: list[tuple[IntArray, IntArray, FloatArray]]) -> Any:
+        """Return the sum of (row, column, value) entries as a matrix of compressed rows."""
+        from scipy.sparse import csr_array
+
+        shape = (self.num_states, self.arrival_states.size)
+        if not entries:
+            return csr_array(shape)
+        rows, columns, values = (np.concatenate(part) for part in zip(*entries, strict=True))
+        return csr_array((values, (rows, columns)), shape=shape)
+
+
+def _plogp(log_p: FloatArray) -> FloatArray:
+    """Return p log p, 0 for p = 0."""
+    return np.where(np.isneginf(log_p), 0.0, np.exp(log_p) * np.where(np.isneginf(log_p), 0.0, log_p))
+
+
+def _trie(table: BackoffTable) -> tuple[list[_Level], IntArray]:
+    """Return the levels with global node numbers, and the newest token of every node but the root."""
+    size = table.vocab_size
+    starts = np.cumsum([1, *(len(level.context_keys) for level in table.levels)])
+    newest: list[IntArray] = []
+    prefixes: list[IntArray] = []  # each node without its newest token, numbered within the level below
+    parents = []
+    for depth, level in enumerate(table.levels):
+        parent, oldest = np.divmod(level.context_keys, size)
+        newest.append(newest[-1][parent] if depth else oldest)
+        parents.append(parent + starts[depth - 1] if depth else np.zeros(parent.size, dtype=np.int64))
+        if depth:
+            place, found = find_keys(table.levels[depth - 1].context_keys, prefixes[-1][parent] * size + oldest)
+            if not found.all():
+                raise BayesKLRLError(
+                    "This back-off table has a context without the context that is one token shorter at the new end, so it "
+                    "is no chain over seen contexts. Tables made by NgramLM.fit have none such."
+                )
+            prefixes.append(place)
+        else:
+            prefixes.append(np.zeros(parent.size, dtype=np.int64))
+    levels = []
+    for depth, level in enumerate(table.levels):
+        keys = np.zeros(0, dtype=np.int64)
+        nodes = keys
+        if depth + 1 < len(table.levels):
+            keys = prefixes[depth + 1] * size + newest[depth + 1]
+            nodes = np.argsort(keys)
+            keys, nodes = keys[nodes], nodes + starts[depth + 1]
+        own = slice(int(starts[depth]), int(starts[depth + 1]))
+        levels.append(_Level(own, parents[depth], level.log_backoff, level, keys, nodes))
+    return levels, np.concatenate([np.zeros(0, dtype=np.int64), *newest])
