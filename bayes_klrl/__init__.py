@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bayes_klrl.errors import TextRewardError as TextRewardError
     from bayes_klrl.errors import UnboundedLossError as UnboundedLossError
     from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
+    from bayes_klrl.inference.distilled_twist import DistilledTwist as DistilledTwist
     from bayes_klrl.inference.exact import Exact as Exact
     from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
     from bayes_klrl.inference.learned_twist import LearnedTwist as LearnedTwist
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
     from bayes_klrl.models.twist import PartialRewardTwist as PartialRewardTwist
+    from bayes_klrl.models.twist_counting import CountingTwist as CountingTwist
     from bayes_klrl.models.twisted_lm import TwistedLM as TwistedLM
     from bayes_klrl.posterior import Posterior as Posterior
     from bayes_klrl.sequences import Sequences as Sequences
@@ -60,6 +62,8 @@ _HOME = {
     "CheckpointError": "bayes_klrl.errors",
     "Comparison": "bayes_klrl.comparison",
     "Constraint": "bayes_klrl.likelihood",
+    "CountingTwist": "bayes_klrl.models.twist_counting",
+    "DistilledTwist": "bayes_klrl.inference.distilled_twist",
     "Draws": "bayes_klrl.draws",
     "Exact": "bayes_klrl.inference.exact",
     "Fit": "bayes_klrl.inference.svi",
@@ -98,6 +102,8 @@ __all__ = [
     "CheckpointError",
     "Comparison",
     "Constraint",
+    "CountingTwist",
+    "DistilledTwist",
     "Draws",
     "Exact",
     "Fit",
