@@ -10,8 +10,10 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl import problems
+from bayes_klrl.inference.messages import backward_messages
 from bayes_klrl.models.decoding import Decoding, decode
 from bayes_klrl.models.twist import ConstantTwist, completed_log_psi, next_log_psi
+from bayes_klrl.randomness import generator
 from tests.test_inference_smc import repeated
 from tests.truth import Truth, random_posterior, z_score
 from tests.user_models import RecurrentLM
@@ -309,3 +311,119 @@ def test_what_is_no_twist_is_refused(twist: Any) -> None:
         bk.SMC(8, twist=twist)
     with pytest.raises(bk.BayesKLRLError, match="twisted"):
         bk.SMC(8, proposal="prior")  # type: ignore[arg-type]
+
+
+# --- the automaton's exact twist, and what imitates it ------------------------------------------------------------
+
+
+def counter_posterior(modulo: int = 5, num_tokens: int = 20, num_runs: int = 1) -> bk.Posterior:
+    """P5 of THEORY 6: the count of token 0 must be m - 1 modulo m at the end, b = 8."""
+    prior = bk.NgramLM(problems.gold_table(-1e3), eos_token_id=3)
+    machine = bk.Automaton.counts(0, modulo=modulo, vocab_size=4, eos_token_ids=3)
+    last = np.arange(modulo) == modulo - 1
+    reward = bk.AutomatonReward(machine, final_rewards=1.0 * last, alpha=1 / 8, bounds=(0, 1))
+    return bk.Posterior(prior, reward, prompts=[[]] * num_runs, max_new_tokens=num_tokens)
+
+
+@pytest.mark.parametrize("num_tokens", [20, 100])
+def test_one_particle_is_exact_with_the_automatons_twist(num_tokens: int) -> None:
+    posterior = counter_posterior(num_tokens=num_tokens)
+    messages = backward_messages(posterior)
+    draws = bk.SMC(1, twist=messages.twist(), proposal="twisted").run(posterior, seed=0)
+    np.testing.assert_allclose(draws.log_evidence, {20: 6.324288, 100: 6.391903}[num_tokens], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(draws.log_evidence, messages.log_evidence, rtol=0, atol=1e-10)
+
+
+def test_look_ahead_of_the_automatons_twist_is_the_optimal_one() -> None:
+    """With EOS, rewards along the path, and two prompts: every extension against enumeration."""
+    machine = bk.Automaton.contains([0, 1], vocab_size=4, eos_token_ids=3)
+    reward = bk.AutomatonReward(
+        machine, token_rewards=[0.0, -0.2, 0.1, 0.0], final_rewards=[0.0, 0.3, 2.0], alpha=1 / 1.5
+    )
+    prior = bk.NgramLM(problems.gold_table(-0.5), eos_token_id=3)
+    posterior = bk.Posterior(prior, reward, prompts=[[], [1]], max_new_tokens=4)
+    index, prefixes = np.array([0, 1, 1]), np.array([[0, 1], [2, 0], [0, 2]])
+    fast = backward_messages(posterior).twist().next_log_psi(posterior, index, prefixes)
+    np.testing.assert_allclose(fast, next_log_psi(Optimal(posterior), posterior, index, prefixes), rtol=0, atol=1e-10)
+    last = backward_messages(posterior).twist().next_log_psi(posterior, index, np.column_stack([prefixes, [0, 0, 1]]))
+    slow = next_log_psi(Optimal(posterior), posterior, index, np.column_stack([prefixes, [0, 0, 1]]))
+    np.testing.assert_allclose(last, slow, rtol=0, atol=1e-10)
+
+
+def test_a_distilled_twist_of_another_prior_is_nearly_exact() -> None:
+    """A recurrent prior that no bigram is: the evidence is unbiased, and the bound far tighter than without a twist."""
+    prior = RecurrentLM(4, (3,), seed=2)
+    machine = bk.Automaton.counts(0, modulo=3, vocab_size=4, eos_token_ids=3)
+    reward = bk.AutomatonReward(machine, final_rewards=[0.0, 0.0, 1.0], alpha=1 / 6)
+    posterior = bk.Posterior(prior, reward, prompts=[[0]], max_new_tokens=5)
+    truth = Truth(posterior).log_evidence[0]
+    twist = bk.DistilledTwist(order=2, num_draws=1000).fit(posterior, seed=0)
+    assert twist.training.training_tokens > 100
+    many = repeated(posterior, 300)
+    steered = bk.SMC(8, twist=twist, proposal="twisted").run(many, seed=1).log_evidence - truth
+    plain = bk.SMC(8).run(many, seed=1).log_evidence - truth
+    assert abs(z_score(np.exp(steered), 1.0)) < 3
+    assert plain.mean() < -0.3
+    assert -0.1 < steered.mean() < 0.02
+
+
+def test_distillation_needs_an_automaton() -> None:
+    with pytest.raises(bk.BayesKLRLError, match="CountingTwist"):
+        bk.DistilledTwist().fit(random_posterior(11), seed=0)
+
+
+def test_counting_twist_is_the_shrunk_mean_by_hand() -> None:
+    posterior = random_posterior(12, num_tokens=3, vocab_size=3, eos=(2,), prompts=((0,), (1,)))
+    recipe = bk.CountingTwist(num_draws=50, context=1, shrinkage=4.0)
+    fitted = recipe.fit(posterior, seed=0)
+    block = decode((posterior.prior,), posterior.prompt_ids, 50, 3, generator(0, 50))
+    reward = posterior.reward_of_rows(block.tokens, block.lengths, block.prompt_index)
+    phi = np.exp(reward / posterior.alpha)
+    for p in range(2):
+        own = block.prompt_index == p
+        mean = phi[own].mean()
+        for t in (1, 2):
+            unfinished = own & (block.lengths > t)
+            level = (phi[unfinished].sum() + 4 * mean) / (unfinished.sum() + 4)
+            for token in (0, 1):
+                same = unfinished & (block.tokens[:, t - 1] == token)
+                expected = np.log((phi[same].sum() + 4 * level) / (same.sum() + 4))
+                prefix = np.full((1, t), token)
+                np.testing.assert_allclose(fitted(posterior, np.array([p]), prefix), expected, rtol=0, atol=1e-12)
+                ahead = fitted.next_log_psi(posterior, np.array([p]), prefix[:, 1:])
+                np.testing.assert_allclose(ahead[0, token], expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(fitted(posterior, np.array([p]), np.empty((1, 0), int)), np.log(mean))
+
+
+def test_counting_twists_converge_and_never_drawn_contexts_are_shorter_ones() -> None:
+    """With the context as long as the prefix, and many draws, psi is psi*."""
+    posterior = random_posterior(11, num_tokens=3)
+    optimal = Optimal(posterior)
+    fitted = bk.CountingTwist(num_draws=60_000, context=2, shrinkage=1.0).fit(posterior, seed=0)
+    prefixes = np.array([[a, b] for a in range(3) for b in range(3)])
+    log_prior = posterior.prior.token_log_probs([[]], bk.Sequences(prefixes[None], np.full((1, 9), 2))).sum(axis=2)[0]
+    prefixes = prefixes[log_prior > np.log(0.01)]  # of the others there are too few draws
+    assert len(prefixes) >= 6
+    index = np.zeros(len(prefixes), dtype=np.int64)
+    np.testing.assert_allclose(
+        fitted(posterior, index, prefixes), optimal(posterior, index, prefixes), rtol=0, atol=0.1
+    )
+    few = bk.CountingTwist(num_draws=1, context=2).fit(posterior, seed=0)
+    assert np.isfinite(few.next_log_psi(posterior, index, prefixes)).all()
+    elsewhere = bk.Posterior(posterior.prior, posterior.likelihood, prompts=[[1]], max_new_tokens=3)
+    with pytest.raises(bk.BayesKLRLError, match="other prompts"):
+        few(elsewhere, index, prefixes)
+    with pytest.raises(bk.BayesKLRLError, match="too long"):
+        bk.CountingTwist(10, context=40).fit(posterior, seed=0)
+
+
+@pytest.mark.parametrize("context", [0, 1, 2])
+def test_counting_twists_leave_the_evidence_unbiased(context: int) -> None:
+    posterior = random_posterior(11, num_tokens=4)
+    truth = Truth(posterior).log_evidence[0]
+    twist = bk.CountingTwist(num_draws=1000, context=context).fit(posterior, seed=0)
+    many = repeated(posterior, 300)
+    draws = bk.SMC(8, twist=twist, proposal="twisted").run(many, seed=1)
+    assert abs(z_score(np.exp(draws.log_evidence - truth), 1.0)) < 3
+    if context == 2:
+        assert draws.log_evidence.mean() > bk.SMC(8).run(many, seed=1).log_evidence.mean()

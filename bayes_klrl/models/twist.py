@@ -19,6 +19,7 @@ import numpy as np
 
 from bayes_klrl.checks import check_count, check_finite, check_fraction
 from bayes_klrl.draws import Cost
+from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.decoding import Decoding, decode
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
@@ -30,6 +31,7 @@ __all__ = [
     "FittedPartialReward",
     "PartialRewardTwist",
     "completed_log_psi",
+    "fitted_rows",
     "log_evidence_of_pilot",
     "next_log_psi",
     "pilot_twist",
@@ -67,6 +69,27 @@ def log_evidence_of_pilot(log_likelihood: FloatArray) -> FloatArray:
     """Return log Z-hat of prior draws, (P, N) to (P,); without a hit, what one in one draw more would have given."""
     log_evidence = logmeanexp(log_likelihood)
     return np.where(np.isneginf(log_evidence), -np.log(log_likelihood.shape[-1] + 1), log_evidence)
+
+
+def fitted_rows(posterior: Posterior, prompts: tuple[tuple[int, ...], ...], prompt_index: IntArray) -> IntArray:
+    """Return, of each prompt of a posterior, the row of the prompts that a twist was fitted on, as `prompt_index` asks.
+
+    Raises
+    ------
+    BayesKLRLError
+        If it was not fitted on one of them.
+    """
+    if posterior.prompt_ids == prompts:
+        return prompt_index
+    row_of = {ids: row for row, ids in enumerate(prompts)}
+    unknown = [ids for ids in posterior.prompt_ids if ids not in row_of]
+    if unknown:
+        raise BayesKLRLError(
+            f"This twist was fitted on other prompts; it knows nothing of the one with ids {list(unknown[0])}. Fit it on a "
+            "posterior that has this prompt."
+        )
+    rows: IntArray = np.array([row_of[ids] for ids in posterior.prompt_ids], dtype=np.int64)[prompt_index]
+    return rows
 
 
 @dataclass(frozen=True)
@@ -122,7 +145,7 @@ class PartialRewardTwist:
                 mean = logmeanexp(partial.reshape(log_likelihood.shape)) - np.log(np.maximum(unfinished, 1e-300))
             constants[:, t] -= np.where(np.isfinite(mean) & (unfinished > 0), mean, 0.0)
         training = Cost(training_tokens=pilot.model_tokens, training_seconds=time.perf_counter() - start)
-        return FittedPartialReward(self.gamma, self.floor, log_evidence, constants, training)
+        return FittedPartialReward(self.gamma, self.floor, posterior.prompt_ids, log_evidence, constants, training)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +156,8 @@ class FittedPartialReward:
     ----------
     gamma, floor
         See `PartialRewardTwist`.
+    prompts
+        The token ids of the P prompts.
     log_evidence
         log Z-hat of each prompt, (P,).
     log_constants
@@ -143,16 +168,18 @@ class FittedPartialReward:
 
     gamma: float
     floor: float
+    prompts: tuple[tuple[int, ...], ...]
     log_evidence: FloatArray
     log_constants: FloatArray
     training: Cost = field(default_factory=Cost)
 
     def __call__(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
         """See `Twist.__call__`."""
-        constant, t = self.log_evidence[prompt_index], prefixes.shape[1]
+        rows, t = fitted_rows(posterior, self.prompts, prompt_index), prefixes.shape[1]
+        constant = self.log_evidence[rows]
         if t == 0 or self.floor == 1:
             return constant
-        partial = self.gamma * _partial(posterior, prompt_index, prefixes) + self.log_constants[prompt_index, t]
+        partial = self.gamma * _partial(posterior, prompt_index, prefixes) + self.log_constants[rows, t]
         mixed: FloatArray = np.logaddexp(np.log1p(-self.floor) + partial, np.log(self.floor) + constant)
         return mixed
 

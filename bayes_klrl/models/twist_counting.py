@@ -18,7 +18,7 @@ from bayes_klrl.checks import check_count, check_positive
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.decoding import draw_blocks
-from bayes_klrl.models.twist import log_evidence_of_pilot
+from bayes_klrl.models.twist import fitted_rows, log_evidence_of_pilot
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.typing import FloatArray, IntArray, State
@@ -79,7 +79,7 @@ class CountingTwist:
             posterior, np.concatenate(tokens, axis=1), np.concatenate(lengths, axis=1), log_likelihood
         )
         training = Cost(training_tokens=model_tokens, training_seconds=time.perf_counter() - start)
-        return FittedCounts(*fitted, training=training)
+        return FittedCounts(posterior.prompt_ids, *fitted, training=training)
 
     def _counted(
         self, posterior: Posterior, tokens: IntArray, lengths: IntArray, log_likelihood: FloatArray
@@ -111,6 +111,8 @@ class FittedCounts:
 
     Parameters
     ----------
+    prompts
+        The token ids of the P prompts.
     eos, vocab_size
         Of the prior.
     log_evidence
@@ -121,6 +123,7 @@ class FittedCounts:
         What the draws cost.
     """
 
+    prompts: tuple[tuple[int, ...], ...]
     eos: IntArray
     vocab_size: int
     log_evidence: FloatArray
@@ -129,9 +132,10 @@ class FittedCounts:
 
     def __call__(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
         """See `Twist.__call__`."""
+        rows = fitted_rows(posterior, self.prompts, prompt_index)
         if prefixes.shape[1] == 0:
-            return self.log_evidence[prompt_index]
-        return self._looked_up(posterior, prompt_index, [prefixes[:, -1 - back] for back in range(prefixes.shape[1])])
+            return self.log_evidence[rows]
+        return self._looked_up(posterior, rows, [prefixes[:, -1 - back] for back in range(prefixes.shape[1])])
 
     def next_log_psi(
         self,
@@ -141,10 +145,11 @@ class FittedCounts:
         prior_rows: tuple[State, IntArray] | None = None,
     ) -> FloatArray:
         """Return log psi of every one-token extension, (R, V); see `bayes_klrl.models.twist.next_log_psi`."""
+        rows = fitted_rows(posterior, self.prompts, prompt_index)
         num_rows, width = prefixes.shape
         every = np.tile(np.arange(self.vocab_size), num_rows)
         before = [np.repeat(prefixes[:, -1 - back], self.vocab_size) for back in range(min(width, len(self.levels)))]
-        values = self._looked_up(posterior, np.repeat(prompt_index, self.vocab_size), [every, *before], width + 1)
+        values = self._looked_up(posterior, np.repeat(rows, self.vocab_size), [every, *before], width + 1)
         return values.reshape(num_rows, self.vocab_size)
 
     def _looked_up(
@@ -155,6 +160,8 @@ class FittedCounts:
         position = np.full(len(prompt_index), width - 1)
         log_psi = self.log_evidence[prompt_index]
         for depth, (codes, values) in enumerate(self.levels[: width + 1]):
+            if not codes.size:  # no draw was that long
+                break
             wanted = _codes(posterior, prompt_index, position, recent[: max(depth, 1)], depth, self.eos)
             place = np.minimum(np.searchsorted(codes, wanted), codes.size - 1)
             log_psi = np.where(codes[place] == wanted, values[place], log_psi)
