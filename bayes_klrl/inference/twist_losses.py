@@ -43,7 +43,8 @@ def soft_q_loss(
 
         (log psi_t(x_1:t) - log sum_a p0(a | x_1:t) psi_{t+1}(x_1:t a))^2,     log psi(x) = r(x) / alpha where x is complete
 
-    Soft Q-learning, or PCL with the policy's term summed out. The right-hand side carries no gradient.
+    Soft Q-learning, or PCL with the policy's term summed out. The right-hand side carries no gradient. What happens at the
+    end travels one step a sweep: where it shows at the end only, this takes several times the steps of the other losses.
 
     Parameters
     ----------
