@@ -353,10 +353,10 @@ def check_alpha_and_bounds(factor: Factor) -> None:
         object.__setattr__(factor, "bounds", (low, high))
 
 
-def _positive(what: str, value: float) -> float:
+def _positive(what: str, value: float | None) -> float:
     """Return a positive finite number as float."""
     try:
-        number = np.nan if isinstance(value, str | bytes | bool) else float(value)
+        number = np.nan if value is None or isinstance(value, str | bytes | bool) else float(value)
     except (TypeError, ValueError):
         number = np.nan
     if not (np.isfinite(number) and number > 0):

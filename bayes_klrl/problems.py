@@ -1,7 +1,7 @@
 """Posteriors with known truth: small enough to enumerate, hard enough to tell methods apart.
 
-`gold_posterior` is a deterministic table whose numbers are in THEORY.md, section 6; `random_gpt2_task` is a
-small transformer with a random reward, as far from its prior as asked for.
+The `gold_*` ones are deterministic tables of any length (`problems_gold`); `random_gpt2_task` is a small transformer with
+a random reward, as far from its prior as asked for.
 """
 
 from __future__ import annotations
@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.exact import all_sequences
+from bayes_klrl.inference.enumeration import all_sequences
 from bayes_klrl.likelihood import TokenReward
-from bayes_klrl.models.ngram_lm import NgramLM
 from bayes_klrl.posterior import Posterior, completion_log_probs
+from bayes_klrl.problems_gold import (
+    BOUNDS_SLACK,
+    gold_constraint,
+    gold_counter,
+    gold_dense,
+    gold_hidden,
+    gold_posterior,
+    gold_table,
+)
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray
 from bayes_klrl.weights import logsumexp, normalised
@@ -25,7 +33,17 @@ from bayes_klrl.weights import logsumexp, normalised
 if TYPE_CHECKING:
     from bayes_klrl.models.torch_lm import TorchLM
 
-__all__ = ["GPT2_TASKS", "gold_posterior", "gold_table", "gpt2_task", "random_gpt2_task"]
+__all__ = [
+    "GPT2_TASKS",
+    "gold_constraint",
+    "gold_counter",
+    "gold_dense",
+    "gold_hidden",
+    "gold_posterior",
+    "gold_table",
+    "gpt2_task",
+    "random_gpt2_task",
+]
 
 GPT2_TASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -35,82 +53,6 @@ GPT2_TASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 """The random tasks that variational inference is measured on: vocabulary x length, and how far from the prior."""
-
-_BOUNDS_SLACK = 1e-9  # sums of rewards round
-
-
-def gold_table(eos_logit: float, num: int = 4) -> FloatArray:
-    """Return the GOLD bigram table, THEORY section 6: log-probs of shape (num, num), EOS the last token.
-
-        logit(h, a) = sin(1.7 h + 2.3 a + 0.5 h a),  plus `eos_logit` for a = EOS;  rows are softmax(logits).
-
-    The row of EOS doubles as the start, which is how `NgramLM` pads.
-
-    Examples
-    --------
-    >>> gold_table(-0.5).shape
-    (4, 4)
-    """
-    previous, token = np.indices((num, num))
-    logits = np.sin(1.7 * previous + 2.3 * token + 0.5 * previous * token)
-    logits[:, -1] += eos_logit
-    log_probs: FloatArray = logits - logsumexp(logits)[:, None]
-    return log_probs
-
-
-def gold_posterior(alpha: float = 1 / 1.5, max_new_tokens: int = 6) -> Posterior:
-    """Return problem P1 of THEORY section 6: GOLD with eos_logit -0.5, and a reward for "0, and right after it 1".
-
-        r(x) = sum_t r_a(x_t) + r_T(d),  r_a = (0, -0.2, 0.1, 0),  r_T = (0, 0.3, 2),
-
-    d the final state of the automaton "contains 0 then 1". At the default (1093 completions) log Z =
-    1.65238447, E[r] = 1.48690885 and KL(p* || p0) = 0.57797880.
-
-    Examples
-    --------
-    >>> gold_posterior().log_joint([[1, 0, 1, 2, 3]]).round(6)
-    array([[-1.847754]])
-    """
-    contains_01 = _AutomatonReward(
-        transitions=np.array([[1, 0, 0, 0], [1, 2, 0, 1], [2, 2, 2, 2]]),
-        token_rewards=np.array([0.0, -0.2, 0.1, 0.0]),
-        final_rewards=np.array([0.0, 0.3, 2.0]),
-    )
-    # The worst completion is 1, 1, 1, ...; the best one 0, 1, 2, 2, ...
-    low, high = -0.2 * max_new_tokens, 2.0 - 0.2 + 0.1 * (max_new_tokens - 2)
-    likelihood = TokenReward(
-        contains_01, alpha=alpha, bounds=(low - _BOUNDS_SLACK, high + _BOUNDS_SLACK), name="contains 0 1"
-    )
-    prior = NgramLM(gold_table(-0.5), eos_token_id=3)
-    return Posterior(prior, likelihood, prompts="", max_new_tokens=max_new_tokens)
-
-
-@dataclass(frozen=True, eq=False)
-class _AutomatonReward:
-    """sum_t r_a(x_t) + r_T(d_final) for a finite automaton that starts in state 0.
-
-    Parameters
-    ----------
-    transitions
-        The next state, shape (num_states, V).
-    token_rewards
-        r_a, shape (V,).
-    final_rewards
-        r_T, shape (num_states,).
-    """
-
-    transitions: IntArray
-    token_rewards: FloatArray
-    final_rewards: FloatArray
-
-    def __call__(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
-        """Return the reward of completions, shape (N,)."""
-        state = np.zeros(len(tokens), dtype=np.int64)
-        for t in range(tokens.shape[1]):
-            state = np.where(t < lengths, self.transitions[state, tokens[:, t]], state)
-        counted = np.arange(tokens.shape[1]) < lengths[:, None]
-        reward: FloatArray = (self.token_rewards[tokens] * counted).sum(axis=1) + self.final_rewards[state]
-        return reward
 
 
 def gpt2_task(name: str) -> Posterior:
@@ -167,7 +109,7 @@ def random_gpt2_task(
     likelihood = TokenReward(
         reward,
         alpha=alpha,
-        bounds=(float(values.min()) - _BOUNDS_SLACK, float(values.max()) + _BOUNDS_SLACK),
+        bounds=(float(values.min()) - BOUNDS_SLACK, float(values.max()) + BOUNDS_SLACK),
         name=f"random reward {seed}",
     )
     return Posterior(prior, likelihood, prompts=[prompt], max_new_tokens=max_new_tokens)

@@ -14,7 +14,9 @@ def random_automaton(rng: np.random.Generator, num_states: int, vocab_size: int)
     return bk.Automaton(rng.integers(0, num_states, size=(num_states, vocab_size)), int(rng.integers(num_states)))
 
 
-def random_likelihood(rng: np.random.Generator, vocab_size: int, *, alpha: float = 0.6, hard: bool = False) -> bk.Likelihood:
+def random_likelihood(
+    rng: np.random.Generator, vocab_size: int, *, alpha: float = 0.6, hard: bool = False
+) -> bk.Likelihood:
     """A reward paid by state and token and at the end; with `hard`, -inf among them and a constraint besides."""
     automaton = random_automaton(rng, 3, vocab_size)
     token_rewards, final_rewards = 0.5 * rng.standard_normal((3, vocab_size)), rng.standard_normal(3)

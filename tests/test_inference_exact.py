@@ -5,7 +5,7 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl import problems
-from bayes_klrl.inference.exact import all_sequences, num_sequences
+from bayes_klrl.inference.enumeration import all_sequences, num_sequences
 from tests.truth import Truth, chi_square_p, completions, counts, full_table, random_posterior
 
 # b: log Z, E[r], Var[r], KL(p* || p0), ESS / N

@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.chains import ngram_state
@@ -56,6 +57,15 @@ class _Level:
     extensions: IntArray
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The sums of one order's nodes: what is added, from arrivals and nodes below, and what is taken away (or None)."""
+
+    nodes: slice
+    added: Any
+    removed: Any = None
+
+
 class BackoffChain:
     """See the module; `M` is never formed."""
 
@@ -77,40 +87,49 @@ class BackoffChain:
         least = [float(part[np.isfinite(part)].min(initial=0.0)) for part in parts]
         self.least_log_prob = float(sum(least))
 
-    def expect(self, values: FloatArray) -> tuple[FloatArray, FloatArray | None]:
+    def expect(self, values: FloatArray) -> tuple[FloatArray, NDArray[np.bool_] | None]:
         """See `Chain.expect`."""
-        total: FloatArray = self._matrices[0] @ values
-        removed = self._matrices[1] @ values
+        stacked, cancelled = self._stacked(values)
+        totals: FloatArray = stacked[len(values) :]
+        return totals, cancelled
+
+    def _stacked(self, values: FloatArray) -> tuple[FloatArray, NDArray[np.bool_] | None]:
+        """Return the values with the sums of every node below them, (J + H, K), and where digits were lost, (H, K)."""
+        num = len(values)
+        stacked = np.empty((num + self.num_states, values.shape[1]))
+        stacked[:num] = values
         cancelled = None
-        for level in self._levels:
-            added = total[level.nodes] + np.exp(level.log_backoff)[:, None] * total[level.parents]
-            left = added - removed[level.nodes]
-            total[level.nodes] = left
-            lost = left < _CANCELLED * added
-            if lost.any():
-                cancelled = np.zeros(total.shape, dtype=bool) if cancelled is None else cancelled
-                cancelled[level.nodes] = lost & (removed[level.nodes] > 0)
-        return total, cancelled
+        for part in self._parts:
+            total = part.added @ stacked[: num + part.nodes.start]
+            if part.removed is not None:
+                added, removed = total, part.removed @ values
+                total = added - removed
+                lost = (total < _CANCELLED * added) & (removed > 0)
+                if lost.any():
+                    cancelled = np.zeros((self.num_states, values.shape[1]), bool) if cancelled is None else cancelled
+                    cancelled[part.nodes] = lost
+            stacked[num + part.nodes.start : num + part.nodes.stop] = total
+        return stacked, cancelled
 
     def expect_log(self, values: FloatArray) -> FloatArray:
-        """See `Chain.expect_log`."""
-        plain = self.expect(values)[0]
-        total: FloatArray = self._log_matrix @ values
-        for level in self._levels:
-            log_w = level.log_backoff[:, None]
-            below = log_w * plain[level.parents] + total[level.parents]
-            total[level.nodes] += np.where(np.isneginf(log_w), 0.0, np.exp(log_w) * below)
+        """See `Chain.expect_log`: with p = w p', p log p = w (p' log p' + p' log w)."""
+        stacked = self._stacked(values)[0]
+        total = np.empty((self.num_states, values.shape[1]))
+        for part, (own, below) in zip(self._parts, self._log_parts, strict=True):
+            total[part.nodes] = own @ stacked[: len(values) + part.nodes.start] + below @ total[: part.nodes.start]
         return total
 
     def collect(self, mass: FloatArray) -> FloatArray:
         """See `Chain.collect`."""
-        passed = mass.copy()
-        for level in reversed(self._levels):
-            left = np.exp(level.log_backoff)[:, None] * passed[level.nodes]
-            for k in range(mass.shape[1]):
-                passed[:, k] += np.bincount(level.parents, weights=left[:, k], minlength=self.num_states)
-        collected: FloatArray = self._matrices[0].T @ passed - self._matrices[1].T @ passed
-        return np.maximum(collected, 0.0)  # what cancels leaves rounding errors of either sign
+        num = self.arrival_states.size
+        stacked = np.concatenate([np.zeros((num, mass.shape[1])), mass])
+        for part in reversed(self._parts):
+            own = stacked[num + part.nodes.start : num + part.nodes.stop]
+            stacked[: num + part.nodes.start] += part.added.T @ own
+            if part.removed is not None:
+                stacked[:num] -= part.removed.T @ own
+        collected: FloatArray = np.maximum(stacked[:num], 0.0)  # what cancels leaves rounding errors of either sign
+        return collected
 
     def row(self, state: int) -> tuple[FloatArray, IntArray]:
         """See `Chain.row`."""
@@ -155,25 +174,25 @@ class BackoffChain:
         """See `Chain.prefix_state`."""
         return ngram_state(self._prior, prompt_ids, prompt_index, prefixes)
 
-    @cached_property
-    def _explicit(self) -> list[tuple[IntArray, ...]]:
-        """Of each level: node, its log p(a | h), arrival after h; log w(h) + log p(a | h'), arrival after h'; for E(h)."""
-        found = []
-        for depth, level in enumerate(self._levels, start=1):
-            within, tokens = np.divmod(np.union1d(level.arcs.arc_keys, level.extension_keys), self._size)
-            parents = level.parents[within] - (self._levels[depth - 2].nodes.start if depth > 1 else 0)
-            here = self._lookup(depth, within, tokens)
-            below = self._lookup(depth - 1, parents, tokens)
-            found.append((level.nodes.start + within, *here, level.log_backoff[within] + below[0], below[1]))
-        return found
+    def _explicit(self, depth: int, level: _Level) -> _Explicit:
+        """Return of every (h, a) in E(h): h within the level, log p(a | h), arrival; the same for what h' would give."""
+        within, tokens = np.divmod(np.union1d(level.arcs.arc_keys, level.extension_keys), self._size)
+        here = self._lookup(depth, within, tokens)
+        below = self._lookup(depth - 1, self._parents(depth, within), tokens)
+        return within, *here, level.log_backoff[within] + below[0], below[1]
+
+    def _parents(self, depth: int, within: IntArray) -> IntArray:
+        """Return the parents of nodes of one depth, both numbered within their levels."""
+        start = self._levels[depth - 2].nodes.start if depth > 1 else 0
+        parents: IntArray = self._levels[depth - 1].parents[within] - start
+        return parents
 
     def _lookup(self, depth: int, within: IntArray, tokens: IntArray) -> tuple[FloatArray, IntArray]:
         """Return log p(a | h) and the arrival by a after h, for nodes h of one depth."""
         if depth == 0:
             return self._table.unigram[tokens], self._root_arrivals[tokens]
         level = self._levels[depth - 1]
-        parents = level.parents[within] - (self._levels[depth - 2].nodes.start if depth > 1 else 0)
-        log_probs, arrivals = self._lookup(depth - 1, parents, tokens)
+        log_probs, arrivals = self._lookup(depth - 1, self._parents(depth, within), tokens)
         keys = within * self._size + tokens
         arc, has_arc = find_keys(level.arcs.arc_keys, keys)
         log_probs = np.where(has_arc, level.arcs.arc_log_probs[arc], level.log_backoff[within] + log_probs)
@@ -183,38 +202,64 @@ class BackoffChain:
         return log_probs, arrivals
 
     @cached_property
-    def _matrices(self) -> tuple[Any, Any]:
-        """The brackets of the formula as two sparse matrices (H, J), what is added and what is taken away."""
-        added = [(np.zeros(self._size, dtype=np.int64), self._root_arrivals, np.exp(self._table.unigram))]
-        removed = []
-        for node, log_p, arrival, log_below, arrival_below in self._explicit:
+    def _parts(self) -> list[_Part]:
+        """The formula as sparse matrices, one order after another."""
+        root = np.zeros(self._size, dtype=np.int64)
+        parts = [
+            _Part(slice(0, 1), self._sparse(slice(0, 1), [(root, self._root_arrivals, np.exp(self._table.unigram))]))
+        ]
+        for depth, level in enumerate(self._levels, start=1):
+            within, log_p, arrival, log_below, arrival_below = self._explicit(depth, level)
             same = arrival == arrival_below
             change = np.exp(log_p) - np.where(same, np.exp(log_below), 0.0)
             up = change > 0
-            added.append((node[up], arrival[up], change[up]))
-            removed.append((node[~up], arrival[~up], -change[~up]))
-            removed.append((node[~same], arrival_below[~same], np.exp(log_below[~same])))
-        return self._sparse(added), self._sparse(removed)
+            nodes = np.arange(len(level.parents))
+            backed_off = (nodes, self.arrival_states.size + level.parents, np.exp(level.log_backoff))
+            added = self._sparse(level.nodes, [(within[up], arrival[up], change[up]), backed_off])
+            less, other = change < 0, ~same
+            removed = [(within[less], arrival[less], -change[less])]
+            removed.append((within[other], arrival_below[other], np.exp(log_below[other])))
+            any_removed = less.any() or other.any()
+            parts.append(_Part(level.nodes, added, self._sparse(level.nodes, removed, 0) if any_removed else None))
+        return parts
 
     @cached_property
-    def _log_matrix(self) -> Any:
-        """The brackets with p log p in p's place."""
-        unigram = _plogp(self._table.unigram)
-        entries = [(np.zeros(self._size, dtype=np.int64), self._root_arrivals, unigram)]
-        for node, log_p, arrival, log_below, arrival_below in self._explicit:
-            entries.append((node, arrival, _plogp(log_p)))
-            entries.append((node, arrival_below, -_plogp(log_below)))
-        return self._sparse(entries)
+    def _log_parts(self) -> list[tuple[Any, Any]]:
+        """The same for p log p: what acts on the values and the plain sums below, and what acts on the log sums below."""
+        root = np.zeros(self._size, dtype=np.int64)
+        unigram = self._sparse(slice(0, 1), [(root, self._root_arrivals, _plogp(self._table.unigram))])
+        parts = [(unigram, self._below(slice(0, 1), []))]
+        for depth, level in enumerate(self._levels, start=1):
+            within, log_p, arrival, log_below, arrival_below = self._explicit(depth, level)
+            nodes = np.arange(len(level.parents))
+            plain_below = (nodes, self.arrival_states.size + level.parents, _plogp(level.log_backoff))
+            entries = [(within, arrival, _plogp(log_p)), (within, arrival_below, -_plogp(log_below)), plain_below]
+            below = self._below(level.nodes, [(nodes, level.parents, np.exp(level.log_backoff))])
+            parts.append((self._sparse(level.nodes, entries), below))
+        return parts
 
-    def _sparse(self, entries: list[tuple[IntArray, IntArray, FloatArray]]) -> Any:
-        """Return the sum of (row, column, value) entries as a matrix of compressed rows."""
-        from scipy.sparse import csr_array
+    def _sparse(self, nodes: slice, entries: list[_Entries], num_below: int | None = None) -> Any:
+        """Return entries (node within the level, column, value), summed, as a matrix on arrivals and nodes below."""
+        below = nodes.start if num_below is None else num_below
+        return _csr(entries, (nodes.stop - nodes.start, self.arrival_states.size + below))
 
-        shape = (self.num_states, self.arrival_states.size)
-        if not entries:
-            return csr_array(shape)
-        rows, columns, values = (np.concatenate(part) for part in zip(*entries, strict=True))
-        return csr_array((values, (rows, columns)), shape=shape)
+    def _below(self, nodes: slice, entries: list[_Entries]) -> Any:
+        """Return entries (node within the level, node below, value) as a matrix."""
+        return _csr(entries, (nodes.stop - nodes.start, nodes.start))
+
+
+_Entries = tuple[IntArray, IntArray, FloatArray]
+_Explicit = tuple[IntArray, FloatArray, IntArray, FloatArray, IntArray]
+
+
+def _csr(entries: list[_Entries], shape: tuple[int, int]) -> Any:
+    """Return the sum of entries (row, column, value) as a sparse matrix."""
+    from scipy.sparse import csr_array  # type: ignore[import-untyped]
+
+    if not entries:
+        return csr_array(shape)
+    rows, columns, values = (np.concatenate(part) for part in zip(*entries, strict=True))
+    return csr_array((values, (rows, columns)), shape=shape)
 
 
 def _plogp(log_p: FloatArray) -> FloatArray:

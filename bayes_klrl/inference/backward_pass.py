@@ -1,7 +1,8 @@
 """The backward recursion over (prior's state h, automaton's state d), in log space (THEORY 4.2).
 
     B_T(h, d) = r_T(d) / alpha
-    B_t(h, d) = log sum_a p0(a | h) exp( r_a(d, a) / alpha + [a is EOS ? r_T(d') / alpha : B_{t+1}(h a, d')] ),  d' = delta(d, a)
+    B_t(h, d) = log sum_a p0(a | h) exp( r_a(d, a) / alpha + [a is EOS ? r_T(d') / alpha : B_{t+1}(h a, d')] ),
+    d' = delta(d, a)
 
 Within a step sums are products with the prior's matrix, in probabilities relative to the largest term of each d. What
 underflows there, or is lost to cancellation, is done again term by term in logs, so every message has full precision.

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bayes_klrl.models.hmm_lm import HmmLM
 from bayes_klrl.models.ngram_lm import NgramLM
@@ -34,7 +35,7 @@ class Chain(Protocol):
     least_log_prob: float
     """The smallest finite log M."""
 
-    def expect(self, values: FloatArray) -> tuple[FloatArray, FloatArray | None]:
+    def expect(self, values: FloatArray) -> tuple[FloatArray, NDArray[np.bool_] | None]:
         """Return sum_j M[h, j] values[j, k], shape (H, K), for values (J, K).
 
         Second, where sums of non-negative values lost more than four digits to cancellation, bool (H, K); None for
@@ -92,7 +93,7 @@ class DenseChain:
 
     @cached_property
     def _plogp(self) -> FloatArray:
-        """p log p in the shape of `_probs`."""
+        """All p log p in the shape of `_probs`."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(self._probs > 0, self._probs * np.log(self._probs), 0.0)
 
@@ -150,9 +151,7 @@ class DenseChain:
         return arrivals
 
 
-def ngram_state(
-    prior: NgramLM, prompt_ids: Sequence[TokenIds], prompt_index: IntArray, prefixes: IntArray
-) -> IntArray:
+def ngram_state(prior: NgramLM, prompt_ids: Sequence[TokenIds], prompt_index: IntArray, prefixes: IntArray) -> IntArray:
     """Return the last n - 1 tokens of each prompt and prefix, shape (R, n - 1)."""
     width = prior.order - 1
     before = prior.prefill(prompt_ids)[prompt_index]
@@ -184,7 +183,7 @@ class HmmChain:
         expected: FloatArray = self._prior.steps @ emitted
         return expected, None
 
-    def expect_log(self, values: FloatArray) -> None:  # noqa: ARG002
+    def expect_log(self, values: FloatArray) -> None:
         """See `Chain.expect_log`: p0(x) is a sum over hidden paths."""
         return
 

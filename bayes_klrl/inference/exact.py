@@ -1,37 +1,46 @@
-"""The exact posterior by enumeration of every completion.
+"""The exact posterior: every completion enumerated, or independent draws by backward messages.
 
-log Z = logsumexp_x [ log p0(x) + r(x) / alpha ]   over all x that end with EOS or are T tokens long (THEORY 4.1)
+Enumeration takes any prior and reward, and few completions; messages take an n-gram or hidden Markov prior and rewards that
+an automaton computes, at lengths of thousands. Which of the two it is, is decided here.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Cost, Draws
-from bayes_klrl.errors import BayesKLRLError, SupportError
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.enumeration import enumerated_posterior, num_sequences
+from bayes_klrl.inference.messages import backward_messages, why_no_messages
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.sequences import Sequences, pad_token
+from bayes_klrl.randomness import generator
 
-__all__ = ["Exact", "all_sequences", "num_sequences"]
+__all__ = ["Exact"]
+
+_DRAWS_BY_MESSAGES = 1000
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Every completion once, with its exact posterior weight and the exact log evidence.
+    """The exact log evidence, with every completion and its weight, or with exact independent draws.
 
     Parameters
     ----------
     num_draws
-        None: the enumeration itself, every completion once, in the same order for all prompts, weighted. A number: that
-        many independent draws from the exact posterior, weighing equally.
+        None: the enumeration itself, every completion once, in the same order for all prompts, weighted; where there are
+        too many, and backward messages are possible, 1000 draws. A number: that many independent draws from the exact
+        posterior, weighing equally, by messages where they are possible.
     max_sequences
         Refuse to enumerate more completions than this, over all prompts.
+
+    See Also
+    --------
+    bayes_klrl.inference.messages.backward_messages : moments, marginals, log p* of anything and the optimal twist.
 
     Examples
     --------
@@ -52,87 +61,59 @@ class Exact:
         check_count("max_sequences", self.max_sequences)
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
-        """See `Algorithm.run`; the seed matters for `num_draws` only.
+        """See `Algorithm.run`; the seed matters for independent draws only.
 
         Raises
         ------
         BayesKLRLError
-            If there are more than `max_sequences` completions.
+            If there are more than `max_sequences` completions, and messages are impossible.
         SupportError
             If every completion has likelihood 0: there is no posterior.
         """
         start = time.perf_counter()
-        prior, width = posterior.prior, posterior.max_new_tokens
-        count = num_sequences(prior.vocab_size, len(prior.eos_token_ids), width) * posterior.num_prompts
-        if count > self.max_sequences:
+        prior = posterior.prior
+        count = num_sequences(prior.vocab_size, len(prior.eos_token_ids), posterior.max_new_tokens)
+        count *= posterior.num_prompts
+        obstacle = why_no_messages(posterior)
+        if obstacle is None and (self.num_draws is not None or count > self.max_sequences):
+            draws = self._by_messages(posterior, seed)
+        elif count <= self.max_sequences:
+            draws = self._by_enumeration(posterior, seed)
+        else:
             raise BayesKLRLError(
                 f"Enumeration would take about 10^{math.log10(count):.1f} completions, more than max_sequences = "
-                f"{self.max_sequences:,}. Use bk.SMC or bk.ImportanceSampling, shorten max_new_tokens, or raise max_sequences."
+                f"{self.max_sequences:,}. Use bk.SMC or bk.ImportanceSampling, shorten max_new_tokens, or raise "
+                f"max_sequences. Backward messages would do at any length, but {obstacle}."
             )
-        one_prompt = all_sequences(prior.vocab_size, prior.eos_token_ids, width)
-        sequences = Sequences(
-            np.repeat(one_prompt.tokens, posterior.num_prompts, axis=0),
-            np.repeat(one_prompt.lengths, posterior.num_prompts, axis=0),
+        return replace(draws, cost=replace(draws.cost, seconds=time.perf_counter() - start))
+
+    def _by_enumeration(self, posterior: Posterior, seed: int) -> Draws:
+        """Return every completion with its weight, or draws from among them."""
+        exact = enumerated_posterior(posterior, method=type(self).__name__)
+        if self.num_draws is None:
+            return exact
+        log_posterior = exact.log_prior + exact.log_likelihood - exact.log_evidence[:, None]
+        return replace(
+            replace(exact, log_proposal=log_posterior).resample(self.num_draws, seed),
+            log_evidence=exact.log_evidence,
+            log_evidence_se=exact.log_evidence_se,
         )
-        reward = posterior.reward(sequences)
-        num = reward.shape[1]
-        draws = Draws.weighted(
+
+    def _by_messages(self, posterior: Posterior, seed: int) -> Draws:
+        """Return independent draws from the posterior, solved by dynamic programming."""
+        messages = backward_messages(posterior)
+        sequences = messages.draw(self.num_draws or _DRAWS_BY_MESSAGES, generator(seed))
+        reward, log_prior = posterior.reward(sequences), posterior.log_prior(sequences)
+        log_posterior = log_prior + posterior.likelihood.log_likelihood(reward) - messages.log_evidence[:, None]
+        prompt_tokens = sum(len(ids) for ids in posterior.prompt_ids)
+        draws = Draws.equally_weighted(
             posterior,
             sequences,
             method=type(self).__name__,
             reward=reward,
-            log_prior=posterior.log_prior(sequences),
-            log_proposal=np.full(reward.shape, -np.log(num)),
-            cost=Cost(0.0, int(sequences.lengths.sum() + sum(len(ids) for ids in posterior.prompt_ids) * num)),
+            log_prior=log_prior,
+            log_proposal=log_posterior,
+            cost=Cost(0.0, int(sequences.lengths.sum()) + prompt_tokens),
         )
-        if np.isneginf(draws.log_evidence).any():
-            p = int(np.isneginf(draws.log_evidence).argmax())
-            raise SupportError(
-                f"Every completion of prompt {p} ({posterior.prompts[p]!r}) has likelihood 0 or prior probability 0: there "
-                "is no posterior. Relax the constraint."
-            )
-        undefined = np.full(posterior.num_prompts, np.nan)
-        exact = replace(
-            draws, log_evidence_se=np.zeros(posterior.num_prompts), elbo=undefined, ess=undefined, pareto_k=undefined
-        )
-        if self.num_draws is not None:
-            log_posterior = exact.log_prior + exact.log_likelihood - exact.log_evidence[:, None]
-            exact = replace(
-                replace(exact, log_proposal=log_posterior).resample(self.num_draws, seed),
-                log_evidence=exact.log_evidence,
-                log_evidence_se=exact.log_evidence_se,
-            )
-        return replace(exact, cost=replace(exact.cost, seconds=time.perf_counter() - start))
-
-
-def num_sequences(vocab_size: int, num_eos: int, max_new_tokens: int) -> int:
-    """Return how many completions there are: those that end with EOS, and those cut at T tokens."""
-    inner = vocab_size - num_eos
-    ended_early: int = sum(inner ** (length - 1) * num_eos for length in range(1, max_new_tokens))
-    cut: int = inner ** (max_new_tokens - 1) * vocab_size
-    return ended_early + cut
-
-
-def all_sequences(vocab_size: int, eos_token_ids: Collection[int], max_new_tokens: int) -> Sequences:
-    """Return every completion once, by length and then in lexicographic order, shape (1, N, T)."""
-    eos = np.array(sorted(eos_token_ids), dtype=np.int64)
-    inner = np.setdiff1d(np.arange(vocab_size), eos)
-    prefixes = np.zeros((1, 0), dtype=np.int64)
-    levels = []
-    for length in range(1, max_new_tokens + 1):
-        last_tokens = np.arange(vocab_size) if length == max_new_tokens else eos
-        levels.append(_extended(prefixes, last_tokens))
-        prefixes = _extended(prefixes, inner)
-    tokens = np.full((sum(map(len, levels)), max_new_tokens), pad_token(eos_token_ids), dtype=np.int64)
-    start = 0
-    for level in levels:
-        tokens[start : start + len(level), : level.shape[1]] = level
-        start += len(level)
-    lengths = np.repeat(np.arange(1, max_new_tokens + 1), [len(level) for level in levels])
-    return Sequences(tokens[None], lengths[None])
-
-
-def _extended(prefixes: np.ndarray, last_tokens: np.ndarray) -> np.ndarray:
-    """Return every prefix followed by every token, in lexicographic order."""
-    repeated = np.repeat(prefixes, last_tokens.size, axis=0)
-    return np.column_stack([repeated, np.tile(last_tokens, len(prefixes))])
+        no_error = np.zeros(posterior.num_prompts)
+        return replace(draws, log_evidence=messages.log_evidence, log_evidence_se=no_error)

@@ -112,12 +112,12 @@ def prior_mean(backward: BackwardPass, num_tokens: int) -> FloatArray:
     mean = np.where(hopeless, 0.0, backward.last_message)
     for _ in range(num_tokens):
         met = (hopeless_paid | (backward.gather(hopeless.astype(np.float64)) > 0)).astype(np.float64)
-        chance, cancelled = backward.chain.expect(met)
+        stacked, cancelled = backward.chain.expect(np.concatenate([met, paid + backward.gather(mean)], axis=1))
+        chance, mean = np.split(stacked, 2, axis=1)
         if cancelled is not None:
-            for state, column in np.argwhere(cancelled):
+            for state, column in np.argwhere(cancelled[:, : backward.num_columns]):
                 log_probs, arrivals = backward.chain.row(int(state))
                 chance[state, column] = np.exp(log_probs) @ met[arrivals, column]
-        mean = backward.chain.expect(paid + backward.gather(mean))[0]
         hopeless = chance > 0
     return np.where(hopeless, -np.inf, mean)
 

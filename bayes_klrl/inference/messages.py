@@ -215,7 +215,9 @@ class Messages:
         """Return E_p0[r / alpha] of each prompt."""
         states, log_probs = self._start
         values = prior_mean(self._backward, self.num_tokens)[states, 0]
-        return np.where(np.isneginf(log_probs), 0.0, np.exp(log_probs) * values).sum(axis=1)
+        possible = np.isfinite(log_probs)
+        mean: FloatArray = np.where(possible, np.exp(log_probs) * np.where(possible, values, 0.0), 0.0).sum(axis=1)
+        return mean
 
     def _squared_log_evidence(self) -> FloatArray:
         """Return log E_p0[likelihood^2] of each prompt."""

@@ -188,7 +188,8 @@ class PosteriorPolicy:
             alive = rows[np.isfinite(worth[rows])]  # elsewhere the policy is the prior
             log_probs[alive, t] += paid[alive] + after[alive] - worth[alive]
             worth = after
-        return log_probs.reshape(log_prior.shape)
+        by_prompt: FloatArray = log_probs.reshape(log_prior.shape)
+        return by_prompt
 
     def _worth_after(self, state: _PolicyState, ended: np.ndarray) -> FloatArray:
         """Return log of what rows are worth after their newest token, the final reward for those that ended."""

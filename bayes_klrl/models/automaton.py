@@ -105,7 +105,7 @@ class Automaton:
     @property
     def vocab_size(self) -> int:
         """V."""
-        return self.transitions.shape[1]
+        return int(self.transitions.shape[1])
 
     @cached_property
     def state_values(self) -> FloatArray:
@@ -124,10 +124,12 @@ class Automaton:
         visited = np.empty((width + 1, num_rows), dtype=np.int64)
         visited[0] = self.start
         flat = self.transitions.ravel()
-        for t in range(width):
+        longest = int(lengths.max(initial=0))
+        for t in range(longest):
             going = t < lengths
             read = np.where(going, tokens[:, t], 0)  # past the length may stand no token at all
             visited[t + 1] = np.where(going, flat[visited[t] * self.vocab_size + read], visited[t])
+        visited[longest + 1 :] = visited[longest]
         return visited.T
 
     def final_states(self, tokens: IntArray, lengths: IntArray) -> IntArray:
@@ -144,7 +146,7 @@ class Automaton:
         """Return the machine that runs both at once and accepts what both do, over the pairs that can be reached."""
         self._check_same_vocabulary(other)
         transitions, pairs = product_machine(self.transitions, other.transitions, (self.start, other.start))
-        both = np.isin(pairs[:, 0], self.accepting) & np.isin(pairs[:, 1], other.accepting)
+        both = np.isin(pairs[:, 0], list(self.accepting)) & np.isin(pairs[:, 1], list(other.accepting))
         return Automaton(transitions, 0, np.flatnonzero(both).tolist())
 
     def _check_same_vocabulary(self, other: Automaton) -> None:
@@ -154,9 +156,7 @@ class Automaton:
             )
 
     @classmethod
-    def contains(
-        cls, pattern: TokenIds, *, vocab_size: int, eos_token_ids: int | Collection[int] = ()
-    ) -> Automaton:
+    def contains(cls, pattern: TokenIds, *, vocab_size: int, eos_token_ids: int | Collection[int] = ()) -> Automaton:
         """Return the machine that accepts what contains `pattern` as neighbouring tokens (Knuth, Morris and Pratt).
 
         Its last state, of the pattern found, is never left; state k has read the first k tokens of it.
@@ -166,9 +166,7 @@ class Automaton:
         return cls(_staying(transitions, eos_token_ids), 0, [len(ids)])
 
     @classmethod
-    def forbids(
-        cls, pattern: TokenIds, *, vocab_size: int, eos_token_ids: int | Collection[int] = ()
-    ) -> Automaton:
+    def forbids(cls, pattern: TokenIds, *, vocab_size: int, eos_token_ids: int | Collection[int] = ()) -> Automaton:
         """Return the machine that accepts what does not contain `pattern` as neighbouring tokens."""
         return cls.contains(pattern, vocab_size=vocab_size, eos_token_ids=eos_token_ids).complement()
 

@@ -51,16 +51,8 @@ def regex_machine(
     accepting = np.array([end in states for states in subsets], dtype=np.int64)
     transitions = by_kind[:, kind_of]
     transitions[:, sorted(eos_token_ids)] = np.arange(len(transitions))[:, None]
-    # the dead state may be reachable by no token at all: keep what is
-    transitions, accepting = _reached(transitions, accepting)
     transitions, accepting = minimal(transitions, accepting)
     return transitions, accepting.astype(bool)
-
-
-def _reached(transitions: IntArray, labels: IntArray) -> tuple[IntArray, IntArray]:
-    """Return the part of a machine that can be reached from state 0."""
-    new, old = explored(0, lambda state: transitions[state].tolist())
-    return new, labels[old]
 
 
 @dataclass
@@ -221,12 +213,15 @@ class _Parser:
         while not self._take("]"):
             if not self._peek():
                 raise self._error("a set [...] is not closed")
-            first = self._position
+            by_id = self._peek() == "<"
             tokens.add(self._symbol())
             if self._peek() == "-" and self._pattern[self._position + 1 : self._position + 2] not in ("", "]"):
+                low = self._pattern[self._position - 1]
                 self._position += 1
-                low, high = self._pattern[first], self._peek()
+                if by_id or self._peek() == "<":
+                    raise self._error("a range [a-f] is one of characters, not of ids")
                 self._symbol()
+                high = self._pattern[self._position - 1]
                 tokens |= {i for c, i in self._alphabet.items() if low <= c <= high}
         return self._text - tokens if negated else frozenset(tokens)
 

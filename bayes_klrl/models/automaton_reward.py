@@ -1,6 +1,6 @@
 """Rewards and constraints that an automaton computes, and a product of them as one automaton.
 
-    r(x) = sum_t r_a(d_t, x_t) + r_T(d_final),      d_{t+1} = delta(d_t, x_t)
+r(x) = sum_t r_a(d_t, x_t) + r_T(d_final),      d_{t+1} = delta(d_t, x_t)
 """
 
 from __future__ import annotations
@@ -228,7 +228,9 @@ def _rewards(what: str, given: ArrayLike | None, shapes: tuple[tuple[int, ...], 
         raise BayesKLRLError(f"{what} must have shape {expected}; got {rewards.shape}.")
     bad = np.isnan(rewards) | np.isposinf(rewards)
     if bad.any():
-        raise BayesKLRLError(f"{what} must be finite or -inf; got {rewards[bad][0]} at {tuple(np.argwhere(bad)[0].tolist())}.")
+        raise BayesKLRLError(
+            f"{what} must be finite or -inf; got {rewards[bad][0]} at {tuple(np.argwhere(bad)[0].tolist())}."
+        )
     return rewards
 
 

@@ -33,7 +33,9 @@ def explored(start: S, successors: Callable[[S], Sequence[S]]) -> tuple[IntArray
             row.append(number[successor])
         rows.append(row)
         if len(states) > _MAX_STATES:
-            raise BayesKLRLError(f"The automaton has more than {_MAX_STATES:,} states. Use a smaller pattern or distance.")
+            raise BayesKLRLError(
+                f"The automaton has more than {_MAX_STATES:,} states. Use a smaller pattern or distance."
+            )
     return np.array(rows, dtype=np.int64), states
 
 
@@ -55,10 +57,14 @@ def minimal(transitions: IntArray, labels: IntArray) -> tuple[IntArray, IntArray
     Parameters
     ----------
     transitions
-        Shape (D, V), every state reachable from state 0.
+        Shape (D, V).
     labels
         What must not be confused, integers of shape (D,).
     """
+    kept = reachable(transitions, 0)
+    number = np.zeros(len(transitions), dtype=np.int64)
+    number[kept] = np.arange(kept.size)
+    transitions, labels = number[transitions[kept]], labels[kept]
     columns = np.unique(transitions, axis=1)  # tokens that act alike need be looked at once
     group = np.unique(labels, return_inverse=True)[1]
     while True:

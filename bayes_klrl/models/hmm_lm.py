@@ -90,7 +90,7 @@ class HmmLM:
     @property
     def vocab_size(self) -> int:
         """See `LanguageModel.vocab_size`."""
-        return self.emissions.shape[1]
+        return int(self.emissions.shape[1])
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
