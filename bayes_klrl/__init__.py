@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from bayes_klrl.inference.annealing import AnnealedSMC as AnnealedSMC
     from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
     from bayes_klrl.inference.conditional_smc import ConditionalSMC as ConditionalSMC
+    from bayes_klrl.inference.distilled_twist import DistilledTwist as DistilledTwist
     from bayes_klrl.inference.exact import Exact as Exact
     from bayes_klrl.inference.importance import ImportanceSampling as ImportanceSampling
+    from bayes_klrl.inference.learned_twist import LearnedTwist as LearnedTwist
     from bayes_klrl.inference.mcmc import SuffixMH as SuffixMH
     from bayes_klrl.inference.oracles import myopic_policy as myopic_policy
     from bayes_klrl.inference.oracles import posterior_policy as posterior_policy
@@ -48,6 +50,9 @@ if TYPE_CHECKING:
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
     from bayes_klrl.models.torch_losses import LossInputs as LossInputs
+    from bayes_klrl.models.twist import PartialRewardTwist as PartialRewardTwist
+    from bayes_klrl.models.twist_counting import CountingTwist as CountingTwist
+    from bayes_klrl.models.twisted_lm import TwistedLM as TwistedLM
     from bayes_klrl.posterior import Posterior as Posterior
     from bayes_klrl.reward_frontier import Frontier as Frontier
     from bayes_klrl.reward_frontier import frontier as frontier
@@ -56,6 +61,7 @@ if TYPE_CHECKING:
     from bayes_klrl.trainer_audit import audit as audit
     from bayes_klrl.typing import Algorithm as Algorithm
     from bayes_klrl.typing import LanguageModel as LanguageModel
+    from bayes_klrl.typing import Twist as Twist
 
 __version__ = "0.1.0"
 
@@ -74,6 +80,8 @@ _HOME = {
     "Comparison": "bayes_klrl.comparison",
     "ConditionalSMC": "bayes_klrl.inference.conditional_smc",
     "Constraint": "bayes_klrl.likelihood",
+    "CountingTwist": "bayes_klrl.models.twist_counting",
+    "DistilledTwist": "bayes_klrl.inference.distilled_twist",
     "Draws": "bayes_klrl.draws",
     "Exact": "bayes_klrl.inference.exact",
     "Fit": "bayes_klrl.inference.svi",
@@ -81,9 +89,11 @@ _HOME = {
     "HmmLM": "bayes_klrl.models.hmm_lm",
     "ImportanceSampling": "bayes_klrl.inference.importance",
     "LanguageModel": "bayes_klrl.typing",
+    "LearnedTwist": "bayes_klrl.inference.learned_twist",
     "Likelihood": "bayes_klrl.likelihood",
     "LossInputs": "bayes_klrl.models.torch_losses",
     "NgramLM": "bayes_klrl.models.ngram_lm",
+    "PartialRewardTwist": "bayes_klrl.models.twist",
     "Posterior": "bayes_klrl.posterior",
     "QuasiRejection": "bayes_klrl.inference.quasi_rejection",
     "RejectionSampling": "bayes_klrl.inference.rejection",
@@ -97,6 +107,8 @@ _HOME = {
     "TextRewardError": "bayes_klrl.errors",
     "TokenReward": "bayes_klrl.likelihood",
     "TorchLM": "bayes_klrl.models.torch_lm",
+    "Twist": "bayes_klrl.typing",
+    "TwistedLM": "bayes_klrl.models.twisted_lm",
     "UnboundedLossError": "bayes_klrl.errors",
     "audit": "bayes_klrl.trainer_audit",
     "certify": "bayes_klrl.certificate",
@@ -122,6 +134,8 @@ __all__ = [
     "Comparison",
     "ConditionalSMC",
     "Constraint",
+    "CountingTwist",
+    "DistilledTwist",
     "Draws",
     "Exact",
     "Fit",
@@ -129,9 +143,11 @@ __all__ = [
     "HmmLM",
     "ImportanceSampling",
     "LanguageModel",
+    "LearnedTwist",
     "Likelihood",
     "LossInputs",
     "NgramLM",
+    "PartialRewardTwist",
     "Posterior",
     "QuasiRejection",
     "RejectionSampling",
@@ -145,6 +161,8 @@ __all__ = [
     "TextRewardError",
     "TokenReward",
     "TorchLM",
+    "Twist",
+    "TwistedLM",
     "UnboundedLossError",
     "audit",
     "certify",

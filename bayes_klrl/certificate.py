@@ -39,7 +39,7 @@ from bayes_klrl.policies import as_policy
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
-from bayes_klrl.typing import FloatArray, LanguageModel, Twist
+from bayes_klrl.typing import FloatArray, LanguageModel, Twist, TwistRecipe
 
 __all__ = ["Certificate", "certify"]
 
@@ -136,7 +136,7 @@ def certify(
     num_particles: int = 64,
     num_runs: int = 32,
     failure_probability: float = 0.05,
-    twist: Twist | float | None = None,
+    twist: Twist | TwistRecipe | float | None = None,
     exact: Sequences | Draws | None = None,
     feature: Feature | None = None,
     max_sequences: int = 200_000,
@@ -162,7 +162,8 @@ def certify(
     failure_probability
         See `Certificate`.
     twist
-        Of the SMC runs; see `SMC`. A better one makes narrower bounds, none makes them wrong.
+        Of the SMC runs, which then draw by it one token ahead where it can; see `SMC`. A better one makes narrower bounds,
+        none makes them wrong.
     exact
         Independent exact posterior draws of yours, (P, N, T), where the package knows no way to them: for infilling, draw
         (x, suffix) from the prior and condition on that suffix. Conditioned on draws that are not exact, nothing is bounded.
@@ -238,9 +239,7 @@ def certify(
         notes=(*evidence.notes, *point.notes),
         draws=ours,
         exact_draws=evidence.draws,
-        cost=Cost(
-            time.perf_counter() - start, ours.model_tokens + evidence.cost.model_tokens + prior_draws.model_tokens
-        ),
+        cost=replace(ours.cost + evidence.cost + prior_draws.cost, seconds=time.perf_counter() - start),
     )
 
 

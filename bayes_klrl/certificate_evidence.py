@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
@@ -11,13 +12,15 @@ from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, SupportError
 from bayes_klrl.inference.conditional_smc import ConditionalSMC
-from bayes_klrl.inference.exact import Exact, num_sequences
+from bayes_klrl.inference.enumeration import num_sequences
+from bayes_klrl.inference.exact import Exact
 from bayes_klrl.inference.exact_draws import ExactDraws, exact_draws
 from bayes_klrl.inference.smc import SMC
+from bayes_klrl.models.twisted_lm import TwistedLM
 from bayes_klrl.posterior import Posterior, completion_log_probs
 from bayes_klrl.randomness import stream_seed
 from bayes_klrl.sequences import Sequences
-from bayes_klrl.typing import FloatArray, LanguageModel
+from bayes_klrl.typing import FloatArray, LanguageModel, Twist
 
 __all__ = ["Evidence", "Settings", "by_enumeration", "by_sampling", "can_enumerate", "exact_or_given"]
 
@@ -177,18 +180,20 @@ def _runs(
 ) -> tuple[list[PairedRuns], Cost]:
     """Return M runs of SMC from the prior, and as many conditional ones as there are exact draws, M at most."""
     ready, made = smc.prepared(posterior, settings.stream("twist"), settings.progress)
+    if hasattr(ready.twist, "next_log_psi"):  # then the locally optimal proposal costs no more, and weights vary least
+        ready = replace(ready, proposal=TwistedLM(posterior, cast("Twist", ready.twist)))
     below = ready.log_evidences(
         posterior, settings.num_runs, seed=settings.stream("lower bound"), progress=settings.progress
     )
-    upper, costs = None, [cost, made, below.cost]
+    upper, total = None, cost + made + below.cost
     if exact is not None:
         retained = Sequences(exact.tokens[:, : settings.num_runs], exact.lengths[:, : settings.num_runs])
         above = ConditionalSMC(ready).log_evidences(
             posterior, retained, seed=settings.stream("upper bound"), progress=settings.progress
         )
         upper = above.log_evidence
-        costs.append(above.cost)
-    return [PairedRuns(below.log_evidence, upper)], _added(costs)
+        total += above.cost
+    return [PairedRuns(below.log_evidence, upper)], total
 
 
 def _described(runs: list[PairedRuns], settings: Settings, exact: ExactDraws) -> str:
@@ -197,17 +202,6 @@ def _described(runs: list[PairedRuns], settings: Settings, exact: ExactDraws) ->
     if runs[0].upper is not None:
         words += f", {runs[0].upper.shape[1]} conditional on exact draws ({exact.source})"
     return words if len(runs) == 1 else words + "; the policy's own draws as importance samples"
-
-
-def _added(costs: list[Cost]) -> Cost:
-    """Return the sum of some costs."""
-    return replace(
-        costs[0],
-        seconds=sum(cost.seconds for cost in costs),
-        model_tokens=sum(cost.model_tokens for cost in costs),
-        training_tokens=sum(cost.training_tokens for cost in costs),
-        training_seconds=sum(cost.training_seconds for cost in costs),
-    )
 
 
 def _is_float64(lm: LanguageModel) -> bool:

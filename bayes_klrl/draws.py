@@ -44,6 +44,15 @@ class Cost:
     training_tokens: int = 0
     training_seconds: float = 0.0
 
+    def __add__(self, other: Cost) -> Cost:
+        """Return the cost of both."""
+        return Cost(
+            self.seconds + other.seconds,
+            self.model_tokens + other.model_tokens,
+            self.training_tokens + other.training_tokens,
+            self.training_seconds + other.training_seconds,
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Draws:

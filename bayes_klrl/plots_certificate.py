@@ -91,8 +91,7 @@ def _draw_kls(axes: Axes, rows: list[tuple[str, FloatArray, FloatArray, FloatArr
     axes.set_xlabel("nats")
     axes.set_title("Distance", loc="left", pad=22)
     _finish(axes, ["" for _ in rows])
-    where = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)}
-    axes.legend(frameon=False, fontsize=8, ncols=2, borderpad=0, columnspacing=1, handlelength=1.2, **where)
+    legend_above(axes)
 
 
 def _draw_cells(axes: Axes, certificate: Certificate) -> None:

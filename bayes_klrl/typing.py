@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bayes_klrl.posterior import Posterior
     from bayes_klrl.sequences import Sequences
 
-__all__ = ["Algorithm", "Array", "FloatArray", "IntArray", "LanguageModel", "State", "TokenIds", "Twist"]
+__all__ = ["Algorithm", "Array", "FloatArray", "IntArray", "LanguageModel", "State", "TokenIds", "Twist", "TwistRecipe"]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 IntArray: TypeAlias = NDArray[np.int64]
@@ -110,3 +110,11 @@ class Twist(Protocol):
         -------
         Shape (R,), float64.
         """
+
+
+@runtime_checkable
+class TwistRecipe(Protocol):
+    """A twist that has to be made for a posterior: estimated from prior draws, or learned."""
+
+    def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Twist:
+        """Return the twist, which says as its attribute `training`, a `Cost`, what it took to make it."""

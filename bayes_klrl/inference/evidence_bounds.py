@@ -14,6 +14,8 @@ bound.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from bayes_klrl.errors import BayesKLRLError
@@ -47,7 +49,7 @@ def evidence_lower_bound(log_estimates: FloatArray, delta: float) -> FloatArray:
     estimates = _checked(log_estimates, delta)
     bounds = np.full(len(estimates), -np.inf)
     alive = np.isfinite(estimates).any(axis=1)
-    bounds[alive] = _crossings(estimates[alive], np.log(1 / delta))
+    bounds[alive] = _crossings(estimates[alive], math.log(1 / delta))
     return bounds
 
 
@@ -71,7 +73,7 @@ def mean_lower_bound(log_estimates: FloatArray, delta: float) -> float:
     and the mean of the prompts' own bounds.
     """
     estimates = _checked(log_estimates, delta)
-    product = float(estimates.mean()) - np.log(2 / delta) / estimates.size
+    product = float(estimates.mean()) - math.log(2 / delta) / estimates.size
     return max(product, float(evidence_lower_bound(estimates, delta / 2 / len(estimates)).mean()))
 
 
@@ -98,7 +100,7 @@ def _crossings(estimates: FloatArray, target: float) -> FloatArray:
     step = np.ones(len(high))
     while (short := _log_wealth(estimates, high - step) < target).any():
         step[short] *= 2
-    low = high - step
+    low: FloatArray = high - step
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         reached = _log_wealth(estimates, middle) >= target
@@ -111,4 +113,5 @@ def _log_wealth(estimates: FloatArray, log_z: FloatArray) -> FloatArray:
     with np.errstate(divide="ignore"):
         kept, staked = np.log1p(-_STAKES)[:, None], np.log(_STAKES)[:, None]
     gains = (estimates - log_z[:, None])[:, None]  # (P, 1, M)
-    return logsumexp(_LOG_PRIOR + np.logaddexp(kept, staked + gains).sum(axis=2))
+    wealth: FloatArray = np.logaddexp(kept, staked + gains).sum(axis=2)
+    return logsumexp(_LOG_PRIOR + wealth)

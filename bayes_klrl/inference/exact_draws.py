@@ -12,7 +12,8 @@ import numpy as np
 
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BudgetError
-from bayes_klrl.inference.exact import Exact, num_sequences
+from bayes_klrl.inference.enumeration import num_sequences
+from bayes_klrl.inference.exact import Exact
 from bayes_klrl.inference.messages import why_no_messages
 from bayes_klrl.inference.rejection import RejectionSampling
 from bayes_klrl.posterior import Posterior

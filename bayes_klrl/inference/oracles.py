@@ -21,7 +21,7 @@ import numpy as np
 
 from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.exact import all_sequences, num_sequences
+from bayes_klrl.inference.enumeration import all_sequences, num_sequences
 from bayes_klrl.models.prefix_policy import PrefixPolicy, PrefixTree
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import FloatArray, IntArray

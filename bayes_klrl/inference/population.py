@@ -223,6 +223,7 @@ def grown(
     assert callable(ready.twist), "an SMC that was not prepared"
     models = (cast("LanguageModel", ready.proposal), posterior.prior)
     num_rows = num_runs * ready.num_particles
+    read_before = getattr(ready.twist, "model_tokens", 0)
     decoding = Decoding(models, posterior.prompt_ids, num_rows, posterior.max_new_tokens)
     scheme = resampling_scheme(ready.resampling) if retained is None else conditional_multinomial
     population = Population(posterior, decoding, ready.twist, models, num_runs, retained)
@@ -230,7 +231,8 @@ def grown(
         population.grow(ready.ess_threshold, scheme, rng, advance)
     if retained is not None:
         _require_alive(population.retained_log_weights(), posterior)
-    return population, decoding.model_tokens
+    read_by_twist = getattr(ready.twist, "model_tokens", 0) - read_before
+    return population, decoding.model_tokens + read_by_twist
 
 
 def evidence_runs(

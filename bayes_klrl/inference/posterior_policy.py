@@ -42,6 +42,31 @@ class MessageTwist:
 
     def __call__(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
         """See `Twist.__call__`."""
+        state, columns, paid = self._read(posterior, prompt_index, prefixes)
+        return paid + self.messages.log_worth(state, columns, prefixes.shape[1])
+
+    def next_log_psi(
+        self,
+        posterior: Posterior,
+        prompt_index: IntArray,
+        prefixes: IntArray,
+        prior_rows: tuple[State, IntArray] | None = None,
+    ) -> FloatArray:
+        """Return log psi* of every one-token extension, (R, V); see `bayes_klrl.models.twist.next_log_psi`.
+
+        Tokens that the messages' own prior cannot draw have none: -inf.
+        """
+        state, columns, paid = self._read(posterior, prompt_index, prefixes)
+        log_prior = self.messages.posterior.prior.next_log_probs(state)
+        log_terms = self.messages.log_terms(state, columns, prefixes.shape[1])
+        possible = ~np.isneginf(log_prior)
+        log_psi: FloatArray = np.where(possible, log_terms - np.where(possible, log_prior, 0.0), -np.inf)
+        return log_psi + paid[:, None]
+
+    def _read(
+        self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray
+    ) -> tuple[State, IntArray, FloatArray]:
+        """Return the prior's state after each prefix, the automaton's, and what it has paid in nats."""
         messages = self.messages
         if posterior.max_new_tokens != messages.num_tokens:
             raise BayesKLRLError(
@@ -55,7 +80,7 @@ class MessageTwist:
         for tokens in prefixes.T:
             paid += potential.token[columns, tokens]
             columns = potential.transitions[columns, tokens]
-        return paid + messages.log_worth(state, columns, prefixes.shape[1])
+        return state, columns, paid
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,24 +17,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from bayes_klrl.checks import check_count, check_finite, check_fraction
 from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.importance import require_positive_weight
 from bayes_klrl.inference.population import EvidenceRuns, evidence_runs, grown
 from bayes_klrl.inference.proposals import Proposal, resolve_proposal
 from bayes_klrl.inference.resampling import resampling_scheme
-from bayes_klrl.models.decoding import decode
+from bayes_klrl.models.twist import ConstantTwist, pilot_twist
+from bayes_klrl.models.twisted_lm import TwistedLM
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
-from bayes_klrl.typing import FloatArray, IntArray, Twist
-from bayes_klrl.weights import logmeanexp
+from bayes_klrl.typing import Algorithm, LanguageModel, Twist, TwistRecipe
 
 __all__ = ["SMC"]
-
-_PILOT_DRAWS = 64
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,11 @@ class SMC:
     num_particles
         N for each prompt; every prompt has a population of its own.
     proposal
-        See `ImportanceSampling`.
+        See `ImportanceSampling`; or "twisted": the prior times the twist, one token ahead (`TwistedLM`).
     twist
-        log psi of unfinished prefixes: a `Twist`, a number (a constant log psi), or None: the constant log Z of a
-        64-draw pilot from the prior, with a seed of its own (not run where nothing can end early).
+        log psi of unfinished prefixes: a `Twist`, a recipe such as `LearnedTwist`, which is fitted first under the same
+        seed, a number (a constant log psi), or None: the constant log Z of a 64-draw pilot from the prior, with a seed of
+        its own (not run where nothing can end early).
     ess_threshold
         Resample when ESS < ess_threshold * N. 0: never; 1: whenever weights differ.
     resampling
@@ -62,8 +63,8 @@ class SMC:
     """
 
     num_particles: int
-    proposal: Proposal = None
-    twist: Twist | float | None = None
+    proposal: Proposal | Literal["twisted"] = None
+    twist: Twist | TwistRecipe | float | None = None
     ess_threshold: float = 0.5
     resampling: str = "systematic"
 
@@ -71,8 +72,11 @@ class SMC:
         check_count("num_particles", self.num_particles)
         check_fraction("ess_threshold", self.ess_threshold)
         resampling_scheme(self.resampling)
-        if self.twist is not None and not callable(self.twist):
+        is_recipe = isinstance(self.twist, TwistRecipe) and not isinstance(self.twist, Algorithm | LanguageModel)
+        if self.twist is not None and not callable(self.twist) and not is_recipe:
             check_finite("A twist that is neither None nor a function", self.twist)
+        if isinstance(self.proposal, str) and self.proposal != "twisted":
+            raise BayesKLRLError(f'A proposal is a language model, an SVI or "twisted"; got {self.proposal!r}.')
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`.
@@ -116,43 +120,29 @@ class SMC:
         What it returns is itself prepared: preparing it again costs nothing and changes nothing, so that several runs can
         share one twist.
         """
-        proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
+        twist, twist_training = self._fitted_twist(posterior, seed, progress)
+        proposal, training = None, Cost()
+        if not isinstance(self.proposal, str):
+            proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         start = time.perf_counter()
-        twist, pilot_tokens = self._resolved_twist(posterior, seed)
-        cost = replace(training, seconds=time.perf_counter() - start, model_tokens=pilot_tokens)
-        return replace(self, proposal=proposal, twist=twist), cost
+        ready_twist, pilot_tokens = self._resolved_twist(twist, posterior, seed)
+        pilot = Cost(seconds=time.perf_counter() - start, model_tokens=pilot_tokens)
+        proposal = TwistedLM(posterior, ready_twist) if proposal is None else proposal
+        return replace(self, proposal=proposal, twist=ready_twist), training + twist_training + pilot
 
-    def _resolved_twist(self, posterior: Posterior, seed: int) -> tuple[Twist, int]:
-        """Return the twist and the model tokens that it took to make it."""
-        if callable(self.twist):
-            return self.twist, 0
-        if self.twist is not None:
-            return ConstantTwist(np.full(posterior.num_prompts, float(self.twist))), 0
+    def _fitted_twist(self, posterior: Posterior, seed: int, progress: bool) -> tuple[Twist | float | None, Cost]:
+        """Return the twist, fitted if it is a recipe, and what that cost."""
+        if callable(self.twist) or not isinstance(self.twist, TwistRecipe):
+            return self.twist, Cost()
+        fitted = self.twist.fit(posterior, seed=seed, progress=progress)
+        return fitted, getattr(fitted, "training", Cost())
+
+    def _resolved_twist(self, twist: Twist | float | None, posterior: Posterior, seed: int) -> tuple[Twist, int]:
+        """Return the twist to ask, and the model tokens of the pilot if there is one."""
+        if callable(twist):
+            return twist, 0
+        if twist is not None:
+            return ConstantTwist(np.full(posterior.num_prompts, float(twist))), 0
         if not posterior.prior.eos_token_ids:  # all particles end together: a constant changes nothing, so any will do
             return ConstantTwist(np.zeros(posterior.num_prompts)), 0
         return pilot_twist(posterior, seed)
-
-
-@dataclass(frozen=True, eq=False)
-class ConstantTwist:
-    """The same log psi for every unfinished prefix of a prompt, values of shape (P,)."""
-
-    values: FloatArray
-
-    def __call__(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
-        """See `Twist.__call__`."""
-        return self.values[prompt_index]
-
-
-def pilot_twist(posterior: Posterior, seed: int) -> tuple[ConstantTwist, int]:
-    """Return the constant twist log Z-hat of a small prior sample with a seed of its own, and its model tokens.
-
-    Where no pilot draw has positive likelihood, Z is taken to be what one hit in one draw more would have given.
-    """
-    rng = generator(seed, _PILOT_DRAWS)
-    pilot = decode((posterior.prior,), posterior.prompt_ids, _PILOT_DRAWS, posterior.max_new_tokens, rng)
-    reward = posterior.reward_of_rows(pilot.tokens, pilot.lengths, pilot.prompt_index)
-    log_likelihood = posterior.likelihood.log_likelihood(reward).reshape(posterior.num_prompts, _PILOT_DRAWS)
-    log_evidence = logmeanexp(log_likelihood)
-    values = np.where(np.isneginf(log_evidence), -np.log(_PILOT_DRAWS + 1), log_evidence)
-    return ConstantTwist(values), pilot.model_tokens

@@ -14,7 +14,7 @@ from bayes_klrl.arrays import draw_tokens, is_identity, take_tokens
 from bayes_klrl.errors import CheckpointError, SupportError
 from bayes_klrl.posterior import check_language_model, completion_log_probs
 from bayes_klrl.sequences import Sequences, pad_token
-from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, State, TokenIds
+from bayes_klrl.typing import Array, FloatArray, IntArray, LanguageModel, State, TokenIds
 
 __all__ = ["Decoding", "check_proposal", "decode", "draw_blocks", "scoring_gap"]
 
@@ -59,7 +59,8 @@ class Decoding:
     Parameters
     ----------
     models
-        The first draws, all of them score. One and the same object twice runs once.
+        The first draws, all of them score. One and the same object twice runs once; so does a model beside one that
+        wraps it: has it as its `base`, and gives both log-probs by `log_probs_with_base(state)`.
     prompt_ids
         The P prompts.
     num_draws
@@ -89,8 +90,11 @@ class Decoding:
         num_prompts = len(prompt_ids)
         num_rows = num_prompts * num_draws
         distinct = {id(model): model for model in models}
-        self._distinct = list(distinct.values())
-        self._which = [list(distinct).index(id(model)) for model in models]
+        # a model that wraps another (a twisted prior) carries the other's state in its own and gives both log-probs
+        self._carriers = {id(model) for model in distinct.values() if id(getattr(model, "base", None)) in distinct}
+        carried = {id(model.base) for model in distinct.values() if id(model) in self._carriers}  # type: ignore[attr-defined]
+        self._distinct = [model for key, model in distinct.items() if key not in carried]
+        self._keys = [id(model) for model in models]
         self._eos = np.array(sorted(models[0].eos_token_ids), dtype=np.int64)
         self._filler = pad_token(models[0].eos_token_ids)
         self.step_count = 0
@@ -130,13 +134,13 @@ class Decoding:
             self._advance()
         rows = np.flatnonzero(~self.finished)
         state_rows = self._state_row[rows]
-        log_probs = [model.next_log_probs(state) for model, state in zip(self._distinct, self._states, strict=True)]
-        tokens = draw_tokens(log_probs[self._which[0]], state_rows, uniforms[rows])
+        log_probs = self._next_log_probs()
+        tokens = draw_tokens(log_probs[self._keys[0]], state_rows, uniforms[rows])
         if forced is not None:
             tokens = np.where(forced[rows] >= 0, forced[rows], tokens)
-        taken = [take_tokens(array, state_rows, tokens) for array in log_probs]
-        for k, which in enumerate(self._which):
-            self.log_probs[k, rows] += taken[which]
+        taken = {key: take_tokens(array, state_rows, tokens) for key, array in log_probs.items()}
+        for k, key in enumerate(self._keys):
+            self.log_probs[k, rows] += taken[key]
         self.tokens[rows, self.step_count] = tokens
         self.lengths[rows] += 1
         self.step_count += 1
@@ -149,6 +153,16 @@ class Decoding:
         self.tokens, self.lengths = self.tokens[ancestors], self.lengths[ancestors]
         self.finished, self.log_probs = self.finished[ancestors], self.log_probs[:, ancestors]
         self._state_row = self._state_row[ancestors]
+
+    def _next_log_probs(self) -> dict[int, Array]:
+        """Return the next-token log-probs of each distinct model, by its identity."""
+        found: dict[int, Array] = {}
+        for model, state in zip(self._distinct, self._states, strict=True):
+            if id(model) in self._carriers:
+                found[id(model)], found[id(model.base)] = model.log_probs_with_base(state)  # type: ignore[attr-defined]
+            else:
+                found[id(model)] = model.next_log_probs(state)
+        return found
 
     def _advance(self) -> None:
         """Bring the states up to date with the newest tokens, one state row for each distinct unfinished prefix."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.models.torch_network import Network, base_model, choose_network, model_device, renewed
-from bayes_klrl.models.torch_scoring import full_log_probs, sequence_log_probs, tempered
+from bayes_klrl.models.torch_scoring import full_features, full_log_probs, sequence_log_probs, tempered
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import IntArray, TokenIds
 
@@ -207,6 +207,10 @@ class TorchLM:
         """See `LanguageModel`. Shape (R, V), float32, no graph."""
         return tempered(state.network.logits(state.features), self.temperature).log_softmax(-1)
 
+    def log_probs_from(self, features: Tensor) -> Tensor:
+        """Return the next-token log-probs that `features` predict, V in place of F, float32."""
+        return tempered(self._ready_network().logits(features), self.temperature).log_softmax(-1)
+
     def append(self, state: TorchState, tokens: IntArray) -> TorchState:
         """See `LanguageModel`. Builds no graph."""
         tokens = np.asarray(tokens)
@@ -239,6 +243,13 @@ class TorchLM:
         Differentiable; meant for vocabularies small enough to hold the table.
         """
         return self._scored(full_log_probs, prompts, sequences)
+
+    def features(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
+        """Return what every token is predicted from, shape (P, N, T, F), 0 past each completion's length.
+
+        The last hidden states where the network is known, else the logits; `TorchState.features` in decoding.
+        """
+        return self._scored(full_features, prompts, sequences)
 
     def copy(self) -> TorchLM:
         """Return an independent copy, every parameter of it trainable."""

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from bayes_klrl.models.torch_network import Network
 from bayes_klrl.typing import TokenIds
 
-__all__ = ["BUDGET", "full_log_probs", "sequence_log_probs"]
+__all__ = ["BUDGET", "full_features", "full_log_probs", "sequence_log_probs"]
 
 BUDGET = 2**25
 """Floats that one chunk may hold at its widest point (128 MB)."""
@@ -77,6 +77,15 @@ def full_log_probs(
     features = network.features(prompts, owners, tokens.masked_fill(~inside, 0))
     log_probs = tempered(network.logits(features), temperature).log_softmax(-1)
     return log_probs.masked_fill(~inside[..., None], 0.0)
+
+
+def full_features(
+    network: Network, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor, lengths: Tensor, _temperature: float
+) -> Tensor:
+    """Return what every position is predicted from, shape (R, T, F), 0 past each row's length."""
+    inside = positions_inside(lengths, tokens.shape[1])
+    features = network.features(prompts, owners, tokens.masked_fill(~inside, 0))
+    return features.masked_fill(~inside[..., None], 0.0)
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:

@@ -1,0 +1,245 @@
+"""Twists that need no training: a constant, and the reward so far; and one step of look-ahead with any twist.
+
+    log psi_t(x_1:t), an estimate of log E_p0[exp(r(x) / alpha) | x_1:t]         (THEORY 3.1; Zhao et al. 2024)
+
+alpha log psi is a soft value function of RL. What matters is how psi compares between the particles of one step. Those
+that have finished weigh their likelihood, so a twist of unfinished ones must be of that scale, or whoever ends first takes
+the population: every twist here starts from log Z-hat of a small pilot from the prior.
+
+A *recipe* is a twist that has to be made for a posterior: `fit(posterior, seed=...)` makes it, `SMC(twist=recipe)` calls
+it first.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from bayes_klrl.checks import check_count, check_finite, check_fraction
+from bayes_klrl.draws import Cost
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.decoding import Decoding, decode
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.randomness import generator
+from bayes_klrl.typing import FloatArray, IntArray, State, Twist
+from bayes_klrl.weights import logmeanexp
+
+__all__ = [
+    "ConstantTwist",
+    "FittedPartialReward",
+    "PartialRewardTwist",
+    "completed_log_psi",
+    "fitted_rows",
+    "log_evidence_of_pilot",
+    "next_log_psi",
+    "pilot_twist",
+    "prior_pilot",
+]
+
+_PILOT_DRAWS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class ConstantTwist:
+    """The same log psi for every unfinished prefix of a prompt, values of shape (P,)."""
+
+    values: FloatArray
+
+    def __call__(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
+        """See `Twist.__call__`."""
+        return self.values[prompt_index]
+
+
+def pilot_twist(posterior: Posterior, seed: int) -> tuple[ConstantTwist, int]:
+    """Return the constant twist log Z-hat of a small prior sample with a seed of its own, and its model tokens."""
+    pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, generator(seed, _PILOT_DRAWS))
+    return ConstantTwist(log_evidence_of_pilot(log_likelihood)), pilot.model_tokens
+
+
+def prior_pilot(posterior: Posterior, num_draws: int, rng: np.random.Generator) -> tuple[Decoding, FloatArray]:
+    """Return N draws a prompt from the prior, and their log-likelihoods, (P, N)."""
+    pilot = decode((posterior.prior,), posterior.prompt_ids, num_draws, posterior.max_new_tokens, rng)
+    reward = posterior.reward_of_rows(pilot.tokens, pilot.lengths, pilot.prompt_index)
+    return pilot, posterior.likelihood.log_likelihood(reward).reshape(posterior.num_prompts, num_draws)
+
+
+def log_evidence_of_pilot(log_likelihood: FloatArray) -> FloatArray:
+    """Return log Z-hat of prior draws, (P, N) to (P,); without a hit, what one in one draw more would have given."""
+    log_evidence = logmeanexp(log_likelihood)
+    return np.where(np.isneginf(log_evidence), -np.log(log_likelihood.shape[-1] + 1), log_evidence)
+
+
+def fitted_rows(posterior: Posterior, prompts: tuple[tuple[int, ...], ...], prompt_index: IntArray) -> IntArray:
+    """Return, of each prompt of a posterior, the row of the prompts that a twist was fitted on, as `prompt_index` asks.
+
+    Raises
+    ------
+    BayesKLRLError
+        If it was not fitted on one of them.
+    """
+    if posterior.prompt_ids == prompts:
+        return prompt_index
+    row_of = {ids: row for row, ids in enumerate(prompts)}
+    unknown = [ids for ids in posterior.prompt_ids if ids not in row_of]
+    if unknown:
+        raise BayesKLRLError(
+            f"This twist was fitted on other prompts; it knows nothing of the one with ids {list(unknown[0])}. Fit it on a "
+            "posterior that has this prompt."
+        )
+    rows: IntArray = np.array([row_of[ids] for ids in posterior.prompt_ids], dtype=np.int64)[prompt_index]
+    return rows
+
+
+@dataclass(frozen=True)
+class PartialRewardTwist:
+    """The likelihood of the prefix as it stands, as a recipe: greedy, and good where rewards accrue token by token.
+
+        psi_t(x_1:t) = (1 - floor) c_t exp(gamma r(x_1:t) / alpha) + floor Z-hat
+
+    c_t makes the mean of psi_t over unfinished pilot draws Z-hat, so that finished and unfinished particles are of one scale
+    (THEORY 3.1); the floor keeps alive what looks hopeless so far, such as a text that must contain a word and does not yet.
+
+    Parameters
+    ----------
+    gamma
+        Power of the likelihood; 0 is the constant twist.
+    floor
+        Weight of the constant, in (0, 1].
+    num_pilot
+        Draws a prompt from the prior that Z-hat and c_t are taken from.
+
+    Examples
+    --------
+    >>> from bayes_klrl.problems import gold_posterior
+    >>> twist = PartialRewardTwist(floor=0.5).fit(gold_posterior(), seed=0)
+    >>> hopeful, hopeless = twist(gold_posterior(), np.zeros(2, int), np.array([[0, 1], [1, 1]]))
+    >>> bool(hopeful > hopeless)
+    True
+    """
+
+    gamma: float = 1.0
+    floor: float = 0.01
+    num_pilot: int = _PILOT_DRAWS
+
+    def __post_init__(self) -> None:
+        check_finite("gamma", self.gamma)
+        check_fraction("floor", self.floor)
+        if self.floor == 0:
+            check_fraction("floor, which must be positive lest a particle dies that may yet come right,", np.nan)
+        check_count("num_pilot", self.num_pilot)
+
+    def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> FittedPartialReward:
+        """See `TwistRecipe.fit`."""
+        start = time.perf_counter()
+        pilot, log_likelihood = prior_pilot(posterior, self.num_pilot, generator(seed, self.num_pilot))
+        log_evidence = log_evidence_of_pilot(log_likelihood)
+        constants = np.repeat(log_evidence[:, None], posterior.max_new_tokens, axis=1)
+        for t in range(1, posterior.max_new_tokens):
+            rows = np.flatnonzero(pilot.lengths > t)
+            partial = np.full(pilot.lengths.size, -np.inf)
+            partial[rows] = self.gamma * _partial(posterior, pilot.prompt_index[rows], pilot.tokens[rows, :t])
+            unfinished = (pilot.lengths > t).reshape(log_likelihood.shape).mean(axis=1)
+            with np.errstate(divide="ignore"):
+                mean = logmeanexp(partial.reshape(log_likelihood.shape)) - np.log(np.maximum(unfinished, 1e-300))
+            constants[:, t] -= np.where(np.isfinite(mean) & (unfinished > 0), mean, 0.0)
+        training = Cost(training_tokens=pilot.model_tokens, training_seconds=time.perf_counter() - start)
+        return FittedPartialReward(self.gamma, self.floor, posterior.prompt_ids, log_evidence, constants, training)
+
+
+@dataclass(frozen=True, eq=False)
+class FittedPartialReward:
+    """What `PartialRewardTwist.fit` makes.
+
+    Parameters
+    ----------
+    gamma, floor
+        See `PartialRewardTwist`.
+    prompts
+        The token ids of the P prompts.
+    log_evidence
+        log Z-hat of each prompt, (P,).
+    log_constants
+        log c_t, shape (P, T).
+    training
+        What the pilot cost.
+    """
+
+    gamma: float
+    floor: float
+    prompts: tuple[tuple[int, ...], ...]
+    log_evidence: FloatArray
+    log_constants: FloatArray
+    training: Cost = field(default_factory=Cost)
+
+    def __call__(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
+        """See `Twist.__call__`."""
+        rows, t = fitted_rows(posterior, self.prompts, prompt_index), prefixes.shape[1]
+        constant = self.log_evidence[rows]
+        if t == 0 or self.floor == 1:
+            return constant
+        partial = self.gamma * _partial(posterior, prompt_index, prefixes) + self.log_constants[rows, t]
+        mixed: FloatArray = np.logaddexp(np.log1p(-self.floor) + partial, np.log(self.floor) + constant)
+        return mixed
+
+
+def _partial(posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
+    """Return r / alpha of prefixes taken as completions, shape (R,)."""
+    lengths = np.full(len(prefixes), prefixes.shape[1])
+    reward = posterior.reward_of_rows(_padded(prefixes, posterior), lengths, prompt_index)
+    return posterior.likelihood.log_likelihood(reward)
+
+
+def _padded(prefixes: IntArray, posterior: Posterior) -> IntArray:
+    """Return token rows of width T."""
+    missing = posterior.max_new_tokens - prefixes.shape[1]
+    return np.pad(prefixes, ((0, 0), (0, missing)), constant_values=posterior.pad_token)
+
+
+def next_log_psi(
+    twist: Twist,
+    posterior: Posterior,
+    prompt_index: IntArray,
+    prefixes: IntArray,
+    candidates: IntArray | None = None,
+    prior_rows: tuple[State, IntArray] | None = None,
+) -> FloatArray:
+    """Return log psi of one-token extensions, shape (R, K): one step of look-ahead.
+
+    A twist that knows them all at once says so by a method `next_log_psi(posterior, prompt_index, prefixes, prior_rows)`
+    that returns them for the whole vocabulary, (R, V). Any other is asked K times a row, and the posterior for the
+    likelihood of extensions that are complete.
+
+    Parameters
+    ----------
+    twist, posterior, prompt_index, prefixes
+        See `Twist.__call__`; every prefix unfinished.
+    candidates
+        Which tokens, shape (R, K); None: all V.
+    prior_rows
+        A decoding state of the prior, and which of its rows the prefixes are: it spares a twist on the prior's hidden
+        states a forward of its own. None if there is none.
+    """
+    ahead = getattr(twist, "next_log_psi", None)
+    if ahead is not None:
+        everything: FloatArray = ahead(posterior, prompt_index, prefixes, prior_rows)
+        return everything if candidates is None else np.take_along_axis(everything, candidates, axis=1)
+    if candidates is None:
+        candidates = np.tile(np.arange(posterior.prior.vocab_size), (len(prefixes), 1))
+    num_rows, num_candidates = candidates.shape
+    extended = np.concatenate([np.repeat(prefixes, num_candidates, axis=0), candidates.reshape(-1, 1)], axis=1)
+    values = completed_log_psi(twist, posterior, np.repeat(prompt_index, num_candidates), extended)
+    return values.reshape(num_rows, num_candidates)
+
+
+def completed_log_psi(twist: Twist, posterior: Posterior, prompt_index: IntArray, extended: IntArray) -> FloatArray:
+    """Return log psi of prefixes that may be complete, shape (R,): the log-likelihood where they are, else the twist."""
+    width = extended.shape[1]
+    complete = np.isin(extended[:, -1], list(posterior.prior.eos_token_ids)) | (width == posterior.max_new_tokens)
+    values = np.empty(len(extended))
+    if complete.any():
+        values[complete] = _partial(posterior, prompt_index[complete], extended[complete])
+    if not complete.all():
+        values[~complete] = twist(posterior, prompt_index[~complete], extended[~complete])
+    return values
