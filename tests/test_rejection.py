@@ -192,6 +192,8 @@ def test_quasi_rejection_follows_its_own_law_and_knows_how_far_off_it_is(
     info = {name: values[0] for name, values in draws.info.items()}
     assert info["tvd_bound"] == pytest.approx(tvd_bound, abs=0.02)
     assert info["kl_bound"] == pytest.approx(kl_bound, abs=0.04)
+    kl_prior = float((law * (np.log(law) - gold.log_prior[0])).sum())
+    assert info["kl_prior"] == pytest.approx(kl_prior, abs=0.05)
     assert info["log_evidence_estimate"] == pytest.approx(gold.log_evidence[0], abs=0.05)
     assert info["acceptance_rate"] == pytest.approx(np.exp(log_kept - log_bound), rel=0.1)
     assert info["num_proposals"] == pytest.approx(4000 / info["acceptance_rate"], rel=0.1)
