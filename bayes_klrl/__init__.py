@@ -1,8 +1,9 @@
 """KL-regularised reinforcement learning of language models, as the Bayesian inference that it is.
 
-prior x exp(reward / alpha) / evidence: see `Posterior` for the model, `SVI`, `SMC`, `ImportanceSampling`, `BestOfN` and
-`Exact` for the algorithms, `compare` for all of them side by side. Names are loaded when first used, so that importing
-the package loads neither torch nor transformers nor arviz.
+prior x exp(reward / alpha) / evidence: see `Posterior` for the model, `SVI`, `SMC`, `AnnealedSMC`, `SuffixMH`,
+`ImportanceSampling`, `RejectionSampling`, `QuasiRejection`, `BestOfN` and `Exact` for the algorithms, `compare` for all of
+them side by side. Names are loaded when first used, so that importing the package loads neither torch nor transformers nor
+arviz.
 """
 
 from __future__ import annotations

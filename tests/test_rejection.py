@@ -96,6 +96,20 @@ def test_constraints_multiply_in() -> None:
     assert info["acceptance_rate"][0] == pytest.approx(np.exp(Truth(alone).log_evidence[0]), abs=0.05)
 
 
+def test_powers_and_products_of_different_alphas_keep_their_bounds() -> None:
+    """The product's reward is its log-likelihood, and so is its upper bound; draws follow it all the same."""
+    base = random_posterior(33, num_tokens=4)
+    short = bk.TokenReward(lambda tokens, lengths: -lengths * 1.0, alpha=2.0, bounds=(-4, -1))
+    zeros = bk.TokenReward(lambda tokens, lengths: tokens[:, 0] * 0.3, alpha=0.7, bounds=(0, 0.9))
+    for likelihood, log_bound in ((short * zeros, -0.5 + 0.9 / 0.7), ((short * zeros) ** 0.5, (-0.5 + 0.9 / 0.7) / 2)):
+        posterior = bk.Posterior(base.prior, likelihood, prompts=[[]], max_new_tokens=4)
+        truth = Truth(posterior)
+        draws = bk.RejectionSampling(3000).run(posterior, seed=0)
+        assert chi_square_p(counts(truth, draws.tokens[0]), truth.p[0]) > 0.001
+        expected = np.exp(truth.log_evidence[0] - log_bound)
+        assert draws.info["acceptance_rate"][0] == pytest.approx(expected, rel=0.05)
+
+
 def test_a_reward_without_an_upper_bound_is_refused_before_any_work() -> None:
     def untouched(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         raise AssertionError("The reward was called.")
@@ -192,6 +206,8 @@ def test_quasi_rejection_follows_its_own_law_and_knows_how_far_off_it_is(
     info = {name: values[0] for name, values in draws.info.items()}
     assert info["tvd_bound"] == pytest.approx(tvd_bound, abs=0.02)
     assert info["kl_bound"] == pytest.approx(kl_bound, abs=0.04)
+    kl_prior = float((law * (np.log(law) - gold.log_prior[0])).sum())
+    assert info["kl_prior"] == pytest.approx(kl_prior, abs=0.05)
     assert info["log_evidence_estimate"] == pytest.approx(gold.log_evidence[0], abs=0.05)
     assert info["acceptance_rate"] == pytest.approx(np.exp(log_kept - log_bound), rel=0.1)
     assert info["num_proposals"] == pytest.approx(4000 / info["acceptance_rate"], rel=0.1)

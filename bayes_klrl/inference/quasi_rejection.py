@@ -46,8 +46,8 @@ class QuasiRejection:
     Notes
     -----
     `Draws.info`, each of shape (P,), estimated from every proposal: `acceptance_rate`, mean min(1, w / B);
-    `tvd_bound`, 1 - Z_B / Z; `kl_bound`, log(Z / Z_B) in nats, of KL(p_B || p*); `log_evidence_estimate`, log Z; and
-    `num_proposals` up to and including the N-th acceptance.
+    `tvd_bound`, 1 - Z_B / Z; `kl_bound`, log(Z / Z_B) in nats, of KL(p_B || p*); `kl_prior`, KL(p_B || p0);
+    `log_evidence_estimate`, log Z; and `num_proposals` up to and including the N-th acceptance.
 
     These are importance-sampling estimates from q: a mode that q has hardly shown is missing from them, too. Then Z is too
     low, and both bounds look too good. They are no certificate.
@@ -104,8 +104,13 @@ class QuasiRejection:
         draws = accepted.draws(posterior, type(self).__name__, cost)
         # log Z - log Z_B, both from the same proposals, so never below 0 but by rounding
         kl_bound = np.maximum(accepted.log_mean_weight - accepted.log_acceptance_rate - self.bound, 0.0)
+        # log p_B - log p0 of the draws: log min(w, B) + log q - log p0 - log Z_B
+        log_proposal, log_prior = accepted.log_probs
+        log_ratio = np.minimum(draws.log_likelihood, self.bound + log_proposal - log_prior)
+        kl_prior = log_ratio.mean(axis=1) - (accepted.log_acceptance_rate + self.bound)
         info = {
             "num_proposals": accepted.num_proposals,
+            "kl_prior": kl_prior,
             "acceptance_rate": np.exp(accepted.log_acceptance_rate),
             "tvd_bound": 1.0 - np.exp(-kl_bound),
             "kl_bound": kl_bound,
