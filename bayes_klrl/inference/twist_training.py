@@ -123,7 +123,8 @@ def token_embedding(features: Any, prior: LanguageModel, hidden: int) -> Tensor:
         embedding: Tensor = features.token_embedding()
         return embedding
     if prior.vocab_size <= hidden:
-        return torch.eye(prior.vocab_size) * prior.vocab_size**0.5
+        axes: Tensor = torch.eye(prior.vocab_size) * prior.vocab_size**0.5
+        return axes
     return torch.randn(prior.vocab_size, hidden)
 
 
