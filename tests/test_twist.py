@@ -274,8 +274,9 @@ def test_partial_reward_keeps_alive_what_does_not_fulfil_a_constraint_yet() -> N
     truth = Truth(posterior).log_evidence[0]
     draws = bk.SMC(8, twist=bk.PartialRewardTwist()).run(repeated(posterior, 300), seed=0)
     assert abs(z_score(np.exp(draws.log_evidence - truth), 1.0)) < 3
-    with pytest.raises(bk.BayesKLRLError, match="floor"):
-        bk.PartialRewardTwist(floor=0.0)
+    for bad in ({"floor": 0.0}, {"floor": 2.0}, {"gamma": 0.0}, {"gamma": float("nan")}, {"num_pilot": 0}):
+        with pytest.raises(bk.BayesKLRLError, match=next(iter(bad))):
+            bk.PartialRewardTwist(**bad)  # type: ignore[arg-type]
 
 
 def test_partial_reward_helps_where_rewards_accrue() -> None:

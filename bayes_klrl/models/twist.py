@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bayes_klrl.checks import check_count, check_finite, check_fraction
+from bayes_klrl.checks import check_count, check_fraction, check_positive
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.decoding import Decoding, decode
@@ -104,7 +104,7 @@ class PartialRewardTwist:
     Parameters
     ----------
     gamma
-        Power of the likelihood; 0 is the constant twist.
+        Power of the likelihood, positive; the smaller, the nearer to a constant twist.
     floor
         Weight of the constant, in (0, 1].
     num_pilot
@@ -124,10 +124,13 @@ class PartialRewardTwist:
     num_pilot: int = _PILOT_DRAWS
 
     def __post_init__(self) -> None:
-        check_finite("gamma", self.gamma)
+        check_positive("gamma", self.gamma)
         check_fraction("floor", self.floor)
         if self.floor == 0:
-            check_fraction("floor, which must be positive lest a particle dies that may yet come right,", np.nan)
+            raise BayesKLRLError(
+                "floor must be positive: without it a prefix of likelihood 0 so far dies, though it may yet come right, and "
+                "the evidence comes out too low."
+            )
         check_count("num_pilot", self.num_pilot)
 
     def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> FittedPartialReward:
@@ -138,6 +141,8 @@ class PartialRewardTwist:
         constants = np.repeat(log_evidence[:, None], posterior.max_new_tokens, axis=1)
         for t in range(1, posterior.max_new_tokens):
             rows = np.flatnonzero(pilot.lengths > t)
+            if not rows.size:
+                break
             partial = np.full(pilot.lengths.size, -np.inf)
             partial[rows] = self.gamma * _partial(posterior, pilot.prompt_index[rows], pilot.tokens[rows, :t])
             unfinished = (pilot.lengths > t).reshape(log_likelihood.shape).mean(axis=1)
