@@ -302,11 +302,10 @@ class _StepRule:
         else:
             agrees = float((occupancy * direction * self._previous).sum()) > 0
             if self._noisy and not agrees and self._least == 0.0:
-                self._least = (
-                    self._length / 4
-                )  # this long is about one Newton step; chance must not freeze it far below
-            self._length = max(self._least, self._length * (1.3 if agrees else 1 / 1.3 if self._noisy else 0.5))
-            self._length = min(self._length, limit)
+                # The first step that turns back is about a Newton step; far below it chance would freeze the policy.
+                self._least = self._length / 4
+            growth = 1.3 if agrees else 1 / 1.3 if self._noisy else 0.5
+            self._length = min(max(self._least, self._length * growth), limit)
         self._previous, self._num_steps = direction, self._num_steps + 1
         return self._length * direction
 
