@@ -189,6 +189,40 @@ def test_draws_are_as_even_as_can_be() -> None:
     assert (expected_gradient(GRPO(), posterior, logits, num_draws=2**16) - exact).norm() < 1e-3 * exact.norm()
 
 
+def test_leave_one_out_leaves_one_out() -> None:
+    posterior = random_posterior(0, num_tokens=3)
+    seen: list[LossInputs] = []
+
+    def look(batch: LossInputs) -> Tensor:
+        seen.append(batch)
+        return batch.log_probs.sum()
+
+    expected_gradient(look, posterior, probe(Enumerated.of(posterior)), num_draws=5)
+    rewards = seen[0].rewards
+    expected = [r - rewards[torch.arange(5) != n].mean() for n, r in enumerate(rewards)]
+    torch.testing.assert_close(seen[0].leave_one_out(rewards), torch.stack(expected), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("from_prior", [True, False])
+def test_completions_are_of_the_policy_or_of_the_prior(from_prior: bool) -> None:
+    problem = Enumerated.of(problems.audit_posterior())
+    logits = probe(problem)
+    seen: list[LossInputs] = []
+
+    def look(batch: LossInputs) -> Tensor:
+        seen.append(batch)
+        return batch.log_probs.sum()
+
+    LossGradient(look, problem, alpha=1.0, num_draws=None, draw_from_prior=from_prior, rng=np.random.default_rng(0))(
+        logits
+    )
+    policy = problem.policy(logits.detach().log_softmax(-1).numpy()[None])
+    drawn_by = problem.log_prior[0] if from_prior else policy.log_probs[0]
+    np.testing.assert_allclose(seen[0].weights, np.exp(drawn_by), atol=1e-14)
+    np.testing.assert_allclose(seen[0].old_log_probs.sum(1), drawn_by, atol=1e-12)
+    np.testing.assert_allclose(seen[0].log_probs.detach().sum(1), policy.log_probs[0], atol=1e-12)
+
+
 # --- oracles
 
 
@@ -449,6 +483,16 @@ def test_a_group_mean_as_baseline_is_a_hidden_alpha_when_the_kl_is_in_the_loss(g
     assert audit.implied[1].alpha == pytest.approx(0.4 * group_size / (group_size - 1), rel=0.01)
 
 
+@pytest.mark.slow
+def test_a_larger_problem_has_more_noise_and_says_so() -> None:
+    posterior = problems.gold_posterior()  # 1093 completions
+    audit = bk.audit(GRPO(scale_rewards=False, group_size=8), posterior)
+    assert audit.verdict == "myopic at another alpha"
+    assert audit.implied[1].alpha == pytest.approx(posterior.alpha * 8 / 7, rel=0.01)
+    assert 1e-4 < audit.noise < 5e-3
+    assert bk.audit(GRPO(scale_rewards=False, group_size=8)).noise < 1e-4
+
+
 def test_the_same_seed_gives_the_same_audit() -> None:
     first, second, other = (bk.audit(trl_rloo, num_steps=40, seed=seed) for seed in (3, 3, 4))
     np.testing.assert_array_equal(first.policy.table, second.policy.table)
@@ -546,17 +590,34 @@ def diverges_later(batch: LossInputs) -> Tensor:
         (lambda batch: batch.log_probs.mean() * torch.nan, "The loss is nan"),
         (lambda batch: batch.log_probs.sum(1).square().sqrt().mean() / (batch.log_probs.sum() * 0), "not finite"),
         (lambda batch: batch.logits.mean(), "The loss raised AttributeError"),
+        (DPO(), "Take a smaller problem or num_draws"),
         (GRPO(group_size=5), "Groups of 5 do not divide a batch of 4096"),
     ],
 )
 def test_what_is_no_loss_is_refused(loss: Any, message: str) -> None:
     with pytest.raises(bk.BayesKLRLError, match=message):
-        bk.audit(loss)
+        bk.audit(loss, num_draws=6000 if isinstance(loss, DPO) else None)
 
 
 def test_a_loss_that_stops_being_a_number_ends_the_training() -> None:
     audit = bk.audit(diverges_later)
     assert (audit.verdict, audit.settled) == ("nothing", False)
+
+
+def breaks_at_its_optimum(batch: LossInputs) -> Tensor:
+    """Whitened returns without an epsilon: 0 / 0 at the posterior, where all returns are equal."""
+    returns = batch.rewards - batch.alpha * (batch.old_log_probs - batch.ref_log_probs).sum(1)
+    spread = torch.where(returns.std() > 0.01, returns.std(), 0.0)
+    return -((returns - returns.mean()) / spread * batch.log_probs.sum(1)).mean()
+
+
+def test_what_did_not_settle_has_not_converged() -> None:
+    audit = bk.audit(breaks_at_its_optimum)
+    assert audit.kl_to_posterior < 1e-3
+    assert (audit.verdict, audit.ending) == ("nothing", "the loss was not finite any more")
+    assert audit.ending in audit.explanation
+    short = bk.audit(LeaveOneOut(), num_steps=5)
+    assert (short.verdict, short.settled, "num_steps" in short.explanation) == ("nothing", False, True)
 
 
 def impossible(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:

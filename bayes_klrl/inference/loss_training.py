@@ -16,8 +16,9 @@ The step is the natural gradient of a table: with d(s) the policy's probability 
 
 It has the same zeros as the gradient, which is what matters, and does not wait for rarely visited prefixes, as Adam and
 plain descent do. Its length grows while steps agree and shrinks when one turns back (no step changes the policy by more
-than a trust region), so the scale of the loss does not matter. With draws the region shrinks as 1 / step and the logits of
-the second half are averaged, which takes the noise out (Polyak and Juditsky 1992).
+than a trust region), so the scale of the loss does not matter. With draws the region shrinks as 1 / step, the length
+stays above a quarter of a Newton step (else chance would freeze it) and the logits of the second half are averaged, which
+takes the noise out (Polyak and Juditsky 1992).
 """
 
 from __future__ import annotations
@@ -33,12 +34,17 @@ from bayes_klrl.inference.oracles import Enumerated
 from bayes_klrl.models.torch_losses import Loss, LossInputs
 from bayes_klrl.typing import FloatArray
 
-__all__ = ["LossGradient", "Trained", "train"]
+__all__ = ["LEFT", "MOVING", "NOT_FINITE", "SETTLED", "LossGradient", "Trained", "train"]
+
+SETTLED = "it settled"
+MOVING = "it was still moving"
+LEFT = "a completion had all but left the policy"
+NOT_FINITE = "the loss was not finite any more"
 
 _RADIUS = 0.2  # Fisher length of the longest step: a KL of 0.02 nats
 _LARGEST_LOGIT_STEP = 2.0
 _GONE = -200.0  # log q - log p0 of a completion that the policy has left for good: rewards are not 200 alpha apart
-_SETTLED = 1e-9  # of the longest direction seen
+_STANDSTILL = 1e-9  # of the longest direction seen
 _NOTHING = 1e-12  # a direction that is rounding only: the loss has no gradient at all
 
 
@@ -52,13 +58,18 @@ class Trained:
         log q(a | s) at the end, shape (S, V).
     num_steps
         How many were taken.
-    settled
-        Whether the policy stopped moving.
+    ending
+        Why it stopped there: `SETTLED`, `MOVING` when the steps were used up, `LEFT` when a completion had all but left the
+        policy, `NOT_FINITE` when the loss was no number any more.
+    noise
+        KL of the fourth quarter's average policy to the third's, in nats: what chance, or steps yet to come, still move it
+        by; 0 where training ended before.
     """
 
     table: FloatArray
     num_steps: int
-    settled: bool
+    ending: str
+    noise: float = 0.0
 
 
 class LossGradient:
@@ -240,21 +251,22 @@ def train(gradient: LossGradient, start: FloatArray, *, num_steps: int, toleranc
         except _NotFinite:
             if step == 0:
                 raise
-            return Trained(_log_probs(logits), step, settled=False)
+            return Trained(_log_probs(logits), step, NOT_FINITE)
         with torch.no_grad():
             table = logits.log_softmax(dim=-1)
             logits += step_rule.step(slope, table, gradient.occupancy(table), gradient.damping)
-            if step_rule.relative_size <= _SETTLED:
-                return Trained(_log_probs(logits), step, settled=True)
+            if step_rule.relative_size <= _STANDSTILL:
+                return Trained(_log_probs(logits), step, SETTLED)
             if float((gradient.completion_log_probs(logits.log_softmax(dim=-1)) - reference).min()) < _GONE:
-                return Trained(_log_probs(logits), step + 1, settled=False)
+                return Trained(_log_probs(logits), step + 1, LEFT)
             if step >= num_steps // 2:
                 averages[int(step >= 3 * num_steps // 4)] += logits.log_softmax(dim=-1)
     third, fourth = (
         gradient.completion_log_probs(average.log_softmax(dim=-1)) for average in averages / (num_steps / 4)
     )
-    settled = float((fourth.exp() * (fourth - third)).sum()) <= tolerance
-    return Trained(_log_probs(averages.sum(dim=0) / (num_steps / 2) if gradient.noisy else logits), num_steps, settled)
+    moved = max(float((fourth.exp() * (fourth - third)).sum()), 0.0)
+    end = averages.sum(dim=0) / (num_steps / 2) if gradient.noisy else logits
+    return Trained(_log_probs(end), num_steps, SETTLED if moved <= tolerance else MOVING, moved)
 
 
 class _StepRule:
@@ -270,7 +282,7 @@ class _StepRule:
     def __init__(self, noisy: bool) -> None:
         self._noisy = noisy
         self._previous: Tensor | None = None
-        self._length, self._longest, self._num_steps = 0.0, 0.0, 0
+        self._length, self._least, self._longest, self._num_steps = 0.0, 0.0, 0.0, 0
         self.relative_size = 1.0
         """Size of the newest direction, as a fraction of the largest one seen; 0 for a loss without any gradient."""
 
@@ -289,7 +301,11 @@ class _StepRule:
             self._length = limit / 4
         else:
             agrees = float((occupancy * direction * self._previous).sum()) > 0
-            self._length = min(limit, self._length * (1.3 if agrees else 1 / 1.3 if self._noisy else 0.5))
+            if self._noisy and not agrees and self._least == 0.0:
+                # The first step that turns back is about a Newton step; far below it chance would freeze the policy.
+                self._least = self._length / 4
+            growth = 1.3 if agrees else 1 / 1.3 if self._noisy else 0.5
+            self._length = min(max(self._least, self._length * growth), limit)
         self._previous, self._num_steps = direction, self._num_steps + 1
         return self._length * direction
 

@@ -27,6 +27,9 @@ from bayes_klrl.errors import BayesKLRLError
 __all__ = ["DPO", "GRPO", "KLPenalty", "LeaveOneOut", "LogVariance", "Loss", "LossInputs", "RaoBlackwell"]
 
 
+_MOST_PAIRED = 5_000  # whose squares of log-ratios are 200 MB
+
+
 @dataclass(frozen=True, eq=False)
 class LossInputs:
     """N completions of one prompt, one group, with what a trainer knows about them; float64.
@@ -300,6 +303,11 @@ class DPO:
 
     def __call__(self, batch: LossInputs) -> Tensor:
         """Return the loss."""
+        if len(batch.rewards) > _MOST_PAIRED:
+            raise BayesKLRLError(
+                f"DPO here compares all pairs of completions, of which there may be {_MOST_PAIRED}; got {len(batch.rewards)}. "
+                "Take a smaller problem or num_draws."
+            )
         h = batch.alpha * (batch.log_probs - batch.ref_log_probs).sum(dim=1)
         preferred = torch.sigmoid(batch.rewards[:, None] - batch.rewards)
         # both orders of a pair are in the square, so the winner's term alone covers every pair
