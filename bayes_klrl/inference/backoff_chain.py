@@ -254,7 +254,7 @@ _Explicit = tuple[IntArray, FloatArray, IntArray, FloatArray, IntArray]
 
 def _csr(entries: list[_Entries], shape: tuple[int, int]) -> Any:
     """Return the sum of entries (row, column, value) as a sparse matrix."""
-    from scipy.sparse import csr_array  # type: ignore[import-untyped]
+    from scipy.sparse import csr_array
 
     if not entries:
         return csr_array(shape)
