@@ -87,8 +87,6 @@ class SMC:
         is_recipe = isinstance(self.twist, TwistRecipe) and not isinstance(self.twist, Algorithm | LanguageModel)
         if self.twist is not None and not callable(self.twist) and not is_recipe:
             check_finite("A twist that is neither None nor a function", self.twist)
-        if isinstance(self.proposal, str) and self.proposal != "twisted":
-            raise BayesKLRLError(f'A proposal is a language model, an SVI or "twisted"; got {self.proposal!r}.')
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`.
@@ -98,11 +96,11 @@ class SMC:
         BudgetError
             If all particles of some prompt have likelihood 0; it carries the draws.
         """
-        twist, twist_training = self._fitted_twist(posterior, seed, progress)
-        if isinstance(self.proposal, str):
+        if isinstance(self.proposal, str) and self.proposal == "twisted":
             proposal, training = None, Cost()
         else:
             proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
+        twist, twist_training = self._fitted_twist(posterior, seed, progress)
         training = training + twist_training
         start = time.perf_counter()
         twist, pilot_tokens = self._resolved_twist(twist, posterior, seed)
