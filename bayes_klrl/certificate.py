@@ -134,7 +134,7 @@ def certify(
     seed: int,
     num_draws: int = 1024,
     num_particles: int = 64,
-    num_runs: int = 32,
+    num_runs: int = 24,
     failure_probability: float = 0.05,
     twist: Twist | TwistRecipe | float | None = None,
     exact: Sequences | Draws | None = None,

@@ -23,7 +23,6 @@ import numpy as np
 
 from bayes_klrl.checks import check_count, check_finite, check_fraction
 from bayes_klrl.draws import Cost, Draws
-from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.importance import require_positive_weight
 from bayes_klrl.inference.population import EvidenceRuns, evidence_runs, grown
 from bayes_klrl.inference.proposals import Proposal, resolve_proposal
@@ -75,8 +74,6 @@ class SMC:
         is_recipe = isinstance(self.twist, TwistRecipe) and not isinstance(self.twist, Algorithm | LanguageModel)
         if self.twist is not None and not callable(self.twist) and not is_recipe:
             check_finite("A twist that is neither None nor a function", self.twist)
-        if isinstance(self.proposal, str) and self.proposal != "twisted":
-            raise BayesKLRLError(f'A proposal is a language model, an SVI or "twisted"; got {self.proposal!r}.')
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`.
@@ -120,10 +117,10 @@ class SMC:
         What it returns is itself prepared: preparing it again costs nothing and changes nothing, so that several runs can
         share one twist.
         """
-        twist, twist_training = self._fitted_twist(posterior, seed, progress)
         proposal, training = None, Cost()
-        if not isinstance(self.proposal, str):
+        if not (isinstance(self.proposal, str) and self.proposal == "twisted"):
             proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
+        twist, twist_training = self._fitted_twist(posterior, seed, progress)
         start = time.perf_counter()
         ready_twist, pilot_tokens = self._resolved_twist(twist, posterior, seed)
         pilot = Cost(seconds=time.perf_counter() - start, model_tokens=pilot_tokens)

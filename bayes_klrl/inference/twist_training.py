@@ -93,12 +93,9 @@ def untrained(recipe: LearnedTwist, posterior: Posterior, rng: np.random.Generat
         mean_label = np.clip(np.exp(log_evidence - log_bound), _LEAST_LABEL, 1 - _LEAST_LABEL)
         offsets = np.log(mean_label) - np.log1p(-mean_label)
     features = features_for(posterior.prior, recipe.hidden)
-    head = TwistHead(
-        features.width,
-        posterior.max_new_tokens,
-        recipe.hidden,
-        token_embedding(features, posterior.prior, recipe.hidden),
-    )
+    embedding = token_embedding(features, posterior.prior, recipe.hidden)
+    frozen = isinstance(features, LMFeatures)
+    head = TwistHead(features.width, posterior.max_new_tokens, recipe.hidden, embedding, frozen=frozen)
     if isinstance(features, LMFeatures):
         head = head.to(features.lm.device)
         sequences = pilot.sequences()

@@ -160,13 +160,17 @@ class TwistHead(nn.Module):
     hidden
         Units of both layers.
     embedding
-        Of the tokens, (V, E); where it starts.
+        Of the tokens, (V, E).
+    frozen
+        Whether the embedding stays as it is: the prior's own knows which tokens are alike, and of most of a large vocabulary
+        a few thousand draws tell nothing. Otherwise it is trained.
     """
 
     mean: Tensor
     scale: Tensor
+    embedding: Tensor
 
-    def __init__(self, width: int, num_tokens: int, hidden: int, embedding: Tensor) -> None:
+    def __init__(self, width: int, num_tokens: int, hidden: int, embedding: Tensor, *, frozen: bool) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
@@ -174,7 +178,10 @@ class TwistHead(nn.Module):
         self.position = nn.Embedding(num_tokens, hidden)
         self.second = nn.Linear(hidden, hidden)
         self.last = nn.Linear(hidden, embedding.shape[1] + 1)
-        self.embedding = nn.Parameter(embedding.clone())
+        if frozen:
+            self.register_buffer("embedding", embedding.clone())
+        else:
+            self.embedding = nn.Parameter(embedding.clone())
         for weight in (self.last.weight, self.last.bias, self.position.weight):
             nn.init.zeros_(weight)
 
