@@ -32,10 +32,9 @@ from bayes_klrl.certificate_intervals import Intervals
 from bayes_klrl.coverage import Coverage, Feature, coverage
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BudgetError
-from bayes_klrl.inference.drawing import draw
 from bayes_klrl.inference.importance import ImportanceSampling
 from bayes_klrl.inference.smc import SMC
-from bayes_klrl.policies import as_policy
+from bayes_klrl.policies import as_policy, policy_draws
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
@@ -210,7 +209,7 @@ def certify(
     smc = SMC(num_particles, twist=twist)
     lm = as_policy(policy, posterior)
     given = None if exact is None else posterior.sequences(exact)
-    ours = _policy_draws(posterior, lm, settings)
+    ours = policy_draws(posterior, lm, num_draws, generator(settings.stream("policy")), progress=progress)
     evidence = _evidence(posterior, lm, ours, given, smc, settings)
     prior_draws = _prior_draws(posterior, settings)
     point = frontier_point(ours, prior_draws, has_alpha=posterior.likelihood.alpha is not None)
@@ -241,28 +240,6 @@ def certify(
         exact_draws=evidence.draws,
         cost=replace(ours.cost + evidence.cost + prior_draws.cost, seconds=time.perf_counter() - start),
     )
-
-
-def _policy_draws(posterior: Posterior, policy: LanguageModel, settings: Settings) -> Draws:
-    """Return draws of the policy, scored by policy and prior in lockstep."""
-    drawn = draw(
-        (policy, posterior.prior),
-        posterior,
-        settings.num_draws,
-        generator(settings.stream("policy")),
-        description="drawing from the policy",
-        progress=settings.progress,
-    )
-    draws = Draws.equally_weighted(
-        posterior,
-        drawn.sequences,
-        method="policy",
-        reward=drawn.reward,
-        log_prior=drawn.log_probs[1],
-        log_proposal=drawn.log_probs[0],
-        cost=Cost(0.0, drawn.model_tokens),
-    )
-    return replace(draws, info=drawn.info)
 
 
 def _prior_draws(posterior: Posterior, settings: Settings) -> Draws:

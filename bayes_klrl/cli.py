@@ -1,65 +1,22 @@
-"""The command line `bayes-klrl`: compare, sample, tune."""
+"""The command line `bayes-klrl`: compare, sample, tune; certify and frontier are in `cli_certify`."""
 
 from __future__ import annotations
 
-import sys
-import warnings
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import bayes_klrl.cli_certify  # noqa: F401  (its commands are added to the application on import)
+from bayes_klrl.cli_common import PosteriorFile, Quiet, Seed, app, err, errors_as_messages, escaped, load, out_console
 from bayes_klrl.errors import BayesKLRLError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from bayes_klrl.comparison import Comparison
     from bayes_klrl.posterior import Posterior
-    from bayes_klrl.typing import Algorithm, LanguageModel
+    from bayes_klrl.typing import Algorithm
 
 __all__ = ["app", "main"]
-
-app = typer.Typer(
-    name="bayes-klrl",
-    help="KL-regularised RL of language models as Bayesian inference: prior x exp(reward / alpha) / evidence.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
-
-_FILE_HELP = (
-    "A Python file that defines `posterior` (and, for compare, may define `algorithms`). It is run as code: only use files "
-    "you trust. Without it, the shipped example: Jane Austen in a good mood."
-)
-PosteriorFile = Annotated[Path | None, typer.Argument(help=_FILE_HELP, show_default=False)]
-Seed = Annotated[int, typer.Option(help="Seed of everything; the same seed gives the same draws.", min=0)]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No live progress.")]
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _errors_as_messages(command: F) -> F:
-    """Turn our errors into one line on standard error and exit code 1, Ctrl-C into exit code 130."""
-
-    @wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("default")
-                warnings.showwarning = _show_warning
-                return command(*args, **kwargs)
-        except BayesKLRLError as error:
-            _err().print(f"[bold red]Error:[/] {_escaped(str(error))}", soft_wrap=True)
-            raise typer.Exit(1) from None
-        except KeyboardInterrupt:
-            _err().print("Interrupted.")
-            raise typer.Exit(130) from None
-
-    return guarded  # type: ignore[return-value]
-
 
 # what --method takes, and what the table calls it
 METHODS = {
@@ -91,7 +48,7 @@ def _algorithm(method: str, num_steps: int) -> Algorithm:
 
 
 @app.command()
-@_errors_as_messages
+@errors_as_messages
 def compare(
     file: PosteriorFile = None,
     method: Annotated[
@@ -119,15 +76,15 @@ def compare(
             )
     import bayes_klrl as bk
 
-    posterior, defined = _load(file, quiet)
-    algorithms = _algorithms(method, defined, posterior, policy or [], steps)
+    posterior, defined = load(file, quiet)
+    algorithms = _algorithms(method, defined.get("algorithms"), posterior, policy or [], steps)
     comparison = bk.compare(posterior, algorithms, seed=seed, progress=not quiet)
     folder = comparison.save(out)
     _show(comparison, folder)
 
 
 @app.command()
-@_errors_as_messages
+@errors_as_messages
 def sample(
     file: PosteriorFile = None,
     method: Annotated[str, typer.Option(help=_METHOD_HELP + ".")] = "smc",
@@ -145,28 +102,29 @@ def sample(
     if out is not None:
         check_output(out)
     import bayes_klrl as bk
+    from bayes_klrl.policies import as_policy
 
-    posterior, _ = _load(file, quiet)
+    posterior, _ = load(file, quiet)
     if policy is not None:
-        algorithm: Algorithm = bk.ImportanceSampling(1000, proposal=_policy(policy, posterior))
+        algorithm: Algorithm = bk.ImportanceSampling(1000, proposal=as_policy(policy, posterior))
     else:
         algorithm = _algorithm(method, steps)
     draws = algorithm.run(posterior, seed=seed, progress=not quiet)
     chosen = draws.resample(num, seed)
     for prompt, texts in zip(posterior.prompts, _texts(chosen), strict=True):
         if posterior.num_prompts > 1:
-            _out().print(f"[bold]{_escaped(str(prompt))}[/]")
+            out_console().print(f"[bold]{escaped(str(prompt))}[/]")
         for text in texts:
-            _out().print(text, markup=False, highlight=False, soft_wrap=True)
+            out_console().print(text, markup=False, highlight=False, soft_wrap=True)
     ess = draws.ess.min()
     if ess < 100:
-        _err().print(f"Note: the effective sample size is {ess:.0f}; take these completions with a grain of salt.")
+        err().print(f"Note: the effective sample size is {ess:.0f}; take these completions with a grain of salt.")
     if out is not None:
-        _err().print(f"Wrote {draws.save(prepare_output(out) / 'draws.nc')}")
+        err().print(f"Wrote {draws.save(prepare_output(out) / 'draws.nc')}")
 
 
 @app.command()
-@_errors_as_messages
+@errors_as_messages
 def tune(
     file: PosteriorFile = None,
     steps: Annotated[int, typer.Option(help="Gradient steps.", min=1)] = _DEFAULT_STEPS,
@@ -193,7 +151,7 @@ def tune(
     from bayes_klrl.plots import plot_history
 
     svi = bk.SVI(steps, particles, learning_rate=learning_rate, adapter=adapter)
-    posterior, _ = _load(file, quiet)
+    posterior, _ = load(file, quiet)
     if not hasattr(posterior.prior, "save_pretrained"):
         raise BayesKLRLError(
             f"A {type(posterior.prior).__name__} has no save_pretrained, so its policy could not be saved."
@@ -202,19 +160,19 @@ def tune(
         fit = svi.fit(posterior, seed=seed, progress=not quiet)
     except BayesKLRLError as error:
         if error.fit is not None:
-            _err().print(f"What was learned so far is in {error.fit.save(prepare_output(out) / 'policy')}.")
+            err().print(f"What was learned so far is in {error.fit.save(prepare_output(out) / 'policy')}.")
         raise
     folder = prepare_output(out)
     fit.save(folder / "policy")
     plot_history(fit.history, folder / "training.png")
     if fit.interrupted:
-        _out().print(
+        out_console().print(
             f"Interrupted after {len(fit.history['elbo'])} steps; the policy so far is in {folder / 'policy'}."
         )
     corrected = bk.ImportanceSampling(1000, proposal=fit.guide).run(posterior, seed=seed, progress=not quiet)
     corrected.save(folder / "draws.nc")
     gap = float((corrected.log_evidence - corrected.elbo).mean())
-    _out().print(
+    out_console().print(
         f"ELBO {corrected.elbo.mean():.3f} nats, log evidence {corrected.log_evidence.mean():.3f} ± "
         f"{corrected.log_evidence_se.max():.3f} (ESS {corrected.ess.min():.0f} of 1000): the policy is about {gap:.3f} "
         f"nats from the posterior.\nWrote {folder / 'policy'}"
@@ -224,36 +182,6 @@ def tune(
 def main() -> None:
     """Run the command line."""
     app()
-
-
-def _load(file: Path | None, quiet: bool) -> tuple[Posterior, dict[str, Algorithm] | None]:
-    """Return the posterior that a file defines, and its algorithms if it has any."""
-    import runpy
-
-    from bayes_klrl.posterior import Posterior
-
-    if file is None:
-        if not quiet:
-            _err().print("No file given: running the shipped example, Jane Austen in a good mood.")
-        file = Path(__file__).with_name("demo_posterior.py")
-    if not file.is_file():
-        raise BayesKLRLError(f"There is no file {str(file)!r}. Give a Python file that defines `posterior`.")
-    try:
-        sys.path.insert(0, str(file.resolve().parent))  # as for a script: it may import its neighbours
-        namespace = runpy.run_path(str(file), run_name="bayes_klrl_posterior_file")
-    except BayesKLRLError:
-        raise
-    except Exception as error:  # whatever a user's file raises is theirs to read
-        raise BayesKLRLError(f"{str(file)!r} raised {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(file.resolve().parent))
-    posterior = namespace.get("posterior")
-    if not isinstance(posterior, Posterior):
-        raise BayesKLRLError(
-            f"{str(file)!r} must define `posterior`, a bk.Posterior; it defines "
-            f"{'nothing of that name' if posterior is None else type(posterior).__name__}."
-        )
-    return posterior, namespace.get("algorithms")
 
 
 def _check_methods(methods: list[str] | None) -> None:
@@ -274,6 +202,7 @@ def _algorithms(
 ) -> dict[str, Algorithm]:
     """Return what to compare: the methods asked for, else the file's own, else the demo's; and the policies."""
     import bayes_klrl as bk
+    from bayes_klrl.policies import as_policy
 
     if methods is None and defined is not None:
         chosen = dict(defined)
@@ -281,27 +210,17 @@ def _algorithms(
         chosen = {METHODS[name]: _algorithm(name, num_steps) for name in methods or _DEFAULT_METHODS}
     for folder in policies:
         label = f"{str(folder).replace('/', ' ').strip()}, then IS"  # '/' separates groups in draws.nc
-        chosen[label] = bk.ImportanceSampling(1000, proposal=_policy(folder, posterior))
+        chosen[label] = bk.ImportanceSampling(1000, proposal=as_policy(folder, posterior))
     return chosen
-
-
-def _policy(folder: Path, posterior: Posterior) -> LanguageModel:
-    """Return a tuned policy from a folder, checked against the prior."""
-    import bayes_klrl as bk
-    from bayes_klrl.models.decoding import check_proposal
-
-    policy = bk.TorchLM.from_pretrained(folder)
-    check_proposal(policy, posterior.prior)
-    return policy
 
 
 def _show(comparison: Comparison, folder: Path) -> None:
     """Print the table, three completions of every method, and where everything is."""
-    console = _out()
+    console = out_console()
     console.print()
     console.print(str(comparison.table()), markup=False, highlight=False, soft_wrap=True)
     if comparison.posterior.prior.tokenizer is not None:
-        console.print(f"\n[bold]{_escaped(str(comparison.posterior.prompts[0]))}[/] ...")
+        console.print(f"\n[bold]{escaped(str(comparison.posterior.prompts[0]))}[/] ...")
         for name, texts in comparison.samples(3).items():
             for text in texts[0]:
                 console.print(f"  {name:>14}  {text.strip()}", markup=False, highlight=False, soft_wrap=True)
@@ -316,29 +235,6 @@ def _texts(draws: Any) -> list[list[str]]:
     flat = [" ".join(map(str, ids)) for ids in draws.sequences.lists()]
     num_prompts, num_draws = draws.shape
     return [flat[p * num_draws : (p + 1) * num_draws] for p in range(num_prompts)]
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Print a warning without its place in the code."""
-    _err().print(f"[yellow]Note:[/] {_escaped(str(message))}", soft_wrap=True)
-
-
-def _out() -> Console:
-    from rich.console import Console
-
-    return Console()
-
-
-def _err() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

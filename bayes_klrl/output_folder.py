@@ -10,7 +10,20 @@ from bayes_klrl.errors import BayesKLRLError
 __all__ = ["check_output", "prepare_output"]
 
 _MARK = ".bayes-klrl"
-_OURS = ("draws.nc", "table.csv", "comparison.png", "training*.png", "policy", "policy-[0-9]*")
+_OURS = (
+    "draws.nc",
+    "table.csv",
+    "comparison.png",
+    "training*.png",
+    "policy",
+    "policy-[0-9]*",
+    "certificate*.txt",
+    "certificate*.csv",
+    "certificate*.png",
+    "frontier.csv",
+    "frontier.png",
+    "suite.png",
+)
 
 
 def check_output(folder: str | Path) -> Path:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.inference.drawing import draw
 from bayes_klrl.inference.svi import SVI, Fit
 from bayes_klrl.models.ngram_lm import NgramLM
 from bayes_klrl.posterior import Posterior, check_context, check_language_model
 from bayes_klrl.typing import LanguageModel
 
-__all__ = ["as_policy"]
+__all__ = ["as_policy", "policy_draws"]
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _PROBE = "A quick test: 3 naïve foxes, isn't it?\n"
@@ -50,6 +55,25 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
     return policy  # type: ignore[no-any-return]
 
 
+def policy_draws(
+    posterior: Posterior, policy: LanguageModel, num_draws: int, rng: np.random.Generator, *, progress: bool = False
+) -> Draws:
+    """Return N draws of a policy for each prompt, weighing equally, scored by policy and prior in lockstep."""
+    drawn = draw(
+        (policy, posterior.prior), posterior, num_draws, rng, description="drawing from the policy", progress=progress
+    )
+    draws = Draws.equally_weighted(
+        posterior,
+        drawn.sequences,
+        method="policy",
+        reward=drawn.reward,
+        log_prior=drawn.log_probs[1],
+        log_proposal=drawn.log_probs[0],
+        cost=Cost(0.0, drawn.model_tokens),
+    )
+    return replace(draws, info=drawn.info)
+
+
 def load_policy(folder: Path, prior: LanguageModel) -> LanguageModel:
     """Return the model in a folder, of the prior's kind and at its temperature."""
     if not folder.is_dir():
@@ -73,7 +97,7 @@ def model_folder(folder: Path) -> Path:
     checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     if not checkpoints:
         raise CheckpointError(
-            f"{str(folder)!r} is no policy: it has neither a config.json or adapter_config.json nor a checkpoint-N in it."
+            f"{str(folder)!r} is not a model: it has neither a config.json or adapter_config.json nor a checkpoint-N in it."
         )
     return max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 

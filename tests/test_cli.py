@@ -51,6 +51,38 @@ def test_sample_prints_completions_and_saves_draws(small: Path, tmp_cwd: Path) -
     assert bk.Draws.load(tmp_cwd / "out" / "draws.nc").shape[0] == 2
 
 
+def test_certify_says_how_far_a_policy_is_and_writes_it_down(small: Path, tmp_cwd: Path) -> None:
+    small.write_text(SMALL + "feature = lambda texts: ['a' in text for text in texts]\n")
+    tuned = run("tune", small, "--steps", 3, "--particles", 8, "--out", tmp_cwd / "tuned", "--quiet")
+    assert tuned.exit_code == 0, tuned.output
+    policy = tmp_cwd / "tuned" / "policy"
+    result = run("certify", small, "--policy", policy, "--draws", 64, "--out", tmp_cwd / "out", "--quiet")
+    assert result.exit_code == 0, result.output
+    assert "nats from the posterior" in result.output
+    assert "grade A" in result.output
+    assert "feature" in result.output
+    assert {"certificate.txt", "certificate.csv", "certificate.png"} <= {p.name for p in (tmp_cwd / "out").iterdir()}
+    itself = run("certify", small, "--draws", 64, "--out", tmp_cwd / "out", "--quiet")  # no policy: the prior
+    assert "the prior" in itself.output
+
+
+def test_frontier_shows_the_curve_and_answers_for_alpha(small: Path, tmp_cwd: Path) -> None:
+    words = ["frontier", small, "--num-draws", 500, "--kl", 0.2, "--out", tmp_cwd / "out", "--quiet"]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert "alpha =" in result.output
+    assert {"frontier.csv", "frontier.png"} <= {path.name for path in (tmp_cwd / "out").iterdir()}
+    beyond = run(*words[:4], "--kl", 50, "--out", tmp_cwd / "out", "--quiet")
+    assert beyond.exit_code == 1
+    assert (tmp_cwd / "out" / "frontier.png").exists()  # the curve is written before the question fails
+
+
+def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
+    shown = run("--help").output
+    places = [shown.index(f"  {command} ") for command in ("compare", "sample", "tune", "certify", "frontier")]
+    assert places == sorted(places)
+
+
 def test_tune_writes_a_policy(small: Path, tmp_cwd: Path) -> None:
     result = run("tune", small, "--steps", 3, "--particles", 8, "--out", tmp_cwd / "out", "--quiet")
     assert result.exit_code == 0, result.output

@@ -1,0 +1,127 @@
+"""What the commands of `bayes-klrl` share: the application, common options, loading of files, errors as messages."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+import typer.core
+
+from bayes_klrl.errors import BayesKLRLError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bayes_klrl.posterior import Posterior
+
+__all__ = ["PosteriorFile", "Quiet", "Seed", "app", "err", "errors_as_messages", "escaped", "load", "out_console"]
+
+_ORDER = ("compare", "sample", "tune", "certify", "frontier", "suite")
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands in the order of the work, whatever file they are in."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=_ORDER.index)
+
+
+app = typer.Typer(
+    name="bayes-klrl",
+    cls=_Commands,
+    help="KL-regularised RL of language models as Bayesian inference: prior x exp(reward / alpha) / evidence.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+_FILE_HELP = (
+    "A Python file that defines `posterior` (and may define `algorithms` for compare, `feature` for certify). It is run as "
+    "code: only use files you trust. Without it, the shipped example: Jane Austen in a good mood."
+)
+PosteriorFile = Annotated[Path | None, typer.Argument(help=_FILE_HELP, show_default=False)]
+Seed = Annotated[int, typer.Option(help="Seed of everything; the same seed gives the same draws.", min=0)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No live progress.")]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def errors_as_messages(command: F) -> F:
+    """Turn our errors into one line on standard error and exit code 1, Ctrl-C into exit code 130."""
+
+    @wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("default")
+                warnings.showwarning = _show_warning
+                return command(*args, **kwargs)
+        except BayesKLRLError as error:
+            err().print(f"[bold red]Error:[/] {escaped(str(error))}", soft_wrap=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            err().print("Interrupted.")
+            raise typer.Exit(130) from None
+
+    return guarded  # type: ignore[return-value]
+
+
+def load(file: Path | None, quiet: bool) -> tuple[Posterior, dict[str, Any]]:
+    """Return the posterior that a file defines, and everything else it defines, by name."""
+    import runpy
+
+    from bayes_klrl.posterior import Posterior
+
+    if file is None:
+        if not quiet:
+            err().print("No file given: running the shipped example, Jane Austen in a good mood.")
+        file = Path(__file__).with_name("demo_posterior.py")
+    if not file.is_file():
+        raise BayesKLRLError(f"There is no file {str(file)!r}. Give a Python file that defines `posterior`.")
+    try:
+        sys.path.insert(0, str(file.resolve().parent))  # as for a script: it may import its neighbours
+        namespace = runpy.run_path(str(file), run_name="bayes_klrl_posterior_file")
+    except BayesKLRLError:
+        raise
+    except Exception as error:  # whatever a user's file raises is theirs to read
+        raise BayesKLRLError(f"{str(file)!r} raised {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(file.resolve().parent))
+    posterior = namespace.get("posterior")
+    if not isinstance(posterior, Posterior):
+        raise BayesKLRLError(
+            f"{str(file)!r} must define `posterior`, a bk.Posterior; it defines "
+            f"{'nothing of that name' if posterior is None else type(posterior).__name__}."
+        )
+    return posterior, namespace
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning without its place in the code."""
+    err().print(f"[yellow]Note:[/] {escaped(str(message))}", soft_wrap=True)
+
+
+def out_console() -> Console:
+    """Return the console of results, on standard output."""
+    from rich.console import Console
+
+    return Console()
+
+
+def err() -> Console:
+    """Return the console of progress, notes and errors, on standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def escaped(text: str) -> str:
+    """Return text that the console does not read as markup."""
+    from rich.markup import escape
+
+    return escape(text)
