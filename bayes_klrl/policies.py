@@ -75,10 +75,10 @@ def policy_draws(
 
 
 def load_policy(folder: Path, prior: LanguageModel) -> LanguageModel:
-    """Return the model in a folder, of the prior's kind and at its temperature."""
+    """Return the model in a folder: an `NgramLM` of ours, or else a `TorchLM` at the prior's temperature."""
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {str(folder)!r} to load a policy from.")
-    if isinstance(prior, NgramLM):
+    if NgramLM.is_saved_in(folder):
         return NgramLM.from_pretrained(folder)
     from bayes_klrl.models.torch_lm import TorchLM
 

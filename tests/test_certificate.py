@@ -369,7 +369,7 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_a_folder_that_is_no_policy_and_one_with_another_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(bk.CheckpointError, match="readable NgramLM"):
+    with pytest.raises(bk.CheckpointError, match="is not a model"):
         bk.certify(SMALL, tmp_path, seed=0)
     letters = bk.NgramLM.fit(["ab", "ba"], order=2)
     others = bk.NgramLM.fit(["xy", "yx"], order=2)

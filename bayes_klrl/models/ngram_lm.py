@@ -26,6 +26,7 @@ from bayes_klrl.typing import FloatArray, IntArray, TokenIds
 __all__ = ["CharacterTokenizer", "NgramLM", "as_ids", "as_int_array", "check_vocabulary", "plain_ids", "texts_of"]
 
 _FORMAT = "bayes_klrl.NgramLM/1"
+_TABLE_FILE = "ngram.npz"
 _MAX_DENSE_ENTRIES = 10_000_000  # 80 MB of float64
 
 
@@ -320,8 +321,13 @@ class NgramLM:
                 )
             config["tokenizer"] = "tokenizer"
             self._tokenizer.save_pretrained(folder / "tokenizer")
-        np.savez_compressed(folder / "ngram.npz", **self._table.arrays())  # type: ignore[arg-type]
+        np.savez_compressed(folder / _TABLE_FILE, **self._table.arrays())  # type: ignore[arg-type]
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def is_saved_in(folder: str | Path) -> bool:
+        """Return whether `save_pretrained` wrote this folder."""
+        return (Path(folder) / _TABLE_FILE).is_file()
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> NgramLM:
@@ -331,7 +337,7 @@ class NgramLM:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if config["format"] != _FORMAT:
                 raise CheckpointError(f"{folder} is of format {config['format']!r}, not {_FORMAT!r}.")
-            with np.load(folder / "ngram.npz", allow_pickle=False) as arrays:
+            with np.load(folder / _TABLE_FILE, allow_pickle=False) as arrays:
                 dense = arrays.get("log_probs")
                 table = BackoffTable.from_arrays(arrays, config["order"]) if dense is None else dense
             return cls(table, eos_token_id=config["eos_token_id"], tokenizer=_load_tokenizer(folder, config))
