@@ -313,8 +313,9 @@ def test_constraint_by_the_definition() -> None:
     np.testing.assert_array_equal(posterior.reward(xs)[0], expected)
 
 
-def test_potential_of_a_product_is_the_log_likelihood() -> None:
-    rng = np.random.default_rng(3)
+@pytest.mark.parametrize("seed", range(6))
+def test_potential_of_a_product_is_the_log_likelihood(seed: int) -> None:
+    rng = np.random.default_rng(seed)
     likelihood = random_likelihood(rng, 4, alpha=0.3, hard=True) * random_likelihood(rng, 4, alpha=2.0)
     posterior = bk.Posterior(bk.NgramLM(problems.gold_table(0.0), eos_token_id=3), likelihood, max_new_tokens=4)
     potential = automaton_potential(likelihood)

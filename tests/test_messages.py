@@ -11,7 +11,8 @@ from bayes_klrl import problems
 from bayes_klrl.inference.backward_pass import BackwardPass, StoredMessages
 from bayes_klrl.inference.messages import backward_messages, chain_of
 from bayes_klrl.models.automaton_reward import automaton_potential
-from tests.automata import random_hmm, random_table, solvable_posterior
+from bayes_klrl.models.ngram_tables import BackoffLevel, BackoffTable
+from tests.automata import random_hmm, random_likelihood, random_table, solvable_posterior
 from tests.truth import Truth, chi_square_p, counts
 
 TINY = {"rtol": 0, "atol": 1e-10}
@@ -262,6 +263,48 @@ def test_what_underflows_is_summed_in_logs() -> None:
     np.testing.assert_allclose(solved.log_evidence, bk.Exact().run(hard, seed=0).log_evidence, rtol=1e-13)
     assert solved.length_law() == pytest.approx(np.full((1, 4), 0.25))
     assert solved.moments().kl == pytest.approx(-solved.log_evidence)
+
+
+def test_a_sure_filter_whose_states_are_worth_little() -> None:
+    """The hidden state that is worth e^900 times as much is the one that the prompt has ruled out."""
+    emissions = [[0.5, 0.25, 0.0, 0.25], [0.5, 0.0, 0.5, 0.0]]
+    prior = bk.HmmLM([0.5, 0.5], np.eye(2), emissions, eos_token_id=None)
+    second = bk.Automaton([[1] * 4, [1] * 4])
+    reward = bk.AutomatonReward(second, token_rewards=[[0.0] * 4, [-900.0, -901.0, 0.0, -902.0]], alpha=1.0)
+    posterior = bk.Posterior(prior, reward, prompts=[[3], []], max_new_tokens=2)
+    exact, messages = bk.Exact().run(posterior, seed=0), backward_messages(posterior)
+    np.testing.assert_allclose(messages.log_evidence, exact.log_evidence, rtol=1e-13)
+    policy = messages.policy()
+    log_probs = policy.next_log_probs(policy.prefill([[3]]))
+    np.testing.assert_allclose(np.exp(log_probs), [[0.5, 0.25, 0.0, 0.25]], rtol=0, atol=1e-12)
+    assert messages.marginals().tokens[0].sum() == pytest.approx(2.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_back_off_that_cancels_is_summed_term_by_term(seed: int) -> None:
+    """Long contexts that leave next to nothing to shorter ones, under rewards that ask for just that."""
+    rng = np.random.default_rng(seed)
+    texts = [[*rng.integers(0, 3, size=6).tolist(), 3] for _ in range(6)]
+    prior = bk.NgramLM.fit(texts, order=3, vocab_size=4, eos_token_id=3)
+    table = prior.table
+    assert isinstance(table, BackoffTable)
+    level, log_w = table.levels[1], -35.0
+    context = level.arc_keys // 4
+    mass = np.bincount(context, weights=np.exp(level.arc_log_probs))
+    sharp = BackoffLevel(
+        level.context_keys,
+        np.full(len(level.context_keys), log_w),
+        level.arc_keys,
+        level.arc_log_probs - np.log(mass)[context],
+    )
+    prior = bk.NgramLM(BackoffTable(table.unigram, (table.levels[0], sharp)), eos_token_id=3)
+    likelihood = random_likelihood(rng, 4, alpha=0.02)
+    for num_tokens in (3, 6):
+        posterior = bk.Posterior(prior, likelihood, prompts=[[0], [1, 2], [2]], max_new_tokens=num_tokens)
+        exact, messages = bk.Exact().run(posterior, seed=0), backward_messages(posterior)
+        np.testing.assert_allclose(messages.log_evidence, exact.log_evidence, **TINY)
+        mean = (np.exp(exact.log_prior + exact.log_likelihood - exact.log_evidence[:, None]) * exact.reward).sum(axis=1)
+        np.testing.assert_allclose(messages.moments().reward, mean, rtol=0, atol=1e-9)
 
 
 def test_a_likelihood_that_is_no_automaton_is_refused() -> None:

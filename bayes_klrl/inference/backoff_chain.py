@@ -27,7 +27,7 @@ from bayes_klrl.typing import FloatArray, IntArray, TokenIds
 
 __all__ = ["BackoffChain"]
 
-_CANCELLED = 1e-4
+_NOISY, _CANCELLED = 1e2, 1e4  # how much larger a term may be than the sum: to note it, to have lost too much
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,21 +94,29 @@ class BackoffChain:
         return totals, cancelled
 
     def _stacked(self, values: FloatArray) -> tuple[FloatArray, NDArray[np.bool_] | None]:
-        """Return the values with the sums of every node below them, (J + H, K), and where digits were lost, (H, K)."""
+        """Return the values with the sums of every node below them, (J + H, K), and where four digits were lost, (H, K)."""
         num = len(values)
         stacked = np.empty((num + self.num_states, values.shape[1]))
         stacked[:num] = values
-        cancelled = None
-        for part in self._parts:
+        # `noise` of a node: the largest number that went into its sum, if that is large against the sum itself
+        noise = cancelled = None
+        for depth, part in enumerate(self._parts):
             total = part.added @ stacked[: num + part.nodes.start]
+            own = None
+            if noise is not None:
+                level = self._levels[depth - 1]
+                own = np.exp(level.log_backoff)[:, None] * noise[level.parents]
             if part.removed is not None:
                 added, removed = total, part.removed @ values
                 total = added - removed
-                lost = (total < _CANCELLED * added) & (removed > 0)
-                if lost.any():
-                    cancelled = np.zeros((self.num_states, values.shape[1]), bool) if cancelled is None else cancelled
-                    cancelled[part.nodes] = lost
+                taken = np.where(removed > 0, added, 0.0)
+                own = taken if own is None else own + taken
+            if own is not None and (own > _NOISY * total).any():
+                noise = np.zeros((self.num_states, values.shape[1])) if noise is None else noise
+                noise[part.nodes] = own
             stacked[num + part.nodes.start : num + part.nodes.stop] = total
+        if noise is not None:
+            cancelled = stacked[num:] < noise / _CANCELLED
         return stacked, cancelled
 
     def expect_log(self, values: FloatArray) -> FloatArray:
