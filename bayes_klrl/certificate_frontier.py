@@ -46,11 +46,8 @@ def frontier_point(policy_draws: Draws, prior_draws: Draws, *, has_alpha: bool) 
         )
     except BayesKLRLError as error:
         return _undefined(f"no implied alpha: {error}")
-    notes = (
-        ()
-        if found.implied.valid
-        else ("implied alpha and frontier gap are extrapolated: the prior's draws do not reach there",)
-    )
+    weak = "implied alpha and frontier gap rest on too few of the prior's draws to trust their errors (draw more: num_draws)"
+    notes = () if found.implied.valid else (weak,)
     return FrontierPoint(found.implied.alpha, found.value, found.se, notes)
 
 

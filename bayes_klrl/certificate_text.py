@@ -97,10 +97,15 @@ def coverage_lines(certificate: Certificate) -> list[str]:
     dropped = set(map(str, cells.dropped))
     for i, cell in enumerate(cells.cells[:_MOST_CELLS]):
         mark = "   dropped" if str(cell) in dropped else ""
-        lines.append(f"  {str(cell)[:22]:24}{cells.policy[i]:10.3f}{cells.posterior[i]:12.3f}{mark}")
+        lines.append(f"  {cell_text(cell):24}{cells.policy[i]:10.3f}{cells.posterior[i]:12.3f}{mark}")
     if len(cells.cells) > _MOST_CELLS:
         lines.append(f"  ... and {len(cells.cells) - _MOST_CELLS} cells of less posterior mass")
     return lines
+
+
+def cell_text(cell: Any) -> str:
+    """Return a cell's name, an empty text as one can see it."""
+    return (cell if isinstance(cell, str) and cell.strip() else repr(cell))[:22]
 
 
 def certificate_table(certificate: Certificate) -> pd.DataFrame:

@@ -275,9 +275,8 @@ def _draw_plane(axes: Axes, rows: Sequence[_Row], exact: float) -> None:
         legend_above(axes)
     heights = spread_out((rewards - y[0]) / (y[1] - y[0]), gap=min(0.09, 0.96 / len(shown)))
     for row, height in zip(shown, heights, strict=True):
-        bound = " (KL at most)" if row.draws.method == "BestOfN" else ""
         axes.annotate(
-            row.name + bound,
+            row.name,
             (row.kl, row.reward),
             (1.04, height),
             textcoords="axes fraction",

@@ -676,3 +676,12 @@ def test_an_ngram_prior_of_a_longer_order_is_the_same_problem() -> None:
     posterior = PROBLEMS["random"]()
     longer = bk.Posterior(full_table(posterior.prior, 3), posterior.likelihood, max_new_tokens=3)
     np.testing.assert_allclose(bk.myopic_policy(longer).log_probs, bk.myopic_policy(posterior).log_probs, atol=1e-12)
+
+
+def test_trls_own_words_for_scaling_are_taken_and_others_refused() -> None:
+    """A string that is merely truthy would switch scaling on without a word."""
+    scaled, unscaled = (bk.audit(GRPO(scale_rewards=word)).verdict for word in ("group", "none"))
+    assert scaled == bk.audit(GRPO()).verdict
+    assert unscaled == bk.audit(GRPO(scale_rewards=False)).verdict == "myopic"
+    with pytest.raises(bk.BayesKLRLError, match="scale_rewards must be"):
+        GRPO(scale_rewards="batch")  # type: ignore[arg-type]

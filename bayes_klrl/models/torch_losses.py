@@ -165,7 +165,8 @@ class GRPO:
     Parameters
     ----------
     scale_rewards
-        Whether A = r - mean r is divided by the group's standard deviation: then alpha is alpha x sd (THEORY 2.7).
+        Whether A = r - mean r is divided by the group's standard deviation: then alpha is alpha x sd (THEORY 2.7). TRL's own
+        words "group" and "none" stand for True and False.
     loss_type
         How tokens are averaged: "grpo" in each completion, then over completions (the length enters the target); "dapo"
         over all tokens of the batch; "dr_grpo" over completions x T. The last two differ by a factor only.
@@ -180,10 +181,10 @@ class GRPO:
     Raises
     ------
     BayesKLRLError
-        If the loss type is unknown, or the group size does not divide the batch.
+        If the loss type or the scaling is unknown, or the group size does not divide the batch.
     """
 
-    scale_rewards: bool = True
+    scale_rewards: bool | Literal["group", "none"] = True
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
     use_bias_correction_kl: bool = True
     epsilon: float = 0.2
@@ -192,6 +193,11 @@ class GRPO:
     def __post_init__(self) -> None:
         if self.loss_type not in ("grpo", "dapo", "dr_grpo"):
             raise BayesKLRLError(f'loss_type must be "grpo", "dapo" or "dr_grpo"; got {self.loss_type!r}.')
+        if not (isinstance(self.scale_rewards, bool) or self.scale_rewards in ("group", "none")):
+            raise BayesKLRLError(
+                f'scale_rewards must be True or "group", False or "none"; got {self.scale_rewards!r}. TRL\'s "batch" is '
+                "True without a group_size."
+            )
         if self.group_size is not None:
             check_count("group_size", self.group_size, least=2)
 
@@ -216,16 +222,17 @@ class GRPO:
 
     def _advantages(self, batch: LossInputs) -> Tensor:
         """Return the rewards less their group's mean, (N,), divided by its standard deviation if told so."""
+        scaled = self.scale_rewards in (True, "group")
         if self.group_size is None:
             centred = batch.rewards - batch.mean(batch.rewards)
-            return centred / (batch.std(batch.rewards) + 1e-4) if self.scale_rewards else centred
+            return centred / (batch.std(batch.rewards) + 1e-4) if scaled else centred
         if len(batch.rewards) % self.group_size:
             raise BayesKLRLError(
                 f"Groups of {self.group_size} do not divide a batch of {len(batch.rewards)} completions."
             )
         groups = batch.rewards.view(-1, self.group_size)
         centred = groups - groups.mean(dim=1, keepdim=True)
-        return (centred / (groups.std(dim=1, keepdim=True) + 1e-4) if self.scale_rewards else centred).flatten()
+        return (centred / (groups.std(dim=1, keepdim=True) + 1e-4) if scaled else centred).flatten()
 
 
 @dataclass(frozen=True)
