@@ -271,6 +271,20 @@ def test_an_algorithm_that_reports_its_path_extends_the_frontier(mixed: bool) ->
             assert getattr(curve, name)[a] == pytest.approx(truth[name], rel=0.01, abs=0.01)
 
 
+@pytest.mark.parametrize("posterior", [GOLD, TWO], ids=["gold", "two prompts"])
+def test_annealed_smc_extends_the_frontier(posterior: bk.Posterior) -> None:
+    """600 prior draws end above alpha 0.2; what annealing adds below is judged by its own errors."""
+    alphas = np.array([0.15, 0.1])
+    curve = bk.frontier(posterior, num_draws=600, seed=0, alphas=[0.6, *alphas], extend=bk.AnnealedSMC(256))
+    assert curve.cut > alphas.max()
+    assert curve.within[1:].all()
+    for a, alpha in enumerate(alphas, start=1):
+        truth = exact(posterior, alpha)
+        for name in ("log_evidence", "reward", "kl"):
+            assert abs(getattr(curve, name)[a] - truth[name]) < 4 * curve.mean.se[name][a]
+    assert curve.alpha_for(kl=float(curve.kl[2])) == pytest.approx(0.1, rel=1e-3)
+
+
 def test_the_errors_of_an_extension_are_the_spread_of_its_runs() -> None:
     found = [annealed_points(GOLD, Annealer(0.05), 0.1, seed=seed).at(np.array([9.0])) for seed in range(40)]
     truth = exact(GOLD, 1 / 9.0)
