@@ -1,0 +1,53 @@
+"""The examples say what is true, by enumeration."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bayes_klrl as bk
+from tests.truth import Truth
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.slow
+def test_another_trainers_policies_are_certified(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GRPO is further from the posterior than leave-one-out, and both certificates hold what enumeration says."""
+    example = runpy.run_path(str(EXAMPLES / "certify_other_trainer.py"))
+    posterior, certificates = example["main"](tmp_path)
+    truth = Truth(posterior)
+    reverse = {}
+    for name, certificate in certificates.items():
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["checkpoint-200", "checkpoint-66"]
+        policy = bk.TorchLM.from_pretrained(tmp_path / name / "checkpoint-200")
+        kl = reverse[name] = truth.kl(policy)
+        forward = (truth.p * (truth.log_posterior - log_probs(policy, truth))).sum(axis=1)
+        sampled = bk.certify(posterior, tmp_path / name, seed=1, sampling_only=True)
+        assert sampled.grade == certificate.grade == "A"
+        for found in (certificate, sampled):
+            assert contains(found.reverse_kl, kl)
+            assert contains(found.forward_kl, forward)
+            assert contains(found.log_evidence_bounds, truth.log_evidence)
+        assert np.ptp(certificate.reverse_kl) < 1e-3
+    assert reverse["leave_one_out"] < 0.1 < 0.2 < reverse["grpo"]
+    grpo, other = certificates["grpo"], certificates["leave_one_out"]
+    assert grpo.frontier_gap > 4 * grpo.frontier_gap_se  # it also pays more for the reward that it has
+    assert other.frontier_gap < grpo.frontier_gap / 2
+    printed = capsys.readouterr().out
+    assert f"GRPO is {reverse['grpo'][0]:.2f} nats from the posterior" in printed
+    assert f"leave-one-out is {reverse['leave_one_out'][0]:.2f}" in printed
+
+
+def log_probs(policy: bk.LanguageModel, truth: Truth) -> np.ndarray:
+    posterior = truth.posterior
+    prompts = [list(ids) for ids in posterior.prompt_ids]
+    as_prior = bk.Posterior(policy, posterior.likelihood, prompts=prompts, max_new_tokens=posterior.max_new_tokens)
+    return as_prior.log_prior(truth.sequences)
+
+
+def contains(interval: np.ndarray, values: np.ndarray) -> bool:
+    return bool(((interval[:, 0] <= values) & (values <= interval[:, 1])).all())
