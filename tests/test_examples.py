@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import runpy
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 import bayes_klrl as bk
 from tests.truth import Truth
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
 @pytest.mark.slow
@@ -40,6 +43,37 @@ def test_another_trainers_policies_are_certified(tmp_path: Path, capsys: pytest.
     printed = capsys.readouterr().out
     assert f"GRPO is {reverse['grpo'][0]:.2f} nats from the posterior" in printed
     assert f"leave-one-out is {reverse['leave_one_out'][0]:.2f}" in printed
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_trainers_runs_without_trl(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TRL's rows are its reference and cannot be run here; what they are compared with can."""
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "bench_trainers.py"))
+    monkeypatch.setattr(
+        "sys.argv", ["bench_trainers.py", "--only", "bare", "svi", "--steps", "3", "--out", str(tmp_path)]
+    )
+    with warnings.catch_warnings():
+        bench["main"]()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split()[0] for row in rows] == ["bare", "svi"]
+    assert sorted(path.name for path in (tmp_path / "gpt2-8x4" / "0").iterdir()) == ["bare", "svi"]
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.setattr("sys.argv", ["bench_trainers.py", "--only", "svi", "trl-rloo"])
+    with pytest.raises(SystemExit, match=r"pip install 'trl==1\.16"):
+        bench["main"]()
+
+
+def test_a_reward_function_of_trls_signature_is_the_tasks_reward() -> None:
+    """The benchmark's posteriors are one: in text for TRL, in token ids for the bare loop."""
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "bench_trainers.py"))
+    base = bench["gpt2_task"]("gpt2-7x5")
+    posterior = bench["text_posterior"](base)
+    assert posterior.prompt_ids == base.prompt_ids
+    draws = bk.ImportanceSampling(500).run(base, seed=0)
+    assert np.allclose(posterior.reward(draws), draws.reward)
+    assert np.allclose(posterior.log_prior(draws), draws.log_prior, atol=1e-5)
 
 
 def log_probs(policy: bk.LanguageModel, truth: Truth) -> np.ndarray:

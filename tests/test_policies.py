@@ -130,6 +130,20 @@ def test_an_adapter_whose_base_has_moved_says_so(tmp_path: Path) -> None:
         as_policy(tmp_path / "adapter", POSTERIOR)
 
 
+def test_a_padding_token_on_a_logit_that_was_spare_is_no_conflict(tmp_path: Path) -> None:
+    """Models have more logits than their tokenizers have tokens; only the policy's tokenizer has a name for this one."""
+    prior = bk.TorchLM(tiny_gpt2(vocab_size=7), tiny_tokenizer())
+    posterior = bk.Posterior(prior, POSTERIOR.likelihood, prompts="a b", max_new_tokens=2)
+    trained = tiny_gpt2(vocab_size=7, seed=4)
+    leave_checkpoint(tmp_path, trained, padded_tokenizer())
+    sequences = bk.Exact().run(posterior, seed=0).sequences
+    found, expected = (
+        completion_log_probs(lm, posterior.prompt_ids, sequences)
+        for lm in (as_policy(tmp_path, posterior), bk.TorchLM(trained, eos_token_id=0))
+    )
+    assert np.allclose(found, expected, atol=1e-6)
+
+
 def test_a_model_with_a_row_for_its_padding_token_is_another_distribution(tmp_path: Path) -> None:
     """It can draw what the prior cannot: refused, with the cure, rather than infinitely far."""
     resized = tiny_gpt2(vocab_size=PRIOR.vocab_size + 1)
