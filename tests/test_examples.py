@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.optimize import brentq
 
 import bayes_klrl as bk
 from tests.truth import Truth
@@ -28,7 +29,8 @@ def test_another_trainers_policies_are_certified(tmp_path: Path, capsys: pytest.
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["checkpoint-200", "checkpoint-66"]
         policy = bk.TorchLM.from_pretrained(tmp_path / name / "checkpoint-200")
         kl = reverse[name] = truth.kl(policy)
-        forward = (truth.p * (truth.log_posterior - log_probs(policy, truth))).sum(axis=1)
+        log_q = log_probs(policy, truth)
+        forward = (truth.p * (truth.log_posterior - log_q)).sum(axis=1)
         sampled = bk.certify(posterior, tmp_path / name, seed=1, sampling_only=True)
         assert sampled.grade == certificate.grade == "A"
         for found in (certificate, sampled):
@@ -36,10 +38,12 @@ def test_another_trainers_policies_are_certified(tmp_path: Path, capsys: pytest.
             assert contains(found.forward_kl, forward)
             assert contains(found.log_evidence_bounds, truth.log_evidence)
         assert np.ptp(certificate.reverse_kl) < 1e-3
+        assert abs(certificate.frontier_gap - frontier_gap(truth, log_q)) < 4 * certificate.frontier_gap_se
     assert reverse["leave_one_out"] < 0.1 < 0.2 < reverse["grpo"]
     grpo, other = certificates["grpo"], certificates["leave_one_out"]
     assert grpo.frontier_gap > 4 * grpo.frontier_gap_se  # it also pays more for the reward that it has
     assert other.frontier_gap < grpo.frontier_gap / 2
+    assert not grpo.notes + other.notes  # nothing extrapolated
     printed = capsys.readouterr().out
     assert f"GRPO is {reverse['grpo'][0]:.2f} nats from the posterior" in printed
     assert f"leave-one-out is {reverse['leave_one_out'][0]:.2f}" in printed
@@ -54,7 +58,7 @@ def test_the_benchmark_of_trainers_runs_without_trl(
     monkeypatch.setattr(
         "sys.argv", ["bench_trainers.py", "--only", "bare", "svi", "--steps", "3", "--out", str(tmp_path)]
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings():  # it changes the filters
         bench["main"]()
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.split()[0] for row in rows] == ["bare", "svi"]
@@ -81,6 +85,19 @@ def log_probs(policy: bk.LanguageModel, truth: Truth) -> np.ndarray:
     prompts = [list(ids) for ids in posterior.prompt_ids]
     as_prior = bk.Posterior(policy, posterior.likelihood, prompts=prompts, max_new_tokens=posterior.max_new_tokens)
     return as_prior.log_prior(truth.sequences)
+
+
+def frontier_gap(truth: Truth, log_q: np.ndarray) -> float:
+    """KL(q || p0) less that of the posterior, at whatever alpha, that has the reward of q."""
+    log_prior, reward, q = truth.log_prior[0], truth.reward[0], np.exp(log_q[0])
+
+    def tilted(b: float) -> tuple[float, float]:
+        joint = np.exp(log_prior + b * reward)
+        mean = float(joint @ reward / joint.sum())
+        return mean, b * mean - float(np.log(joint.sum()))
+
+    b = brentq(lambda b: tilted(b)[0] - q @ reward, 0.01, 100.0)
+    return float(q @ (log_q[0] - log_prior)) - tilted(b)[1]
 
 
 def contains(interval: np.ndarray, values: np.ndarray) -> bool:
