@@ -29,9 +29,9 @@ from bayes_klrl.certificate_evidence import (
 )
 from bayes_klrl.certificate_frontier import frontier_point
 from bayes_klrl.certificate_intervals import Intervals
-from bayes_klrl.coverage import Coverage, Feature, coverage
+from bayes_klrl.coverage import Coverage, Feature, coverage, labels_of
 from bayes_klrl.draws import Cost, Draws
-from bayes_klrl.errors import BudgetError
+from bayes_klrl.errors import BayesKLRLError, BudgetError
 from bayes_klrl.inference.importance import ImportanceSampling
 from bayes_klrl.inference.smc import SMC
 from bayes_klrl.policies import as_policy, policy_draws
@@ -210,15 +210,12 @@ def certify(
     lm = as_policy(policy, posterior)
     given = None if exact is None else posterior.sequences(exact)
     ours = policy_draws(posterior, lm, num_draws, generator(settings.stream("policy")), progress=progress)
+    if feature is not None:
+        labels_of(feature, ours)  # a feature that cannot be is refused before the long part
     evidence = _evidence(posterior, lm, ours, given, smc, settings)
     prior_draws = _prior_draws(posterior, settings)
     point = frontier_point(ours, prior_draws, has_alpha=posterior.likelihood.alpha is not None)
-    cells = None
-    if feature is not None:
-        others = (
-            (evidence.draws, "exact draws") if evidence.draws is not None else (prior_draws, "weighted prior draws")
-        )
-        cells = coverage(feature, ours, *others)
+    cells, cell_notes = _coverage(feature, ours, evidence.draws, prior_draws)
     return Certificate(
         elbo=evidence.intervals.elbo,
         log_evidence_bounds=evidence.intervals.log_evidence_bounds,
@@ -235,7 +232,7 @@ def certify(
         kl_prior=float((ours.log_proposal - ours.log_prior).mean()),
         evidence_source=evidence.source,
         coverage=cells,
-        notes=(*evidence.notes, *point.notes),
+        notes=(*evidence.notes, *point.notes, *cell_notes),
         draws=ours,
         exact_draws=evidence.draws,
         cost=replace(ours.cost + evidence.cost + prior_draws.cost, seconds=time.perf_counter() - start),
@@ -254,13 +251,21 @@ def _prior_draws(posterior: Posterior, settings: Settings) -> Draws:
         return error.draws
 
 
-def _coverage(feature: Feature, ours: Draws, exact: Draws | None, prior_draws: Draws) -> Coverage | None:
-    """Return the feature's cells, the posterior's masses from exact draws or else from weighted ones; None if it has none."""
-    if exact is not None:
-        return coverage(feature, ours, exact, "exact draws")
-    if not np.isfinite(prior_draws.log_weights).any(axis=1).all():
-        return None
-    return coverage(feature, ours, prior_draws, f"weighted prior draws, ESS {prior_draws.ess.min():.0f}")
+def _coverage(
+    feature: Feature | None, ours: Draws, exact: Draws | None, prior_draws: Draws
+) -> tuple[Coverage | None, tuple[str, ...]]:
+    """Return the feature's cells, the posterior's masses from exact draws or else weighted ones; why there are none."""
+    if feature is None:
+        return None, ()
+    if exact is None and not np.isfinite(prior_draws.log_weights).any(axis=1).all():
+        return None, ("no coverage: the prior's draws met nothing possible",)
+    try:
+        if exact is not None:
+            return coverage(feature, ours, exact, "exact draws"), ()
+        source = f"weighted prior draws, ESS {prior_draws.ess.min():.0f}"
+        return coverage(feature, ours, prior_draws, source), ()
+    except BayesKLRLError as error:  # the bounds are there, and are not lost to a feature that fails on the other draws
+        return None, (f"no coverage: {error}",)
 
 
 def _evidence(

@@ -74,15 +74,10 @@ def coverage(feature: Feature, policy_draws: Draws, posterior_draws: Draws, sour
     Raises
     ------
     BayesKLRLError
-        If it returns another number of labels, or so many different ones that it is no partition.
+        If it raises, returns another number of labels, or so many different ones that it is no partition.
     """
     ours, theirs = labels_of(feature, policy_draws), labels_of(feature, posterior_draws)
-    cells = sorted({*ours.ravel().tolist(), *theirs.ravel().tolist()}, key=str)
-    if len(cells) > _MOST_CELLS:
-        raise BayesKLRLError(
-            f"The feature has {len(cells)} different values, {cells[:3]} and so on; a partition into at most {_MOST_CELLS} "
-            "cells is needed. Round it, or put it into bins."
-        )
+    cells = distinct([*ours.ravel(), *theirs.ravel()])
     equal = np.full(ours.shape, 1.0 / ours.shape[1])
     policy, policy_se = masses(ours, equal, cells)
     posterior, posterior_se = masses(theirs, normalised(posterior_draws.log_weights), cells)
@@ -93,18 +88,38 @@ def coverage(feature: Feature, policy_draws: Draws, posterior_draws: Draws, sour
 
 
 def labels_of(feature: Feature, draws: Draws) -> np.ndarray:
-    """Return the feature of every draw, shape (P, N), as Python objects."""
+    """Return the feature of every draw, shape (P, N), as Python objects; see `coverage` for what is refused."""
     if len(parameters(feature)[0]) == 2:
-        flat = draws.tokens.reshape(-1, draws.tokens.shape[2]), draws.lengths.ravel()
-        values = feature(*flat)
+        given: tuple[Any, ...] = (draws.tokens.reshape(-1, draws.tokens.shape[2]), draws.lengths.ravel())
     else:
-        values = feature([text for texts in draws.texts() for text in texts])
-    listed = values.tolist() if hasattr(values, "tolist") else list(values)
+        given = ([text for texts in draws.texts() for text in texts],)
+    try:
+        values = feature(*given)
+        listed = values.tolist() if hasattr(values, "tolist") else list(values)
+    except Exception as error:  # whatever a user's function raises
+        raise BayesKLRLError(f"The feature raised {type(error).__name__}: {error}") from error
     if len(listed) != draws.lengths.size:
         raise BayesKLRLError(f"The feature returned {len(listed)} labels for {draws.lengths.size} completions.")
+    distinct(listed)
     labels = np.empty(len(listed), dtype=object)
     labels[:] = listed
     return labels.reshape(draws.shape)
+
+
+def distinct(labels: Sequence[Any]) -> list[Any]:
+    """Return the different labels, refusing what is no partition into a few cells."""
+    try:
+        cells = sorted(set(labels), key=str)
+    except TypeError:
+        raise BayesKLRLError(
+            f"A feature's labels must be hashable: numbers, texts or bools; got {labels[0]!r}. Make a text of it."
+        ) from None
+    if len(cells) > _MOST_CELLS:
+        raise BayesKLRLError(
+            f"The feature has {len(cells)} different values, {cells[:3]} and so on; a partition into at most {_MOST_CELLS} "
+            "cells is needed. Round it, or put it into bins."
+        )
+    return cells
 
 
 def masses(labels: np.ndarray, weights: FloatArray, cells: Sequence[Any]) -> tuple[FloatArray, FloatArray]:
@@ -115,7 +130,7 @@ def masses(labels: np.ndarray, weights: FloatArray, cells: Sequence[Any]) -> tup
     mass, error = np.empty(len(cells)), np.empty(len(cells))
     floor = 3 / _QUANTILE * np.square(weights).sum(axis=1)
     for i, cell in enumerate(cells):
-        inside = np.array([[label == cell for label in row] for row in labels])
+        inside = np.array([[bool(label == cell) for label in row] for row in labels])
         of_prompt = (weights * inside).sum(axis=1)
         variance = (np.square(weights) * np.square(inside - of_prompt[:, None])).sum(axis=1)
         mass[i] = of_prompt.mean()

@@ -32,7 +32,8 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
     policy
         A language model, an SVI `Fit`, or a folder: a Hugging Face model, a PEFT adapter, or what a trainer of TRL's wrote,
         whose last `checkpoint-N` is taken where the model itself was not saved. A folder is loaded at the prior's
-        temperature, with the prior's EOS ids and on its device: all three belong to the question, not to the answer.
+        temperature, with the prior's EOS ids and on its device: all three belong to the question, not to the answer. An
+        adapter that names no base model, as of a model that was trained from memory, is put on the prior.
     posterior
         Whose prior it must share the vocabulary with.
 
@@ -75,15 +76,23 @@ def policy_draws(
 
 
 def load_policy(folder: Path, prior: LanguageModel) -> LanguageModel:
-    """Return the model in a folder: an `NgramLM` of ours, or else a `TorchLM` at the prior's temperature."""
+    """Return the model in a folder: an `NgramLM` of ours, or else a `TorchLM` at the prior's temperature.
+
+    The latter comes without a tokenizer, since the prior's reads all completions, and since trainers save one with a padding
+    token that the model has no logit for. What the ids mean is compared all the same.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {str(folder)!r} to load a policy from.")
     if NgramLM.is_saved_in(folder):
         return NgramLM.from_pretrained(folder)
-    from bayes_klrl.models.torch_lm import TorchLM
+    from bayes_klrl.models.torch_checkpoint import load
+    from bayes_klrl.models.torch_lm import TorchLM, output_size
 
-    return TorchLM.from_pretrained(
-        model_folder(folder),
+    model, tokenizer = load(model_folder(folder), None, base=prior.module if isinstance(prior, TorchLM) else None)
+    check_same_size(output_size(model), prior)
+    check_same_tokens(tokenizer, prior.tokenizer)
+    return TorchLM(
+        model,
         device=getattr(prior, "device", None),
         eos_token_id=prior.eos_token_ids,
         temperature=getattr(prior, "temperature", 1.0),
@@ -104,29 +113,45 @@ def model_folder(folder: Path) -> Path:
 
 def check_same_vocabulary(policy: LanguageModel, prior: LanguageModel) -> None:
     """Refuse a policy whose token ids mean something else than the prior's."""
-    if policy.vocab_size != prior.vocab_size or policy.eos_token_ids != prior.eos_token_ids:
+    check_same_size(policy.vocab_size, prior)
+    if policy.eos_token_ids != prior.eos_token_ids:
         raise CheckpointError(
-            f"The policy has {policy.vocab_size} tokens and EOS {sorted(policy.eos_token_ids)}, the prior "
-            f"{prior.vocab_size} and {sorted(prior.eos_token_ids)}. They must share one vocabulary: certify against the model "
-            "that the policy was tuned from."
+            f"Completions of the policy end with EOS {sorted(policy.eos_token_ids)}, the prior's with "
+            f"{sorted(prior.eos_token_ids)}. They must share one vocabulary: give both the same eos_token_id."
         )
-    if policy.tokenizer is None or prior.tokenizer is None or policy.tokenizer is prior.tokenizer:
+    check_same_tokens(policy.tokenizer, prior.tokenizer)
+
+
+def check_same_size(vocab_size: int, prior: LanguageModel) -> None:
+    """Refuse a policy with more or fewer tokens than the prior."""
+    if vocab_size != prior.vocab_size:
+        raise CheckpointError(
+            f"The policy has {vocab_size} tokens, the prior {prior.vocab_size}. They must share one vocabulary: certify "
+            "against the model that the policy was tuned from. If tokens were added for the tuning, that is the model with "
+            "them."
+        )
+
+
+def check_same_tokens(theirs: Any | None, ours: Any | None) -> None:
+    """Refuse tokenizers in which one id stands for two things; None is none, of which nothing is known."""
+    if theirs is None or ours is None or theirs is ours:
         return
-    theirs, ours = tokens_by_id(policy), tokens_by_id(prior)
+    policy_tokens, prior_tokens = tokens_by_id(theirs), tokens_by_id(ours)
     # an id that only one of them has is no conflict: trainers add a padding token
-    differing = sorted(i for i in theirs.keys() & ours.keys() if theirs[i] != ours[i])
+    common = policy_tokens.keys() & prior_tokens.keys()
+    differing = sorted(i for i in common if policy_tokens[i] != prior_tokens[i])
     if differing:
         first = differing[0]
         raise CheckpointError(
-            f"The policy's tokenizer is not the prior's: id {first} stands for {theirs[first]!r} in the one and "
-            f"{ours[first]!r} in the other. Certify against the model that the policy was tuned from."
+            f"The policy's tokenizer is not the prior's: id {first} stands for {policy_tokens[first]!r} in the one and "
+            f"{prior_tokens[first]!r} in the other. Certify against the model that the policy was tuned from."
         )
 
 
-def tokens_by_id(lm: LanguageModel) -> dict[int, Any]:
+def tokens_by_id(tokenizer: Any) -> dict[int, Any]:
     """Return what every id of a tokenizer stands for; of one without a vocabulary, the ids of a probe text by position."""
-    get_vocab = getattr(lm.tokenizer, "get_vocab", None)
+    get_vocab = getattr(tokenizer, "get_vocab", None)
     if callable(get_vocab):
         return {int(i): token for token, i in get_vocab().items()}
-    characters = getattr(lm.tokenizer, "characters", None)
-    return dict(enumerate(characters if characters is not None else lm.encode([_PROBE])[0]))
+    characters = getattr(tokenizer, "characters", None)
+    return dict(enumerate(characters if characters is not None else tokenizer.encode(_PROBE)))

@@ -359,6 +359,8 @@ PRIOR = SMALL.prior
         ({"policy": bk.NgramLM(np.log(np.full((5, 5), 0.2)), eos_token_id=3)}, "share one vocabulary"),
         ({"policy": bk.NgramLM(np.log(np.full((4, 4), 0.25)), eos_token_id=1)}, "share one vocabulary"),
         ({"feature": lambda tokens, lengths: [1]}, "returned 1 labels"),
+        ({"feature": lambda tokens, lengths: [[1]] * len(tokens)}, "must be hashable"),
+        ({"feature": lambda tokens, lengths: tokens[:, 99]}, "The feature raised IndexError"),
         ({"feature": lambda tokens, lengths: np.random.default_rng(0).random(len(tokens))}, "different values"),
     ],
 )

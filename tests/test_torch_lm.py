@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
+import transformers
 from torch import Tensor
 from transformers.activations import NewGELUActivation
 
@@ -594,6 +596,18 @@ def test_a_final_eos_of_the_tokenizer_is_for_encoders_only() -> None:
     tokenizer = tiny_tokenizer(adds_eos=True)
     assert TorchLM(tiny_gpt2(), tokenizer).encode(["a b <eos>"]) == [[1, 2, 0]]  # the user's own stays
     assert TorchLM(tiny_t5(), tokenizer).encode(["a b"]) == [[1, 2, 0]]
+
+
+@pytest.mark.parametrize("adds_eos", [False, True])
+def test_an_unknown_word_that_is_the_eos_is_no_added_eos(adds_eos: bool) -> None:
+    """GPT-2's tokenizer class has one id for both. A prompt lost its last token when "a" was such a word."""
+    tokenizer = tiny_tokenizer(adds_eos=adds_eos)
+    lm = TorchLM(tiny_gpt2(), tokenizer)
+    assert lm.encode(["b c", "b z", "z", ""]) == [[2, 3], [2, 0], [0], []]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "x": 1, "y": 2}, unk_token="<eos>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    no_letter_a = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    assert TorchLM(tiny_gpt2(), no_letter_a).encode(["x y"]) == [[1, 2]]
 
 
 def test_logits_wider_than_the_tokenizer_are_all_tokens() -> None:

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.torch_network import base_model
 
-__all__ = ["adapted", "import_peft", "merged", "quiet_peft", "trainable_copy"]
+__all__ = ["adapted", "frozen", "import_peft", "merged", "quiet_peft", "trainable_copy"]
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
@@ -35,20 +35,25 @@ def shared_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
+def frozen(module: nn.Module) -> Any:
+    """Return what an adapter may be put on: the same weights, those of adapters merged; the given module is left as it is."""
+    return merged(module) if hasattr(module, "peft_config") else shared_copy(module)
+
+
 def adapted(module: nn.Module, config: Any) -> nn.Module:
     """Return a PEFT model that computes exactly what `module` does until its adapter is trained."""
     peft = import_peft()
-    frozen = merged(module) if hasattr(module, "peft_config") else shared_copy(module)
+    base = frozen(module)
     if config == "lora":
-        config = default_lora(peft, frozen)
+        config = default_lora(peft, base)
     if not isinstance(config, peft.PeftConfig):
         raise BayesKLRLError(f"adapter is 'lora' or a peft configuration such as peft.LoraConfig(r=8); got {config!r}.")
     try:
         with quiet_peft():
-            wrapped: nn.Module = peft.get_peft_model(frozen, config)
+            wrapped: nn.Module = peft.get_peft_model(base, config)
     except (KeyError, RuntimeError, ValueError) as error:  # what peft raises for a model that it cannot adapt
         raise BayesKLRLError(
-            f"peft cannot put this adapter on a {type(frozen).__name__}: {error}. Name its layers in "
+            f"peft cannot put this adapter on a {type(base).__name__}: {error}. Name its layers in "
             "peft.LoraConfig(target_modules=[...]), or train a full copy (adapter=None)."
         ) from error
     return wrapped.eval()

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from bayes_klrl.errors import CheckpointError
-from bayes_klrl.models.torch_adapters import import_peft, merged, quiet_peft
+from bayes_klrl.models.torch_adapters import frozen, import_peft, merged, quiet_peft
 
 __all__ = ["OWN_ENTRY", "load", "save", "shipped_names"]
 
@@ -37,13 +37,23 @@ TOKENIZER_FILES = (
 )
 
 
-def load(name_or_folder: str | os.PathLike[str], dtype: torch.dtype | str | None) -> tuple[Any, Any | None]:
-    """Return the model and its tokenizer (None if the folder has none); see `TorchLM.from_pretrained`."""
+def load(
+    name_or_folder: str | os.PathLike[str], dtype: torch.dtype | str | None, *, base: nn.Module | None = None
+) -> tuple[Any, Any | None]:
+    """Return the model and its tokenizer (None if the folder has none); see `TorchLM.from_pretrained`.
+
+    Parameters
+    ----------
+    name_or_folder, dtype
+        See `TorchLM.from_pretrained`.
+    base
+        What an adapter is put on that does not say which model it belongs to; left as it is.
+    """
     precision = torch.float32 if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     name = os.fspath(name_or_folder)
     with quiet():
         if Path(name).is_dir():
-            return load_folder(Path(name), precision)
+            return load_folder(Path(name), precision, base)
         if name in shipped_names():
             return load_folder(shipped_folder() / name, precision)
         if name == SMOLLM2:
@@ -59,10 +69,10 @@ def load(name_or_folder: str | os.PathLike[str], dtype: torch.dtype | str | None
         return load_model(name, precision)
 
 
-def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any | None]:
+def load_folder(folder: Path, dtype: torch.dtype, base: nn.Module | None = None) -> tuple[Any, Any | None]:
     """Return the model and tokenizer of a local folder, in whichever of the three known formats it is."""
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        return load_adapter(folder, dtype)
+    if is_adapter(folder):
+        return load_adapter(folder, dtype, base)
     gguf_files = sorted(folder.glob("*.gguf"))
     if gguf_files and not (folder / "config.json").is_file():
         return load_model(str(folder), dtype, gguf_file=gguf_files[0].name, local_files_only=True)
@@ -77,6 +87,12 @@ def load_folder(folder: Path, dtype: torch.dtype) -> tuple[Any, Any | None]:
         )
         raise CheckpointError(f"{str(folder)!r} has no safetensors weights, the only kind that is read; {cure}")
     return load_model(str(folder), dtype, local_files_only=True)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter and no model: some trainers put the base's config.json beside it."""
+    weights = (path.name for path in folder.glob("*.safetensors"))
+    return (folder / "adapter_config.json").is_file() and all(name.startswith("adapter_") for name in weights)
 
 
 def load_model(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any | None]:
@@ -114,21 +130,29 @@ def load_tokenizer(source: str, **options: Any) -> Any | None:
         raise CheckpointError(f"The tokenizer of {source!r} cannot be loaded: {error}") from error
 
 
-def load_adapter(folder: Path, dtype: torch.dtype) -> tuple[Any, Any | None]:
-    """Return the base model that an adapter folder names, with the adapter in place."""
+def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None) -> tuple[Any, Any | None]:
+    """Return the base model that an adapter folder names, `base` if it names none, with the adapter in place."""
     peft = import_peft()
-    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    if not base:
-        raise CheckpointError(
-            f"The adapter in {str(folder)!r} does not say which model it belongs to: load that one, and give "
-            "TorchLM(peft.PeftModel.from_pretrained(base, folder))."
-        )
-    model, tokenizer = load(base, dtype)
+    name = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    by_hand = "load that one, and give TorchLM(peft.PeftModel.from_pretrained(base, folder))"
+    if name:
+        try:
+            model, tokenizer = load(name, dtype)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"The adapter in {str(folder)!r} belongs to the model {name!r}, which cannot be loaded. If it has moved, "
+                f"{by_hand}. ({error})"
+            ) from error
+    elif base is not None:
+        model, tokenizer = frozen(base), None
+    else:
+        raise CheckpointError(f"The adapter in {str(folder)!r} does not say which model it belongs to: {by_hand}.")
     try:
         with quiet_peft():
             wrapped = peft.PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # as above: peft passes on whatever torch and safetensors raise
-        raise CheckpointError(f"The adapter in {str(folder)!r} does not fit its base {base!r}: {error}") from error
+        onto = repr(name) if name else "the prior, as it names none"
+        raise CheckpointError(f"The adapter in {str(folder)!r} does not fit its base {onto}: {error}") from error
     return wrapped, load_tokenizer(str(folder), local_files_only=True) or tokenizer
 
 

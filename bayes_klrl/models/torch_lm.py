@@ -184,10 +184,12 @@ class TorchLM:
         """See `LanguageModel`. A final EOS that the tokenizer adds stays only for an encoder-decoder model."""
         tokenizer = self._require_tokenizer("encode")
         prompts = [list(tokenizer.encode(text)) for text in texts]
-        adds_eos = tokenizer.encode("a")[-1] == getattr(tokenizer, "eos_token_id", None)
-        if adds_eos and not self._config.is_encoder_decoder:
-            return [prompt[:-1] for prompt in prompts]
-        return prompts
+        if self._config.is_encoder_decoder:
+            return prompts
+        return [
+            prompt[:-1] if ends_with_added_eos(tokenizer, text, prompt) else prompt
+            for text, prompt in zip(texts, prompts, strict=True)
+        ]
 
     def decode(self, ids: Sequence[TokenIds]) -> list[str]:
         """See `LanguageModel`."""
@@ -366,6 +368,24 @@ def _eos_set(given: int | Collection[int]) -> frozenset[int]:
     if isinstance(ids, str) or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
         raise BayesKLRLError(f"eos_token_id is a token id or a collection of them; got {given!r}.")
     return frozenset(int(token) for token in ids)
+
+
+def ends_with_added_eos(tokenizer: Any, text: str, ids: list[int]) -> bool:
+    """Return whether the last of a text's ids is an EOS that the tokenizer added, not one that the text ends with.
+
+    Nor a word it does not know, whose id may well be that of EOS.
+    """
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if eos is None or ids[-1:] != [eos]:
+        return False
+    if set(ids) == {getattr(tokenizer, "bos_token_id", None)}:
+        return False  # one id for BOS and EOS, and no more than that: it is the BOS
+    return trailing(eos, ids) > trailing(eos, tokenizer.encode(text, add_special_tokens=False))
+
+
+def trailing(token: int, ids: Sequence[int]) -> int:
+    """Return how many ids at the end are `token`."""
+    return next((count for count, i in enumerate(reversed(ids)) if i != token), len(ids))
 
 
 def output_size(model: nn.Module) -> int:
