@@ -22,7 +22,7 @@ def pytest_configure() -> None:
 
 
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
-    """"passed", "failed" by an assertion in the test itself, or the name of whatever else was raised."""
+    """ "passed", "failed" by an assertion in the test itself, or the name of whatever else was raised."""
     if call.excinfo is None:
         if call.when == "call":
             _verdicts[item.nodeid] = "passed"

@@ -68,7 +68,9 @@ class Copy:
         times = path.stat().st_atime, path.stat().st_mtime
         try:
             path.write_text(changed, encoding="utf-8")
-            os.utime(path, (times[0], times[1] + 10))  # so that the byte code of the unmutated file is not taken for its own
+            os.utime(
+                path, (times[0], times[1] + 10)
+            )  # so that the byte code of the unmutated file is not taken for its own
             yield
         finally:
             path.write_text(text, encoding="utf-8")
@@ -87,7 +89,17 @@ class Copy:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         if not keep_bytecode:
             environment["PYTHONDONTWRITEBYTECODE"] = "1"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.mutant_verdicts", "-p", "no:cacheprovider", *tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "tests.mutant_verdicts",
+            "-p",
+            "no:cacheprovider",
+            *tests,
+        ]
         done = subprocess.run(
             command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False
         )

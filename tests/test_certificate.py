@@ -10,6 +10,7 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl import problems
+from bayes_klrl.coverage import coverage
 from bayes_klrl.inference.evidence_bounds import (
     evidence_lower_bound,
     evidence_upper_bound,
@@ -245,6 +246,19 @@ def test_coverage_names_the_dropped_mode() -> None:
     exact = np.bincount(first, weights=truth.p[0], minlength=4)
     for cell, mass, error in zip(honest.coverage.cells, honest.coverage.policy, honest.coverage.policy_se, strict=True):
         assert abs(mass - exact[cell]) < 4 * error
+
+
+def test_coverage_weighs_the_posteriors_draws() -> None:
+    """Every completion once, with its posterior weight: masses are the enumerated ones, not shares of completions."""
+    truth = Truth(random_posterior(2, prompts=((0,), (1,)), num_tokens=4))
+    draws = bk.ImportanceSampling(50).run(truth.posterior, seed=0)
+    everything = bk.Exact().run(truth.posterior, seed=0)
+    found = coverage(lambda tokens, lengths: tokens[:, 0], draws, everything, "all of them")
+    first, of_draws = truth.sequences.tokens[..., 0], draws.tokens[..., 0]
+    exact = np.array([(truth.p * (first == cell)).sum(axis=1).mean() for cell in found.cells])
+    np.testing.assert_allclose(found.posterior, exact, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.policy, [(of_draws == cell).mean() for cell in found.cells], rtol=0, atol=1e-12)
+    assert (np.diff(exact) <= 0).all()
 
 
 def unbounded(posterior: bk.Posterior) -> bk.Posterior:
