@@ -1,6 +1,6 @@
 """The mutants: one mistake each that people make, with the tests that must find it out (`tests.mutants` runs them).
 
-The first eight are the list of THEORY 9; the others are traps met while the package was built. Tests named here take a second
+The first part is the list of THEORY 9; the others are traps met while the package was built. Tests named here take a second
 or two, and are the sharpest there are for the mistake, not the only ones.
 """
 
@@ -100,6 +100,17 @@ MUTANTS: tuple[Mutant, ...] = (
         "(retained.method not in _EXACT_METHODS or np.ptp(retained.log_weights) > 0)",
         "retained.method in ()",
         ("tests/test_conditional_smc.py::test_what_cannot_be_retained",),
+    ),
+    Mutant(
+        "conditional SMC retains the output of SMC",
+        "inference/exact_draws.py",
+        "draws = Exact(num_draws, max_sequences=max_sequences).run(posterior, seed=seed, progress=progress)",
+        "from dataclasses import replace\n"
+        "        from bayes_klrl.inference.smc import SMC\n\n"
+        "        exact = Exact(num_draws, max_sequences=max_sequences).run(posterior, seed=seed, progress=progress)\n"
+        "        smc = SMC(64).run(posterior, seed=seed).resample(num_draws, seed=seed)\n"
+        "        draws = replace(smc, method=exact.method, log_evidence=exact.log_evidence)",
+        ("tests/test_certificate.py::test_what_is_called_exact_draws_follows_the_posterior[enumeration]",),
     ),
     Mutant(
         "k3 against the unnormalised posterior",

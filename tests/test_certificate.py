@@ -17,8 +17,9 @@ from bayes_klrl.inference.evidence_bounds import (
     mean_lower_bound,
     mean_upper_bound,
 )
+from bayes_klrl.inference.exact_draws import exact_draws
 from bayes_klrl.inference.messages import backward_messages
-from tests.truth import Truth, full_table, random_posterior
+from tests.truth import Truth, chi_square_p, counts, full_table, random_posterior
 
 DELTA = 0.05
 
@@ -181,6 +182,23 @@ def test_sampled_certificates_hold_as_often_as_promised() -> None:
     assert np.mean(held) >= 1 - DELTA
     assert np.median(widths) <= 0.3
     assert np.min(exposed) > 0.5  # nats, for certain: whoever lost the likeliest first token is told so
+
+
+@pytest.mark.parametrize("source", ["enumeration", "rejection"])
+def test_what_is_called_exact_draws_follows_the_posterior(source: str) -> None:
+    """What conditional SMC retains: weighted or SMC draws that were resampled would not pass."""
+    base = random_posterior(1, prompts=((0,),), num_tokens=4)
+    assert isinstance(base.likelihood, bk.TokenReward)
+    likelihood = bk.TokenReward(base.likelihood.fn, alpha=1.0, bounds=(-5, 5))
+    posterior = bk.Posterior(base.prior, likelihood, prompts=[[0]], max_new_tokens=4)
+    truth = Truth(posterior)
+    most = {"enumeration": 1000, "rejection": 1}[source]
+    found = exact_draws(posterior, 2000, 2000, seed=0, max_sequences=most, max_proposals=10**6)
+    assert found.draws is not None
+    assert found.source == source
+    assert chi_square_p(counts(truth, found.draws.tokens[0]), truth.p[0]) > 0.001
+    resampled = bk.SMC(16).run(posterior, seed=0).resample(2000, seed=0)
+    assert chi_square_p(counts(truth, resampled.tokens[0]), truth.p[0]) < 1e-6  # the test bites
 
 
 def test_a_sampler_conditioned_on_other_than_exact_draws_would_be_found_out() -> None:

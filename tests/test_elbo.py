@@ -237,8 +237,8 @@ def test_rao_blackwell_makes_a_token_pay_for_the_kl_that_it_leads_to() -> None:
     runs = sampled(posterior, lm, RaoBlackwellELBO(8), 50).reshape(-1, 2, 2)
     # d KL / d logit of token 1 in context 0, the prompt's own: q(1) (1 - q(1)) KL(guide || prior after 1)
     later = float((guide[1] * np.log(guide[1] / prior[1])).sum())
+    assert runs[:, 0, 1].mean() > 0.8 * COPIES * 0.25 * later
     assert abs(z_score(runs[:, 0, 1], COPIES * 0.25 * later)) < 3.5
-    assert z_score(runs[:, 0, 1], 0.0) > 6
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
