@@ -10,14 +10,16 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl import problems
+from bayes_klrl.coverage import coverage
 from bayes_klrl.inference.evidence_bounds import (
     evidence_lower_bound,
     evidence_upper_bound,
     mean_lower_bound,
     mean_upper_bound,
 )
+from bayes_klrl.inference.exact_draws import exact_draws
 from bayes_klrl.inference.messages import backward_messages
-from tests.truth import Truth, full_table, random_posterior
+from tests.truth import Truth, chi_square_p, counts, full_table, random_posterior
 
 DELTA = 0.05
 
@@ -182,6 +184,23 @@ def test_sampled_certificates_hold_as_often_as_promised() -> None:
     assert np.min(exposed) > 0.5  # nats, for certain: whoever lost the likeliest first token is told so
 
 
+@pytest.mark.parametrize("source", ["enumeration", "rejection"])
+def test_what_is_called_exact_draws_follows_the_posterior(source: str) -> None:
+    """What conditional SMC retains: weighted or SMC draws that were resampled would not pass."""
+    base = random_posterior(1, prompts=((0,),), num_tokens=4)
+    assert isinstance(base.likelihood, bk.TokenReward)
+    likelihood = bk.TokenReward(base.likelihood.fn, alpha=1.0, bounds=(-5, 5))
+    posterior = bk.Posterior(base.prior, likelihood, prompts=[[0]], max_new_tokens=4)
+    truth = Truth(posterior)
+    most = {"enumeration": 1000, "rejection": 1}[source]
+    found = exact_draws(posterior, 2000, 2000, seed=0, max_sequences=most, max_proposals=10**6)
+    assert found.draws is not None
+    assert found.source == source
+    assert chi_square_p(counts(truth, found.draws.tokens[0]), truth.p[0]) > 0.001
+    resampled = bk.SMC(16).run(posterior, seed=0).resample(2000, seed=0)
+    assert chi_square_p(counts(truth, resampled.tokens[0]), truth.p[0]) < 1e-6  # the test bites
+
+
 def test_a_sampler_conditioned_on_other_than_exact_draws_would_be_found_out() -> None:
     """The mutant of THEORY 9: with prior draws retained as if they were exact, upper ends fall below log Z."""
     missed = 0
@@ -245,6 +264,19 @@ def test_coverage_names_the_dropped_mode() -> None:
     exact = np.bincount(first, weights=truth.p[0], minlength=4)
     for cell, mass, error in zip(honest.coverage.cells, honest.coverage.policy, honest.coverage.policy_se, strict=True):
         assert abs(mass - exact[cell]) < 4 * error
+
+
+def test_coverage_weighs_the_posteriors_draws() -> None:
+    """Every completion once, with its posterior weight: masses are the enumerated ones, not shares of completions."""
+    truth = Truth(random_posterior(2, prompts=((0,), (1,)), num_tokens=4))
+    draws = bk.ImportanceSampling(50).run(truth.posterior, seed=0)
+    everything = bk.Exact().run(truth.posterior, seed=0)
+    found = coverage(lambda tokens, lengths: tokens[:, 0], draws, everything, "all of them")
+    first, of_draws = truth.sequences.tokens[..., 0], draws.tokens[..., 0]
+    exact = np.array([(truth.p * (first == cell)).sum(axis=1).mean() for cell in found.cells])
+    np.testing.assert_allclose(found.posterior, exact, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.policy, [(of_draws == cell).mean() for cell in found.cells], rtol=0, atol=1e-12)
+    assert (np.diff(exact) <= 0).all()
 
 
 def unbounded(posterior: bk.Posterior) -> bk.Posterior:

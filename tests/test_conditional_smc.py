@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 import bayes_klrl as bk
 from bayes_klrl import problems
@@ -14,7 +15,7 @@ from bayes_klrl.inference.resampling import conditional_multinomial
 from bayes_klrl.inference.smc import ConstantTwist
 from bayes_klrl.models.decoding import Decoding
 from tests.test_rejection import repeated
-from tests.truth import Truth, full_table, random_posterior, z_score
+from tests.truth import Truth, chi_square_p, full_table, random_posterior, z_score
 
 NUM_RUNS = 2000
 
@@ -219,6 +220,11 @@ def test_conditional_multinomial_keeps_particle_0_and_draws_the_others() -> None
     assert (offspring[:, 1] == 0).all()
     for n in (0, 2, 3):
         assert abs(z_score(offspring[:, n] * 1.0, 3 * weights[n])) < 3.5
+    # independently of one another: an even scheme has these means, too, but not this law, and its bound is none
+    outcomes = [(i, j, 3 - i - j) for i in range(4) for j in range(4 - i)]
+    law = stats.multinomial.pmf(outcomes, 3, weights[[0, 2, 3]])
+    seen = [(offspring[:, [0, 2, 3]] == outcome).all(axis=1).sum() for outcome in outcomes]
+    assert chi_square_p(np.array(seen), law) > 0.001
     np.testing.assert_array_equal(conditional_multinomial(np.ones(1), rng), [0])
 
 

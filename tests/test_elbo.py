@@ -15,7 +15,7 @@ from bayes_klrl import problems
 from bayes_klrl.inference.elbo import LeaveOneOutELBO, RaoBlackwellELBO
 from bayes_klrl.models.pyro_model import pyro_guide, pyro_model, to_sequences
 from bayes_klrl.models.torch_table import TableLM
-from tests.truth import Truth, full_table, random_posterior, t_square_p
+from tests.truth import Truth, full_table, random_posterior, t_square_p, z_score
 
 COPIES = 8  # of one prompt: as many independent estimates, summed, at about the cost of one
 ESTIMATORS = {"leave one out": LeaveOneOutELBO, "Rao-Blackwell": RaoBlackwellELBO}
@@ -223,6 +223,22 @@ def test_rao_blackwell_has_the_lower_variance_far_from_the_posterior() -> None:
         name: sampled(posterior, guide, estimator(8), 60).var(axis=0).sum() for name, estimator in ESTIMATORS.items()
     }
     assert variance["Rao-Blackwell"] < 0.5 * variance["leave one out"]
+
+
+def test_rao_blackwell_makes_a_token_pay_for_the_kl_that_it_leads_to() -> None:
+    """First tokens cost nothing themselves; after 1 the guide is far from the prior: all gradient comes from later KLs."""
+    prior = np.array([[0.5, 0.5], [0.1, 0.9]])
+    guide = np.array([[0.5, 0.5], [0.9, 0.1]])
+    nothing = bk.TokenReward(lambda tokens, lengths: np.zeros(len(tokens)), alpha=1.0)
+    posterior = bk.Posterior(
+        bk.NgramLM(np.log(prior), eos_token_id=None), nothing, prompts=[[0]] * COPIES, max_new_tokens=2
+    )
+    lm = TableLM(bk.NgramLM(np.log(guide), eos_token_id=None))
+    runs = sampled(posterior, lm, RaoBlackwellELBO(8), 50).reshape(-1, 2, 2)
+    # d KL / d logit of token 1 in context 0, the prompt's own: q(1) (1 - q(1)) KL(guide || prior after 1)
+    later = float((guide[1] * np.log(guide[1] / prior[1])).sum())
+    assert runs[:, 0, 1].mean() > 0.8 * COPIES * 0.25 * later
+    assert abs(z_score(runs[:, 0, 1], COPIES * 0.25 * later)) < 3.5
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
