@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from bayes_klrl.models.twist import PartialRewardTwist as PartialRewardTwist
     from bayes_klrl.models.twist_counting import CountingTwist as CountingTwist
     from bayes_klrl.models.twisted_lm import TwistedLM as TwistedLM
+    from bayes_klrl.moment_constraints import MomentConstraint as MomentConstraint
+    from bayes_klrl.moment_constraints import moment_constraint as moment_constraint
     from bayes_klrl.posterior import Posterior as Posterior
     from bayes_klrl.reward_frontier import Frontier as Frontier
     from bayes_klrl.reward_frontier import frontier as frontier
@@ -93,6 +95,7 @@ _HOME = {
     "LearnedTwist": "bayes_klrl.inference.learned_twist",
     "Likelihood": "bayes_klrl.likelihood",
     "LossInputs": "bayes_klrl.models.torch_losses",
+    "MomentConstraint": "bayes_klrl.moment_constraints",
     "NgramLM": "bayes_klrl.models.ngram_lm",
     "PartialRewardTwist": "bayes_klrl.models.twist",
     "Posterior": "bayes_klrl.posterior",
@@ -116,6 +119,7 @@ _HOME = {
     "check_posterior": "bayes_klrl.contract",
     "compare": "bayes_klrl.comparison",
     "frontier": "bayes_klrl.reward_frontier",
+    "moment_constraint": "bayes_klrl.moment_constraints",
     "myopic_policy": "bayes_klrl.inference.oracles",
     "posterior_policy": "bayes_klrl.inference.oracles",
 }
@@ -147,6 +151,7 @@ __all__ = [
     "LearnedTwist",
     "Likelihood",
     "LossInputs",
+    "MomentConstraint",
     "NgramLM",
     "PartialRewardTwist",
     "Posterior",
@@ -170,6 +175,7 @@ __all__ = [
     "check_posterior",
     "compare",
     "frontier",
+    "moment_constraint",
     "myopic_policy",
     "posterior_policy",
 ]
