@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from bayes_klrl.reward_frontier import Frontier as Frontier
     from bayes_klrl.reward_frontier import frontier as frontier
     from bayes_klrl.sequences import Sequences as Sequences
+    from bayes_klrl.suite import SuiteResult as SuiteResult
+    from bayes_klrl.suite import run_suite as run_suite
     from bayes_klrl.trainer_audit import Audit as Audit
     from bayes_klrl.trainer_audit import audit as audit
     from bayes_klrl.typing import Algorithm as Algorithm
@@ -107,6 +109,7 @@ _HOME = {
     "SVI": "bayes_klrl.inference.svi",
     "Sequences": "bayes_klrl.sequences",
     "SuffixMH": "bayes_klrl.inference.mcmc",
+    "SuiteResult": "bayes_klrl.suite",
     "SupportError": "bayes_klrl.errors",
     "TextRewardError": "bayes_klrl.errors",
     "TokenReward": "bayes_klrl.likelihood",
@@ -122,6 +125,7 @@ _HOME = {
     "moment_constraint": "bayes_klrl.moment_constraints",
     "myopic_policy": "bayes_klrl.inference.oracles",
     "posterior_policy": "bayes_klrl.inference.oracles",
+    "run_suite": "bayes_klrl.suite",
 }
 
 __all__ = [
@@ -163,6 +167,7 @@ __all__ = [
     "SVI",
     "Sequences",
     "SuffixMH",
+    "SuiteResult",
     "SupportError",
     "TextRewardError",
     "TokenReward",
@@ -178,6 +183,7 @@ __all__ = [
     "moment_constraint",
     "myopic_policy",
     "posterior_policy",
+    "run_suite",
 ]
 
 

@@ -10,7 +10,7 @@ from bayes_klrl.errors import BayesKLRLError
 __all__ = ["check_output", "prepare_output"]
 
 _MARK = ".bayes-klrl"
-_OURS = ("draws.nc", "table.csv", "comparison.png", "training*.png", "policy", "policy-[0-9]*")
+_OURS = ("draws.nc", "table.csv", "comparison.png", "suite.png", "training*.png", "policy", "policy-[0-9]*")
 
 
 def check_output(folder: str | Path) -> Path:

@@ -50,8 +50,9 @@ def two_modes(
 
     Notes
     -----
-    At the default (n = 6, uniform prior) the best product guide by reverse KL is 0.704 nats from the posterior, the best by
-    forward KL is the prior itself, KL(p* || q) = 3.37, with E[r] = 2**-5 = 0.031.
+    At the default (n = 6, uniform prior) one mode by itself is 0.704 nats from the posterior, the best product guide 0.701, on
+    one mode but for a doubt of 0.0004 a token; the best by forward KL is the prior itself, KL(p* || q) = 3.37, with E[r] =
+    2**-5 = 0.031.
 
     Examples
     --------
