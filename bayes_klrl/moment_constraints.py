@@ -156,13 +156,15 @@ def moment_constraint(
 def _factors(features: Likelihood | Sequence[Likelihood]) -> tuple[Factor, ...]:
     """Return the features as single rewards."""
     given = [features] if isinstance(features, Likelihood) else list(features)
-    factors = [feature for each in given for feature in getattr(each, "factors", (each,))]
-    for feature in factors:
-        if not isinstance(feature, Reward | TokenReward | AutomatonReward):
-            raise BayesKLRLError(
-                f"A feature is a bk.Reward, bk.TokenReward or bk.AutomatonReward; got {feature!r}. A hard constraint has no "
-                "mean to aim for: multiply it into the posterior instead."
-            )
+    factors: list[Factor] = []
+    for each in given:
+        for feature in each.factors if isinstance(each, Likelihood) else (each,):
+            if not isinstance(feature, Reward | TokenReward | AutomatonReward):
+                raise BayesKLRLError(
+                    f"A feature is a bk.Reward, bk.TokenReward or bk.AutomatonReward; got {feature!r}. A hard constraint has "
+                    "no mean to aim for: multiply it into the posterior instead."
+                )
+            factors.append(feature)
     if not factors:
         raise BayesKLRLError("features is empty; give at least one, such as bk.Reward(fn, alpha=1.0).")
     return tuple(factors)
@@ -192,12 +194,19 @@ def _weighted(factor: Factor, weight: float) -> Likelihood:
     """Return exp(weight * f): f at alpha = 1 / weight, or -f at alpha = -1 / weight."""
     alpha = 1 / max(abs(weight), _SMALLEST_LAMBDA)
     if weight >= 0:
-        return replace(factor, alpha=alpha)  # type: ignore[type-var]
+        return _at_alpha(factor, alpha)
     bounds = None if factor.bounds is None else (-factor.bounds[1], -factor.bounds[0])
     if isinstance(factor, AutomatonReward):
         paid, final = -np.asarray(factor.token_rewards), -np.asarray(factor.final_rewards)
         return replace(factor, token_rewards=paid, final_rewards=final, alpha=alpha, bounds=bounds)
-    return replace(factor, fn=_negated(factor.fn), alpha=alpha, bounds=bounds)  # type: ignore[type-var, attr-defined]
+    assert isinstance(factor, Reward | TokenReward)
+    return replace(factor, fn=_negated(factor.fn), alpha=alpha, bounds=bounds)
+
+
+def _at_alpha(factor: Factor, alpha: float) -> Factor:
+    """Return the same reward at another alpha."""
+    assert factor.alpha is not None
+    return factor.tempered(factor.alpha / alpha)
 
 
 def _negated(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,11 +231,9 @@ def _support(
         log_base = np.full(draws.shape, -np.log(num_draws))
     columns = [
         Posterior(
-            base.prior, replace(f, alpha=1.0), prompts=list(base.prompts), max_new_tokens=base.max_new_tokens
-        ).reward(  # type: ignore[type-var]
-            draws
-        )
-        for f in factors
+            base.prior, _at_alpha(factor, 1.0), prompts=list(base.prompts), max_new_tokens=base.max_new_tokens
+        ).reward(draws)
+        for factor in factors
     ]
     values = np.stack(columns, axis=2)
     if not np.isfinite(values[np.isfinite(log_base)]).all():

@@ -15,6 +15,7 @@ from bayes_klrl.typing import FloatArray
 __all__ = ["check_feasible"]
 
 _ROUNDING = 1e-9
+_SOLVER_ROUNDING = 1e-6  # linear programmes are solved to 1e-7
 
 
 def check_feasible(values: FloatArray, log_base: FloatArray, targets: FloatArray, is_exact: bool) -> None:
@@ -60,9 +61,9 @@ def check_feasible(values: FloatArray, log_base: FloatArray, targets: FloatArray
 def _check_jointly(possible: list[FloatArray], targets: FloatArray, spread: FloatArray, where: str, more: str) -> None:
     """Refuse means that each feature can have, but not all at once."""
     scaled = [(rows - targets) / spread for rows in possible]
-    if _best_direction(scaled, np.mean([rows.mean(axis=0) for rows in scaled], axis=0)) <= _ROUNDING:
+    if _best_direction(scaled, np.mean([rows.mean(axis=0) for rows in scaled], axis=0)) <= _SOLVER_ROUNDING:
         return
-    outside = _best_direction(scaled, None) > _ROUNDING
+    outside = _best_direction(scaled, None) > _SOLVER_ROUNDING
     what = "No distribution gives" if outside else "Only distributions on a part of all completions give"
     cure = "or replace one of them by a bk.Constraint (a hard one, with no alpha)" if not outside else "together"
     raise BayesKLRLError(

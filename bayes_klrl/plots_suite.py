@@ -41,7 +41,7 @@ def plot_suite(result: SuiteResult, file: str | Path) -> Path:
         grid: Any = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
         for axes, problem in zip(grid.flat, problems, strict=False):
             _panel(axes, result, table.loc[problem], problem, methods)
-            axes.set_title(f"$\\bf{{{problem}}}$  {_short(result.purposes[problem])}", loc="left", fontsize=7.5)
+            axes.set_title(f"{problem}: {_short(result.purposes[problem])}", loc="left", fontsize=8)
         for axes in grid.flat[len(problems) :]:
             axes.set_visible(False)
         figure.supxlabel(
@@ -62,6 +62,7 @@ def _panel(axes: Axes, result: SuiteResult, rows: Any, problem: str, methods: li
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.set_yticks(range(len(methods)), methods)
     axes.set_xticks([1e-4, 1e-2, 1, 1e2], ["≤$10^{-4}$", "$10^{-2}$", "1", "≥100"])
+    axes.minorticks_off()
     axes.tick_params(labelsize=7, length=2)
     axes.grid(axis="x", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)

@@ -218,9 +218,9 @@ def _check_budget(problem: Problem, budget: int) -> None:
     least = _LEAST_COMPLETIONS * posterior.num_prompts * posterior.max_new_tokens
     if budget < least:
         raise BayesKLRLError(
-            f"A budget of {budget:,} model tokens is too small for {problem.name}, {posterior.num_prompts} prompts of up to "
-            f"{posterior.max_new_tokens} tokens: give at least {least:,} ({_LEAST_COMPLETIONS} completions each), or leave the "
-            "problem out."
+            f"A budget of {budget:,} model tokens is too small for {problem.name}, with {posterior.num_prompts} prompt(s) and "
+            f"up to {posterior.max_new_tokens} tokens: give at least {least:,} ({_LEAST_COMPLETIONS} completions each), or "
+            "leave the problem out."
         )
 
 

@@ -40,7 +40,7 @@ Recipe = Callable[[Posterior, int], Algorithm]
 
 _LEAST_SIZE = 16
 _BEST_OF = 16
-_NUM_CHAINS = 16
+_NUM_CHAINS = 8
 _NUM_PILOT = 64  # completions that SMC's twists and the annealing schedule are made from
 _SVI_PARTICLES = 32
 _LEAST_STEPS = 20  # of gradient; with fewer, nothing has been learned that could be judged
@@ -50,12 +50,15 @@ def _best_of_n(_: Posterior, size: int) -> Algorithm:
     return BestOfN(_BEST_OF, size // _BEST_OF)
 
 
-def _suffix_mh(_: Posterior, size: int) -> Algorithm:
-    """Return chains of which half is warm-up; finding their starts is not on the bill."""
-    kept = size // (2 * _NUM_CHAINS)
+def _suffix_mh(posterior: Posterior, size: int) -> Algorithm:
+    """Return chains of which half is warm-up, less what it costs to find a possible completion for each to start from."""
+    possible = np.isfinite(prior_pilot(posterior, 16 * _NUM_PILOT, generator(0))[1]).sum(axis=1)
+    starts = int(_NUM_CHAINS * 16 * _NUM_PILOT / max(0.5, possible.min()))
+    kept = max(0, size - starts) // (2 * _NUM_CHAINS)
     if kept < 4:
         raise BayesKLRLError(
-            f"the budget pays {kept} sweeps of {_NUM_CHAINS} chains after warm-up, at least 4 are needed"
+            f"the budget pays {kept} sweeps of {_NUM_CHAINS} chains after warm-up, at least 4 are needed; finding their "
+            f"starts takes about {starts:,} completions"
         )
     return SuffixMH(_NUM_CHAINS, kept, num_warmup=kept)
 
