@@ -52,8 +52,10 @@ def _best_of_n(_: Posterior, size: int) -> Algorithm:
 
 def _suffix_mh(posterior: Posterior, size: int) -> Algorithm:
     """Return chains of which half is warm-up, less what it costs to find a possible completion for each to start from."""
-    possible = np.isfinite(prior_pilot(posterior, 16 * _NUM_PILOT, generator(0))[1]).sum(axis=1)
-    starts = int(_NUM_CHAINS * 16 * _NUM_PILOT / max(0.5, possible.min()))
+    chance = _chance_of_possible(posterior, 16 * _NUM_PILOT)
+    if chance < 0.01:
+        chance = _chance_of_possible(posterior, max(size, 16 * _NUM_PILOT))
+    starts = int(_NUM_CHAINS / chance)
     kept = max(0, size - starts) // (2 * _NUM_CHAINS)
     if kept < 4:
         raise BayesKLRLError(
@@ -76,6 +78,12 @@ def _annealed(posterior: Posterior, size: int) -> Algorithm:
 
 def _exact_twist(posterior: Posterior, size: int) -> Algorithm:
     return SMC(size, proposal="twisted", twist=_optimal_twist(posterior))
+
+
+def _chance_of_possible(posterior: Posterior, num_draws: int) -> float:
+    """Return how often a prior completion has positive likelihood, of the worst prompt; half a hit where there was none."""
+    possible = np.isfinite(prior_pilot(posterior, num_draws, generator(0))[1]).sum(axis=1)
+    return float(max(0.5, possible.min()) / num_draws)
 
 
 @lru_cache(maxsize=4)

@@ -48,7 +48,7 @@ LAZY_THIRD_PARTY = {"draws": {"pandas", "xarray"}, "progress": {"rich"}}
 BACKEND = re.compile(
     r"models\.(torch|jax|pyro|numpyro)_\w+|inference\.(svi_\w+|elbo|loss_\w+|twist_losses|twist_training)"
 )
-FACES = {"arviz_export", "cli", "comparison", "comparison_table", "plots", "problems", "trainer_audit"}
+FACES = {"arviz_export", "cli", "comparison", "comparison_table", "plots", "problems", "suite_table", "trainer_audit"}
 
 
 @dataclass(frozen=True)
