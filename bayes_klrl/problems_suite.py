@@ -32,7 +32,12 @@ def _problems() -> tuple[Problem, ...]:
         Problem("P5", "reward at the very end only", gold_counter, by_messages),
         Problem("P5-rare", "the same, hit once in 160,000", lambda: gold_counter(17), by_messages),
         Problem("P6", "two modes: is one dropped?", two_modes, lambda _: two_modes_truth()),
-        Problem("P6-rare", "the same at 16 tokens", lambda: two_modes(16), lambda _: two_modes_truth(16)),
+        Problem(
+            "P6-rare",
+            "the same at 16 tokens, hit once in 33,000",
+            lambda: two_modes(16, alpha=1 / 16),
+            lambda _: two_modes_truth(16, alpha=1 / 16),
+        ),
         Problem("P7", "a hidden state to be filtered", gold_hidden, by_messages),
         Problem("P8", "a mean to be met", lambda: rare_feature().posterior, by_messages),
         Problem("P8-most", "the same, 99 of 100", lambda: rare_feature(0.99).posterior, by_messages),
