@@ -54,10 +54,14 @@ if TYPE_CHECKING:
     from bayes_klrl.models.twist import PartialRewardTwist as PartialRewardTwist
     from bayes_klrl.models.twist_counting import CountingTwist as CountingTwist
     from bayes_klrl.models.twisted_lm import TwistedLM as TwistedLM
+    from bayes_klrl.moment_constraints import MomentConstraint as MomentConstraint
+    from bayes_klrl.moment_constraints import moment_constraint as moment_constraint
     from bayes_klrl.posterior import Posterior as Posterior
     from bayes_klrl.reward_frontier import Frontier as Frontier
     from bayes_klrl.reward_frontier import frontier as frontier
     from bayes_klrl.sequences import Sequences as Sequences
+    from bayes_klrl.suite import SuiteResult as SuiteResult
+    from bayes_klrl.suite import run_suite as run_suite
     from bayes_klrl.trainer_audit import Audit as Audit
     from bayes_klrl.trainer_audit import audit as audit
     from bayes_klrl.typing import Algorithm as Algorithm
@@ -93,6 +97,7 @@ _HOME = {
     "LearnedTwist": "bayes_klrl.inference.learned_twist",
     "Likelihood": "bayes_klrl.likelihood",
     "LossInputs": "bayes_klrl.models.torch_losses",
+    "MomentConstraint": "bayes_klrl.moment_constraints",
     "NgramLM": "bayes_klrl.models.ngram_lm",
     "PartialRewardTwist": "bayes_klrl.models.twist",
     "Posterior": "bayes_klrl.posterior",
@@ -104,6 +109,7 @@ _HOME = {
     "SVI": "bayes_klrl.inference.svi",
     "Sequences": "bayes_klrl.sequences",
     "SuffixMH": "bayes_klrl.inference.mcmc",
+    "SuiteResult": "bayes_klrl.suite",
     "SupportError": "bayes_klrl.errors",
     "TextRewardError": "bayes_klrl.errors",
     "TokenReward": "bayes_klrl.likelihood",
@@ -116,8 +122,10 @@ _HOME = {
     "check_posterior": "bayes_klrl.contract",
     "compare": "bayes_klrl.comparison",
     "frontier": "bayes_klrl.reward_frontier",
+    "moment_constraint": "bayes_klrl.moment_constraints",
     "myopic_policy": "bayes_klrl.inference.oracles",
     "posterior_policy": "bayes_klrl.inference.oracles",
+    "run_suite": "bayes_klrl.suite",
 }
 
 __all__ = [
@@ -147,6 +155,7 @@ __all__ = [
     "LearnedTwist",
     "Likelihood",
     "LossInputs",
+    "MomentConstraint",
     "NgramLM",
     "PartialRewardTwist",
     "Posterior",
@@ -158,6 +167,7 @@ __all__ = [
     "SVI",
     "Sequences",
     "SuffixMH",
+    "SuiteResult",
     "SupportError",
     "TextRewardError",
     "TokenReward",
@@ -170,8 +180,10 @@ __all__ = [
     "check_posterior",
     "compare",
     "frontier",
+    "moment_constraint",
     "myopic_policy",
     "posterior_policy",
+    "run_suite",
 ]
 
 

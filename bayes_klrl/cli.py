@@ -1,4 +1,4 @@
-"""The command line `bayes-klrl`: compare, sample, tune; certify and frontier are in `cli_certify`."""
+"""The command line `bayes-klrl`: compare, sample, tune; the others are in `cli_certify` and `cli_suite`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-import bayes_klrl.cli_certify  # noqa: F401  (its commands are added to the application on import)
+import bayes_klrl.cli_certify  # their commands are added to the application on import
+import bayes_klrl.cli_suite  # noqa: F401
 from bayes_klrl.cli_common import PosteriorFile, Quiet, Seed, app, err, errors_as_messages, escaped, load, out_console
 from bayes_klrl.errors import BayesKLRLError
 

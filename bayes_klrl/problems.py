@@ -1,7 +1,8 @@
 """Posteriors with known truth: small enough to enumerate, hard enough to tell methods apart.
 
-The `gold_*` ones are deterministic tables of any length (`problems_gold`); `random_gpt2_task` is a small transformer with
-a random reward, as far from its prior as asked for.
+The `gold_*` ones are deterministic tables of any length (`problems_gold`); `two_modes`, `rare_feature`, `infilling`,
+`constraint_text` and `overoptimisation` each ask one question of a method; `random_gpt2_task` is a small transformer with a
+random reward, as far from its prior as asked for. `SUITE` holds those of THEORY section 6 with their truths, by name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.enumeration import all_sequences
 from bayes_klrl.likelihood import TokenReward
 from bayes_klrl.posterior import Posterior, completion_log_probs
+from bayes_klrl.problems_constraints import constraint_text, masked_policy, rare_feature
 from bayes_klrl.problems_gold import (
     BOUNDS_SLACK,
     audit_posterior,
@@ -27,6 +29,11 @@ from bayes_klrl.problems_gold import (
     gold_posterior,
     gold_table,
 )
+from bayes_klrl.problems_infilling import Infilling, infilling, infilling_truth
+from bayes_klrl.problems_modes import two_modes, two_modes_truth
+from bayes_klrl.problems_preferences import Overoptimisation, overoptimisation
+from bayes_klrl.problems_record import Problem, Truth, by_enumeration, by_messages
+from bayes_klrl.problems_suite import SUITE, problem_names
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray
 from bayes_klrl.weights import logsumexp, normalised
@@ -36,7 +43,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "GPT2_TASKS",
+    "SUITE",
+    "Infilling",
+    "Overoptimisation",
+    "Problem",
+    "Truth",
     "audit_posterior",
+    "by_enumeration",
+    "by_messages",
+    "constraint_text",
     "gold_constraint",
     "gold_counter",
     "gold_dense",
@@ -44,7 +59,15 @@ __all__ = [
     "gold_posterior",
     "gold_table",
     "gpt2_task",
+    "infilling",
+    "infilling_truth",
+    "masked_policy",
+    "overoptimisation",
+    "problem_names",
     "random_gpt2_task",
+    "rare_feature",
+    "two_modes",
+    "two_modes_truth",
 ]
 
 GPT2_TASKS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
