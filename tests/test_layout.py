@@ -53,6 +53,8 @@ FACES = {
     "cli",
     "cli_certify",
     "cli_common",
+    "cli_suite",
+    "suite_table",
     "comparison",
     "comparison_table",
     "plots",
