@@ -30,6 +30,8 @@ from bayes_klrl.weights import effective_sample_size, logsumexp, normalised
 
 __all__ = ["MomentConstraint", "moment_constraint"]
 
+Feature = Likelihood | Callable[..., Any]
+
 _LEAST_ESS = 10  # below it nothing is said of a mean (THEORY 5.1)
 _TOLERANCE = 1e-10  # of a mean, in prior standard deviations
 _COARSE = 1e-6  # what is good enough where the objective has no more digits
@@ -76,7 +78,7 @@ class MomentConstraint:
 
 def moment_constraint(
     prior: LanguageModel,
-    features: Likelihood | Sequence[Likelihood],
+    features: Feature | Sequence[Feature],
     targets: float | Sequence[float],
     *,
     max_new_tokens: int,
@@ -93,7 +95,8 @@ def moment_constraint(
     prior, prompts, max_new_tokens
         See `Posterior`. With several prompts one lambda is found, and E[f] is a mean over prompts.
     features
-        One or J of `Reward`, `TokenReward`, `AutomatonReward`, which are read for their functions; their alphas are replaced.
+        One or J of: a function of a list of completions, a `Reward`, `TokenReward` or `AutomatonReward`. They are read for
+        their functions; alphas are replaced.
     targets
         mu, one number a feature.
     num_draws
@@ -153,16 +156,18 @@ def moment_constraint(
     )
 
 
-def _factors(features: Likelihood | Sequence[Likelihood]) -> tuple[Factor, ...]:
+def _factors(features: Feature | Sequence[Feature]) -> tuple[Factor, ...]:
     """Return the features as single rewards."""
-    given = [features] if isinstance(features, Likelihood) else list(features)
+    given: Any = list(features) if isinstance(features, Sequence) else [features]
     factors: list[Factor] = []
-    for each in given:
+    for feature_or_function in given:
+        is_function = callable(feature_or_function) and not isinstance(feature_or_function, Likelihood)
+        each = Reward(feature_or_function, alpha=1.0) if is_function else feature_or_function
         for feature in each.factors if isinstance(each, Likelihood) else (each,):
             if not isinstance(feature, Reward | TokenReward | AutomatonReward):
                 raise BayesKLRLError(
-                    f"A feature is a bk.Reward, bk.TokenReward or bk.AutomatonReward; got {feature!r}. A hard constraint has "
-                    "no mean to aim for: multiply it into the posterior instead."
+                    f"A feature is a function of completions, a bk.Reward, bk.TokenReward or bk.AutomatonReward; got "
+                    f"{feature!r}. A hard constraint has no mean to aim for: multiply it into the posterior instead."
                 )
             factors.append(feature)
     if not factors:

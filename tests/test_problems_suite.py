@@ -335,3 +335,15 @@ def test_names_of_problems() -> None:
         problems.problem_names(["P10"], ())
     with pytest.raises(bk.BayesKLRLError, match="once"):
         problems.problem_names(["P1", "p1"], ())
+
+
+def test_a_feature_may_be_a_plain_function_and_must_be_something() -> None:
+    letters = bk.NgramLM.fit(["ab", "ba", "aab"], order=2)
+    as_function = bk.moment_constraint(letters, lambda texts: [t.count("a") for t in texts], 1.5, max_new_tokens=3)
+    as_reward = bk.moment_constraint(
+        letters, bk.Reward(lambda texts: [t.count("a") for t in texts], alpha=9.0), 1.5, max_new_tokens=3
+    )
+    assert np.allclose(as_function.lambdas, as_reward.lambdas)
+    assert np.allclose(as_function.means, 1.5)
+    with pytest.raises(bk.BayesKLRLError, match="A feature is a function of completions"):
+        bk.moment_constraint(letters, 3, 1.5, max_new_tokens=3)  # type: ignore[arg-type]
