@@ -32,9 +32,10 @@ from bayes_klrl.certificate_intervals import Intervals
 from bayes_klrl.coverage import Coverage, Feature, coverage, labels_of
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
+from bayes_klrl.inference.conditional_smc import retainable
 from bayes_klrl.inference.importance import ImportanceSampling
 from bayes_klrl.inference.smc import SMC
-from bayes_klrl.policies import as_policy, policy_draws
+from bayes_klrl.policies import as_policy, covers_prior, policy_draws
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
@@ -165,7 +166,8 @@ def certify(
         none makes them wrong.
     exact
         Independent exact posterior draws of yours, (P, N, T), where the package knows no way to them: for infilling, draw
-        (x, suffix) from the prior and condition on that suffix. Conditioned on draws that are not exact, nothing is bounded.
+        (x, suffix) from the prior and condition on that suffix. Conditioned on draws that are not exact, nothing is bounded:
+        `Draws` of a method that is not exact are refused, for `Sequences` it is you who says so.
     feature
         A partition to look for dropped modes in: takes a list of texts, or (tokens, lengths), and returns one label each.
     max_sequences, max_proposals
@@ -205,10 +207,12 @@ def certify(
         sampling_only=sampling_only,
         progress=progress,
     )
+    if not isinstance(posterior, Posterior):
+        raise BayesKLRLError(f"A certificate is against a bk.Posterior; got {posterior!r}.")
     start = time.perf_counter()
     smc = SMC(num_particles, twist=twist)
     lm = as_policy(policy, posterior)
-    given = None if exact is None else posterior.sequences(exact)
+    given = None if exact is None else retainable(posterior, exact)
     ours = policy_draws(posterior, lm, num_draws, generator(settings.stream("policy")), progress=progress)
     if feature is not None:
         labels_of(feature, ours)  # a feature that cannot be is refused before the long part
@@ -258,14 +262,14 @@ def _coverage(
     if feature is None:
         return None, ()
     if exact is None and not np.isfinite(prior_draws.log_weights).any(axis=1).all():
-        return None, ("no coverage: the prior's draws met nothing possible",)
+        return None, ("no coverage of the feature: the prior's draws met nothing possible",)
     try:
         if exact is not None:
             return coverage(feature, ours, exact, "exact draws"), ()
         source = f"weighted prior draws, ESS {prior_draws.ess.min():.0f}"
         return coverage(feature, ours, prior_draws, source), ()
     except BayesKLRLError as error:  # the bounds are there, and are not lost to a feature that fails on the other draws
-        return None, (f"no coverage: {error}",)
+        return None, (f"no coverage of the feature: {error}",)
 
 
 def _evidence(
@@ -275,7 +279,7 @@ def _evidence(
     if given is None and not settings.sampling_only and can_enumerate(posterior, settings.max_sequences):
         return by_enumeration(posterior, policy, settings)
     found = by_sampling(posterior, policy, ours, exact_or_given(posterior, given, settings), smc, settings)
-    if posterior.prior.full_support and not policy.full_support:
+    if not covers_prior(policy, posterior.prior):
         found = _without_forward_upper_end(found)
     gap = float(ours.info["scoring_gap"].max()) if "scoring_gap" in ours.info else 0.0
     if gap > _WORST_GAP:
@@ -288,8 +292,10 @@ def _evidence(
 
 
 def _without_forward_upper_end(evidence: Evidence) -> Evidence:
-    """Return the evidence for a policy without full support: what it cannot draw may be missing from any sample."""
-    note = "no upper end for KL(p*||q): the policy gives probability 0 to tokens that the prior can draw"
+    """Return the evidence for a policy not known to cover the prior: what it cannot draw may be missing all samples."""
+    note = (
+        "no upper end for KL(p*||q): the policy gives probability 0 to tokens, perhaps to some that the prior can draw"
+    )
 
     def open_ended(found: Intervals) -> Intervals:
         forward = found.forward_kl.copy()

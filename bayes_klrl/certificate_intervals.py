@@ -202,7 +202,9 @@ def expected(log_probs: FloatArray, first: FloatArray, second: FloatArray) -> Fl
     """Return sum_x p(x) (first(x) - second(x)) over x with p(x) > 0, shape (P,)."""
     possible = log_probs > -np.inf
     gaps = np.where(possible, np.where(possible, first, 0.0) - np.where(possible, second, 0.0), 0.0)
-    result: FloatArray = np.multiply(np.exp(log_probs), gaps, where=possible, out=np.zeros_like(gaps)).sum(axis=1)
+    # a probability that underflows to 0 is positive all the same: times an infinite gap it is inf, not NaN
+    probs = np.where(possible, np.where(np.isinf(gaps), 1.0, np.exp(log_probs)), 0.0)
+    result: FloatArray = (probs * gaps).sum(axis=1)
     return result
 
 

@@ -94,9 +94,9 @@ def coverage_lines(certificate: Certificate) -> list[str]:
     cells = certificate.coverage
     assert cells is not None
     lines = [f"  {'feature':24}{'policy':>10}{'posterior':>12}   ({cells.source})"]
-    dropped = set(map(str, cells.dropped))
+    dropped = set(cells.dropped)
     for i, cell in enumerate(cells.cells[:_MOST_CELLS]):
-        mark = "   dropped" if str(cell) in dropped else ""
+        mark = "   dropped" if cell in dropped else ""
         lines.append(f"  {cell_text(cell):24}{cells.policy[i]:10.3f}{cells.posterior[i]:12.3f}{mark}")
     if len(cells.cells) > _MOST_CELLS:
         lines.append(f"  ... and {len(cells.cells) - _MOST_CELLS} cells of less posterior mass")

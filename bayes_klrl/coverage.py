@@ -6,7 +6,7 @@ are constant where it looks. A feature that tells the modes apart does show it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,16 +88,21 @@ def coverage(feature: Feature, policy_draws: Draws, posterior_draws: Draws, sour
 
 
 def labels_of(feature: Feature, draws: Draws) -> np.ndarray:
-    """Return the feature of every draw, shape (P, N), as Python objects; see `coverage` for what is refused."""
-    if len(parameters(feature)[0]) == 2:
-        given: tuple[Any, ...] = (draws.tokens.reshape(-1, draws.tokens.shape[2]), draws.lengths.ravel())
-    else:
-        given = ([text for texts in draws.texts() for text in texts],)
+    """Return the feature of every draw, shape (P, N), as Python objects."""
+    if not callable(feature):
+        raise BayesKLRLError(f"A feature is a function of a list of texts, or of (tokens, lengths); got {feature!r}.")
+    reads_tokens = len(parameters(feature)[0]) == 2
+    read: tuple[Any, ...] = (draws.tokens.reshape(-1, draws.tokens.shape[2]), draws.lengths.ravel())
+    if not reads_tokens:
+        read = ([text for texts in draws.texts() for text in texts],)
     try:
-        values = feature(*given)
+        values = feature(*read)
         listed = values.tolist() if hasattr(values, "tolist") else list(values)
-    except Exception as error:  # whatever a user's function raises
-        raise BayesKLRLError(f"The feature raised {type(error).__name__}: {error}") from error
+    except Exception as error:  # whatever a user's function raises, or returns that is no list
+        raise BayesKLRLError(
+            f"The feature must take {'(tokens, lengths)' if reads_tokens else 'a list of texts'} and return one label each; "
+            f"it failed with {type(error).__name__}: {error}."
+        ) from error
     if len(listed) != draws.lengths.size:
         raise BayesKLRLError(f"The feature returned {len(listed)} labels for {draws.lengths.size} completions.")
     distinct(listed)
@@ -108,12 +113,12 @@ def labels_of(feature: Feature, draws: Draws) -> np.ndarray:
 
 def distinct(labels: Sequence[Any]) -> list[Any]:
     """Return the different labels, refusing what is no partition into a few cells."""
-    try:
-        cells = sorted(set(labels), key=str)
-    except TypeError:
+    strange = next((label for label in labels if not isinstance(label, Hashable) or label != label), None)
+    if strange is not None:
         raise BayesKLRLError(
-            f"A feature's labels must be hashable: numbers, texts or bools; got {labels[0]!r}. Make a text of it."
-        ) from None
+            f"The feature returned the label {strange!r}; a label is a number, a text or a tuple, and equal to itself."
+        )
+    cells = sorted(set(labels), key=str)
     if len(cells) > _MOST_CELLS:
         raise BayesKLRLError(
             f"The feature has {len(cells)} different values, {cells[:3]} and so on; a partition into at most {_MOST_CELLS} "

@@ -31,6 +31,8 @@ def drawn_or_given(
         return ImportanceSampling(num_draws).run(posterior, seed=seed, progress=progress)
     if num_draws is not None or seed is not None:
         raise BayesKLRLError("Give frontier either draws=, or num_draws= and seed=; not both.")
+    if not isinstance(draws, Draws):
+        raise BayesKLRLError(f"draws are those of bk.ImportanceSampling(...).run(posterior, seed=...); got {draws!r}.")
     if draws.prompts != posterior.prompts or not np.isclose(draws.alpha, posterior.alpha, rtol=1e-12):
         raise BayesKLRLError("These draws are of another posterior: their prompts or their alpha differ.")
     alive = np.isfinite(draws.log_weights)

@@ -18,9 +18,10 @@ from bayes_klrl.models.ngram_lm import NgramLM
 from bayes_klrl.posterior import Posterior, check_context, check_language_model
 from bayes_klrl.typing import LanguageModel
 
-__all__ = ["as_policy", "policy_draws"]
+__all__ = ["as_policy", "covers_prior", "policy_draws"]
 
 _CONFIGS = ("config.json", "adapter_config.json")
+_MOST_ENTRIES = 10_000_000  # of n-gram tables whose zeros are compared
 _PROBE = "A quick test: 3 naïve foxes, isn't it?\n"
 
 
@@ -73,6 +74,21 @@ def policy_draws(
         cost=Cost(0.0, drawn.model_tokens),
     )
     return replace(draws, info=drawn.info)
+
+
+def covers_prior(policy: LanguageModel, prior: LanguageModel) -> bool:
+    """Return whether a policy is known to give positive probability to all that the prior does.
+
+    It is if it has full support or is the prior; of two n-gram models the tables say it. Where nobody knows, it is not.
+    """
+    if policy is prior or policy.full_support:
+        return True
+    if prior.full_support or not (isinstance(policy, NgramLM) and isinstance(prior, NgramLM)):
+        return False
+    if policy.vocab_size ** max(policy.order, prior.order) > _MOST_ENTRIES:
+        return False
+    # a shorter context is any longer one that ends in it, and leading axes broadcast
+    return bool((np.isfinite(policy.log_probs) | np.isneginf(prior.log_probs)).all())
 
 
 def load_policy(folder: Path, prior: LanguageModel) -> LanguageModel:

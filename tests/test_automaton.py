@@ -371,3 +371,37 @@ def test_constraints_and_priors_that_do_not_fit() -> None:
     posterior = bk.Posterior(bk.NgramLM(problems.gold_table(0.0), eos_token_id=3), declared, max_new_tokens=2)
     with pytest.raises(bk.RewardError, match="outside its declared bounds"):
         posterior.reward([[0, 3]])
+
+
+LOOP: Any = [[0, 1], [1, 1]]
+NONE: Any = None
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: bk.Automaton([[0, 1], [1]]), "rows of one length"),  # type: ignore[arg-type]
+        (lambda: bk.Automaton(LOOP, 0, 2), r"accepting state must be one of 0\.\.1; got 2"),  # type: ignore[arg-type]
+        (lambda: bk.Automaton(LOOP, 0, [1.7]), "got 1.7"),  # type: ignore[list-item]
+        (lambda: bk.Automaton(LOOP, 0, ["a"]), "got 'a'"),  # type: ignore[list-item]
+        (lambda: bk.Automaton(LOOP, 0, [1], ["a", "b"]), "values needs one number a state"),
+        (lambda: bk.Automaton(LOOP, 0, [1], [np.nan, 1.0]), "no NaN"),
+        (lambda: bk.Automaton.contains("ab", vocab_size=3), "Encode a text first"),  # type: ignore[arg-type]
+        (lambda: bk.Automaton.contains(1, vocab_size=3), "must be token ids"),  # type: ignore[arg-type]
+        (lambda: bk.Automaton.contains([0.5], vocab_size=3), "got 0.5 among them"),  # type: ignore[list-item]
+        (lambda: bk.Automaton.contains([1], vocab_size=3, eos_token_ids=NONE), "EOS must be token ids"),
+        (lambda: bk.Automaton.contains([0, 2], vocab_size=3, eos_token_ids=2), "has the EOS id 2"),
+        (lambda: bk.Automaton.counts([2], modulo=2, vocab_size=3, eos_token_ids=2), "has the EOS id 2"),
+        (lambda: bk.Automaton.levenshtein([0, 2], max_distance=0, vocab_size=3, eos_token_ids=2), "has the EOS id 2"),
+        (lambda: bk.Automaton.regex(NONE, vocab_size=3), "The pattern is a str"),
+        (lambda: bk.Automaton.regex("a", vocab_size=3, alphabet=["a"]), "a mapping from char"),  # type: ignore[arg-type]
+        (lambda: bk.Automaton.regex("a", vocab_size=3, alphabet={"a": 7}), "outside the vocabulary"),
+        (lambda: bk.Automaton(LOOP).product(NONE), "another Automaton"),
+        (lambda: bk.AutomatonConstraint(NONE), "bk.Automaton; got None"),
+        (lambda: bk.AutomatonReward(NONE, alpha=1.0), "bk.Automaton; got None"),
+        (lambda: bk.AutomatonReward(bk.Automaton(LOOP), final_rewards=["x", "y"], alpha=1.0), "array of numbers"),
+    ],
+)
+def test_what_is_no_automaton_is_named(build: Any, message: str) -> None:
+    with pytest.raises(bk.BayesKLRLError, match=message):
+        build()

@@ -25,7 +25,7 @@ from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
 
-__all__ = ["ConditionalSMC"]
+__all__ = ["ConditionalSMC", "retainable"]
 
 _EXACT_METHODS = ("Exact", "RejectionSampling")
 
@@ -80,7 +80,7 @@ class ConditionalSMC:
         SupportError
             If a retained completion has weight 0.
         """
-        given = self._checked(posterior, retained)
+        given = retainable(posterior, retained)
         if given.lengths.shape[1] != 1:
             raise BayesKLRLError(
                 f"One run retains one completion a prompt; got {given.lengths.shape[1]}. For several runs use log_evidences."
@@ -109,16 +109,34 @@ class ConditionalSMC:
         retained
             M independent exact posterior draws for each prompt, (P, M, T), one a run.
         """
-        given = self._checked(posterior, retained)
+        given = retainable(posterior, retained)
         ready, training = self.smc.prepared(posterior, seed, progress)
         return evidence_runs(ready, posterior, given.lengths.shape[1], given, generator(seed), training, progress)
 
-    def _checked(self, posterior: Posterior, retained: Sequences | Draws) -> Sequences:
-        """Return what is retained as outcomes of the posterior, refusing draws that are known not to be exact."""
-        if isinstance(retained, Draws) and (retained.method not in _EXACT_METHODS or np.ptp(retained.log_weights) > 0):
-            raise BayesKLRLError(
-                f"Draws of {retained.method}, weighted or resampled, are not exact posterior draws, and conditioned on them "
-                "nothing is bounded. Retain those of bk.RejectionSampling(...) or bk.Exact(num_draws=...). If you know them "
-                "to be exact, give `draws.sequences`."
-            )
-        return posterior.sequences(retained)
+
+def retainable(posterior: Posterior, retained: Sequences | Draws) -> Sequences:
+    """Return what is retained as outcomes of the posterior, refusing draws that are known not to be exact.
+
+    Parameters
+    ----------
+    posterior
+        The posterior that they are draws of.
+    retained
+        Draws, or bare completions, for whose exactness the caller answers.
+
+    Raises
+    ------
+    BayesKLRLError
+        For draws of an approximate method, weighted ones, and those of another posterior.
+    """
+    if isinstance(retained, Draws) and (retained.method not in _EXACT_METHODS or np.ptp(retained.log_weights) > 0):
+        raise BayesKLRLError(
+            f"Draws of {retained.method}, weighted or resampled, are not exact posterior draws, and conditioned on them "
+            "nothing is bounded. Retain those of bk.RejectionSampling(...) or bk.Exact(num_draws=...). If you know them "
+            "to be exact, give `draws.sequences`."
+        )
+    if isinstance(retained, Draws) and not (
+        retained.prompts == posterior.prompts and np.isclose(retained.alpha, posterior.alpha, rtol=1e-12)
+    ):
+        raise BayesKLRLError("The exact draws are of another posterior: their prompts or their alpha differ.")
+    return posterior.sequences(retained)

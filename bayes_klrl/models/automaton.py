@@ -8,7 +8,7 @@ Every builder takes `eos_token_ids`: tokens that are not part of the text, under
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,7 +63,12 @@ class Automaton:
     values: ArrayLike | None = None
 
     def __post_init__(self) -> None:
-        transitions = np.array(self.transitions)
+        try:
+            transitions = np.array(self.transitions)
+        except ValueError:  # rows of different lengths
+            raise BayesKLRLError(
+                f"transitions is an integer array of shape (states, V), rows of one length; got {self.transitions!r}."
+            ) from None
         if transitions.ndim != 2 or not transitions.size or transitions.dtype.kind not in "iu":
             raise BayesKLRLError(
                 "transitions is an integer array of shape (states, V), one row a state, one column a token; got shape "
@@ -77,10 +82,11 @@ class Automaton:
                 f"State {state} goes to state {transitions[state, token]} on token {token}, but the states are "
                 f"0..{num_states - 1}. Every state needs a next state in that range for every token."
             )
-        accepting = tuple(sorted({int(state) for state in self.accepting}))
-        for what, state in [("The start", self.start), *(("The accepting", state) for state in accepting)]:
+        asked = list(self.accepting) if isinstance(self.accepting, Iterable) else [self.accepting]
+        for what, state in [("The start", self.start), *(("The accepting", state) for state in asked)]:
             if isinstance(state, bool) or not isinstance(state, int | np.integer) or not 0 <= state < num_states:
                 raise BayesKLRLError(f"{what} state must be one of 0..{num_states - 1}; got {state!r}.")
+        accepting = tuple(sorted({int(state) for state in asked}))
         unreachable = sorted(set(accepting) - set(reachable(transitions, int(self.start)).tolist()))
         if unreachable:
             raise BayesKLRLError(
@@ -88,8 +94,10 @@ class Automaton:
                 "read. Leave it out, or mend the transitions."
             )
         values = np.isin(np.arange(num_states), accepting) if self.values is None else np.array(self.values)
-        if values.shape != (num_states,):
-            raise BayesKLRLError(f"values needs one number a state, shape ({num_states},); got shape {values.shape}.")
+        if values.shape != (num_states,) or values.dtype.kind not in "biuf" or np.isnan(values.astype(float)).any():
+            raise BayesKLRLError(
+                f"values needs one number a state, shape ({num_states},), no NaN; got {self.values!r}."
+            )
         fields = {"transitions": transitions.astype(np.int64), "values": values.astype(np.float64)}
         for name, array in fields.items():
             array.setflags(write=False)
@@ -150,6 +158,8 @@ class Automaton:
         return Automaton(transitions, 0, np.flatnonzero(both).tolist())
 
     def _check_same_vocabulary(self, other: Automaton) -> None:
+        if not isinstance(other, Automaton):
+            raise BayesKLRLError(f"The product is with another Automaton; got {other!r}.")
         if other.vocab_size != self.vocab_size:
             raise BayesKLRLError(
                 f"The automata read {self.vocab_size} and {other.vocab_size} tokens; they must share one vocabulary."
@@ -161,7 +171,7 @@ class Automaton:
 
         Its last state, of the pattern found, is never left; state k has read the first k tokens of it.
         """
-        ids = _checked_ids("The pattern", pattern, vocab_size)
+        ids = _text_ids("The pattern", pattern, vocab_size, eos_token_ids)
         transitions = pattern_machine(ids, vocab_size)
         return cls(_staying(transitions, eos_token_ids), 0, [len(ids)])
 
@@ -194,7 +204,7 @@ class Automaton:
             The accepting state; None for none.
         """
         check_count("modulo", modulo)
-        counted = _checked_ids("The counted tokens", _as_list(tokens), vocab_size)
+        counted = _text_ids("The counted tokens", _as_list(tokens), vocab_size, eos_token_ids)
         states = np.arange(modulo)
         transitions = np.tile(states[:, None], (1, vocab_size))
         transitions[:, counted] = ((states + 1) % modulo)[:, None]
@@ -235,6 +245,12 @@ class Automaton:
             alphabet = {}
         elif isinstance(alphabet, str):
             alphabet = {character: i for i, character in enumerate(alphabet)}
+        if not isinstance(pattern, str) or not isinstance(alphabet, Mapping):
+            raise BayesKLRLError(
+                "The pattern is a str, and alphabet a str or a mapping from characters to ids; got "
+                f"{pattern!r} and {alphabet!r}."
+            )
+        _checked_ids("The alphabet", list(alphabet.values()), vocab_size)
         transitions, accepting = regex_machine(pattern, alphabet, vocab_size, eos)
         if not accepting.any():
             raise BayesKLRLError(f"The regular expression {pattern!r} matches nothing at all.")
@@ -255,24 +271,38 @@ class Automaton:
         `max_distance`. The number of states grows with len(target), and exponentially with `max_distance`.
         """
         check_count("max_distance", max_distance, least=0)
-        ids = _checked_ids("The target", target, vocab_size)
+        ids = _text_ids("The target", target, vocab_size, eos_token_ids)
         transitions, distances = levenshtein_machine(ids, max_distance, vocab_size)
         transitions, distances = minimal(_staying(transitions, eos_token_ids), distances)
         return cls(transitions, 0, np.flatnonzero(distances <= max_distance).tolist(), distances)
 
 
-def _as_list(ids: int | Collection[int]) -> list[int]:
-    """Return one id or several as a list."""
-    return [int(ids)] if isinstance(ids, int | np.integer) else [int(i) for i in ids]
+def _as_list(ids: int | Collection[int]) -> Collection[int]:
+    """Return one id or several as several."""
+    return [int(ids)] if isinstance(ids, int | np.integer) else ids
 
 
-def _checked_ids(what: str, ids: Sequence[int], vocab_size: int) -> list[int]:
-    """Return token ids as a list, refusing those outside the vocabulary."""
+def _checked_ids(what: str, ids: Collection[int], vocab_size: int) -> list[int]:
+    """Return token ids as a list, refusing what is none, and those outside the vocabulary."""
     check_count("vocab_size", vocab_size)
-    listed = [int(i) for i in ids]
-    outside = [i for i in listed if not 0 <= i < vocab_size]
-    if outside:
-        raise BayesKLRLError(f"{what} has the token id {outside[0]}, outside the vocabulary 0..{vocab_size - 1}.")
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise BayesKLRLError(
+            f"{what} must be token ids, such as [4, 7]; got {ids!r}. Encode a text first: lm.encode([text])[0]."
+        )
+    listed = list(ids)
+    for i in listed:
+        if isinstance(i, bool) or not isinstance(i, int | np.integer):
+            raise BayesKLRLError(f"{what} must be token ids, which are integers; got {i!r} among them.")
+        if not 0 <= i < vocab_size:
+            raise BayesKLRLError(f"{what} has the token id {i}, outside the vocabulary 0..{vocab_size - 1}.")
+    return [int(i) for i in listed]
+
+
+def _text_ids(what: str, ids: Collection[int], vocab_size: int, eos_token_ids: int | Collection[int]) -> list[int]:
+    """Return the ids of what is looked for in the text, refusing EOS, which is no part of it and would never be found."""
+    listed = _checked_ids(what, ids, vocab_size)
+    if ended := set(listed) & set(_checked_ids("EOS", _as_list(eos_token_ids), vocab_size)):
+        raise BayesKLRLError(f"{what} has the EOS id {min(ended)}, which is no part of the text. Leave it out.")
     return listed
 
 

@@ -74,6 +74,7 @@ class AutomatonReward(_AutomatonFactor):
     name: str | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        _check_automaton(self.automaton)
         check_alpha_and_bounds(self)
         shape = self.automaton.transitions.shape
         token_rewards = _rewards("token_rewards", self.token_rewards, (shape[1:], shape))
@@ -128,6 +129,7 @@ class AutomatonConstraint(_AutomatonFactor):
     bounds: tuple[float, float] = field(default=(-np.inf, 0.0), init=False)
 
     def __post_init__(self) -> None:
+        _check_automaton(self.automaton)
         given = self.automaton.accepting if self.accepting is None else self.accepting
         checked = Automaton(self.automaton.transitions, self.automaton.start, given).accepting
         if not checked:
@@ -220,9 +222,18 @@ def _from_start(automaton: Automaton, token: FloatArray, final: FloatArray) -> t
     return transitions, token[pairs[:, 0]], final[pairs[:, 0]]
 
 
+def _check_automaton(automaton: object) -> None:
+    """Refuse what is no automaton."""
+    if not isinstance(automaton, Automaton):
+        raise BayesKLRLError(f"Rewards are paid along a bk.Automaton; got {automaton!r}.")
+
+
 def _rewards(what: str, given: ArrayLike | None, shapes: tuple[tuple[int, ...], ...]) -> FloatArray:
     """Return rewards as float64 of one of the shapes, zeros if none are given, refusing NaN and +inf."""
-    rewards = np.zeros(shapes[0]) if given is None else np.array(given, dtype=np.float64)
+    try:
+        rewards = np.zeros(shapes[0]) if given is None else np.array(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise BayesKLRLError(f"{what} must be an array of numbers; got {given!r}.") from None
     if rewards.shape not in shapes:
         expected = " or ".join(map(str, shapes))
         raise BayesKLRLError(f"{what} must have shape {expected}; got {rewards.shape}.")
