@@ -449,3 +449,21 @@ def test_a_policy_is_a_point() -> None:
     ):
         with pytest.raises(bk.BayesKLRLError, match=match):
             policy_point("mine", wrong)
+
+
+def test_draws_of_another_reward_or_prior_are_refused() -> None:
+    """Same prompts and alpha, so nothing but the rewards themselves can tell."""
+    ours = random_posterior(0, num_tokens=3)
+    lengths = bk.TokenReward(lambda tokens, lengths: 5.0 * lengths, alpha=ours.alpha)
+    for other, what in (
+        (bk.Posterior(ours.prior, lengths, prompts=ours.prompts, max_new_tokens=3), "the reward"),
+        (
+            bk.Posterior(random_posterior(1).prior, ours.likelihood, prompts=ours.prompts, max_new_tokens=3),
+            "the prior log-prob",
+        ),
+    ):
+        draws = bk.ImportanceSampling(200).run(other, seed=0)
+        with pytest.raises(bk.BayesKLRLError, match=what):
+            bk.frontier(ours, draws=draws)
+    with pytest.raises(bk.BayesKLRLError, match="ImportanceSampling"):
+        bk.frontier(ours, draws=3)  # type: ignore[arg-type]
