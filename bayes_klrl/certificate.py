@@ -34,6 +34,7 @@ from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
 from bayes_klrl.inference.conditional_smc import retainable
 from bayes_klrl.inference.importance import ImportanceSampling
+from bayes_klrl.inference.posterior_policy import PosteriorPolicy
 from bayes_klrl.inference.smc import SMC
 from bayes_klrl.policies import as_policy, covers_prior, policy_draws
 from bayes_klrl.posterior import Posterior
@@ -279,7 +280,8 @@ def _evidence(
     if given is None and not settings.sampling_only and can_enumerate(posterior, settings.max_sequences):
         return by_enumeration(posterior, policy, settings)
     found = by_sampling(posterior, policy, ours, exact_or_given(posterior, given, settings), smc, settings)
-    if not covers_prior(policy, posterior.prior):
+    is_solved = isinstance(policy, PosteriorPolicy) and policy.posterior is posterior
+    if not (is_solved or covers_prior(policy, posterior.prior)):
         found = _without_forward_upper_end(found)
     gap = float(ours.info["scoring_gap"].max()) if "scoring_gap" in ours.info else 0.0
     if gap > _WORST_GAP:

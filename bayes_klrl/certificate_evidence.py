@@ -156,8 +156,23 @@ def by_sampling(
         source = _described(runs, settings, exact)
     per_prompt, pooled = intervals(log_evidence, mean_log_evidence, log_weights, exact_weights, delta)
     two_sided = exact.log_evidence is not None or exact.draws is not None
-    notes = () if two_sided else (f"no upper bound, so grade B: {exact.source}",)
+    notes: tuple[str, ...] = () if two_sided else (f"no upper bound, so grade B: {exact.source}",)
+    notes += _without_spread("ELBO", "the policy's", log_weights)
+    if exact_weights is not None:
+        notes += _without_spread("EUBO", "exact", exact_weights)
     return Evidence(per_prompt, pooled, "A" if two_sided else "B", delta, source, exact.draws, notes, cost)
+
+
+def _without_spread(name: str, whose: str, log_weights: FloatArray) -> tuple[str, ...]:
+    """Return a note if all draws of some prompt weigh the same: their mean then claims an error of 0, as no sample can."""
+    finite = log_weights[np.isfinite(log_weights).all(axis=1)]
+    if not finite.size or (np.ptp(finite, axis=1) > _ROUNDING * np.maximum(1.0, np.abs(finite).max(axis=1))).all():
+        return ()
+    num = log_weights.shape[1]
+    return (
+        f"all {num:,} {whose} draws of some prompt weigh the same, so {name} and the KL made of it show no error: right for a "
+        f"perfect policy, but other completions, of mass up to {3 / num:.2g}, may have gone unseen",
+    )
 
 
 def log_weights_of(draws: Draws) -> FloatArray:

@@ -67,7 +67,10 @@ def annealed_points(
     reward = (share * each_reward).mean(axis=-1)
     f_evidence, f_reward = share - 1.0, share * (each_reward - reward[..., None])
     f_kl = nodes[:, None] * f_reward - f_evidence
-    return PathPoints(nodes, logmeanexp(log_evidence), reward, _error(f_evidence), _error(f_reward), _error(f_kl))
+    se = {"log_evidence": _error(f_evidence), "reward": _error(f_reward), "kl": _error(f_kl)}
+    # every run was interpolated between its own temperatures, all of them in the same direction
+    se = {name: np.hypot(error, np.mean([each[f"{name}_gap"] for each in at], axis=0)) for name, error in se.items()}
+    return PathPoints(nodes, logmeanexp(log_evidence), reward, se["log_evidence"], se["reward"], se["kl"])
 
 
 def _nodes(runs: list[Draws]) -> FloatArray:
@@ -84,7 +87,7 @@ def _on(nodes: FloatArray, draws: Draws, alpha: float, scale: float) -> dict[str
     for schedule, log_z, reward in zip(*(draws.info[key] for key in _KEYS), strict=True):
         s, first = np.unique(schedule, return_index=True)
         rows.append(PathPoints(s / alpha, log_z[first], scale * reward[first]).at(nodes))
-    return {name: np.concatenate([row[name] for row in rows]) for name in ("log_evidence", "reward")}
+    return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
 
 
 def _error(influence: FloatArray) -> FloatArray:

@@ -79,6 +79,8 @@ class PathPoints:
     def at(self, inverse_alpha: FloatArray) -> dict[str, FloatArray]:
         """Return log_evidence, reward, kl and their se (`log_evidence_se`, ...) at other b, (P, A); NaN outside the points.
 
+        The se has in it how far interpolation may be off (`log_evidence_gap`, ...).
+
         Parameters
         ----------
         inverse_alpha
@@ -101,6 +103,13 @@ class PathPoints:
         )
         linear = (1 - s) * r[left] + s * r[left + 1]
         values = {"log_evidence": cubic, "reward": linear, "kl": b * linear - cubic}
-        for name in ("log_evidence_se", "reward_se", "kl_se"):
-            values[name] = np.interp(b, nodes, getattr(self, name)[p])
+        # R is between nodes what the slope of the cubic says as much as what the line says: where a step is so large that
+        # they differ, neither is known better than that
+        chord = (log_z[left + 1] - log_z[left]) / step
+        gap = 6 * s * (1 - s) * np.abs(chord - (r[left] + r[left + 1]) / 2)
+        gaps = {"reward": gap, "log_evidence": step * s * (1 - s) * gap}
+        gaps["kl"] = b * gap + gaps["log_evidence"]
+        for name, size in gaps.items():
+            values[f"{name}_gap"] = size
+            values[f"{name}_se"] = np.hypot(np.interp(b, nodes, getattr(self, f"{name}_se")[p]), size)
         return {name: np.where(inside, value, np.nan) for name, value in values.items()}

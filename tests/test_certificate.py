@@ -230,6 +230,8 @@ def test_a_certificate_by_messages_at_a_length_nobody_can_enumerate() -> None:
     perfect = bk.certify(posterior, messages.policy(), seed=0)
     assert perfect.reverse_kl[0, 1] < 1e-6
     assert perfect.forward_kl[0, 1] < 1e-6
+    never_enumerated = bk.certify(posterior, prior, seed=0, max_sequences=0)
+    assert np.array_equal(never_enumerated.forward_kl, certificate.forward_kl)
     sampled = bk.certify(posterior, prior, seed=0, twist=messages.twist(), sampling_only=True)
     assert contains(sampled.log_evidence_bounds, messages.log_evidence).all()
     assert np.ptp(sampled.log_evidence_bounds) < 1.0
@@ -503,3 +505,18 @@ def test_a_feature_that_is_none_is_refused_before_the_work(
 def test_a_certificate_is_against_a_posterior() -> None:
     with pytest.raises(bk.BayesKLRLError, match=r"against a bk\.Posterior"):
         bk.certify(PRIOR, PRIOR, seed=0)  # type: ignore[arg-type]
+
+
+def test_draws_that_all_weigh_the_same_do_not_pass_for_certainty() -> None:
+    """A reward of two levels, the lower one too rare for 64 exact draws: EUBO has no spread, and misses the truth."""
+    coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=())
+    won = bk.AutomatonReward(
+        bk.Automaton.contains([0], vocab_size=2), final_rewards=[0.0, 1.0], alpha=0.3, bounds=(0.0, 1.0)
+    )
+    posterior = bk.Posterior(coin, won, max_new_tokens=5)
+    truth = bk.certify(posterior, coin, seed=0).forward_kl
+    certificate = bk.certify(posterior, coin, seed=0, num_draws=64, max_sequences=0)
+    assert np.ptp(certificate.forward_kl) < 1e-9
+    assert not contains(certificate.forward_kl, truth.mean(axis=1)).any()
+    assert any("all 64 exact draws" in note for note in certificate.notes)
+    assert not any("policy's draws" in note for note in certificate.notes)

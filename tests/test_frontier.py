@@ -316,7 +316,9 @@ def test_an_extension_goes_on_where_the_draws_end(posterior: bk.Posterior) -> No
         for a in np.flatnonzero(curve.within & cold):
             assert getattr(curve, name)[a] == pytest.approx(exact(posterior, curve.alphas[a])[name], rel=0.01, abs=0.01)
     num_prompts = posterior.num_prompts
-    np.testing.assert_allclose(curve.mean.se["log_evidence"][curve.within & cold], 0.01 / np.sqrt(num_prompts))
+    np.testing.assert_allclose(
+        curve.mean.se["log_evidence"][curve.within & cold], 0.01 / np.sqrt(num_prompts), rtol=1e-4
+    )
     target = exact(posterior, curve.cut / 2.2)
     with pytest.raises(bk.BayesKLRLError, match="cannot be had"):
         short.alpha_for(kl=target["kl"])
@@ -449,3 +451,35 @@ def test_a_policy_is_a_point() -> None:
     ):
         with pytest.raises(bk.BayesKLRLError, match=match):
             policy_point("mine", wrong)
+
+
+def test_draws_of_another_reward_or_prior_are_refused() -> None:
+    """Same prompts and alpha, so nothing but the rewards themselves can tell."""
+    ours = random_posterior(0, num_tokens=3)
+    lengths = bk.TokenReward(lambda tokens, lengths: 5.0 * lengths, alpha=ours.alpha)
+    for other, what in (
+        (bk.Posterior(ours.prior, lengths, prompts=ours.prompts, max_new_tokens=3), "the reward"),
+        (
+            bk.Posterior(random_posterior(1).prior, ours.likelihood, prompts=ours.prompts, max_new_tokens=3),
+            "the prior log-prob",
+        ),
+    ):
+        draws = bk.ImportanceSampling(200).run(other, seed=0)
+        with pytest.raises(bk.BayesKLRLError, match=what):
+            bk.frontier(ours, draws=draws)
+    with pytest.raises(bk.BayesKLRLError, match="ImportanceSampling"):
+        bk.frontier(ours, draws=3)  # type: ignore[arg-type]
+
+
+def test_a_step_too_large_to_interpolate_shows_in_the_intervals() -> None:
+    """The pilot's last step goes from alpha = 0.1 to 0.003, where KL came out as 2.4 +- 1.4 instead of 4.9."""
+    posterior = random_posterior(4, vocab_size=3, eos=(2,), num_tokens=3, alpha=0.01)
+    alphas = np.geomspace(0.02, 0.01 / 3, 5)
+    curve = bk.frontier(posterior, num_draws=400, seed=0, alphas=alphas, extend=bk.AnnealedSMC(64))
+    for a, alpha in enumerate(curve.alphas):
+        colder = bk.Posterior(posterior.prior, posterior.likelihood ** (0.01 / alpha), max_new_tokens=3)
+        truth = bk.Exact().run(colder, seed=0)
+        mass = np.exp(truth.log_prior + truth.log_likelihood - truth.log_evidence[:, None])
+        reward = float((mass * truth.reward).sum())
+        kl = reward / alpha - float(truth.log_evidence[0])
+        assert curve.lower["kl"][a] <= kl <= curve.upper["kl"][a]

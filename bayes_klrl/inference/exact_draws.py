@@ -75,7 +75,7 @@ def exact_draws(
     by_messages = why_no_messages(posterior) is None
     count = num_sequences(prior.vocab_size, len(prior.eos_token_ids), posterior.max_new_tokens) * posterior.num_prompts
     if by_messages or count <= max_sequences:
-        draws = Exact(num_draws, max_sequences=max_sequences).run(posterior, seed=seed, progress=progress)
+        draws = Exact(num_draws, max_sequences=max(max_sequences, 1)).run(posterior, seed=seed, progress=progress)
         return ExactDraws(draws, draws.log_evidence, "messages" if by_messages else "enumeration", draws.cost)
     bounds = posterior.likelihood.bounds
     if bounds is None or not np.isfinite(bounds[1]):
