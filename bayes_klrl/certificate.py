@@ -63,8 +63,9 @@ class Certificate:
     failure_probability
         How often intervals may miss, by prompt (and pooled): guaranteed for `log_evidence_bounds`, half of it; nominal for
         the Monte Carlo error of ELBO and EUBO, the other half. 0 where all completions were enumerated.
-    implied_alpha
-        The alpha whose posterior has the policy's mean reward, one for all prompts; NaN where there is none.
+    implied_alpha, implied_alpha_interval
+        The alpha whose posterior has the policy's mean reward, one for all prompts, and its 95 % interval, up to inf where the
+        reward cannot be told from the prior's; negative below that; NaN where there is none.
     frontier_gap, frontier_gap_se
         KL(q || p0) less the least KL that buys this reward, in nats, mean over prompts, and its standard error.
     alpha
@@ -91,6 +92,7 @@ class Certificate:
     grade: str
     failure_probability: float
     implied_alpha: float
+    implied_alpha_interval: tuple[float, float]
     frontier_gap: float
     frontier_gap_se: float
     alpha: float
@@ -230,6 +232,7 @@ def certify(
         grade=evidence.grade,
         failure_probability=evidence.failure_probability,
         implied_alpha=point.implied_alpha,
+        implied_alpha_interval=point.implied_alpha_interval,
         frontier_gap=point.gap,
         frontier_gap_se=point.gap_se,
         alpha=posterior.alpha,

@@ -16,9 +16,10 @@ __all__ = ["FrontierPoint", "frontier_point"]
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """See `Certificate`: `implied_alpha`, `frontier_gap` with its standard error; NaN with a note where undefined."""
+    """See `Certificate`: `implied_alpha` and its interval, `frontier_gap` and its error; NaN with a note where undefined."""
 
     implied_alpha: float
+    implied_alpha_interval: tuple[float, float]
     gap: float
     gap_se: float
     notes: tuple[str, ...]
@@ -48,8 +49,22 @@ def frontier_point(policy_draws: Draws, prior_draws: Draws, *, has_alpha: bool) 
         return _undefined(f"no implied alpha: {error}")
     weak = "implied alpha and frontier gap rest on too few of the prior's draws to trust their errors (draw more: num_draws)"
     notes = () if found.implied.valid else (weak,)
-    return FrontierPoint(found.implied.alpha, found.value, found.se, notes)
+    b, margin = found.implied.inverse_alpha, 1.96 * found.implied.inverse_alpha_se
+    return FrontierPoint(found.implied.alpha, alphas_between(b - margin, b + margin), found.value, found.se, notes)
+
+
+def alphas_between(low: float, high: float) -> tuple[float, float]:
+    """Return the interval of alpha = 1 / b for b from low to high; up to inf where b may be 0, the prior's own reward.
+
+    Examples
+    --------
+    >>> alphas_between(1.0, 2.0), alphas_between(-1.0, 4.0), alphas_between(-2.0, -1.0)
+    ((0.5, 1.0), (0.25, inf), (-1.0, -0.5))
+    """
+    if low > 0 or high < 0:
+        return 1 / high, 1 / low
+    return (1 / high, np.inf) if high > 0 else (np.inf, np.inf)
 
 
 def _undefined(note: str) -> FrontierPoint:
-    return FrontierPoint(np.nan, np.nan, np.nan, (note,))
+    return FrontierPoint(np.nan, (np.nan, np.nan), np.nan, np.nan, (note,))

@@ -37,6 +37,9 @@ def verdict(certificate: Certificate) -> str:
         distance = f"{(low + high) / 2:.2f} nats {where}"
     else:
         distance = f"{low:.2f} to {high:.2f} nats {where}"
+    missed = float(certificate.pooled.forward_kl[0])
+    if missed > max(2 * high, 1.0) or np.isposinf(missed):  # it looks near from where it looks, and lost a mode
+        distance += f", but misses what the posterior has ({_NAMES['forward_kl']} at least {number(missed)})"
     if np.isnan(certificate.frontier_gap):
         return distance
     gap, margin = certificate.frontier_gap, 1.96 * certificate.frontier_gap_se
@@ -57,7 +60,7 @@ def certificate_text(certificate: Certificate) -> str:
         lines.append(f"  {label:26}{interval_text(certificate.pooled[name])}")
     lines += [
         f"  {'E[r] of the policy':26}{certificate.reward:.4g}, at KL(policy || prior) {certificate.kl_prior:.3f}",
-        f"  {'implied alpha':26}{number(certificate.implied_alpha)}, frontier gap {gap_text(certificate)}",
+        f"  {'implied alpha':26}{alpha_text(certificate)}, frontier gap {gap_text(certificate)}",
         f"  {'bounds on log Z':26}{certificate.evidence_source}",
         f"  {'failure probability':26}{failure_text(certificate)}",
     ]
@@ -126,6 +129,16 @@ def interval_text(interval: FloatArray) -> str:
     if np.isfinite(low) and np.isfinite(high) and high - low < 5e-4:
         return f"{(low + high) / 2:.3f}"
     return f"[{number(low)}, {number(high)}]"
+
+
+def alpha_text(certificate: Certificate) -> str:
+    """Return the implied alpha with its interval; where the prior's own reward is in it, only what it exceeds."""
+    low, high = certificate.implied_alpha_interval
+    if np.isnan(low):
+        return "-"
+    if np.isinf(high):
+        return f"above {low:.3g}: the reward may be the prior's own"
+    return f"{certificate.implied_alpha:.3g} ({low:.3g} to {high:.3g})"
 
 
 def gap_text(certificate: Certificate) -> str:

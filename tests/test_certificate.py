@@ -243,6 +243,10 @@ def test_implied_alpha_and_frontier_gap_are_pythagoras() -> None:
     other = Truth(random_posterior(1, prompts=((0,),), alpha=0.9, num_tokens=4))
     certificate = bk.certify(truth.posterior, other.policy(), seed=0, num_draws=20_000)
     assert abs(certificate.implied_alpha - 0.9) < 0.05
+    assert certificate.implied_alpha_interval[0] < 0.9 < certificate.implied_alpha_interval[1]
+    of_prior = bk.certify(truth.posterior, truth.posterior.prior, seed=0)
+    assert np.isposinf(of_prior.implied_alpha_interval[1])
+    assert "the reward may be the prior's own" in str(of_prior)
     assert abs(certificate.frontier_gap) < 4 * certificate.frontier_gap_se
     assert "no more KL" in certificate.verdict
     noisy = good_policy(other, 0)
@@ -259,6 +263,7 @@ def test_coverage_names_the_dropped_mode() -> None:
     first = truth.sequences.tokens[0, :, 0]
     likeliest = int(np.bincount(first, weights=truth.p[0]).argmax())
     assert certificate.coverage.dropped == (likeliest,)
+    assert "but misses what the posterior has" in certificate.verdict
     assert "dropped" in str(certificate)
     honest = bk.certify(truth.posterior, truth.policy(), seed=0, feature=lambda tokens, lengths: tokens[:, 0])
     assert honest.coverage is not None
