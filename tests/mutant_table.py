@@ -104,10 +104,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "conditional SMC retains the output of SMC",
         "inference/exact_draws.py",
-        "draws = Exact(num_draws, max_sequences=max_sequences).run(posterior, seed=seed, progress=progress)",
+        "draws = Exact(num_draws, max_sequences=max(max_sequences, 1)).run(posterior, seed=seed, progress=progress)",
         "from dataclasses import replace\n"
         "        from bayes_klrl.inference.smc import SMC\n\n"
-        "        exact = Exact(num_draws, max_sequences=max_sequences).run(posterior, seed=seed, progress=progress)\n"
+        "        exact = Exact(num_draws, max_sequences=max(max_sequences, 1)).run(posterior, seed=seed, progress=progress)\n"
         "        smc = SMC(64).run(posterior, seed=seed).resample(num_draws, seed=seed)\n"
         "        draws = replace(smc, method=exact.method, log_evidence=exact.log_evidence)",
         ("tests/test_certificate.py::test_what_is_called_exact_draws_follows_the_posterior[enumeration]",),
