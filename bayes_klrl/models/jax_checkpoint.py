@@ -62,13 +62,21 @@ def found_folder(name: str) -> Path:
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """Return every tensor of a folder's safetensors files as float32."""
     tensors: dict[str, np.ndarray] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         try:
             with safe_open(path, framework="flax") as file:
                 tensors |= {name: np.asarray(file.get_tensor(name), dtype=np.float32) for name in file.keys()}  # noqa: SIM118
         except Exception as error:  # SafetensorError and whatever else a broken file causes
             raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
     return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the model: those of the index, else the one of the usual name, else all."""
+    index, usual = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def parameter_tree(architecture: Architecture, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -167,7 +175,7 @@ def outer_names(architecture: Architecture) -> dict[str, str]:
 def outer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the tensors outside the layers."""
     width = architecture.hidden_size
-    special = {
+    special: dict[str, tuple[int, ...]] = {
         "tokens": (architecture.vocab_size, width),
         "positions": (architecture.context_length, width),
         "head.weight": (architecture.vocab_size, width),
@@ -184,14 +192,16 @@ def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Return the shapes of one layer's tensors, by their names within the layer."""
     width, inner = architecture.hidden_size, architecture.inner_size
     if architecture.rope is None:
-        matrices = {
+        matrices: dict[str, tuple[int, ...]] = {
             "attn.c_attn": (width, 3 * width),
             "attn.c_proj": (width, width),
             "mlp.c_fc": (width, inner),
             "mlp.c_proj": (inner, width),
         }
-        biases = {f"{name}.bias": (shape[1],) for name, shape in matrices.items()}
-        norms = {f"{name}.{part}": (width,) for name in ("ln_1", "ln_2") for part in ("weight", "bias")}
+        biases: dict[str, tuple[int, ...]] = {f"{name}.bias": (shape[1],) for name, shape in matrices.items()}
+        norms: dict[str, tuple[int, ...]] = {
+            f"{name}.{part}": (width,) for name in ("ln_1", "ln_2") for part in ("weight", "bias")
+        }
         return {f"{name}.weight": shape for name, shape in matrices.items()} | biases | norms
     size = architecture.head_size
     rows = {"q": architecture.num_heads * size, "k": architecture.num_key_heads * size}
@@ -239,7 +249,7 @@ def save(
     """Write a folder in Hugging Face's format; see `JaxLM.save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = own_entries(eos_token_ids, temperature)
-    for stale in folder.glob("model*.safetensors*"):  # shards of what was here before would be read as well
+    for stale in folder.glob("model*.safetensors*"):  # the index of an earlier model would lead to its shards
         stale.unlink()
     tensors = dict(named_tensors(architecture_of(config), parameters))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -247,7 +257,7 @@ def save(
         tokenizer.save_pretrained(folder)
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
     write_json(folder / "config.json", kept | {"dtype": "float32"} | entries)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     sampling |= {key: config.get(key) for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
     if entries["eos_token_id"] is not None:
         sampling["eos_token_id"] = entries["eos_token_id"]

@@ -31,6 +31,7 @@ from bayes_klrl.models.token_ids import (
     check_tokenizer_fits,
     decoded,
     encoded,
+    first_token,
     require_tokenizer,
     resolved_eos,
 )
@@ -192,10 +193,8 @@ class JaxLM:
     @property
     def bos_token_id(self) -> int | None:
         """What an empty prompt becomes: the tokenizer's BOS, else the configuration's, else None."""
-        for token in (getattr(self._tokenizer, "bos_token_id", None), self._config.get("bos_token_id")):
-            if isinstance(token, int) and 0 <= token < self.vocab_size:
-                return token
-        return None
+        candidates = [getattr(self._tokenizer, "bos_token_id", None), self._config.get("bos_token_id")]
+        return first_token(candidates, self.vocab_size)
 
     @property
     def context_length(self) -> int:
@@ -227,6 +226,8 @@ class JaxLM:
         """See `LanguageModel`."""
         tokens = np.asarray(tokens)
         check_ids(tokens, self.vocab_size)
+        if tokens.shape != state.num_tokens.shape:
+            raise BayesKLRLError(f"One token for each of {len(state.num_tokens)} rows; got shape {tokens.shape}.")
         num_tokens = state.num_tokens + 1
         check_length(int(num_tokens.max(initial=0)), self.context_length)
         buffer = state.buffer
@@ -244,6 +245,7 @@ class JaxLM:
         rows = np.asarray(rows)
         if not always and np.array_equal(rows, np.arange(len(state.num_tokens))):
             return state
+        rows = np.arange(len(state.num_tokens))[rows]  # refuses rows that are only there to fill a bucket
         num_rows = len(state.padding) if always else bucket(len(rows), LEAST)
         picked = padded_to(rows, num_rows)
         capacity = bucket(state.length + 1, ROOM)
@@ -260,7 +262,7 @@ class JaxLM:
             )
         longest = int(sequences.lengths.max(initial=0))
         if longest == 0:
-            return jnp.zeros((num_prompts, num_draws, num_tokens))
+            return jnp.zeros((num_prompts, num_draws, num_tokens), dtype=jnp.float32)
         self._check_prompts(prompts, num_new=longest)
         check_ids(sequences.tokens[sequences.mask], self.vocab_size)
         owners = np.arange(num_prompts).repeat(num_draws)
@@ -306,7 +308,8 @@ class JaxLM:
         check_length(max(map(len, prompts)) + num_new, self.context_length)
 
 
-recomputed_score = jax.checkpoint(score, static_argnums=(0,))
+recomputed_score = jax.jit(jax.checkpoint(score, static_argnums=(0,)), static_argnums=0)
+"""The same, computed again on the way back: of several chunks only the inputs are remembered."""
 
 
 def chunk_size(floats_per_row: int) -> int:

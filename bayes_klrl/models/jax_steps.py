@@ -42,7 +42,8 @@ def step(
 ) -> tuple[Any, Cache]:
     """Return the features after one more token a row, and the cache with slot `length` written in place."""
     hidden, new = hidden_states(architecture, parameters, tokens[:, None], padding, cache, length)
-    where = (0, 0, 0, length, 0)
+    zero = jnp.zeros_like(length)  # of the same integer type, also when float64 is switched on
+    where = (zero, zero, zero, length, zero)
     written = [lax.dynamic_update_slice(old, added, where) for old, added in zip(cache, new, strict=True)]
     return hidden[:, 0], Cache(*written)
 

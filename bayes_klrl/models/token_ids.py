@@ -96,13 +96,9 @@ def eos_set(given: int | Collection[int]) -> frozenset[int]:
     return frozenset(int(token) for token in ids)
 
 
-def first_token(vocab_size: int, *sources: Any) -> int | None:
-    """Return the first `bos_token_id` among the sources (tokenizer, configuration) that is in the vocabulary."""
-    for source in sources:
-        token = getattr(source, "bos_token_id", None)
-        if isinstance(token, int) and 0 <= token < vocab_size:
-            return token
-    return None
+def first_token(candidates: Sequence[Any], vocab_size: int) -> int | None:
+    """Return the first candidate that is a token of the vocabulary; None if there is none."""
+    return next((token for token in candidates if isinstance(token, int) and 0 <= token < vocab_size), None)
 
 
 def check_tokenizer_fits(tokenizer: Any | None, vocab_size: int) -> None:

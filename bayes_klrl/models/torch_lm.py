@@ -162,7 +162,8 @@ class TorchLM:
     @property
     def bos_token_id(self) -> int | None:
         """What an empty prompt becomes: the tokenizer's BOS, else the configuration's, else None."""
-        return first_token(self._vocab_size, self._tokenizer, self._config)
+        sources = (self._tokenizer, self._config)
+        return first_token([getattr(source, "bos_token_id", None) for source in sources], self._vocab_size)
 
     @property
     def context_length(self) -> int | None:
