@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from bayes_klrl.models.automaton_reward import AutomatonConstraint as AutomatonConstraint
     from bayes_klrl.models.automaton_reward import AutomatonReward as AutomatonReward
     from bayes_klrl.models.hmm_lm import HmmLM as HmmLM
+    from bayes_klrl.models.jax_lm import JaxLM as JaxLM
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
     from bayes_klrl.models.torch_losses import LossInputs as LossInputs
@@ -93,6 +94,7 @@ _HOME = {
     "Frontier": "bayes_klrl.reward_frontier",
     "HmmLM": "bayes_klrl.models.hmm_lm",
     "ImportanceSampling": "bayes_klrl.inference.importance",
+    "JaxLM": "bayes_klrl.models.jax_lm",
     "LanguageModel": "bayes_klrl.typing",
     "LearnedTwist": "bayes_klrl.inference.learned_twist",
     "Likelihood": "bayes_klrl.likelihood",
@@ -151,6 +153,7 @@ __all__ = [
     "Frontier",
     "HmmLM",
     "ImportanceSampling",
+    "JaxLM",
     "LanguageModel",
     "LearnedTwist",
     "Likelihood",

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources, util
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import logging
 
 from bayes_klrl.errors import CheckpointError
+from bayes_klrl.models.checkpoint_files import (
+    OWN_ENTRY,
+    TOKENIZER_FILES,
+    check_has_weights,
+    own_entries,
+    shipped_folder,
+    shipped_names,
+)
 from bayes_klrl.models.torch_adapters import frozen, import_peft, merged, quiet_peft
 
 __all__ = ["OWN_ENTRY", "load", "save", "shipped_names"]
 
 SMOLLM2 = "smollm2"
-OWN_ENTRY = "bayes_klrl"
-"""Where config.json keeps what defines the distribution beside the weights."""
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "tokenizer.model",
-    "spiece.model",
-)
 
 
 def load(
@@ -76,16 +74,7 @@ def load_folder(folder: Path, dtype: torch.dtype, base: nn.Module | None = None)
     gguf_files = sorted(folder.glob("*.gguf"))
     if gguf_files and not (folder / "config.json").is_file():
         return load_model(str(folder), dtype, gguf_file=gguf_files[0].name, local_files_only=True)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(
-            f"{str(folder)!r} is not a model: it has no config.json. Give the folder that save_pretrained wrote."
-        )
-    if not any(folder.glob("*.safetensors")):
-        old = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-        cure = (
-            "convert its pickled weights with save_pretrained of transformers" if old else "is the download complete?"
-        )
-        raise CheckpointError(f"{str(folder)!r} has no safetensors weights, the only kind that is read; {cure}")
+    check_has_weights(folder)
     return load_model(str(folder), dtype, local_files_only=True)
 
 
@@ -161,8 +150,7 @@ def save(
 ) -> None:
     """Write a folder in Hugging Face's format, adapters merged; see `TorchLM.save_pretrained`."""
     model = merged(module)
-    eos = sorted(eos_token_ids)
-    eos_entry = eos[0] if len(eos) == 1 else eos or None
+    entries = own_entries(eos_token_ids, temperature)
     with quiet():
         model.save_pretrained(folder)
         if tokenizer is not None:
@@ -172,28 +160,15 @@ def save(
             temperature=temperature,
             top_k=0,
             top_p=1.0,
-            eos_token_id=eos_entry,
+            eos_token_id=entries["eos_token_id"],
             bos_token_id=getattr(model.config, "bos_token_id", None),
             pad_token_id=getattr(model.config, "pad_token_id", None),
             decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
         )
         sampling.save_pretrained(folder)
     config_file = folder / "config.json"
-    config = json.loads(config_file.read_text())
-    config["eos_token_id"] = eos_entry
-    config[OWN_ENTRY] = {"eos_token_id": eos, "temperature": temperature}
+    config = json.loads(config_file.read_text()) | entries
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def shipped_folder() -> Path:
-    """Return the folder of the models that come with the package."""
-    return Path(str(resources.files("bayes_klrl.models"))) / "shipped"
-
-
-def shipped_names() -> list[str]:
-    """Return the names of the models that come with the package."""
-    folder = shipped_folder()
-    return sorted(path.parent.name for path in folder.glob("*/config.json"))
 
 
 def smollm2_folder() -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,17 @@ from torch import Tensor, nn
 
 from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.models.token_ids import (
+    check_ids,
+    check_length,
+    check_prompts,
+    check_tokenizer_fits,
+    decoded,
+    encoded,
+    first_token,
+    require_tokenizer,
+    resolved_eos,
+)
 from bayes_klrl.models.torch_network import Network, base_model, choose_network, model_device, renewed
 from bayes_klrl.models.torch_scoring import full_features, full_log_probs, sequence_log_probs, tempered
 from bayes_klrl.sequences import Sequences
@@ -81,12 +91,9 @@ class TorchLM:
         self._config: Any = base_model(model).config
         self._network: Network | None = None
         self.temperature = float(temperature)
-        if tokenizer is not None and len(tokenizer) > self._vocab_size:
-            raise CheckpointError(
-                f"The tokenizer has {len(tokenizer)} ids but the model's vocabulary has {self._vocab_size}: they do "
-                "not belong together. Load both from one folder, or call model.resize_token_embeddings and train it."
-            )
-        self._eos_token_ids = self._resolve_eos(eos_token_id)
+        check_tokenizer_fits(tokenizer, self._vocab_size)
+        configured = getattr(self._config, "eos_token_id", None)
+        self._eos_token_ids = resolved_eos(eos_token_id, configured, tokenizer, self._vocab_size)
 
     @classmethod
     def from_pretrained(
@@ -115,7 +122,8 @@ class TorchLM:
         CheckpointError
             If there is no such model, or weights are missing; says what to do.
         """
-        from bayes_klrl.models.torch_checkpoint import OWN_ENTRY, load
+        from bayes_klrl.models.checkpoint_files import OWN_ENTRY
+        from bayes_klrl.models.torch_checkpoint import load
 
         model, tokenizer = load(name_or_folder, dtype)
         saved = getattr(base_model(model).config, OWN_ENTRY, None) or {}
@@ -154,11 +162,8 @@ class TorchLM:
     @property
     def bos_token_id(self) -> int | None:
         """What an empty prompt becomes: the tokenizer's BOS, else the configuration's, else None."""
-        for source in (self._tokenizer, self._config):
-            token = getattr(source, "bos_token_id", None)
-            if isinstance(token, int) and 0 <= token < self._vocab_size:
-                return token
-        return None
+        sources = (self._tokenizer, self._config)
+        return first_token([getattr(source, "bos_token_id", None) for source in sources], self._vocab_size)
 
     @property
     def context_length(self) -> int | None:
@@ -182,20 +187,12 @@ class TorchLM:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See `LanguageModel`. A final EOS that the tokenizer adds stays only for an encoder-decoder model."""
-        tokenizer = self._require_tokenizer("encode")
-        prompts = [list(tokenizer.encode(text)) for text in texts]
-        if self._config.is_encoder_decoder:
-            return prompts
-        return [
-            prompt[:-1] if ends_with_added_eos(tokenizer, text, prompt) else prompt
-            for text, prompt in zip(texts, prompts, strict=True)
-        ]
+        tokenizer = require_tokenizer(self, "encode")
+        return encoded(tokenizer, texts, keep_eos=self._config.is_encoder_decoder)
 
     def decode(self, ids: Sequence[TokenIds]) -> list[str]:
         """See `LanguageModel`."""
-        tokenizer = self._require_tokenizer("decode")
-        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return [tokenizer.decode([int(token) for token in completion], **options) for completion in ids]
+        return decoded(require_tokenizer(self, "decode"), ids)
 
     def prefill(self, prompts: Sequence[TokenIds]) -> TorchState:
         """See `LanguageModel`. Builds no graph."""
@@ -216,10 +213,10 @@ class TorchLM:
     def append(self, state: TorchState, tokens: IntArray) -> TorchState:
         """See `LanguageModel`. Builds no graph."""
         tokens = np.asarray(tokens)
-        self._check_ids(tokens)
+        check_ids(tokens, self._vocab_size)
         num_tokens = state.num_tokens + 1
         if not self.prompt_apart:
-            self._check_length(int(num_tokens.max(initial=0)))
+            check_length(int(num_tokens.max(initial=0)), self.context_length)
         if self._module.training:
             self._module.eval()
         on_device = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
@@ -295,7 +292,7 @@ class TorchLM:
         if longest == 0:
             return torch.zeros((num_prompts, num_draws, num_tokens), device=self.device)
         self._check_prompts(prompts, num_new=longest)
-        self._check_ids(sequences.tokens[sequences.mask])
+        check_ids(sequences.tokens[sequences.mask], self._vocab_size)
         network, device = self._ready_network(), self.device
         owners = torch.arange(num_prompts, device=device).repeat_interleave(num_draws)
         tokens = torch.as_tensor(sequences.tokens[..., :longest], device=device).flatten(0, 1)
@@ -314,78 +311,11 @@ class TorchLM:
         if any(module.training for module in self._module.modules()):
             self._module.eval()
 
-    def _require_tokenizer(self, purpose: str) -> Any:
-        if self._tokenizer is None:
-            raise BayesKLRLError(
-                f"This TorchLM has no tokenizer to {purpose} text with. Give it one, TorchLM(model, tokenizer), or use "
-                "token ids: prompts as lists of ids, and a TokenReward."
-            )
-        return self._tokenizer
-
-    def _resolve_eos(self, given: int | Collection[int] | None) -> frozenset[int]:
-        if given is not None:
-            ids = _eos_set(given)
-            if outside := sorted(token for token in ids if not 0 <= token < self._vocab_size):
-                raise BayesKLRLError(f"eos_token_id {outside} is outside the vocabulary 0..{self._vocab_size - 1}.")
-            return ids
-        configured = getattr(self._config, "eos_token_id", None)
-        if configured is None:
-            configured = getattr(self._tokenizer, "eos_token_id", None)
-        found = [] if configured is None else [configured] if isinstance(configured, int) else configured
-        return frozenset(int(token) for token in found if 0 <= token < self._vocab_size)
-
     def _check_prompts(self, prompts: Sequence[TokenIds], num_new: int) -> None:
-        if len(prompts) == 0:
-            raise BayesKLRLError("At least one prompt is needed; got none.")
-        for index, prompt in enumerate(prompts):
-            if len(prompt) == 0:
-                raise BayesKLRLError(
-                    f"Prompt {index} has no tokens, and a transformer predicts nothing from nothing. Start it with a "
-                    f"token, for example the BOS id ({self.bos_token_id} here)."
-                )
-            self._check_ids(np.asarray(prompt))
-            self._check_length(max(len(prompt), num_new) if self.prompt_apart else len(prompt) + num_new)
-
-    def _check_ids(self, ids: IntArray) -> None:
-        if ids.size and not (0 <= ids.min() and ids.max() < self._vocab_size):
-            raise BayesKLRLError(
-                f"Token ids must be in 0..{self._vocab_size - 1}, the model's vocabulary; got ids from {ids.min()} to "
-                f"{ids.max()}. Were they made by another model's tokenizer?"
-            )
-
-    def _check_length(self, num_tokens: int) -> None:
-        limit = self.context_length
-        if limit is not None and num_tokens > limit:
-            raise BayesKLRLError(
-                f"Prompt and completion together have {num_tokens} tokens; this model reads at most {limit}. Shorten "
-                "the prompt or max_new_tokens."
-            )
-
-
-def _eos_set(given: int | Collection[int]) -> frozenset[int]:
-    """Return one id or several as a set, refusing what is no id."""
-    ids: Any = [given] if isinstance(given, Integral) else given
-    if isinstance(ids, str) or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
-        raise BayesKLRLError(f"eos_token_id is a token id or a collection of them; got {given!r}.")
-    return frozenset(int(token) for token in ids)
-
-
-def ends_with_added_eos(tokenizer: Any, text: str, ids: list[int]) -> bool:
-    """Return whether the last of a text's ids is an EOS that the tokenizer added, not one that the text ends with.
-
-    Nor a word it does not know, whose id may well be that of EOS.
-    """
-    eos = getattr(tokenizer, "eos_token_id", None)
-    if eos is None or ids[-1:] != [eos]:
-        return False
-    if set(ids) == {getattr(tokenizer, "bos_token_id", None)}:
-        return False  # one id for BOS and EOS, and no more than that: it is the BOS
-    return trailing(eos, ids) > trailing(eos, tokenizer.encode(text, add_special_tokens=False))
-
-
-def trailing(token: int, ids: Sequence[int]) -> int:
-    """Return how many ids at the end are `token`."""
-    return next((count for count, i in enumerate(reversed(ids)) if i != token), len(ids))
+        check_prompts(prompts, self._vocab_size, self.bos_token_id)
+        for prompt in prompts:
+            num_tokens = max(len(prompt), num_new) if self.prompt_apart else len(prompt) + num_new
+            check_length(num_tokens, self.context_length)
 
 
 def output_size(model: nn.Module) -> int:

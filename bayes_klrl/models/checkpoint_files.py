@@ -1,0 +1,62 @@
+"""Where models lie on disk, whichever backend reads them: shipped names, tokenizer files, our own entry in config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from bayes_klrl.errors import CheckpointError
+
+__all__ = ["OWN_ENTRY", "TOKENIZER_FILES", "check_has_weights", "own_entries", "shipped_folder", "shipped_names"]
+
+OWN_ENTRY = "bayes_klrl"
+"""Where config.json keeps what defines the distribution beside the weights."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+)
+
+
+def own_entries(eos_token_ids: Collection[int], temperature: float) -> dict[str, Any]:
+    """Return the entries of config.json that say how the weights are sampled: EOS for everybody, and ours."""
+    eos = sorted(eos_token_ids)
+    entry = eos[0] if len(eos) == 1 else eos or None
+    return {"eos_token_id": entry, OWN_ENTRY: {"eos_token_id": eos, "temperature": temperature}}
+
+
+def shipped_folder() -> Path:
+    """Return the folder of the models that come with the package."""
+    return Path(str(resources.files("bayes_klrl.models"))) / "shipped"
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the models that come with the package."""
+    folder = shipped_folder()
+    return sorted(path.parent.name for path in folder.glob("*/config.json"))
+
+
+def check_has_weights(folder: Path) -> None:
+    """Refuse a folder without a configuration, or without weights of the only kind that is read.
+
+    Raises
+    ------
+    CheckpointError
+        Which says what to do.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} is not a model: it has no config.json. Give the folder that save_pretrained wrote."
+        )
+    if not any(folder.glob("*.safetensors")):
+        old = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        cure = (
+            "convert its pickled weights with save_pretrained of transformers" if old else "is the download complete?"
+        )
+        raise CheckpointError(f"{str(folder)!r} has no safetensors weights, the only kind that is read; {cure}")

@@ -1,0 +1,353 @@
+"""GPT-2, Llama, Mistral, Qwen2 and Qwen3 checkpoints as a `LanguageModel` on JAX, without torch.
+
+Each step is one jitted function of a parameter tree. A jitted function is compiled anew for every new shape, which takes
+seconds, so shapes are few: prompt lengths, rows, completions and cache capacities are rounded up to powers of two, and
+what is cut off again is cut on the host.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bayes_klrl.checks import check_positive
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.checkpoint_files import OWN_ENTRY
+from bayes_klrl.models.jax_config import architecture_of
+from bayes_klrl.models.jax_forward import Cache, Parameters
+from bayes_klrl.models.jax_steps import bucket, gather_rows, next_log_probs, prefill, score, step
+from bayes_klrl.models.token_ids import (
+    check_ids,
+    check_length,
+    check_prompts,
+    check_tokenizer_fits,
+    decoded,
+    encoded,
+    first_token,
+    require_tokenizer,
+    resolved_eos,
+)
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import Array, IntArray, TokenIds
+
+__all__ = ["JaxLM"]
+
+LEAST = 8
+"""The smallest bucket of lengths and of rows that are decoded."""
+
+ROOM = 32
+"""The smallest capacity of a buffer."""
+
+BUDGET = 2**25
+"""Floats that one chunk of scored rows may hold at its widest point (128 MB)."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Keys and values with free slots; `filled` are taken. States share it, and who would write to a taken slot copies.
+
+    The arrays are given away to every step, which writes in place, and replaced by what it returns.
+    """
+
+    arrays: Cache
+    filled: int
+
+    @property
+    def capacity(self) -> int:
+        """How many slots there are."""
+        return int(self.arrays.keys.shape[3])
+
+
+@dataclass(frozen=True, eq=False)
+class JaxState:
+    """R rows in the first `length` slots of a buffer, whose number of rows B >= R is a power of two."""
+
+    features: Array  # (B, D), what the next tokens are predicted from
+    buffer: Buffer
+    length: int
+    padding: np.ndarray  # (B,) slots on the left that hold nothing
+    num_tokens: IntArray  # (R,) tokens read so far, prompt included
+
+
+class JaxLM:
+    """A causal language model on JAX as a distribution over completions.
+
+        log p(x|c) = sum_t log softmax(logits(c, x_<t) / temperature)[x_t]
+
+    Float32 throughout. See `LanguageModel` for the methods. Log-probs are differentiable in the parameters:
+
+        jax.grad(lambda p: lm.with_parameters(p).token_log_probs(prompts, sequences).sum())(lm.parameters)
+
+    Parameters
+    ----------
+    parameters
+        {"outer": {name: array}, "layers": {name: array of all layers}}, as `parameters` of a loaded model has it.
+    config
+        The content of a config.json of transformers; what the forward does not know is refused.
+    tokenizer
+        Its tokenizer; None to work on token ids only.
+    eos_token_id
+        The id or ids that end a completion; empty for none. None: the configuration decides, then the tokenizer.
+    temperature
+        Divides the logits, in sampling and scoring alike.
+
+    Raises
+    ------
+    CheckpointError
+        If the configuration is outside the allow-list, or parameters or tokenizer do not fit it.
+    BayesKLRLError
+        If the temperature is not positive, or an EOS id is outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        config: Mapping[str, Any],
+        tokenizer: Any | None = None,
+        *,
+        eos_token_id: int | Collection[int] | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        from bayes_klrl.models.jax_checkpoint import check_parameters
+
+        check_positive("temperature", temperature)
+        self._config = dict(config)
+        self._architecture = architecture_of(config)
+        check_parameters(self._architecture, parameters)
+        check_tokenizer_fits(tokenizer, self._architecture.vocab_size)
+        self._parameters, self._tokenizer = parameters, tokenizer
+        self.temperature = float(temperature)
+        self._eos_token_ids = resolved_eos(eos_token_id, config.get("eos_token_id"), tokenizer, self.vocab_size)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | os.PathLike[str], device: jax.Device | None = None, **options: Any
+    ) -> JaxLM:
+        """Load a folder or a model shipped with the package, as float32 whatever is stored; torch is not imported.
+
+        Parameters
+        ----------
+        name_or_folder
+            An existing folder in Hugging Face's format (safetensors, tokenizer.json), else a shipped name such as
+            "austen".
+        device
+            Where the model lives; None: JAX's default.
+        options
+            `eos_token_id` and `temperature`, see `JaxLM`; by default what `save_pretrained` was given.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such model, weights are missing or left over, or the configuration is not on the list of what
+            the forward computes; says what to do.
+        """
+        from bayes_klrl.models.jax_checkpoint import load
+
+        parameters, config, tokenizer = load(name_or_folder)
+        if device is not None:
+            parameters = jax.device_put(parameters, device)
+        return cls(parameters, config, tokenizer, **{**(config.get(OWN_ENTRY) or {}), **options})
+
+    @property
+    def parameters(self) -> Parameters:
+        """The parameter tree: a pytree for `jax.grad`, optax and NumPyro."""
+        return self._parameters
+
+    def with_parameters(self, parameters: Parameters) -> JaxLM:
+        """Return this model with other parameters, which may be traced."""
+        from bayes_klrl.models.jax_checkpoint import check_parameters
+
+        check_parameters(self._architecture, parameters)
+        other = copy.copy(self)
+        other._parameters = parameters
+        return other
+
+    @property
+    def vocab_size(self) -> int:
+        """See `LanguageModel`: the width of the logits, which may exceed the tokenizer's size."""
+        return self._architecture.vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """See `LanguageModel`."""
+        return self._eos_token_ids
+
+    @property
+    def full_support(self) -> bool:
+        """True: a softmax of finite logits leaves nothing out."""
+        return True
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """See `LanguageModel`."""
+        return self._tokenizer
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """What an empty prompt becomes: the tokenizer's BOS, else the configuration's, else None."""
+        candidates = [getattr(self._tokenizer, "bos_token_id", None), self._config.get("bos_token_id")]
+        return first_token(candidates, self.vocab_size)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that fit, prompt and completion together."""
+        return self._architecture.context_length
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `LanguageModel`. A final EOS that the tokenizer adds is left out."""
+        return encoded(require_tokenizer(self, "encode"), texts, keep_eos=False)
+
+    def decode(self, ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        return decoded(require_tokenizer(self, "decode"), ids)
+
+    def prefill(self, prompts: Sequence[TokenIds]) -> JaxState:
+        """See `LanguageModel`."""
+        self._check_prompts(prompts, num_new=0)
+        tokens, padding = left_padded(prompts, bucket(len(prompts)))
+        features, cache = prefill(self._architecture, self._parameters, tokens, padding)
+        num_tokens = np.array([len(prompt) for prompt in prompts])
+        return JaxState(features, Buffer(cache, tokens.shape[1]), tokens.shape[1], padding, num_tokens)
+
+    def next_log_probs(self, state: JaxState) -> Array:
+        """See `LanguageModel`. Shape (R, V), float32."""
+        log_probs = next_log_probs(self._architecture, self._parameters, state.features, self.temperature)
+        return cut(log_probs, len(state.num_tokens))
+
+    def append(self, state: JaxState, tokens: IntArray) -> JaxState:
+        """See `LanguageModel`."""
+        tokens = np.asarray(tokens)
+        check_ids(tokens, self.vocab_size)
+        if tokens.shape != state.num_tokens.shape:
+            raise BayesKLRLError(f"One token for each of {len(state.num_tokens)} rows; got shape {tokens.shape}.")
+        num_tokens = state.num_tokens + 1
+        check_length(int(num_tokens.max(initial=0)), self.context_length)
+        buffer = state.buffer
+        if buffer.filled != state.length or buffer.capacity == state.length:
+            buffer = self.select(state, np.arange(len(num_tokens)), always=True).buffer
+        num_rows = len(state.padding)
+        fed = padded_to(tokens, num_rows)
+        length = np.int32(state.length)
+        features, buffer.arrays = step(self._architecture, self._parameters, buffer.arrays, fed, state.padding, length)
+        buffer.filled = state.length + 1
+        return JaxState(features, buffer, buffer.filled, state.padding, num_tokens)
+
+    def select(self, state: JaxState, rows: IntArray, *, always: bool = False) -> JaxState:
+        """See `LanguageModel`. The identity costs nothing, unless a copy is wanted `always`."""
+        rows = np.asarray(rows)
+        if not always and np.array_equal(rows, np.arange(len(state.num_tokens))):
+            return state
+        rows = np.arange(len(state.num_tokens))[rows]  # refuses rows that are only there to fill a bucket
+        num_rows = len(state.padding) if always else bucket(len(rows), LEAST)
+        picked = padded_to(rows, num_rows)
+        capacity = bucket(state.length + 1, ROOM)
+        features, cache = gather_rows(state.features, state.buffer.arrays, picked, capacity)
+        buffer = Buffer(cache, state.length)
+        return JaxState(features, buffer, state.length, state.padding[picked], state.num_tokens[rows])
+
+    def token_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Array:
+        """See `LanguageModel`. Shape (P, N, T), float32, differentiable in the parameters."""
+        num_prompts, num_draws, num_tokens = sequences.tokens.shape
+        if num_prompts != len(prompts):
+            raise BayesKLRLError(
+                f"{len(prompts)} prompts but completions of {num_prompts}: one row of N for each prompt."
+            )
+        longest = int(sequences.lengths.max(initial=0))
+        if longest == 0:
+            return jnp.zeros((num_prompts, num_draws, num_tokens), dtype=jnp.float32)
+        self._check_prompts(prompts, num_new=longest)
+        check_ids(sequences.tokens[sequences.mask], self.vocab_size)
+        owners = np.arange(num_prompts).repeat(num_draws)
+        tokens = sequences.tokens[..., :longest].reshape(-1, longest)
+        scores = self._scored(prompts, owners, tokens, sequences.lengths.reshape(-1))
+        return joined(scores, (num_prompts, num_draws, num_tokens))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face folder that `from_pretrained` reads, and torch as well: weights, tokenizer, EOS ids.
+
+        The temperature and the EOS ids are kept in config.json, where `from_pretrained` finds them, and in the
+        generation config, for Hugging Face's `generate`.
+        """
+        from bayes_klrl.models.jax_checkpoint import save
+
+        save(self._parameters, self._config, self._tokenizer, Path(folder), self._eos_token_ids, self.temperature)
+
+    def _scored(
+        self, prompts: Sequence[TokenIds], owners: IntArray, tokens: IntArray, lengths: IntArray
+    ) -> list[tuple[Array, int]]:
+        """Return the log-probs of chunks of rows, each (rows or more, T or more), and how many rows are meant."""
+        width = bucket(tokens.shape[1], LEAST)
+        size = chunk_size(width * max(self.vocab_size, self._architecture.inner_size))
+        function = score if len(tokens) <= size else recomputed_score
+        scores = []
+        for first in range(0, len(tokens), size):
+            chunk = slice(first, first + size)
+            own = owners[chunk]
+            near = prompts[own[0] : own[-1] + 1]
+            prompt_tokens, padding = left_padded(near, bucket(len(near)))
+            num_rows = bucket(len(own), LEAST)
+            inside = np.arange(tokens.shape[1]) < lengths[chunk, None]
+            legal = np.zeros((num_rows, width), dtype=np.int32)
+            legal[: len(own), : tokens.shape[1]] = np.where(inside, tokens[chunk], 0)
+            arguments = (prompt_tokens, padding, padded_to(own - own[0], num_rows), legal)
+            counted = padded_to(lengths[chunk], num_rows)
+            drawn = function(self._architecture, self._parameters, *arguments, counted, self.temperature)
+            scores.append((drawn, len(own)))
+        return scores
+
+    def _check_prompts(self, prompts: Sequence[TokenIds], num_new: int) -> None:
+        check_prompts(prompts, self.vocab_size, self.bos_token_id)
+        check_length(max(map(len, prompts)) + num_new, self.context_length)
+
+
+recomputed_score = jax.jit(jax.checkpoint(score, static_argnums=(0,)), static_argnums=0)
+"""The same, computed again on the way back: of several chunks only the inputs are remembered."""
+
+
+def chunk_size(floats_per_row: int) -> int:
+    """Return how many rows go into a chunk: a power of two, at least `LEAST`."""
+    most = max(LEAST, BUDGET // floats_per_row)
+    return 1 << (most.bit_length() - 1)
+
+
+def left_padded(prompts: Sequence[TokenIds], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return prompts as rows padded on the left to a bucket, and the padding of each; rows too many hold one token."""
+    length = bucket(max(map(len, prompts)), LEAST)
+    tokens = np.zeros((num_rows, length), dtype=np.int32)
+    padding = np.full(num_rows, length - 1, dtype=np.int32)
+    for row, prompt in enumerate(prompts):
+        padding[row] = length - len(prompt)
+        tokens[row, padding[row] :] = prompt
+    return tokens, padding
+
+
+def padded_to(values: IntArray, size: int) -> np.ndarray:
+    """Return values as int32 with zeros after them, shape (size,)."""
+    padded = np.zeros(size, dtype=np.int32)
+    padded[: len(values)] = values
+    return padded
+
+
+def cut(array: Array, num_rows: int) -> Array:
+    """Return the first rows; cut on the host, where no new shape is compiled for, unless the array is traced."""
+    if len(array) == num_rows or isinstance(array, jax.core.Tracer):
+        return array[:num_rows]
+    return jax.device_put(np.asarray(array)[:num_rows])
+
+
+def joined(scores: list[tuple[Array, int]], shape: tuple[int, int, int]) -> Array:
+    """Return the chunks' rows as one array (P, N, T), zeros past their width."""
+    width = min(shape[2], scores[0][0].shape[1])
+    traced = any(isinstance(array, jax.core.Tracer) for array, _ in scores)
+    numpy: Any = jnp if traced else np
+    rows = numpy.concatenate([numpy.asarray(array)[:count, :width] for array, count in scores])
+    padded = numpy.pad(rows, ((0, 0), (0, shape[2] - width))).reshape(shape)
+    return padded if traced else jax.device_put(padded)

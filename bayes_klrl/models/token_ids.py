@@ -1,0 +1,141 @@
+"""What every model with a Hugging Face tokenizer does alike: text to ids and back, EOS ids, refusals of ids and lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+
+from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.typing import IntArray, TokenIds
+
+__all__ = [
+    "check_ids",
+    "check_length",
+    "check_prompts",
+    "check_tokenizer_fits",
+    "decoded",
+    "encoded",
+    "first_token",
+    "require_tokenizer",
+    "resolved_eos",
+]
+
+
+def require_tokenizer(lm: Any, purpose: str) -> Any:
+    """Return the model's tokenizer, or refuse to `purpose` without one."""
+    if lm.tokenizer is None:
+        name = type(lm).__name__
+        raise BayesKLRLError(
+            f"This {name} has no tokenizer to {purpose} text with. Give it one, {name}(model, tokenizer), or use "
+            "token ids: prompts as lists of ids, and a TokenReward."
+        )
+    return lm.tokenizer
+
+
+def encoded(tokenizer: Any, texts: Sequence[str], *, keep_eos: bool) -> list[list[int]]:
+    """Return the ids of each text; a final EOS that the tokenizer adds goes unless `keep_eos`."""
+    prompts = [list(tokenizer.encode(text)) for text in texts]
+    if keep_eos:
+        return prompts
+    return [
+        prompt[:-1] if ends_with_added_eos(tokenizer, text, prompt) else prompt
+        for text, prompt in zip(texts, prompts, strict=True)
+    ]
+
+
+def decoded(tokenizer: Any, ids: Sequence[TokenIds]) -> list[str]:
+    """Return the text of each completion, special tokens skipped."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return [tokenizer.decode([int(token) for token in completion], **options) for completion in ids]
+
+
+def ends_with_added_eos(tokenizer: Any, text: str, ids: list[int]) -> bool:
+    """Return whether the last of a text's ids is an EOS that the tokenizer added, not one that the text ends with.
+
+    Nor a word it does not know, whose id may well be that of EOS.
+    """
+    eos = getattr(tokenizer, "eos_token_id", None)
+    if eos is None or ids[-1:] != [eos]:
+        return False
+    if set(ids) == {getattr(tokenizer, "bos_token_id", None)}:
+        return False  # one id for BOS and EOS, and no more than that: it is the BOS
+    return trailing(eos, ids) > trailing(eos, tokenizer.encode(text, add_special_tokens=False))
+
+
+def trailing(token: int, ids: Sequence[int]) -> int:
+    """Return how many ids at the end are `token`."""
+    return next((count for count, i in enumerate(reversed(ids)) if i != token), len(ids))
+
+
+def resolved_eos(
+    given: int | Collection[int] | None, configured: Any, tokenizer: Any | None, vocab_size: int
+) -> frozenset[int]:
+    """Return the EOS ids: the given ones, else the configuration's, else the tokenizer's.
+
+    A configured id outside the vocabulary can never be drawn and is left out; a given one is refused.
+    """
+    if given is not None:
+        ids = eos_set(given)
+        if outside := sorted(token for token in ids if not 0 <= token < vocab_size):
+            raise BayesKLRLError(f"eos_token_id {outside} is outside the vocabulary 0..{vocab_size - 1}.")
+        return ids
+    if configured is None:
+        configured = getattr(tokenizer, "eos_token_id", None)
+    found = [] if configured is None else [configured] if isinstance(configured, int) else configured
+    return frozenset(int(token) for token in found if 0 <= token < vocab_size)
+
+
+def eos_set(given: int | Collection[int]) -> frozenset[int]:
+    """Return one id or several as a set, refusing what is no id."""
+    ids: Any = [given] if isinstance(given, Integral) else given
+    if isinstance(ids, str) or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
+        raise BayesKLRLError(f"eos_token_id is a token id or a collection of them; got {given!r}.")
+    return frozenset(int(token) for token in ids)
+
+
+def first_token(candidates: Sequence[Any], vocab_size: int) -> int | None:
+    """Return the first candidate that is a token of the vocabulary; None if there is none."""
+    return next((token for token in candidates if isinstance(token, int) and 0 <= token < vocab_size), None)
+
+
+def check_tokenizer_fits(tokenizer: Any | None, vocab_size: int) -> None:
+    """Refuse a tokenizer that knows more ids than the model."""
+    if tokenizer is not None and len(tokenizer) > vocab_size:
+        raise CheckpointError(
+            f"The tokenizer has {len(tokenizer)} ids but the model's vocabulary has {vocab_size}: they do "
+            "not belong together. Load both from one folder, or call model.resize_token_embeddings and train it."
+        )
+
+
+def check_prompts(prompts: Sequence[TokenIds], vocab_size: int, bos_token_id: int | None) -> None:
+    """Refuse no prompts, a prompt without tokens, and ids outside the vocabulary."""
+    if len(prompts) == 0:
+        raise BayesKLRLError("At least one prompt is needed; got none.")
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise BayesKLRLError(
+                f"Prompt {index} has no tokens, and a transformer predicts nothing from nothing. Start it with a "
+                f"token, for example the BOS id ({bos_token_id} here)."
+            )
+        check_ids(np.asarray(prompt), vocab_size)
+
+
+def check_ids(ids: IntArray, vocab_size: int) -> None:
+    """Refuse ids outside the vocabulary."""
+    if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
+        raise BayesKLRLError(
+            f"Token ids must be in 0..{vocab_size - 1}, the model's vocabulary; got ids from {ids.min()} to "
+            f"{ids.max()}. Were they made by another model's tokenizer?"
+        )
+
+
+def check_length(num_tokens: int, limit: int | None) -> None:
+    """Refuse more tokens than the model can read."""
+    if limit is not None and num_tokens > limit:
+        raise BayesKLRLError(
+            f"Prompt and completion together have {num_tokens} tokens; this model reads at most {limit}. Shorten "
+            "the prompt or max_new_tokens."
+        )
