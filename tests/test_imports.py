@@ -90,3 +90,12 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = bayes_klrl.nonsense
+
+
+def test_a_missing_jax_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("bayes_klrl.models.jax_")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(vars(bayes_klrl), "JaxLM", raising=False)
+    monkeypatch.setitem(sys.modules, "jax", None)
+    with pytest.raises(ImportError, match=r"pip install 'bayes_klrl\[jax\]'"):
+        bayes_klrl.JaxLM  # noqa: B018
