@@ -82,7 +82,12 @@ def frontier(
     quiet: Quiet = False,
 ) -> None:
     """Show reward against KL over all alphas, from prior draws alone, before any training."""
+    from bayes_klrl.checks import check_finite
     from bayes_klrl.output_folder import check_output, prepare_output
+
+    for name, target in (("kl", kl), ("reward", reward)):
+        if target is not None:
+            check_finite(f"--{name}", target)
 
     check_output(out)
     import bayes_klrl as bk

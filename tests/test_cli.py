@@ -74,6 +74,8 @@ def test_frontier_shows_the_curve_and_answers_for_alpha(small: Path, tmp_cwd: Pa
     assert {"frontier.csv", "frontier.png"} <= {path.name for path in (tmp_cwd / "out").iterdir()}
     beyond = run(*words[:4], "--kl", 50, "--out", tmp_cwd / "out", "--quiet")
     assert beyond.exit_code == 1
+    assert run("frontier", small, "--kl", "nan", "--out", tmp_cwd / "other").exit_code == 1
+    assert not (tmp_cwd / "other").exists()
     assert (tmp_cwd / "out" / "frontier.png").exists()  # the curve is written before the question fails
 
 
