@@ -49,7 +49,7 @@ class Intervals:
     forward_kl: FloatArray
 
     def __getitem__(self, name: str) -> FloatArray:
-        """The interval of that name."""
+        """The interval of that name; attributes by string are untyped, all of these are arrays."""
         return getattr(self, name)  # type: ignore[no-any-return]
 
 

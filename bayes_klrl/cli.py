@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import bayes_klrl.cli_certify  # their commands are added to the application on import
-import bayes_klrl.cli_suite  # noqa: F401
+import bayes_klrl.cli_suite  # noqa: F401  (both are imported for that alone)
 from bayes_klrl.cli_common import PosteriorFile, Quiet, Seed, app, err, errors_as_messages, escaped, load, out_console
 from bayes_klrl.errors import BayesKLRLError
 
