@@ -21,7 +21,7 @@ import numpy as np
 import bayes_klrl as bk
 from bayes_klrl.sequences import pad_token
 
-__all__ = ["BACKENDS", "ngram_of", "on", "precision", "prior_on", "quick_compilation"]
+__all__ = ["BACKENDS", "as_jax", "ngram_of", "on", "precision", "prior_on", "quick_compilation"]
 
 BACKENDS = ("ngram", "torch", "jax")
 """NumPy's `NgramLM` in float64; `TorchLM` and `JaxLM` in float32."""
@@ -61,6 +61,14 @@ def ngram_of(lm: bk.LanguageModel) -> bk.NgramLM:
     return lm if isinstance(lm, bk.NgramLM) else _tables[lm]
 
 
+def as_jax(lm: bk.LanguageModel) -> bk.JaxLM:
+    """A `TorchLM` on JAX, by way of its folder."""
+    assert isinstance(lm, bk.TorchLM)
+    with tempfile.TemporaryDirectory() as folder:
+        lm.save_pretrained(folder)
+        return bk.JaxLM.from_pretrained(folder)
+
+
 def precision(backend: str, exact: float) -> float:
     """The tolerance in nats of a completion's log-prob: `exact` in float64, 1e-4 in float32 (DESIGN 3)."""
     return exact if backend == "ngram" else max(exact, 1e-4)
@@ -82,11 +90,8 @@ def quick_compilation() -> Iterator[None]:
 def _network_lm(backend: str, table: bytes, vocab_size: int, eos: tuple[int, ...]) -> bk.LanguageModel:
     """A `TorchLM` or `JaxLM` that computes the table."""
     model = _bigram_gpt2(np.frombuffer(table).reshape(vocab_size, vocab_size), pad_token(frozenset(eos)))
-    if backend == "torch":
-        return bk.TorchLM(model, eos_token_id=eos)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return bk.JaxLM.from_pretrained(folder, eos_token_id=eos)
+    on_torch = bk.TorchLM(model, eos_token_id=eos)
+    return on_torch if backend == "torch" else as_jax(on_torch)
 
 
 def _bigram_gpt2(log_probs: np.ndarray, start: int) -> Any:
