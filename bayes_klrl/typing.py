@@ -17,13 +17,48 @@ if TYPE_CHECKING:
     from bayes_klrl.posterior import Posterior
     from bayes_klrl.sequences import Sequences
 
-__all__ = ["Algorithm", "Array", "FloatArray", "IntArray", "LanguageModel", "State", "TokenIds", "Twist", "TwistRecipe"]
+__all__ = [
+    "Algorithm",
+    "Array",
+    "FloatArray",
+    "IntArray",
+    "LanguageModel",
+    "Lockstep",
+    "State",
+    "TokenIds",
+    "Twist",
+    "TwistRecipe",
+]
 
 FloatArray: TypeAlias = NDArray[np.float64]
 IntArray: TypeAlias = NDArray[np.int64]
 TokenIds: TypeAlias = Sequence[int]
 Array: TypeAlias = Any
 State: TypeAlias = Any
+
+
+class Lockstep(Protocol):
+    """Independent completions drawn from one model and scored by several in one go."""
+
+    def __call__(
+        self, prompts: Sequence[TokenIds], num_draws: int, uniforms: FloatArray
+    ) -> tuple[IntArray, FloatArray, int]:
+        """Return N completions for each of P prompts, R = P * N rows, prompt by prompt.
+
+        Parameters
+        ----------
+        prompts
+            The P prompts.
+        num_draws
+            N.
+        uniforms
+            From [0, 1), shape (T, R): row t draws token t by inverse CDF.
+
+        Returns
+        -------
+        Tokens (R, T), anything past EOS; log p(x|c) under each model (models, R), float64; and how many tokens went
+        through a model.
+        """
 
 
 @runtime_checkable
@@ -39,6 +74,10 @@ class LanguageModel(Protocol):
     A model may also have `context_length: int` (prompt and completion together, each by itself if `prompt_apart` is true;
     absent or None: unlimited) and `bos_token_id: int` (what an empty prompt becomes; absent or None: an empty prompt is
     refused unless `accepts_empty_prompt` is true).
+
+    Where steps one by one are slow, it may have `lockstep(models) -> Lockstep | None`: how to draw from the first of
+    several models (itself) and score by all of them in one go; None if it cannot for these. The tokens must be those of
+    the steps.
     """
 
     @property

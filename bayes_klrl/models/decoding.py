@@ -1,22 +1,24 @@
 """The one decode loop: completions drawn token by token from one model, scored in lockstep by others.
 
-Everything that draws completions (importance sampling, best-of-n, SMC, the Pyro site) steps a `Decoding`. Weights and
-tokens live on the host in NumPy; log-probs and caches stay with the models.
+Everything that draws completions (importance sampling, best-of-n, SMC, the Pyro site) steps a `Decoding`, but for models
+that can draw independent completions in one go. Weights and tokens live on the host in NumPy; log-probs and caches stay
+with the models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from bayes_klrl.arrays import draw_tokens, is_identity, take_tokens
 from bayes_klrl.errors import CheckpointError, SupportError
 from bayes_klrl.posterior import check_language_model, completion_log_probs
-from bayes_klrl.sequences import Sequences, pad_token
-from bayes_klrl.typing import Array, FloatArray, IntArray, LanguageModel, State, TokenIds
+from bayes_klrl.sequences import Sequences, completion_lengths, pad_token
+from bayes_klrl.typing import Array, FloatArray, IntArray, LanguageModel, Lockstep, State, TokenIds
 
-__all__ = ["Decoding", "check_proposal", "decode", "draw_blocks", "scoring_gap"]
+__all__ = ["Decoded", "Decoding", "check_proposal", "decode", "draw_blocks", "scoring_gap"]
 
 _ROWS_PER_BLOCK = 512
 _COMPACT_BELOW = 0.8
@@ -211,7 +213,39 @@ def distinct_in_order(keys: IntArray) -> tuple[IntArray, IntArray]:
     return keys[first[order]], place[group]
 
 
-def scoring_gap(decoding: Decoding, models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds]) -> FloatArray:
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """N completions for each of P prompts, drawn independently and scored; R = P * N rows, prompt by prompt.
+
+    Parameters
+    ----------
+    prompt_index
+        Which prompt each row follows, shape (R,).
+    tokens, lengths
+        Shape (R, T) and (R,).
+    log_probs
+        log p(x | c) of each row under each model, shape (models, R), float64.
+    model_tokens
+        Tokens that went through a model.
+    """
+
+    prompt_index: IntArray
+    tokens: IntArray
+    lengths: IntArray
+    log_probs: FloatArray
+    model_tokens: int
+
+    def sequences(self) -> Sequences:
+        """Return the completions, shape (P, N, T)."""
+        num_prompts = int(self.prompt_index[-1]) + 1
+        return Sequences(
+            self.tokens.reshape(num_prompts, -1, self.tokens.shape[1]), self.lengths.reshape(num_prompts, -1)
+        )
+
+
+def scoring_gap(
+    decoding: Decoding | Decoded, models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds]
+) -> FloatArray:
     """Return by how much decoded and teacher-forced log-probs differ, the worst of each prompt, in nats, (P,).
 
     All weights come from decoding alone, so this is no error of theirs; it says how far the model is from being one
@@ -231,12 +265,42 @@ def decode(
     num_draws: int,
     max_new_tokens: int,
     rng: np.random.Generator,
-) -> Decoding:
-    """Return a finished `Decoding` of N completions a prompt, drawn independently from `models[0]`."""
+) -> Decoded:
+    """Return N completions a prompt, drawn independently from `models[0]` and scored by all.
+
+    In one go where the models can, else step by step: from the same uniforms, and the generator is left the same.
+    """
+    distinct = list({id(model): model for model in models}.values())
+    together = getattr(models[0], "lockstep", lambda models: None)(distinct)
+    if together is not None:
+        return decode_together(together, models, prompt_ids, num_draws, max_new_tokens, rng)
     decoding = Decoding(models, prompt_ids, num_draws, max_new_tokens)
     while not decoding.done:
         decoding.step(rng.random(decoding.finished.size))
-    return decoding
+    return Decoded(decoding.prompt_index, decoding.tokens, decoding.lengths, decoding.log_probs, decoding.model_tokens)
+
+
+def decode_together(
+    together: Lockstep,
+    models: Sequence[LanguageModel],
+    prompt_ids: Sequence[TokenIds],
+    num_draws: int,
+    max_new_tokens: int,
+    rng: np.random.Generator,
+) -> Decoded:
+    """Return what `decode` does by the models' own way of drawing in one go."""
+    num_rows = len(prompt_ids) * num_draws
+    before = rng.bit_generator.state
+    tokens, log_probs, model_tokens = together(prompt_ids, num_draws, rng.random((max_new_tokens, num_rows)))
+    eos = models[0].eos_token_ids
+    lengths = completion_lengths(tokens, eos)
+    rng.bit_generator.state = before
+    rng.random((int(lengths.max(initial=0)), num_rows))  # steps take no uniforms once all rows have ended
+    tokens = np.where(np.arange(max_new_tokens) < lengths[:, None], tokens, pad_token(eos))
+    distinct = list(dict.fromkeys(map(id, models)))
+    log_probs = log_probs[[distinct.index(id(model)) for model in models]]
+    owners = np.repeat(np.arange(len(prompt_ids)), num_draws)
+    return Decoded(owners, tokens, lengths, log_probs, model_tokens)
 
 
 def draw_blocks(
@@ -245,8 +309,8 @@ def draw_blocks(
     num_draws: int,
     max_new_tokens: int,
     rng: np.random.Generator,
-) -> Iterator[Decoding]:
-    """Yield finished decodings that together hold N completions a prompt, each small enough to be held in memory."""
+) -> Iterator[Decoded]:
+    """Yield blocks that together hold N completions a prompt, each small enough to be held in memory."""
     most = max(1, _ROWS_PER_BLOCK // len(prompt_ids))
     for start in range(0, num_draws, most):
         yield decode(models, prompt_ids, min(most, num_draws - start), max_new_tokens, rng)

@@ -22,9 +22,10 @@ from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.checkpoint_files import OWN_ENTRY
 from bayes_klrl.models.jax_config import architecture_of
-from bayes_klrl.models.jax_decoding import PaddedPrompts, Reading, read_tokens, sample_tokens
+from bayes_klrl.models.jax_decoding import Kinds, PaddedPrompts, Reading, Weights, read_tokens, sample_tokens
 from bayes_klrl.models.jax_forward import Cache, Parameters
-from bayes_klrl.models.jax_rows import LEAST, chunk_size, cut, joined, left_padded, padded_to, read_rows, widest
+from bayes_klrl.models.jax_lockstep import lockstep
+from bayes_klrl.models.jax_rows import LEAST, ROOM, chunk_size, cut, joined, left_padded, padded_to, read_rows, widest
 from bayes_klrl.models.jax_steps import (
     bucket,
     gather_rows,
@@ -47,12 +48,9 @@ from bayes_klrl.models.token_ids import (
     resolved_eos,
 )
 from bayes_klrl.sequences import Sequences, completion_lengths
-from bayes_klrl.typing import Array, IntArray, TokenIds
+from bayes_klrl.typing import Array, FloatArray, IntArray, LanguageModel, Lockstep, TokenIds
 
 __all__ = ["JaxLM"]
-
-ROOM = 32
-"""The smallest capacity of a buffer."""
 
 
 @dataclass(eq=False)
@@ -293,8 +291,8 @@ class JaxLM:
         """
         uniforms = jnp.asarray(uniforms, dtype=jnp.float32)
         self._check_rows(prompts, uniforms)
-        model = (self._architecture,), self._eos, (self._parameters,), (self.temperature,)
-        tokens, log_probs = sample_tokens(*model, prompts, uniforms)
+        kinds, weights = Kinds((self._architecture,), self._eos), Weights((self._parameters,), (self.temperature,))
+        tokens, log_probs = sample_tokens(kinds, weights, prompts, uniforms)
         return tokens, log_probs[0]
 
     def score_tokens(self, prompts: PaddedPrompts, tokens: Array) -> Array:
@@ -312,6 +310,21 @@ class JaxLM:
     def copy(self) -> JaxLM:
         """Return an independent copy: a guide that starts as this model."""
         return self.with_parameters(jax.tree.map(jnp.copy, self._parameters))
+
+    def lockstep(self, models: Sequence[LanguageModel]) -> Lockstep | None:
+        """See `LanguageModel`: for several `JaxLM` of one vocabulary, a loop on the device."""
+        if any(type(model) is not JaxLM for model in models):  # one of a subclass may compute something else
+            return None
+        same: Any = models
+        kinds = Kinds(tuple(model._architecture for model in same), self._eos)
+        weights = Weights(tuple(model.parameters for model in same), tuple(model.temperature for model in same))
+
+        def draw(prompts: Sequence[TokenIds], num_draws: int, uniforms: FloatArray) -> tuple[IntArray, FloatArray, int]:
+            for model in same:
+                model._check_prompts(prompts, num_new=len(uniforms))
+            return lockstep(kinds, weights, prompts, num_draws, uniforms)
+
+        return draw
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder that `from_pretrained` reads, and torch as well: weights, tokenizer, EOS ids.

@@ -15,10 +15,13 @@ from bayes_klrl.models.jax_forward import Architecture, Parameters
 from bayes_klrl.models.jax_steps import bucket
 from bayes_klrl.typing import Array, IntArray, TokenIds
 
-__all__ = ["LEAST", "chunk_size", "cut", "joined", "left_padded", "padded_to", "read_rows", "widest"]
+__all__ = ["LEAST", "ROOM", "chunk_size", "cut", "joined", "left_padded", "padded_to", "read_rows", "widest"]
 
 LEAST = 8
 """The smallest bucket of lengths and of rows that are decoded."""
+
+ROOM = 32
+"""The smallest capacity of a buffer."""
 
 BUDGET = 2**25
 """Floats that one chunk of scored rows may hold at its widest point (128 MB)."""
