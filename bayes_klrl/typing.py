@@ -38,26 +38,31 @@ State: TypeAlias = Any
 
 
 class Lockstep(Protocol):
-    """Independent completions drawn from one model and scored by several in one go."""
+    """Several models that draw and score to the end in one go: independent completions, the first model's."""
+
+    def pays(self, num_rows: int, num_prefixes: int) -> bool:
+        """Return whether this is faster than steps, which compute a prefix that rows share only once."""
 
     def __call__(
-        self, prompts: Sequence[TokenIds], num_draws: int, uniforms: FloatArray
+        self, states: Sequence[State], state_rows: IntArray, newest: IntArray, uniforms: FloatArray
     ) -> tuple[IntArray, FloatArray, int]:
-        """Return N completions for each of P prompts, R = P * N rows, prompt by prompt.
+        """Return the rest of R completions.
 
         Parameters
         ----------
-        prompts
-            The P prompts.
-        num_draws
-            N.
+        states
+            Each model's, which lack the newest tokens; they stay usable.
+        state_rows
+            Which of their rows each completion goes on from, shape (R,).
+        newest
+            The newest token of each, shape (R,).
         uniforms
             From [0, 1), shape (T, R): row t draws token t by inverse CDF.
 
         Returns
         -------
-        Tokens (R, T), anything past EOS; log p(x|c) under each model (models, R), float64; and how many tokens went
-        through a model.
+        T more tokens (R, T), anything past EOS; the log-prob of these up to EOS under each model (models, R), float64;
+        and how many tokens went through a model.
         """
 
 
@@ -75,9 +80,9 @@ class LanguageModel(Protocol):
     absent or None: unlimited) and `bos_token_id: int` (what an empty prompt becomes; absent or None: an empty prompt is
     refused unless `accepts_empty_prompt` is true).
 
-    Where steps one by one are slow, it may have `lockstep(models) -> Lockstep | None`: how to draw from the first of
-    several models (itself) and score by all of them in one go; None if it cannot for these. The tokens must be those of
-    the steps.
+    Where steps one by one are slow, it may have `lockstep(models) -> Lockstep | None`: how to go on drawing from the first
+    of several models (itself) and scoring by all of them without steps; None if it cannot for these. The tokens must be
+    those of the steps.
     """
 
     @property

@@ -21,6 +21,7 @@ from bayes_klrl.models.decoding import Decoding, decode
 from bayes_klrl.models.jax_checkpoint import named_tensors
 from bayes_klrl.models.jax_decoding import draw_tokens
 from bayes_klrl.models.jax_lm import JaxLM
+from bayes_klrl.models.jax_lockstep import JaxLockstep
 from bayes_klrl.sequences import Sequences, completion_lengths
 from tests.test_jax_lm import (
     PROMPTS,
@@ -357,6 +358,34 @@ def test_rows_that_have_ended_are_dropped_and_counted_until_then() -> None:
     assert both.model_tokens == 2 * never.model_tokens
 
 
+@pytest.mark.parametrize("pays", [0, 1, 3])
+def test_steps_may_come_first(pays: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a state in which rows share prefixes, some have ended, and others have been dropped."""
+    monkeypatch.setattr(
+        JaxLockstep, "pays", lambda self, rows, prefixes: calls.append((rows, prefixes)) or len(calls) > pays
+    )
+    calls: list[tuple[int, int]] = []
+    models = guide_of(small()), small()
+    first, second = np.random.default_rng(1), np.random.default_rng(1)
+    drawn, steps = decode(models, PROMPTS, 40, 7, first), by_steps(models, PROMPTS, 40, 7, second)
+    assert len(calls) == pays + 1
+    assert all(prefixes < rows for rows, prefixes in calls)
+    assert np.array_equal(drawn.tokens, steps.tokens)
+    assert np.array_equal(drawn.lengths, steps.lengths)
+    assert close(drawn.log_probs, steps.log_probs, 1e-4)
+    assert drawn.step_count == steps.step_count == drawn.lengths.max()
+    assert first.random() == second.random()
+
+
+def test_it_pays_unless_many_rows_share_their_prefixes() -> None:
+    lm = cached_lm("gpt2")
+    together = lm.lockstep([lm])
+    assert together is not None
+    assert together.pays(64, 1)  # small enough for sharing not to matter
+    assert together.pays(4_000_000, 1_000_000)
+    assert not together.pays(4_000_000, 900_000)
+
+
 def test_a_copy_of_the_prior_as_proposal_weighs_by_the_likelihood_alone() -> None:
     lm = small()
     longer = bk.TokenReward(lambda tokens, lengths: lengths.astype(float), alpha=0.5)
@@ -384,7 +413,7 @@ def test_models_that_are_no_plain_jaxlms_go_by_steps() -> None:
 
 
 def test_lockstep_refuses_what_steps_refuse() -> None:
-    with pytest.raises(bk.BayesKLRLError, match="34 tokens; this model reads at most 32"):
+    with pytest.raises(bk.BayesKLRLError, match="33 tokens; this model reads at most 32"):
         decode((small(),), PROMPTS, 2, 30, np.random.default_rng(0))
     with pytest.raises(bk.BayesKLRLError, match=r"0..4.*from 9 to 9"):
         decode((small(),), [[9]], 2, 3, np.random.default_rng(0))

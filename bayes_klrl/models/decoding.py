@@ -8,7 +8,6 @@ with the models.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from bayes_klrl.posterior import check_language_model, completion_log_probs
 from bayes_klrl.sequences import Sequences, completion_lengths, pad_token
 from bayes_klrl.typing import Array, FloatArray, IntArray, LanguageModel, Lockstep, State, TokenIds
 
-__all__ = ["Decoded", "Decoding", "check_proposal", "decode", "draw_blocks", "scoring_gap"]
+__all__ = ["Decoding", "check_proposal", "decode", "draw_blocks", "scoring_gap"]
 
 _ROWS_PER_BLOCK = 512
 _COMPACT_BELOW = 0.8
@@ -188,6 +187,37 @@ class Decoding:
         self._states = [model.append(state, fed) for model, state in zip(self._distinct, states, strict=True)]
         self.model_tokens += len(self._distinct) * self._num_state_rows
 
+    def lockstep(self) -> Lockstep | None:
+        """Return how the models draw independent completions in one go, None if they cannot."""
+        offered = None if self._carriers else getattr(self._distinct[0], "lockstep", None)
+        drawing: Lockstep | None = None if offered is None else offered(self._distinct)
+        return drawing
+
+    def num_unfinished(self) -> tuple[int, int]:
+        """Return how many rows have not finished, and how many distinct prefixes they have."""
+        rows = np.flatnonzero(~self.finished)
+        newest = self.tokens[rows, self.step_count - 1]
+        return rows.size, np.unique(self._state_row[rows] * (int(newest.max(initial=0)) + 1) + newest).size
+
+    def finish(self, together: Lockstep, rng: np.random.Generator) -> None:
+        """Draw all that is missing in one go, by the uniforms that steps would have taken, and no more of them."""
+        rows = np.flatnonzero(~self.finished)
+        before, done = rng.bit_generator.state, self.step_count
+        uniforms = rng.random((self.max_new_tokens - done, self.finished.size))[:, rows]
+        newest = self.tokens[rows, done - 1]
+        tokens, log_probs, model_tokens = together(self._states, self._state_row[rows], newest, uniforms)
+        lengths = completion_lengths(tokens, self._eos)
+        self.tokens[rows, done:] = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, self._filler)
+        self.lengths[rows] += lengths
+        keys = [id(model) for model in self._distinct]
+        self.log_probs[:, rows] += log_probs[[keys.index(key) for key in self._keys]]
+        self.finished[rows] = True
+        self.model_tokens += model_tokens
+        num_steps = int(lengths.max())
+        self.step_count += num_steps
+        rng.bit_generator.state = before
+        rng.random((num_steps, self.finished.size))
+
     def sequences(self) -> Sequences:
         """Return the completions, shape (P, N, T)."""
         num_prompts = int(self.prompt_index[-1]) + 1
@@ -213,39 +243,7 @@ def distinct_in_order(keys: IntArray) -> tuple[IntArray, IntArray]:
     return keys[first[order]], place[group]
 
 
-@dataclass(frozen=True, eq=False)
-class Decoded:
-    """N completions for each of P prompts, drawn independently and scored; R = P * N rows, prompt by prompt.
-
-    Parameters
-    ----------
-    prompt_index
-        Which prompt each row follows, shape (R,).
-    tokens, lengths
-        Shape (R, T) and (R,).
-    log_probs
-        log p(x | c) of each row under each model, shape (models, R), float64.
-    model_tokens
-        Tokens that went through a model.
-    """
-
-    prompt_index: IntArray
-    tokens: IntArray
-    lengths: IntArray
-    log_probs: FloatArray
-    model_tokens: int
-
-    def sequences(self) -> Sequences:
-        """Return the completions, shape (P, N, T)."""
-        num_prompts = int(self.prompt_index[-1]) + 1
-        return Sequences(
-            self.tokens.reshape(num_prompts, -1, self.tokens.shape[1]), self.lengths.reshape(num_prompts, -1)
-        )
-
-
-def scoring_gap(
-    decoding: Decoding | Decoded, models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds]
-) -> FloatArray:
+def scoring_gap(decoding: Decoding, models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds]) -> FloatArray:
     """Return by how much decoded and teacher-forced log-probs differ, the worst of each prompt, in nats, (P,).
 
     All weights come from decoding alone, so this is no error of theirs; it says how far the model is from being one
@@ -265,42 +263,19 @@ def decode(
     num_draws: int,
     max_new_tokens: int,
     rng: np.random.Generator,
-) -> Decoded:
+) -> Decoding:
     """Return N completions a prompt, drawn independently from `models[0]` and scored by all.
 
-    In one go where the models can, else step by step: from the same uniforms, and the generator is left the same.
+    Step by step, until the models can do the rest in one go and that pays: from the same uniforms, and the generator is
+    left in the same place.
     """
-    distinct = list({id(model): model for model in models}.values())
-    together = getattr(models[0], "lockstep", lambda models: None)(distinct)
-    if together is not None:
-        return decode_together(together, models, prompt_ids, num_draws, max_new_tokens, rng)
     decoding = Decoding(models, prompt_ids, num_draws, max_new_tokens)
+    together = decoding.lockstep()
     while not decoding.done:
         decoding.step(rng.random(decoding.finished.size))
-    return Decoded(decoding.prompt_index, decoding.tokens, decoding.lengths, decoding.log_probs, decoding.model_tokens)
-
-
-def decode_together(
-    together: Lockstep,
-    models: Sequence[LanguageModel],
-    prompt_ids: Sequence[TokenIds],
-    num_draws: int,
-    max_new_tokens: int,
-    rng: np.random.Generator,
-) -> Decoded:
-    """Return what `decode` does by the models' own way of drawing in one go."""
-    num_rows = len(prompt_ids) * num_draws
-    before = rng.bit_generator.state
-    tokens, log_probs, model_tokens = together(prompt_ids, num_draws, rng.random((max_new_tokens, num_rows)))
-    eos = models[0].eos_token_ids
-    lengths = completion_lengths(tokens, eos)
-    rng.bit_generator.state = before
-    rng.random((int(lengths.max(initial=0)), num_rows))  # steps take no uniforms once all rows have ended
-    tokens = np.where(np.arange(max_new_tokens) < lengths[:, None], tokens, pad_token(eos))
-    distinct = list(dict.fromkeys(map(id, models)))
-    log_probs = log_probs[[distinct.index(id(model)) for model in models]]
-    owners = np.repeat(np.arange(len(prompt_ids)), num_draws)
-    return Decoded(owners, tokens, lengths, log_probs, model_tokens)
+        if together is not None and not decoding.done and together.pays(*decoding.num_unfinished()):
+            decoding.finish(together, rng)
+    return decoding
 
 
 def draw_blocks(
@@ -309,8 +284,8 @@ def draw_blocks(
     num_draws: int,
     max_new_tokens: int,
     rng: np.random.Generator,
-) -> Iterator[Decoded]:
-    """Yield blocks that together hold N completions a prompt, each small enough to be held in memory."""
+) -> Iterator[Decoding]:
+    """Yield finished decodings that together hold N completions a prompt, each small enough to be held in memory."""
     most = max(1, _ROWS_PER_BLOCK // len(prompt_ids))
     for start in range(0, num_draws, most):
         yield decode(models, prompt_ids, min(most, num_draws - start), max_new_tokens, rng)

@@ -1,4 +1,4 @@
-"""Independent completions drawn on the device: the step loop of `models/decoding.py` without its way to the host.
+"""Independent completions continued on the device: the step loop of `models/decoding.py` without its way to the host.
 
 A step of that loop goes to the device and back for its log-probs; for small models the way costs more than the step.
 Here a `lax.while_loop` draws until every row has ended, or half of them: then the others go on in a smaller batch. It
@@ -8,6 +8,7 @@ takes the same uniforms and draws the same tokens, up to rounding: it cumulates 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,80 +17,79 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bayes_klrl.models.jax_decoding import Kinds, Rows, Weights, emitted, is_eos, next_token
-from bayes_klrl.models.jax_rows import LEAST, left_padded, padded_to
-from bayes_klrl.models.jax_steps import bucket, gather_rows, prefill
-from bayes_klrl.typing import FloatArray, IntArray, TokenIds
+from bayes_klrl.models.jax_decoding import Kinds, Rows, Weights, next_token
+from bayes_klrl.models.jax_forward import Cache
+from bayes_klrl.models.jax_rows import LEAST, JaxState, padded_to
+from bayes_klrl.models.jax_steps import bucket, gather_rows
+from bayes_klrl.models.token_ids import check_length
+from bayes_klrl.typing import Array, FloatArray, IntArray
 
-__all__ = ["lockstep"]
+__all__ = ["JaxLockstep"]
 
 GROWTH = 128
 """Buffers of up to as many slots are made at once, longer ones are doubled as they fill."""
 
+SHARED = 4
+"""The loop of steps computes a prefix once, whoever shares it; this one goes on when fewer than as many do."""
 
-def lockstep(
-    kinds: Kinds, weights: Weights, prompts: Sequence[TokenIds], num_draws: int, uniforms: FloatArray
-) -> tuple[IntArray, FloatArray, int]:
-    """Return completions of the first model (R, T), their log-probs under each (models, R), and the rows x tokens read.
+CHEAP = 2**24
+"""Rows x parameters up to which a step costs no more than the way to the host: sharing does not pay then."""
 
-    Parameters
-    ----------
-    kinds, weights
-        The models, which share one vocabulary.
-    prompts
-        P prompts.
-    num_draws
-        N; there are R = P * N rows, prompt by prompt.
-    uniforms
-        From [0, 1), shape (T, R).
-    """
-    num_tokens, num_rows = uniforms.shape
-    rows, padding, first, log_probs = begun(kinds, weights, prompts, num_draws, uniforms[0], num_tokens)
-    tokens = np.full((num_tokens, num_rows), min(kinds.eos_token_ids, default=0), dtype=np.int64)
-    tokens[0] = first
-    index = np.arange(num_rows)  # the row that each row of the batch is, those that only fill its bucket left out
-    done, rows_read, length = 1, 0, bucket(max(map(len, prompts)), LEAST)
-    while done < num_tokens and (going := ~np.asarray(rows.finished)[: len(index)]).any():
-        taken = length + done - 1
-        if bucket(int(going.sum()), LEAST) < len(padding) or taken == capacity_of(rows):
-            kept = np.flatnonzero(going)
-            rows, padding = narrowed(rows, padding, kept, capacity(taken, length + num_tokens - 1))
-            index = index[kept]
+
+@dataclass(frozen=True, eq=False)
+class JaxLockstep:
+    """See `Lockstep`."""
+
+    kinds: Kinds
+    weights: Weights
+
+    def pays(self, num_rows: int, num_prefixes: int) -> bool:
+        """See `Lockstep`."""
+        num_parameters = sum(array.size for array in jax.tree.leaves(self.weights.parameters))
+        return num_rows <= SHARED * num_prefixes or num_rows * num_parameters <= CHEAP
+
+    def __call__(
+        self, states: Sequence[JaxState], state_rows: IntArray, newest: IntArray, uniforms: FloatArray
+    ) -> tuple[IntArray, FloatArray, int]:
+        """See `Lockstep`."""
+        num_tokens, num_rows = uniforms.shape
+        for architecture in self.kinds.architectures:
+            check_length(int(states[0].num_tokens[state_rows].max()) + num_tokens, architecture.context_length)
+        taken = start = states[0].length
+        needed = start + num_tokens
+        index = np.arange(num_rows)  # the row that each row of the batch is, those that only fill its bucket left out
+        caches = [state.buffer.arrays for state in states]
+        rows, padding = batch(caches, newest, states[0].padding, state_rows, capacity(taken, needed))
+        tokens = np.zeros((num_tokens, num_rows), dtype=np.int64)
+        log_probs, model_tokens = np.zeros((len(caches), num_rows)), 0
+        while taken < needed and (going := ~np.asarray(rows.finished)[: len(index)]).any():
+            if bucket(int(going.sum()), LEAST) < len(padding) or taken == capacity_of(rows):
+                kept = np.flatnonzero(going)
+                newest = np.asarray(rows.newest)[kept]
+                rows, padding = batch(rows.caches, newest, padding, kept, capacity(taken, needed))
+                index = index[kept]
+            steps = slice(taken - start, min(needed, capacity_of(rows)) - start)
+            drawn, scores, rows = self.drawn(rows, padding, uniforms[steps, index], num_tokens, taken)
+            steps = slice(steps.start, steps.start + len(drawn))
+            tokens[steps, index] = drawn
+            log_probs[:, index] += scores
+            model_tokens += len(caches) * drawn.size
+            taken += len(drawn)
+        return tokens.T, log_probs, model_tokens
+
+    def drawn(
+        self, rows: Rows, padding: np.ndarray, uniforms: FloatArray, num_tokens: int, taken: int
+    ) -> tuple[IntArray, FloatArray, Rows]:
+        """Return some more tokens (at most as many as uniforms) of the M rows, their log-probs in sum (models, M)."""
+        most, num_rows = uniforms.shape
         columns = np.zeros((bucket(num_tokens, LEAST), len(padding)), dtype=np.float32)
-        columns[: num_tokens - done, : len(index)] = uniforms[done:, index]
-        most = min(num_tokens - done, capacity_of(rows) - taken)
+        columns[:most, :num_rows] = uniforms
         enough = len(padding) // 2 if len(padding) > LEAST else 0
-        rows, drawn, scores, count = draw_until(
-            kinds, weights, rows, padding, columns, np.int32(taken), np.int32(most), np.int32(enough)
-        )
+        limits = np.int32(taken), np.int32(most), np.int32(enough)
+        rows, tokens, log_probs, count = draw_until(self.kinds, self.weights, rows, padding, columns, *limits)
         num_steps = int(count)
-        tokens[done : done + num_steps, index] = np.asarray(drawn)[:num_steps, : len(index)]
-        log_probs[:, index] += np.asarray(scores, dtype=np.float64)[:num_steps, :, : len(index)].sum(axis=0)
-        rows_read += num_steps * len(index)
-        done += num_steps
-    return tokens.T, log_probs, len(kinds.architectures) * (rows_read + sum(map(len, prompts)))
-
-
-def begun(
-    kinds: Kinds, weights: Weights, prompts: Sequence[TokenIds], num_draws: int, uniforms: FloatArray, num_tokens: int
-) -> tuple[Rows, np.ndarray, IntArray, FloatArray]:
-    """Return a batch of all rows, its padding, the first token of each row and its log-probs (models, R)."""
-    num_rows = len(prompts) * num_draws
-    tokens, padding = left_padded(prompts, bucket(len(prompts)))
-    size, length = bucket(num_rows, LEAST), tokens.shape[1]
-    owners = padded_to(np.arange(len(prompts)).repeat(num_draws), size)
-    features, caches = [], []
-    for architecture, parameters in zip(kinds.architectures, weights.parameters, strict=True):
-        of_prompts, cache = prefill(architecture, parameters, tokens, padding)
-        repeated, cache = gather_rows(of_prompts, cache, owners, capacity(length, length + num_tokens - 1))
-        features.append(repeated)
-        caches.append(cache)
-    column = np.zeros(size, dtype=np.float32)
-    column[:num_rows] = uniforms
-    fill = np.arange(size) >= num_rows
-    first, finished, scores = draw_first(kinds, weights, features, fill, column)
-    log_probs = np.asarray(scores, dtype=np.float64)[:, :num_rows]
-    return Rows(tuple(caches), first, finished), padding[owners], np.asarray(first)[:num_rows], log_probs
+        scores = np.asarray(log_probs, dtype=np.float64)[:num_steps, :, :num_rows].sum(axis=0)
+        return np.asarray(tokens)[:num_steps, :num_rows], scores, rows
 
 
 def capacity(taken: int, needed: int) -> int:
@@ -103,24 +103,14 @@ def capacity_of(rows: Rows) -> int:
     return int(rows.caches[0].keys.shape[3])
 
 
-def narrowed(rows: Rows, padding: np.ndarray, kept: IntArray, num_slots: int) -> tuple[Rows, np.ndarray]:
-    """Return a batch of the rows that are kept, with so many slots, and its padding."""
-    size = bucket(len(kept), LEAST)
-    picked = padded_to(kept, size)
-    caches = []
-    for cache in rows.caches:
-        newest, copied = gather_rows(rows.newest, cache, picked, num_slots)
-        caches.append(copied)
-    return Rows(tuple(caches), newest, np.arange(size) >= len(kept)), padding[picked]
-
-
-@partial(jax.jit, static_argnums=0)
-def draw_first(
-    kinds: Kinds, weights: Weights, features: Sequence[Any], fill: Any, uniforms: Any
-) -> tuple[Any, Any, Any]:
-    """Return the first tokens (R,), which rows have ended by them, and their log-probs (models, R)."""
-    tokens, log_probs = emitted(kinds, weights, features, fill, uniforms)
-    return tokens, fill | is_eos(tokens, kinds.eos_token_ids), log_probs
+def batch(
+    caches: Sequence[Cache], newest: Array, padding: np.ndarray, chosen: IntArray, num_slots: int
+) -> tuple[Rows, np.ndarray]:
+    """Return a batch of chosen rows of the caches, with so many slots, and its padding; `newest` is theirs already."""
+    size = bucket(len(chosen), LEAST)
+    picked = padded_to(chosen, size)
+    copies = tuple(gather_rows(picked, cache, picked, num_slots)[1] for cache in caches)
+    return Rows(copies, padded_to(newest, size), np.arange(size) >= len(chosen)), padding[picked]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -20,7 +20,7 @@ import numpy as np
 from bayes_klrl.checks import check_count, check_fraction, check_positive
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.models.decoding import Decoded, decode
+from bayes_klrl.models.decoding import Decoding, decode
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.typing import FloatArray, IntArray, State, Twist
@@ -58,7 +58,7 @@ def pilot_twist(posterior: Posterior, seed: int) -> tuple[ConstantTwist, int]:
     return ConstantTwist(log_evidence_of_pilot(log_likelihood)), pilot.model_tokens
 
 
-def prior_pilot(posterior: Posterior, num_draws: int, rng: np.random.Generator) -> tuple[Decoded, FloatArray]:
+def prior_pilot(posterior: Posterior, num_draws: int, rng: np.random.Generator) -> tuple[Decoding, FloatArray]:
     """Return N draws a prompt from the prior, and their log-likelihoods, (P, N)."""
     pilot = decode((posterior.prior,), posterior.prompt_ids, num_draws, posterior.max_new_tokens, rng)
     reward = posterior.reward_of_rows(pilot.tokens, pilot.lengths, pilot.prompt_index)
