@@ -19,7 +19,7 @@ from bayes_klrl.arrays import draw_tokens as draw_on_host
 from bayes_klrl.models import jax_lm, jax_lockstep
 from bayes_klrl.models.decoding import Decoding, decode
 from bayes_klrl.models.jax_checkpoint import named_tensors
-from bayes_klrl.models.jax_decoding import draw_tokens
+from bayes_klrl.models.jax_decoding import draw_tokens, first_beyond
 from bayes_klrl.models.jax_lm import JaxLM
 from bayes_klrl.models.jax_lockstep import JaxLockstep
 from bayes_klrl.sequences import Sequences, completion_lengths
@@ -143,6 +143,14 @@ def test_no_token_of_probability_zero_is_drawn(vocab_size: int) -> None:
         tokens = np.asarray(draw_tokens(log_probs, uniforms.astype(np.float32)))
         assert np.isfinite(np.asarray(log_probs)[np.arange(200), tokens]).all()
     assert np.array_equal(tokens, draw_on_host(log_probs, np.arange(200), uniforms))
+
+
+def test_sums_that_do_not_ascend_draw_no_impossible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sums taken in parallel may come out on other devices: the last token, impossible, lies beyond the others."""
+    monkeypatch.setattr(jnp, "cumsum", lambda weights, axis: jnp.array([[0.25, 0.75, 0.7500001]]))
+    index, rest = first_beyond(jnp.array([[0.25, 0.5, 0.0]]), jnp.array([0.75]))
+    assert index.tolist() == [1]
+    assert 0.0 <= float(rest[0]) < 0.5
 
 
 def test_draws_are_exact_where_sums_taken_in_parallel_are_not() -> None:
