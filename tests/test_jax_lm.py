@@ -22,7 +22,7 @@ import transformers as hf
 from safetensors.numpy import load_file, save_file
 
 import bayes_klrl as bk
-from bayes_klrl.models import jax_lm
+from bayes_klrl.models import jax_rows
 from bayes_klrl.models.jax_checkpoint import named_tensors
 from bayes_klrl.models.jax_lm import JaxLM
 from bayes_klrl.sequences import Sequences
@@ -299,9 +299,9 @@ def test_chunks_change_neither_scores_nor_gradients(small: JaxLM, monkeypatch: p
 
     scores, gradient = scored(small, prompts, sequences), gradient_of_total()
     calls = []
-    recomputed = jax_lm.recomputed_score
-    monkeypatch.setattr(jax_lm, "BUDGET", 1)
-    monkeypatch.setattr(jax_lm, "recomputed_score", lambda *a: calls.append(1) or recomputed(*a))
+    recomputed = jax_rows.recomputed
+    monkeypatch.setattr(jax_rows, "BUDGET", 1)
+    monkeypatch.setattr(jax_rows, "recomputed", lambda reading: lambda *a: calls.append(1) or recomputed(reading)(*a))
     assert close(scored(small, prompts, sequences), scores)
     assert len(calls) == 2
     chunked = gradient_of_total()

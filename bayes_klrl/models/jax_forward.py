@@ -214,7 +214,7 @@ def attend(queries: Any, keys: Any, values: Any, past: Cache, mask: Any) -> tupl
 
 def split_heads(flat: Any, size: int) -> Any:
     """Return (R, S, H d) as (R, S, H, d)."""
-    return flat.reshape(*flat.shape[:2], -1, size)
+    return flat.reshape(*flat.shape[:2], flat.shape[2] // size, size)
 
 
 def rotate(heads: Any, cos: Any, sin: Any) -> Any:

@@ -22,8 +22,19 @@ from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.checkpoint_files import OWN_ENTRY
 from bayes_klrl.models.jax_config import architecture_of
+from bayes_klrl.models.jax_decoding import PaddedPrompts, Reading, read_tokens, sample_tokens
 from bayes_klrl.models.jax_forward import Cache, Parameters
-from bayes_klrl.models.jax_steps import bucket, gather_rows, next_log_probs, prefill, score, step
+from bayes_klrl.models.jax_rows import LEAST, chunk_size, cut, joined, left_padded, padded_to, read_rows, widest
+from bayes_klrl.models.jax_steps import (
+    bucket,
+    gather_rows,
+    next_log_probs,
+    position_log_probs,
+    prefill,
+    score,
+    step,
+    token_features,
+)
 from bayes_klrl.models.token_ids import (
     check_ids,
     check_length,
@@ -35,19 +46,13 @@ from bayes_klrl.models.token_ids import (
     require_tokenizer,
     resolved_eos,
 )
-from bayes_klrl.sequences import Sequences
+from bayes_klrl.sequences import Sequences, completion_lengths
 from bayes_klrl.typing import Array, IntArray, TokenIds
 
 __all__ = ["JaxLM"]
 
-LEAST = 8
-"""The smallest bucket of lengths and of rows that are decoded."""
-
 ROOM = 32
 """The smallest capacity of a buffer."""
-
-BUDGET = 2**25
-"""Floats that one chunk of scored rows may hold at its widest point (128 MB)."""
 
 
 @dataclass(eq=False)
@@ -255,20 +260,58 @@ class JaxLM:
 
     def token_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Array:
         """See `LanguageModel`. Shape (P, N, T), float32, differentiable in the parameters."""
-        num_prompts, num_draws, num_tokens = sequences.tokens.shape
-        if num_prompts != len(prompts):
-            raise BayesKLRLError(
-                f"{len(prompts)} prompts but completions of {num_prompts}: one row of N for each prompt."
-            )
-        longest = int(sequences.lengths.max(initial=0))
-        if longest == 0:
-            return jnp.zeros((num_prompts, num_draws, num_tokens), dtype=jnp.float32)
-        self._check_prompts(prompts, num_new=longest)
-        check_ids(sequences.tokens[sequences.mask], self.vocab_size)
-        owners = np.arange(num_prompts).repeat(num_draws)
-        tokens = sequences.tokens[..., :longest].reshape(-1, longest)
-        scores = self._scored(prompts, owners, tokens, sequences.lengths.reshape(-1))
-        return joined(scores, (num_prompts, num_draws, num_tokens))
+        return self._read(score, prompts, sequences)
+
+    def position_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Array:
+        """Return log p(. | c, x_<t) at every position, shape (P, N, T, V), 0 past each completion's length.
+
+        Differentiable; meant for vocabularies small enough to hold the table.
+        """
+        return self._read(position_log_probs, prompts, sequences, self.vocab_size)
+
+    def features(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Array:
+        """Return what every token is predicted from, the last hidden states: (P, N, T, F), 0 past each length."""
+        return self._read(token_features, prompts, sequences, self._architecture.hidden_size)
+
+    def pad_prompts(self, prompts: Sequence[TokenIds], max_new_tokens: int = 0) -> PaddedPrompts:
+        """Return prompts as arrays for `sample_tokens` and `score_tokens`, refusing those that cannot be continued."""
+        self._check_prompts(prompts, num_new=max_new_tokens)
+        return PaddedPrompts(*map(jnp.asarray, left_padded(prompts, len(prompts))))
+
+    def sample_tokens(self, prompts: PaddedPrompts, uniforms: Array) -> tuple[Array, Array]:
+        """Return completions and their log-probs, shape (P, N, T) each: int32 and float32, without a gradient.
+
+        One program on the device, in which everything may be traced, the parameters of `with_parameters` as well. Past
+        EOS stand the lowest EOS id (0 if there is none) and log-probs of 0. New shapes compile anew.
+
+        Parameters
+        ----------
+        prompts
+            From `pad_prompts`, which has checked that T more tokens fit.
+        uniforms
+            From [0, 1), shape (P, N, T); each token is drawn by inverse CDF in float32.
+        """
+        uniforms = jnp.asarray(uniforms, dtype=jnp.float32)
+        self._check_rows(prompts, uniforms)
+        model = (self._architecture,), self._eos, (self._parameters,), (self.temperature,)
+        tokens, log_probs = sample_tokens(*model, prompts, uniforms)
+        return tokens, log_probs[0]
+
+    def score_tokens(self, prompts: PaddedPrompts, tokens: Array) -> Array:
+        """Return log p(x_t | c, x_<t) of completions that may be traced, shape (P, N, T), 0 past the first EOS.
+
+        What `token_log_probs` returns, differentiable as it is; but lengths are found inside the program, and new shapes
+        compile anew; a traced token outside the vocabulary is not noticed.
+        """
+        return self._read_tokens(score, prompts, tokens)
+
+    def score_positions(self, prompts: PaddedPrompts, tokens: Array) -> Array:
+        """Return log p(. | c, x_<t) at every position, shape (P, N, T, V), 0 past the first EOS; see `score_tokens`."""
+        return self._read_tokens(position_log_probs, prompts, tokens)
+
+    def copy(self) -> JaxLM:
+        """Return an independent copy: a guide that starts as this model."""
+        return self.with_parameters(jax.tree.map(jnp.copy, self._parameters))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder that `from_pretrained` reads, and torch as well: weights, tokenizer, EOS ids.
@@ -280,74 +323,52 @@ class JaxLM:
 
         save(self._parameters, self._config, self._tokenizer, Path(folder), self._eos_token_ids, self.temperature)
 
-    def _scored(
-        self, prompts: Sequence[TokenIds], owners: IntArray, tokens: IntArray, lengths: IntArray
-    ) -> list[tuple[Array, int]]:
-        """Return the log-probs of chunks of rows, each (rows or more, T or more), and how many rows are meant."""
-        width = bucket(tokens.shape[1], LEAST)
-        size = chunk_size(width * max(self.vocab_size, self._architecture.inner_size))
-        function = score if len(tokens) <= size else recomputed_score
-        scores = []
-        for first in range(0, len(tokens), size):
-            chunk = slice(first, first + size)
-            own = owners[chunk]
-            near = prompts[own[0] : own[-1] + 1]
-            prompt_tokens, padding = left_padded(near, bucket(len(near)))
-            num_rows = bucket(len(own), LEAST)
-            inside = np.arange(tokens.shape[1]) < lengths[chunk, None]
-            legal = np.zeros((num_rows, width), dtype=np.int32)
-            legal[: len(own), : tokens.shape[1]] = np.where(inside, tokens[chunk], 0)
-            arguments = (prompt_tokens, padding, padded_to(own - own[0], num_rows), legal)
-            counted = padded_to(lengths[chunk], num_rows)
-            drawn = function(self._architecture, self._parameters, *arguments, counted, self.temperature)
-            scores.append((drawn, len(own)))
-        return scores
+    def _read(self, reading: Reading, prompts: Sequence[TokenIds], sequences: Sequences, depth: int = 0) -> Array:
+        """Return what a reading says of every token, shape (P, N, T), or (P, N, T, depth)."""
+        num_prompts, num_draws, num_tokens = sequences.tokens.shape
+        if num_prompts != len(prompts):
+            raise BayesKLRLError(
+                f"{len(prompts)} prompts but completions of {num_prompts}: one row of N for each prompt."
+            )
+        longest = int(sequences.lengths.max(initial=0))
+        if longest == 0:
+            return jnp.zeros((num_prompts, num_draws, num_tokens, *[depth] * bool(depth)), dtype=jnp.float32)
+        self._check_prompts(prompts, num_new=longest)
+        check_ids(sequences.tokens[sequences.mask], self.vocab_size)
+        owners = np.arange(num_prompts).repeat(num_draws)
+        tokens = sequences.tokens[..., :longest].reshape(-1, longest)
+        rows = prompts, owners, tokens, sequences.lengths.reshape(-1)
+        read = read_rows(reading, self._architecture, self._parameters, self.temperature, *rows)
+        return joined(read, (num_prompts, num_draws, num_tokens))
+
+    def _read_tokens(self, reading: Reading, prompts: PaddedPrompts, tokens: Array) -> Array:
+        """Return what a reading says of completions that may be traced."""
+        tokens = jnp.asarray(tokens)
+        self._check_rows(prompts, tokens)
+        if not isinstance(tokens, jax.core.Tracer):
+            check_ids(inside_ids(np.asarray(tokens), self._eos), self.vocab_size)
+        rows_at_once = chunk_size(tokens.shape[2] * widest(self._architecture))
+        model = self._architecture, self._eos, self._parameters, self.temperature
+        return read_tokens(reading, rows_at_once, *model, prompts, tokens)
+
+    @property
+    def _eos(self) -> tuple[int, ...]:
+        return tuple(sorted(self._eos_token_ids))
+
+    def _check_rows(self, prompts: PaddedPrompts, rows: Array) -> None:
+        """Refuse rows that are not (P, N, T) for these prompts."""
+        num_prompts = len(prompts.padding)
+        if rows.ndim != 3 or rows.shape[0] != num_prompts or rows.shape[2] == 0:
+            raise BayesKLRLError(
+                f"{num_prompts} prompts need an array (P, N, T) = ({num_prompts}, N, T) with T >= 1; got {rows.shape}."
+            )
 
     def _check_prompts(self, prompts: Sequence[TokenIds], num_new: int) -> None:
         check_prompts(prompts, self.vocab_size, self.bos_token_id)
         check_length(max(map(len, prompts)) + num_new, self.context_length)
 
 
-recomputed_score = jax.jit(jax.checkpoint(score, static_argnums=(0,)), static_argnums=0)
-"""The same, computed again on the way back: of several chunks only the inputs are remembered."""
-
-
-def chunk_size(floats_per_row: int) -> int:
-    """Return how many rows go into a chunk: a power of two, at least `LEAST`."""
-    most = max(LEAST, BUDGET // floats_per_row)
-    return 1 << (most.bit_length() - 1)
-
-
-def left_padded(prompts: Sequence[TokenIds], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return prompts as rows padded on the left to a bucket, and the padding of each; rows too many hold one token."""
-    length = bucket(max(map(len, prompts)), LEAST)
-    tokens = np.zeros((num_rows, length), dtype=np.int32)
-    padding = np.full(num_rows, length - 1, dtype=np.int32)
-    for row, prompt in enumerate(prompts):
-        padding[row] = length - len(prompt)
-        tokens[row, padding[row] :] = prompt
-    return tokens, padding
-
-
-def padded_to(values: IntArray, size: int) -> np.ndarray:
-    """Return values as int32 with zeros after them, shape (size,)."""
-    padded = np.zeros(size, dtype=np.int32)
-    padded[: len(values)] = values
-    return padded
-
-
-def cut(array: Array, num_rows: int) -> Array:
-    """Return the first rows; cut on the host, where no new shape is compiled for, unless the array is traced."""
-    if len(array) == num_rows or isinstance(array, jax.core.Tracer):
-        return array[:num_rows]
-    return jax.device_put(np.asarray(array)[:num_rows])
-
-
-def joined(scores: list[tuple[Array, int]], shape: tuple[int, int, int]) -> Array:
-    """Return the chunks' rows as one array (P, N, T), zeros past their width."""
-    width = min(shape[2], scores[0][0].shape[1])
-    traced = any(isinstance(array, jax.core.Tracer) for array, _ in scores)
-    numpy: Any = jnp if traced else np
-    rows = numpy.concatenate([numpy.asarray(array)[:count, :width] for array, count in scores])
-    padded = numpy.pad(rows, ((0, 0), (0, shape[2] - width))).reshape(shape)
-    return padded if traced else jax.device_put(padded)
+def inside_ids(tokens: np.ndarray, eos_token_ids: Collection[int]) -> IntArray:
+    """Return the ids that stand up to each row's first EOS, all in one row."""
+    ids: IntArray = tokens[np.arange(tokens.shape[-1]) < completion_lengths(tokens, eos_token_ids)[..., None]]
+    return ids

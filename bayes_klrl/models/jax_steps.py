@@ -15,7 +15,17 @@ from jax import lax
 
 from bayes_klrl.models.jax_forward import Architecture, Cache, Parameters, empty_cache, hidden_states, logits
 
-__all__ = ["bucket", "gather_rows", "next_log_probs", "prefill", "score", "step"]
+__all__ = [
+    "advanced",
+    "bucket",
+    "gather_rows",
+    "next_log_probs",
+    "position_log_probs",
+    "prefill",
+    "score",
+    "step",
+    "token_features",
+]
 
 
 def bucket(count: int, least: int = 1) -> int:
@@ -36,8 +46,7 @@ def prefill(architecture: Architecture, parameters: Parameters, tokens: Any, pad
     return hidden[:, -1], cache
 
 
-@partial(jax.jit, static_argnums=0, donate_argnums=2)
-def step(
+def advanced(
     architecture: Architecture, parameters: Parameters, cache: Cache, tokens: Any, padding: Any, length: Any
 ) -> tuple[Any, Cache]:
     """Return the features after one more token a row, and the cache with slot `length` written in place."""
@@ -46,6 +55,10 @@ def step(
     where = (zero, zero, zero, length, zero)
     written = [lax.dynamic_update_slice(old, added, where) for old, added in zip(cache, new, strict=True)]
     return hidden[:, 0], Cache(*written)
+
+
+step = jax.jit(advanced, static_argnums=0, donate_argnums=2)
+"""The same, compiled; the cache that comes in is given away."""
 
 
 @partial(jax.jit, static_argnums=0)
@@ -89,10 +102,55 @@ def score(
     tokens, lengths
         The completions, shape (R, T), and how many of their tokens count, shape (R,).
     """
+    hidden = read_from(architecture, parameters, prompts, padding, owners, tokens)
+    scaled = logits(architecture, parameters, hidden) / temperature
+    drawn = jnp.take_along_axis(scaled, tokens[..., None], axis=2)[..., 0] - jax.nn.logsumexp(scaled, axis=2)
+    return jnp.where(inside(tokens, lengths), drawn, 0.0)
+
+
+@partial(jax.jit, static_argnums=0)
+def position_log_probs(
+    architecture: Architecture,
+    parameters: Parameters,
+    prompts: Any,
+    padding: Any,
+    owners: Any,
+    tokens: Any,
+    lengths: Any,
+    temperature: Any,
+) -> Any:
+    """Return log p(. | c, x_<t) at every position, shape (R, T, V), 0 past each row's length; see `score`."""
+    hidden = read_from(architecture, parameters, prompts, padding, owners, tokens)
+    log_probs = jax.nn.log_softmax(logits(architecture, parameters, hidden) / temperature)
+    return jnp.where(inside(tokens, lengths)[..., None], log_probs, 0.0)
+
+
+@partial(jax.jit, static_argnums=0)
+def token_features(
+    architecture: Architecture,
+    parameters: Parameters,
+    prompts: Any,
+    padding: Any,
+    owners: Any,
+    tokens: Any,
+    lengths: Any,
+    _temperature: Any,
+) -> Any:
+    """Return what every token is predicted from, shape (R, T, D), 0 past each row's length; see `score`."""
+    hidden = read_from(architecture, parameters, prompts, padding, owners, tokens)
+    return jnp.where(inside(tokens, lengths)[..., None], hidden, 0.0)
+
+
+def read_from(
+    architecture: Architecture, parameters: Parameters, prompts: Any, padding: Any, owners: Any, tokens: Any
+) -> Any:
+    """Return the hidden state before every token, shape (R, T, D)."""
     first, cache = prefill(architecture, parameters, prompts, padding)
     past = Cache(*(stored.take(owners, axis=1) for stored in cache))
     rest, _ = hidden_states(architecture, parameters, tokens[:, :-1], padding[owners], past, prompts.shape[1])
-    hidden = jnp.concatenate([first[owners][:, None], rest], axis=1)
-    scaled = logits(architecture, parameters, hidden) / temperature
-    drawn = jnp.take_along_axis(scaled, tokens[..., None], axis=2)[..., 0] - jax.nn.logsumexp(scaled, axis=2)
-    return jnp.where(jnp.arange(tokens.shape[1]) < lengths[:, None], drawn, 0.0)
+    return jnp.concatenate([first[owners][:, None], rest], axis=1)
+
+
+def inside(tokens: Any, lengths: Any) -> Any:
+    """Return which tokens belong to a completion, shape (R, T)."""
+    return jnp.arange(tokens.shape[1]) < lengths[:, None]

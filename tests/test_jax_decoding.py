@@ -1,0 +1,286 @@
+"""Drawing and scoring in one traced program: against the host's loop, against enumeration, against torch."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import bayes_klrl as bk
+from bayes_klrl.arrays import draw_tokens as draw_on_host
+from bayes_klrl.models import jax_lm
+from bayes_klrl.models.decoding import Decoding
+from bayes_klrl.models.jax_checkpoint import named_tensors
+from bayes_klrl.models.jax_decoding import draw_tokens
+from bayes_klrl.models.jax_lm import JaxLM
+from bayes_klrl.sequences import Sequences, completion_lengths
+from tests.test_jax_lm import PROMPTS, cached_lm, close, scored, small_pair, torch_model
+from tests.test_torch_lm import all_completions, reference_scores
+
+NAMES = ["gpt2", "llama, tied", "llama, untied", "mistral", "qwen2", "qwen3"]
+EOS = {"one": 0, "several": (0, 3, 4), "none": ()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation() -> Iterator[None]:
+    """The models are tiny: compiling them takes long, running them does not."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@functools.cache
+def small(eos: str = "one", temperature: float = 1.0) -> JaxLM:
+    lm = small_pair()[0]
+    return JaxLM(lm.parameters, lm._config, eos_token_id=EOS[eos], temperature=temperature)
+
+
+def uniforms_of(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape)
+
+
+def completed(lm: JaxLM, tokens: Any) -> Sequences:
+    tokens = np.asarray(tokens)
+    return Sequences(tokens, completion_lengths(tokens, lm.eos_token_ids))
+
+
+def host_loop(lm: JaxLM, prompts: list[list[int]], uniforms: np.ndarray) -> Decoding:
+    """What the host's loop draws with the same uniforms, (P, N, T)."""
+    num_tokens = uniforms.shape[2]
+    decoding = Decoding((lm,), prompts, uniforms.shape[1], num_tokens)
+    while not decoding.done:
+        decoding.step(uniforms.reshape(-1, num_tokens)[:, decoding.step_count])
+    return decoding
+
+
+def assert_one_distribution(lm: JaxLM, uniforms: np.ndarray) -> Sequences:
+    """Tokens are those of the host's loop, log-probs those of its loop and of both scorers."""
+    padded = lm.pad_prompts(PROMPTS, uniforms.shape[2])
+    tokens, log_probs = lm.sample_tokens(padded, uniforms)
+    assert (tokens.dtype, log_probs.dtype, tokens.shape) == (jnp.int32, jnp.float32, uniforms.shape)
+    loop, sequences = host_loop(lm, PROMPTS, uniforms), completed(lm, tokens)
+    assert np.array_equal(tokens, loop.tokens.reshape(uniforms.shape))
+    assert np.array_equal(sequences.lengths.ravel(), loop.lengths)
+    assert close(np.asarray(log_probs, dtype=np.float64).sum(2).ravel(), loop.log_probs[0], 1e-4)
+    for scores in (lm.score_tokens(padded, tokens), lm.token_log_probs(PROMPTS, sequences)):
+        assert scores.dtype == jnp.float32
+        assert close(scores, log_probs)
+        assert not np.asarray(scores)[~sequences.mask].any()
+    assert not np.asarray(log_probs)[~sequences.mask].any()
+    return sequences
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_and_scores_are_those_of_the_host(name: str) -> None:
+    sequences = assert_one_distribution(cached_lm(name), uniforms_of(len(PROMPTS), 8, 12))
+    assert len(np.unique(sequences.lengths)) > 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("eos", EOS)
+def test_ends_and_temperatures(eos: str, temperature: float) -> None:
+    sequences = assert_one_distribution(small(eos, temperature), uniforms_of(len(PROMPTS), 16, 5))
+    assert sequences.lengths.max() == 5
+    assert (sequences.lengths.min() == 5) == (eos == "none")
+
+
+def test_one_token_is_the_shortest_completion() -> None:
+    assert_one_distribution(small(), uniforms_of(len(PROMPTS), 6, 1))
+
+
+def test_frequencies_are_probabilities() -> None:
+    """Chi-square over all completions of a prompt beside a longer one, by enumeration."""
+    lm, prompts, num_draws = small(), [[1, 2, 3, 4], [4]], 20_000
+    everything = all_completions(lm, len(prompts), 3)  # type: ignore[arg-type]
+    expected = num_draws * np.exp(scored(lm, prompts, everything).sum(2, dtype=np.float64))
+    tokens, _ = lm.sample_tokens(lm.pad_prompts(prompts, 3), uniforms_of(2, num_draws, 3, seed=1))
+    place = {tuple(row): index for index, row in enumerate(everything.tokens[0].tolist())}
+    for drawn, counts in zip(np.asarray(tokens), expected, strict=True):
+        found = np.bincount([place[tuple(row)] for row in drawn.tolist()], minlength=len(place))
+        often = counts >= 5
+        observed, wanted = found[often], counts[often]
+        assert wanted.sum() > 0.99 * num_draws
+        assert scipy.stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])
+def test_extreme_uniforms_draw_possible_tokens(u: float) -> None:
+    lm = small("none")
+    tokens, log_probs = lm.sample_tokens(lm.pad_prompts(PROMPTS, 4), np.full((3, 2, 4), u))
+    assert np.isfinite(log_probs).all()
+    assert set(np.asarray(tokens).ravel().tolist()) == {0 if u == 0.0 else 4}
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 5, 63, 64, 65, 1000])
+def test_no_token_of_probability_zero_is_drawn(vocab_size: int) -> None:
+    """Half the tokens are impossible, the first and last among them, and some blocks hold none that is possible."""
+    rng = np.random.default_rng(vocab_size)
+    logits = rng.normal(size=(200, vocab_size), scale=3).astype(np.float32)
+    logits[rng.random(logits.shape) < 0.5] = -np.inf
+    logits[:, vocab_size // 3 : vocab_size // 2] = -np.inf
+    logits[np.arange(200), rng.integers(vocab_size, size=200)] = 0.0
+    log_probs = jax.nn.log_softmax(logits)
+    for uniforms in (np.zeros(200), np.full(200, 1 - 2.0**-53), np.full(200, 1 - 2.0**-24), rng.random(200)):
+        tokens = np.asarray(draw_tokens(log_probs, uniforms.astype(np.float32)))
+        assert np.isfinite(np.asarray(log_probs)[np.arange(200), tokens]).all()
+    assert np.array_equal(tokens, draw_on_host(log_probs, np.arange(200), uniforms))
+
+
+def test_draws_are_exact_where_sums_taken_in_parallel_are_not() -> None:
+    """A grid of uniforms meets every token as often as its probability says, though each is a small one."""
+    log_probs = jax.nn.log_softmax(np.random.default_rng(0).normal(size=(1, 300)).astype(np.float32))
+    uniforms = (np.arange(2**16) + 0.5) / 2**16
+    tokens = np.asarray(draw_tokens(jnp.broadcast_to(log_probs, (2**16, 300)), uniforms.astype(np.float32)))
+    assert (np.diff(tokens) >= 0).all()
+    shares = np.bincount(tokens, minlength=300) / 2**16
+    assert np.abs(shares - np.exp(np.asarray(log_probs[0], dtype=np.float64))).max() <= 1.01 / 2**16
+
+
+# Traced
+
+
+def test_everything_may_be_traced() -> None:
+    """Parameters, uniforms, and which prompts are taken."""
+    lm = small()
+    padded, uniforms = lm.pad_prompts(PROMPTS, 5), uniforms_of(3, 7, 5)
+
+    @jax.jit
+    def traced(parameters: Any, index: Any, uniforms: Any) -> Any:
+        inner, chosen = lm.with_parameters(parameters), padded.take(index)
+        tokens, log_probs = inner.sample_tokens(chosen, uniforms)
+        everywhere = inner.score_positions(chosen, tokens)
+        return tokens, log_probs, inner.score_tokens(chosen, tokens), everywhere
+
+    index = np.array([2, 0])
+    halved = jax.tree.map(lambda array: 0.5 * array, lm.parameters)
+    tokens, log_probs, scores, everywhere = traced(halved, index, uniforms[index])
+    other = lm.with_parameters(halved)
+    expected, expected_log_probs = other.sample_tokens(padded.take(index), uniforms[index])
+    assert np.array_equal(tokens, expected)
+    assert close(log_probs, expected_log_probs)
+    assert close(scores, log_probs)
+    assert close(everywhere, other.position_log_probs([PROMPTS[i] for i in index], completed(lm, tokens)))
+    assert not np.array_equal(tokens, lm.sample_tokens(padded, uniforms)[0][index])
+
+
+def test_sampling_is_batched_by_vmap() -> None:
+    lm = small()
+    padded, uniforms = lm.pad_prompts(PROMPTS, 4), uniforms_of(2, 3, 5, 4)
+    tokens, log_probs = jax.vmap(lambda u: lm.sample_tokens(padded, u))(uniforms)
+    for index in range(2):
+        alone, its_log_probs = lm.sample_tokens(padded, uniforms[index])
+        assert np.array_equal(tokens[index], alone)
+        assert close(log_probs[index], its_log_probs)
+
+
+def test_sampling_has_no_gradient() -> None:
+    lm = small()
+    padded, uniforms = lm.pad_prompts(PROMPTS, 4), jnp.asarray(uniforms_of(3, 5, 4))
+
+    def total(parameters: Any, uniforms: Any) -> Any:
+        return lm.with_parameters(parameters).sample_tokens(padded, uniforms)[1].sum()
+
+    gradients = jax.grad(total, argnums=(0, 1))(lm.parameters, uniforms)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, rows_at_once", [("gpt2", 1000), ("gpt2", 4), ("qwen3", 1000)])
+def test_gradients_are_those_of_the_host_and_of_torch(
+    name: str, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one go and in chunks, which neither 3 prompts nor 5 draws fill."""
+    monkeypatch.setattr(jax_lm, "chunk_size", lambda floats: rows_at_once)
+    lm, model = cached_lm(name), copy.deepcopy(torch_model(name)).double()
+    padded = lm.pad_prompts(PROMPTS, 6)
+    tokens, log_probs = lm.sample_tokens(padded, uniforms_of(3, 5, 6))
+    sequences = completed(lm, tokens)
+    weights = np.random.default_rng(0).normal(size=(3, 5, 1))
+
+    def traced(parameters: Any) -> Any:
+        return (weights * lm.with_parameters(parameters).score_tokens(padded, tokens)).sum()
+
+    def on_host(parameters: Any) -> Any:
+        return (weights * lm.with_parameters(parameters).token_log_probs(PROMPTS, sequences)).sum()
+
+    assert close(lm.score_tokens(padded, tokens), log_probs)
+    ours, theirs = (jax.jit(jax.grad(score))(lm.parameters) for score in (traced, on_host))
+    (torch.as_tensor(weights) * reference_scores(model, PROMPTS, sequences)).sum().backward()
+    exact = {key: parameter.grad.numpy() for key, parameter in model.named_parameters()}
+    floor = 1e-3 * max(np.linalg.norm(gradient) for gradient in exact.values())  # key biases: 0 but for rounding
+    for gradients in (ours, theirs):
+        for key, gradient in named_tensors(lm._architecture, gradients):
+            assert np.linalg.norm(gradient - exact[key]) <= 1e-5 * max(np.linalg.norm(exact[key]), floor), key
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 7])
+def test_chunks_change_no_number(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = small()
+    padded = lm.pad_prompts(PROMPTS, 3)
+    tokens, log_probs = lm.sample_tokens(padded, uniforms_of(3, 5, 3))
+    monkeypatch.setattr(jax_lm, "chunk_size", lambda floats: rows_at_once)
+    assert close(lm.score_tokens(padded, tokens), log_probs)
+    assert lm.score_tokens(padded, tokens[:, :0]).shape == (3, 0, 3)
+
+
+# Positions and features
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_positions_and_features_are_torchs(name: str) -> None:
+    lm, theirs = cached_lm(name), bk.TorchLM(torch_model(name))
+    padded = lm.pad_prompts(PROMPTS, 6)
+    tokens, log_probs = lm.sample_tokens(padded, uniforms_of(3, 5, 6))
+    sequences = completed(lm, tokens)
+    with torch.no_grad():
+        positions, features = (
+            getattr(theirs, what)(PROMPTS, sequences).numpy() for what in ("position_log_probs", "features")
+        )
+    assert close(lm.position_log_probs(PROMPTS, sequences), positions)
+    assert close(lm.score_positions(padded, tokens), positions)
+    assert close(lm.features(PROMPTS, sequences), features)
+    drawn = np.take_along_axis(np.asarray(lm.score_positions(padded, tokens)), np.asarray(tokens)[..., None], 3)[..., 0]
+    assert close(drawn, log_probs)
+    assert not np.asarray(lm.features(PROMPTS, sequences))[~sequences.mask].any()
+    none = Sequences(np.zeros((3, 0, 6), int), np.zeros((3, 0), int))
+    assert lm.position_log_probs(PROMPTS, none).shape == (3, 0, 6, 40)
+
+
+def test_what_stands_past_the_first_eos_does_not_matter() -> None:
+    lm = small()
+    padded = lm.pad_prompts(PROMPTS, 5)
+    tokens, _ = lm.sample_tokens(padded, uniforms_of(3, 6, 5))
+    odd = np.where(completed(lm, tokens).mask, tokens, -7)
+    assert np.array_equal(lm.score_tokens(padded, odd), lm.score_tokens(padded, tokens))
+
+
+def test_a_copy_is_independent() -> None:
+    lm = small()
+    guide = lm.copy()
+    assert guide is not lm
+    assert (guide.eos_token_ids, guide.temperature) == (lm.eos_token_ids, lm.temperature)
+    jax.tree.map(lambda array: array.delete(), guide.parameters)  # what an optimiser that gives buffers away does
+    assert np.isfinite(lm.next_log_probs(lm.prefill([[1]]))).all()
+
+
+def test_refusals() -> None:
+    lm = small()
+    padded = lm.pad_prompts(PROMPTS, 28)
+    with pytest.raises(bk.BayesKLRLError, match="33 tokens; this model reads at most 32"):
+        lm.pad_prompts(PROMPTS, 29)
+    with pytest.raises(bk.BayesKLRLError, match=r"0..4.*from 7 to 7"):
+        lm.pad_prompts([[7]])
+    with pytest.raises(bk.BayesKLRLError, match=r"\(P, N, T\) = \(3, N, T\).*got \(2, 4, 5\)"):
+        lm.sample_tokens(padded, np.zeros((2, 4, 5)))
+    with pytest.raises(bk.BayesKLRLError, match=r"T >= 1; got \(3, 4, 0\)"):
+        lm.score_tokens(padded, np.zeros((3, 4, 0), int))
+    with pytest.raises(bk.BayesKLRLError, match=r"0..4.*from 9 to 9"):
+        lm.score_tokens(padded, np.full((3, 4, 2), 9))
