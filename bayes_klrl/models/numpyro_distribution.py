@@ -16,17 +16,17 @@ from bayes_klrl.models.decoding import Decoding
 from bayes_klrl.models.jax_rewards import abstract, float_type
 from bayes_klrl.posterior import completion_log_probs
 from bayes_klrl.sequences import Sequences, completion_lengths, pad_token
-from bayes_klrl.typing import Array, LanguageModel, TokenIds
+from bayes_klrl.typing import Array, JaxModel, LanguageModel, TokenIds
 
-__all__ = ["SequenceDistribution", "is_jax_model", "padded_past_eos"]
+__all__ = ["SequenceDistribution", "padded_past_eos"]
 
 
 class SequenceDistribution(Distribution):
     """A language model as a NumPyro distribution over completions: batch shape (..., P), event shape (T,).
 
     A draw is a row of int32 token ids, padded past EOS. `log_prob` sums the tokens' log-probs, in float32 or, if
-    `jax_enable_x64` is on, in float64; tokens past EOS are ignored. A model on JAX (`JaxLM`, or another with
-    `with_parameters`, `pad_prompts`, `sample_tokens` and `score_tokens`) is traced, and differentiable in parameters that it
+    `jax_enable_x64` is on, in float64; tokens past EOS are ignored. A model on JAX (`JaxLM`, or
+    another with the methods of `JaxModel`) is traced, and differentiable in parameters that it
     was given by `with_parameters`; any other is called on the host and has no gradient.
 
     There is no reparametrisation. NumPyro would infer the contrary from an empty `arg_constraints`, and drop the
@@ -77,7 +77,7 @@ class SequenceDistribution(Distribution):
 
     def tree_flatten(self) -> tuple[Any, Any]:
         """Return the arrays, which may be traced, and the rest."""
-        parameters = self.lm.parameters if is_jax_model(self.lm) else None  # type: ignore[attr-defined]
+        parameters = self.lm.parameters if isinstance(self.lm, JaxModel) else None
         return (parameters, self.chosen), (self.lm, self.prompt_ids, self._batch_shape, self._event_shape)
 
     @classmethod
@@ -109,9 +109,9 @@ class SequenceDistribution(Distribution):
         shape = (*sample_shape, *self._batch_shape, *self._event_shape)
         num_prompts, num_tokens = shape[-2:]
         num_draws = int(np.prod(shape[:-2], dtype=np.int64))
-        if is_jax_model(self.lm):
+        if isinstance(self.lm, JaxModel):
             uniforms = random.uniform(key, (num_prompts, num_draws, num_tokens))
-            by_prompt, _ = self.lm.sample_tokens(self._padded_prompts(), uniforms)  # type: ignore[attr-defined]
+            by_prompt, _ = self.lm.sample_tokens(self._padded_prompts(), uniforms)
         else:
             bits = random.bits(key, (num_prompts, num_draws, num_tokens, 2), jnp.uint32)
             expected = abstract((num_prompts, num_draws, num_tokens), jnp.int32)
@@ -121,8 +121,8 @@ class SequenceDistribution(Distribution):
     def log_prob(self, value: Array, intermediates: Any = None) -> Array:
         """Return log p(x | c) of completions (..., P, T), shape (..., P)."""
         by_prompt, inside, batch_shape = self._by_prompt(value)
-        if is_jax_model(self.lm):
-            scores = self.lm.score_tokens(self._padded_prompts(), by_prompt)  # type: ignore[attr-defined]
+        if isinstance(self.lm, JaxModel):
+            scores = self.lm.score_tokens(self._padded_prompts(), by_prompt)
             total = jnp.where(inside, scores, 0.0).sum(axis=2, dtype=float_type())
         else:
             expected = abstract(by_prompt.shape[:2], float_type())
@@ -193,11 +193,6 @@ class SequenceDistribution(Distribution):
         """Return log p(x | c) of completions (P, N, T)."""
         lengths = completion_lengths(tokens, self.lm.eos_token_ids)
         return completion_log_probs(self.lm, prompts, Sequences(tokens, lengths))
-
-
-def is_jax_model(lm: object) -> bool:
-    """Return whether a model draws and scores inside a compiled program, as a function of its parameters."""
-    return all(hasattr(lm, name) for name in ("with_parameters", "pad_prompts", "sample_tokens", "score_tokens"))
 
 
 def padded_past_eos(tokens: Array, lm: LanguageModel) -> tuple[Array, Array]:

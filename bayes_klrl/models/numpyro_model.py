@@ -20,11 +20,19 @@ import numpyro
 
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.jax_rewards import check_traceable, traced_reward
-from bayes_klrl.models.numpyro_distribution import SequenceDistribution, is_jax_model, padded_past_eos
+from bayes_klrl.models.numpyro_distribution import SequenceDistribution, padded_past_eos
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.typing import Array, LanguageModel
+from bayes_klrl.typing import Array, JaxModel, LanguageModel
 
-__all__ = ["NumpyroGuide", "NumpyroModel", "SequenceDistribution", "numpyro_guide", "numpyro_model"]
+__all__ = [
+    "PARAMETERS",
+    "NumpyroGuide",
+    "NumpyroModel",
+    "SequenceDistribution",
+    "completion_distribution",
+    "numpyro_guide",
+    "numpyro_model",
+]
 
 PARAMETERS = "language_model"
 """The site of a guide's parameters."""
@@ -41,7 +49,7 @@ class NumpyroModel:
         """Run the program."""
         posterior = self.posterior
         with _prompts(posterior, self.prompts_per_step) as chosen:
-            x = numpyro.sample("x", _distribution(posterior, posterior.prior, chosen))
+            x = numpyro.sample("x", completion_distribution(posterior, posterior.prior, chosen))
             reward = _reward(posterior, x, chosen)
             numpyro.deterministic("reward", reward)
             numpyro.factor("likelihood", reward / posterior.alpha)
@@ -59,7 +67,7 @@ class NumpyroGuide:
     @property
     def trains(self) -> bool:
         """Whether there are parameters: the model is on JAX, and not the prior itself."""
-        return is_jax_model(self.lm) and self.lm is not self.posterior.prior
+        return isinstance(self.lm, JaxModel) and self.lm is not self.posterior.prior
 
     def __call__(self) -> Array:
         """Run the program."""
@@ -67,7 +75,7 @@ class NumpyroGuide:
         if self.trains:
             lm = lm.with_parameters(numpyro.param(PARAMETERS, lm.parameters))  # type: ignore[attr-defined]
         with _prompts(self.posterior, self.prompts_per_step) as chosen:
-            return numpyro.sample("x", _distribution(self.posterior, lm, chosen))
+            return numpyro.sample("x", completion_distribution(self.posterior, lm, chosen))
 
     def language_model(self, params: Mapping[str, Any]) -> Any:
         """Return the language model that training made.
@@ -131,7 +139,7 @@ def _prompts(posterior: Posterior, prompts_per_step: int | None) -> Any:
     return numpyro.plate("prompts", posterior.num_prompts, subsample_size=prompts_per_step, dim=-1)
 
 
-def _distribution(posterior: Posterior, lm: LanguageModel, chosen: Array) -> SequenceDistribution:
+def completion_distribution(posterior: Posterior, lm: LanguageModel, chosen: Array) -> SequenceDistribution:
     """Return a model's distribution over completions of the chosen prompts."""
     return SequenceDistribution(lm, posterior.prompt_ids, posterior.max_new_tokens, chosen=chosen)
 
