@@ -193,12 +193,10 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'bayes_klrl' has no attribute {name!r}")
-    try:
+    from bayes_klrl.errors import needs_jax
+
+    with needs_jax(f"bk.{name}"):
         value = getattr(importlib.import_module(_HOME[name]), name)
-    except ModuleNotFoundError as error:
-        if error.name != "jax":
-            raise
-        raise ImportError(f"bk.{name} needs the jax package: pip install 'bayes_klrl[jax]'") from error
     globals()[name] = value
     return value
 

@@ -179,6 +179,8 @@ def to_floats(outcome: Any, label: str, batch: Batch) -> FloatArray:
         raise RewardError(f"Reward {label!r} returned a {type(outcome).__name__}, which has no order; return a list.")
     if hasattr(outcome, "detach"):  # a torch tensor: with or without gradient, of any precision
         outcome = to_host(outcome.double())
+    if hasattr(outcome, "__array__") and not isinstance(outcome, np.ndarray | np.generic):
+        outcome = np.asarray(outcome)  # a JAX array, say: to read it number by number takes a thousand times longer
     if outcome is None or isinstance(outcome, str | bytes) or not hasattr(outcome, "__len__"):
         raise RewardError(
             f"Reward {label!r} returned {outcome!r} for {num_rows} completions. It must return one float a completion."

@@ -12,6 +12,8 @@ ValueError
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ __all__ = [
     "SupportError",
     "TextRewardError",
     "UnboundedLossError",
+    "needs_jax",
 ]
 
 
@@ -73,3 +76,14 @@ class SupportError(BayesKLRLError):
 
 class CheckpointError(BayesKLRLError):
     """A folder, file or tokenizer is not the model it was said to be."""
+
+
+@contextmanager
+def needs_jax(what: str) -> Iterator[None]:
+    """Name the extra to install where an import inside fails for want of it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("jax", "numpyro", "optax"):
+            raise
+        raise ImportError(f"{what} needs the {error.name} package: pip install 'bayes_klrl[jax]'") from error

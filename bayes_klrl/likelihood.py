@@ -242,7 +242,9 @@ class TokenReward(Factor):
     ----------
     fn
         `fn(tokens (N, T) int, lengths (N,) int) -> (N,)` on NumPy arrays, T = max_new_tokens. Positions past the length
-        hold the EOS id (0 if there is none), never -1. It may ask by name for `prompt_index` (N,).
+        hold the EOS id (0 if there is none), never -1. It may ask by name for `prompt_index` (N,). Inside a NumPyro program
+        (`Posterior.numpyro_model`, `SVI` on a `JaxLM`) it gets traced JAX arrays, int32; what is written in jax.numpy, or in
+        methods and operators that both have, serves everywhere.
     alpha, bounds, name
         See `Reward`.
     callback
@@ -265,14 +267,14 @@ class TokenReward(Factor):
         )
 
     @property
-    def _asked_for(self) -> tuple[str, ...]:
+    def asked_for(self) -> tuple[str, ...]:
         """What the function asks for by name."""
         required, optional, _ = parameters(self.fn)
         return ("prompt_index",) if "prompt_index" in (*required, *optional) else ()
 
     def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
         """See `Likelihood.check`."""
-        if not accepts(self.fn, None, None, **dict.fromkeys(self._asked_for)):
+        if not accepts(self.fn, None, None, **dict.fromkeys(self.asked_for)):
             raise RewardError(
                 f"TokenReward {self.label!r} must take (tokens, lengths) and may ask for prompt_index; its required "
                 f"parameters are {parameters(self.fn)[0]}."
@@ -282,7 +284,7 @@ class TokenReward(Factor):
         """See `Factor.values`."""
 
         def call(rows: slice) -> Any:
-            extra = {name: batch.prompt_index[rows].copy() for name in self._asked_for}
+            extra = {name: batch.prompt_index[rows].copy() for name in self.asked_for}
             return self.fn(batch.tokens[rows].copy(), batch.lengths[rows].copy(), **extra)
 
         try:

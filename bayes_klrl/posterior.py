@@ -17,13 +17,14 @@ import numpy as np
 from bayes_klrl.arrays import no_gradient, to_host
 from bayes_klrl.batch import RESERVED_NAMES, Batch
 from bayes_klrl.checks import check_count
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, needs_jax
 from bayes_klrl.likelihood import Likelihood
 from bayes_klrl.sequences import Sequences, pad_token
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
 if TYPE_CHECKING:
     from bayes_klrl.draws import Draws
+    from bayes_klrl.models.numpyro_model import NumpyroGuide, NumpyroModel
 
 __all__ = ["Posterior", "check_context", "check_language_model", "completion_log_probs"]
 
@@ -180,6 +181,20 @@ class Posterior:
         from bayes_klrl.models.pyro_model import pyro_guide
 
         return pyro_guide(self, lm)
+
+    def numpyro_model(self) -> NumpyroModel:
+        """Return the posterior as a NumPyro program; see `bayes_klrl.models.numpyro_model.numpyro_model`."""
+        with needs_jax("posterior.numpyro_model()"):
+            from bayes_klrl.models.numpyro_model import numpyro_model
+
+        return numpyro_model(self)
+
+    def numpyro_guide(self, lm: LanguageModel) -> NumpyroGuide:
+        """Return a language model as a NumPyro guide; see `bayes_klrl.models.numpyro_model.numpyro_guide`."""
+        with needs_jax("posterior.numpyro_guide(lm)"):
+            from bayes_klrl.models.numpyro_model import numpyro_guide
+
+        return numpyro_guide(self, lm)
 
 
 def check_language_model(what: str, lm: object) -> None:

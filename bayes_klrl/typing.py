@@ -22,6 +22,7 @@ __all__ = [
     "Array",
     "FloatArray",
     "IntArray",
+    "JaxModel",
     "LanguageModel",
     "Lockstep",
     "State",
@@ -124,6 +125,30 @@ class LanguageModel(Protocol):
 
         Differentiable in the model's parameters where the backend differentiates.
         """
+
+
+@runtime_checkable
+class JaxModel(Protocol):
+    """A language model that is a function of a parameter tree, and draws and scores inside one compiled JAX program.
+
+    Beside the methods of `LanguageModel`; all of these may be called with traced arrays. `JaxLM` is one.
+    """
+
+    @property
+    def parameters(self) -> Any:
+        """The parameters, a tree of arrays."""
+
+    def with_parameters(self, parameters: Any) -> Any:
+        """Return the same model with other parameters."""
+
+    def pad_prompts(self, prompts: Sequence[TokenIds]) -> Any:
+        """Return prompts as a tree of arrays, each with P as its first axis."""
+
+    def sample_tokens(self, prompts: Any, uniforms: Array) -> tuple[Array, Array]:
+        """Return completions drawn with uniforms (P, N, T), padded past EOS, and their log-probs, both (P, N, T)."""
+
+    def score_tokens(self, prompts: Any, tokens: Array) -> Array:
+        """Return log p(x_t | c, x_<t) of completions (P, N, T), 0 past EOS, differentiable in the parameters."""
 
 
 @runtime_checkable

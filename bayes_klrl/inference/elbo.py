@@ -31,7 +31,8 @@ from pyro.infer.util import torch_item
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from bayes_klrl.errors import BayesKLRLError, UnboundedLossError
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.guide_training import unbounded_loss
 from bayes_klrl.models.pyro_model import SequenceDistribution, to_sequences
 
 __all__ = ["LeaveOneOutELBO", "RaoBlackwellELBO", "leave_one_out"]
@@ -196,11 +197,7 @@ def _log_likelihood(model_trace: Any) -> Tensor:
         lm = site["fn"].lm
         sequences = to_sequences(site["value"], lm)
         ids = sequences.tokens[p, n, : sequences.lengths[p, n]].tolist()
-        text = f"{lm.decode([ids])[0]!r} (ids {ids})" if lm.tokenizer is not None else f"with ids {ids}"
-        raise UnboundedLossError(
-            f"The guide drew the completion {text}, whose likelihood is 0, so its ELBO is -inf and has no gradient. "
-            "Relax the constraint: a reward of alpha * log(eps) instead of -inf (say eps = 1e-3), or use bk.SMC."
-        )
+        raise unbounded_loss(lm, ids)
     return log_lik
 
 

@@ -3,7 +3,7 @@
     E_q[r] / alpha - KL(q || p0) = ELBO(q) = log Z - KL(q || p*)
 
 The guide is a copy of the prior, or LoRA adapters over its frozen weights. `SVI` is the recipe, `Fit` what it made; the
-training itself is in `svi_pyro`.
+training itself is in `svi_pyro`, and for a `JaxLM` in `svi_numpyro`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 
 from bayes_klrl.checks import check_count, check_positive
 from bayes_klrl.draws import Cost, Draws
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, needs_jax
 from bayes_klrl.inference.drawing import draw
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
-from bayes_klrl.typing import FloatArray, LanguageModel
+from bayes_klrl.typing import FloatArray, JaxModel, LanguageModel
 
 __all__ = ["ESTIMATORS", "OBJECTIVES", "SVI", "Fit"]
 
@@ -98,12 +98,15 @@ class SVI:
             If a draw has likelihood 0: names the completion and the cure. This and any other error of ours after the first
             step carries what was learned as its attribute `fit`.
         """
-        from bayes_klrl.inference.svi_pyro import fit_guide
-
         if self.prompts_per_step is not None and self.prompts_per_step > posterior.num_prompts:
             raise BayesKLRLError(
                 f"prompts_per_step = {self.prompts_per_step}, but the posterior has {posterior.num_prompts} prompts."
             )
+        if isinstance(posterior.prior, JaxModel):
+            with needs_jax("SVI on a model on JAX"):
+                from bayes_klrl.inference.svi_numpyro import fit_guide
+        else:
+            from bayes_klrl.inference.svi_pyro import fit_guide
         return fit_guide(self, posterior, seed=seed, progress=progress)
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:

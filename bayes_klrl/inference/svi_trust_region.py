@@ -17,10 +17,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["TrustRegion"]
+from bayes_klrl.inference.guide_training import StepLimit
 
-_CALM = 0.1
-_CALM_STEPS = 10
+__all__ = ["TrustRegion"]
 
 
 class TrustRegion:
@@ -33,26 +32,22 @@ class TrustRegion:
     max_kl
         In nats; inf: never look.
     measure
-        Returns how far the model has moved since the gradient's draws, in nats. It costs a forward pass, so after a
-        step below a tenth of `max_kl` the next nine are not measured.
+        Returns how far the model has moved since the gradient's draws, in nats.
 
     Attributes
     ----------
-    last_kl
-        How far the newest step went, in nats; NaN if it was not measured.
+    limit
+        Decides when to measure, and says how far the newest step went.
     """
 
     def __init__(self, parameters: Sequence[Tensor], max_kl: float, measure: Callable[[], float]) -> None:
-        self._parameters, self._max_kl, self._measure = parameters, max_kl, measure
-        self._unmeasured = 0
-        self.last_kl = float("nan")
+        self._parameters, self._measure = parameters, measure
+        self.limit = StepLimit(max_kl)
 
     @torch.no_grad()
     def step(self, optimiser: torch.optim.Optimizer) -> None:
         """Take the optimiser's step, or as much of it as `max_kl` allows."""
-        if self._max_kl == float("inf") or self._unmeasured > 0:
-            self._unmeasured -= 1
-            self.last_kl = float("nan")
+        if not self.limit.is_due():
             optimiser.step()
             return
         before = [parameter.clone() for parameter in self._parameters]
@@ -63,10 +58,7 @@ class TrustRegion:
             for parameter, start in zip(self._parameters, before, strict=True):
                 parameter.copy_(start)
             raise
-        self.last_kl = min(kl, self._max_kl)
-        if kl > self._max_kl:
-            share = (self._max_kl / kl) ** 0.5
+        share = self.limit.share(kl)
+        if share < 1:
             for parameter, start in zip(self._parameters, before, strict=True):
                 parameter.copy_(torch.where(parameter == start, start, start + share * (parameter - start)))
-        elif kl < _CALM * self._max_kl:
-            self._unmeasured = _CALM_STEPS - 1

@@ -1,0 +1,286 @@
+"""Score-function gradients of the ELBO, as NumPyro `ELBO`s that keep what stock losses drop or leave noisy.
+
+With log w = log p(x, theta) - log q(x, theta) and sites of two kinds, x that are not reparametrised (completions) and theta
+that are, N particles give
+
+    grad ELBO ~ 1/N sum_n [ grad_theta log w_n  +  (log w_n - mean of the others) grad log q(x_n) ],
+
+the pathwise gradient plus the score term with a leave-one-out baseline (Kool et al. 2019); log q(x) is held fixed in the
+former, where its gradient has mean zero. The Rao-Blackwellised variant sums the KL of x over the vocabulary at every prefix
+(Amini et al. 2025; THEORY 2.9 and `elbo` have the formula) and leaves the rest as it is.
+
+Plates that hold every site ("prompts") are independent problems: each index has its own log-weights and its own baseline.
+Where a site is outside of them, the log-weight is that of the whole particle. Stock NumPyro has no baselines, and its
+`TraceGraph_ELBO` scales the score term of a subsampled plate twice: gradients P / prompts_per_step times too long.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpyro
+from jax import random
+from jax.lax import stop_gradient
+from numpyro import handlers
+from numpyro.infer import ELBO
+from numpyro.primitives import Messenger
+
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.numpyro_distribution import SequenceDistribution
+from bayes_klrl.models.numpyro_model import NumpyroGuide, NumpyroModel
+from bayes_klrl.typing import Array
+
+__all__ = ["STEP", "LeaveOneOutELBO", "Parts", "RaoBlackwellELBO", "leave_one_out"]
+
+STEP = "bayes_klrl_step"
+"""The name under which a loss returns what its draws say, as NumPyro's mutable state, where a state of that name goes in."""
+
+
+def leave_one_out(values: Array) -> Array:
+    """Return values minus the mean of the others, along axis 0; zero in sum.
+
+    N / (N - 1) (v_n - mean v) = v_n - mean_{m != n} v_m.
+    """
+    num = values.shape[0]
+    return (values - values.mean(axis=0)) * (num / (num - 1))
+
+
+class Parts(NamedTuple):
+    """What N particles say; C are the indices of the plates that hold every site: (P,), or none."""
+
+    cost: Array
+    """log w, without what `kl` stands for, pathwise differentiable, shape (N, C)."""
+    score: Array
+    """log q of the sites that are not reparametrised, shape (N, C)."""
+    step: dict[str, Array]
+    """For `STEP`."""
+    kl: Array | None = None
+    """KL of the guide's next token to the model's, at every position of site "x", shape (N, P, T)."""
+    drawn: Array | None = None
+    """log q of the token drawn there, shape (N, P, T)."""
+
+
+class _SequenceELBO(ELBO):
+    """Common part: run guide and model with all particles at once, and differentiate a surrogate.
+
+    The programs of `Posterior.numpyro_model` and `numpyro_guide` run once, with their particles in a plate; any other are
+    mapped over particles by `jax.vmap`, with one subsample of plates for all of them.
+
+    Parameters
+    ----------
+    num_particles
+        N, at least 2, for each prompt.
+    """
+
+    can_infer_discrete = True
+
+    def __init__(self, num_particles: int = 64) -> None:
+        if num_particles < 2:
+            raise BayesKLRLError(f"A leave-one-out baseline needs num_particles >= 2; got {num_particles}.")
+        super().__init__(num_particles=num_particles)
+
+    def loss_with_mutable_state(
+        self, rng_key: Any, param_map: dict[str, Any], model: Any, guide: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return {"loss": -ELBO summed over prompts, with the estimator's gradient, "mutable_state": see `STEP`}.
+
+        A draw of likelihood 0 makes loss and gradient NaN: in a loop of one's own, use `SVI.stable_update`.
+        """
+        parts = self._parts(rng_key, param_map, model, guide, args, kwargs)
+        advantage = leave_one_out(stop_gradient(parts.cost))
+        surrogate = _per_particle(parts.cost + advantage * parts.score)
+        value = _per_particle(parts.cost)
+        if parts.kl is not None:
+            fixed = stop_gradient(parts.kl)
+            later = jnp.flip(jnp.cumsum(jnp.flip(fixed, -1), -1), -1) - fixed
+            value = value - _per_particle(fixed)
+            surrogate = surrogate - _per_particle(parts.kl + leave_one_out(later) * parts.drawn)
+        loss = -(stop_gradient(value.mean()) + surrogate.mean() - stop_gradient(surrogate.mean()))
+        if STEP not in param_map:
+            return {"loss": loss, "mutable_state": None}
+        return {"loss": loss, "mutable_state": {STEP: stop_gradient(_step(parts))}}
+
+    @abstractmethod
+    def parts(self, model_trace: Any, guide_trace: Any) -> Parts:
+        """Return what one execution says, of all particles or of one."""
+
+    def _parts(self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Parts:
+        """Return what N particles say."""
+        params = {name: value for name, value in param_map.items() if name != STEP}
+
+        def execution(key: Any, model: Any, guide: Any) -> Parts:
+            return self.parts(*_traces(key, params, model, guide, args, kwargs))
+
+        if isinstance(model, NumpyroModel) and isinstance(guide, NumpyroGuide):
+            return execution(rng_key, self._in_plate(model), self._in_plate(guide))
+        plates, particles = random.split(rng_key)
+        model, guide = (handlers.seed(program, plates, hide_types=_NOT_PLATES) for program in (model, guide))
+        return jax.vmap(lambda key: execution(key, model, guide))(random.split(particles, self.num_particles))
+
+    def _in_plate(self, program: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a program of ours with its particles in a plate."""
+
+        def particles(*args: Any, **kwargs: Any) -> Any:
+            with numpyro.plate("particles", self.num_particles, dim=-2):
+                return program(*args, **kwargs)
+
+        return particles
+
+
+class LeaveOneOutELBO(_SequenceELBO):
+    """The ELBO with a leave-one-out baseline of the whole log-weight; see the module's formula.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> model, guide = posterior.numpyro_model(), posterior.numpyro_guide(coin)
+    >>> loss = LeaveOneOutELBO(1000).loss(random.key(0), {}, model, guide)  # the prior's: -E[r] = -1.75
+    >>> bool(abs(loss + 1.75) < 0.1)
+    True
+    """
+
+    def parts(self, model_trace: Any, guide_trace: Any) -> Parts:
+        """Return log w, and log q of the sites that are not reparametrised."""
+        dims = _common_dims(model_trace, guide_trace)
+        cost = sum(_summed(_log_prob(site), dims) for site in _sites(model_trace))
+        score = jnp.zeros(())
+        for site in _sites(guide_trace):
+            log_q = _log_prob(site)
+            if _needs_score(site):
+                score = score + _summed(_unscaled(site), dims)
+                log_q = stop_gradient(log_q)
+            cost = cost - _summed(log_q, dims)
+        return Parts(cost, score, _completions(model_trace, guide_trace))
+
+
+class RaoBlackwellELBO(_SequenceELBO):
+    """The ELBO with the KL of site "x" summed over the vocabulary at every prefix.
+
+    Both models must offer `score_positions`, as `JaxLM` does; the tables (N, P, T, V) must fit into memory. Sites beside "x"
+    must be reparametrised.
+    """
+
+    def parts(self, model_trace: Any, guide_trace: Any) -> Parts:
+        """Return log w without the pair of site "x", its log q, and its KL at every position."""
+        for site in _sites(guide_trace):
+            if _needs_score(site) and site["name"] != "x":
+                raise BayesKLRLError(
+                    f"The guide's site {site['name']!r} is not reparametrised, and this loss sums the KL of 'x' alone. Use "
+                    "LeaveOneOutELBO."
+                )
+        guide_site, model_site = guide_trace["x"], model_trace["x"]
+        if not all(isinstance(site["fn"], SequenceDistribution) for site in (guide_site, model_site)):
+            raise BayesKLRLError("The site 'x' must be a SequenceDistribution in model and guide. Use LeaveOneOutELBO.")
+        log_q, tokens, inside = guide_site["fn"].position_log_probs(guide_site["value"])
+        log_p, _, _ = model_site["fn"].position_log_probs(guide_site["value"])
+        # a token of probability 0 adds nothing to the KL and nothing to its gradient
+        possible = stop_gradient(log_q) > -jnp.inf
+        difference = jnp.where(possible, log_q - jnp.where(possible, log_p, 0.0), 0.0)
+        kl = (jnp.where(possible, jnp.exp(jnp.where(possible, log_q, 0.0)), 0.0) * difference).sum(axis=-1)
+        drawn = jnp.take_along_axis(log_q, tokens[..., None], axis=-1)[..., 0]
+        kl, drawn = (jnp.where(inside, array, 0.0) for array in (kl, drawn))
+        dims = _common_dims(model_trace, guide_trace)
+        cost = sum(_summed(_log_prob(site), dims) for site in _sites(model_trace) if site["name"] != "x")
+        cost = cost - sum(_summed(_log_prob(site), dims) for site in _sites(guide_trace) if site["name"] != "x")
+        scale = 1.0 if model_site["scale"] is None else model_site["scale"]
+        guide_site["unscaled"] = drawn.sum(axis=-1)
+        score = _summed(guide_site["unscaled"], dims)
+        return Parts(cost, score, _completions(model_trace, guide_trace), scale * kl, drawn)
+
+
+_NOT_PLATES = ["sample", "prng_key", "control_flow"]
+
+
+class _Fixed(Messenger):
+    """Lets no gradient through the values of latent sites that are not reparametrised."""
+
+    def postprocess_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and _needs_score(msg):
+            msg["value"] = stop_gradient(msg["value"])
+            msg["intermediates"] = []
+
+
+def _traces(key: Any, params: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the traces of one execution: the model replayed on the guide's draws."""
+    model_key, guide_key = random.split(key)
+    guide = handlers.substitute(handlers.seed(guide, guide_key), data=params)
+    with _Fixed():
+        guide_trace = handlers.trace(guide).get_trace(*args, **kwargs)
+    model = handlers.substitute(handlers.replay(handlers.seed(model, model_key), guide_trace), data=params)
+    model_trace = handlers.trace(model).get_trace(*args, **kwargs)
+    for name, site in model_trace.items():
+        if site["type"] == "sample" and not site["is_observed"] and name not in guide_trace:
+            raise BayesKLRLError(f"The model samples {name!r}, the guide does not. Give it a site of that name.")
+    for name, site in guide_trace.items():
+        if site["type"] == "sample" and not site["is_observed"] and name not in model_trace:
+            raise BayesKLRLError(f"The guide samples {name!r}, the model does not. Give it a site of that name.")
+    return model_trace, guide_trace
+
+
+def _sites(trace: Any) -> list[Any]:
+    """Return the sample sites of a trace, factors and observations included."""
+    return [site for site in trace.values() if site["type"] == "sample"]
+
+
+def _needs_score(site: Any) -> bool:
+    """Return whether a site's draws are no differentiable function of its parameters."""
+    return not site["is_observed"] and not site["fn"].has_rsample
+
+
+def _unscaled(site: Any) -> Array:
+    """Return a site's log-prob without the scale of a subsampled plate; computed once."""
+    if "unscaled" not in site:
+        extra = [site["intermediates"]] if site["intermediates"] else []
+        site["unscaled"] = site["fn"].log_prob(site["value"], *extra)
+    return site["unscaled"]
+
+
+def _log_prob(site: Any) -> Array:
+    """Return a site's log-prob."""
+    log_prob = _unscaled(site)
+    return log_prob if site["scale"] is None else site["scale"] * log_prob
+
+
+def _common_dims(*traces: Any) -> set[int]:
+    """Return the dimensions of the plates that hold every site."""
+    stacks = [set(site["cond_indep_stack"]) for trace in traces for site in _sites(trace)]
+    return {frame.dim for frame in set.intersection(*stacks)}
+
+
+def _summed(log_prob: Array, dims: set[int]) -> Array:
+    """Return a log-prob summed over all dimensions but these."""
+    log_prob = jnp.asarray(log_prob)
+    others = tuple(axis for axis in range(log_prob.ndim) if axis - log_prob.ndim not in dims)
+    return log_prob.sum(axis=others)
+
+
+def _per_particle(values: Array) -> Array:
+    """Return values (N, ...) summed over all but N."""
+    return values.reshape(len(values), -1).sum(axis=1)
+
+
+def _completions(model_trace: Any, guide_trace: Any) -> dict[str, Array]:
+    """Return what `STEP` says of a posterior's program beside its log-weights, each (N, P) but for tokens (N, P, T)."""
+    if not {"x", "likelihood", "prompts"} <= model_trace.keys():
+        return {}
+    x, likelihood = guide_trace["x"], model_trace["likelihood"]
+    return {
+        "tokens": x["value"],
+        "prompt_index": model_trace["prompts"]["value"],
+        "log_likelihood": _unscaled(likelihood),
+        "log_guide": _unscaled(x),
+        "scale": jnp.asarray(1.0 if x["scale"] is None else x["scale"]),
+    }
+
+
+def _step(parts: Parts) -> dict[str, Array]:
+    """Return what `STEP` holds: log-weights (N, P) without the scale of a subsample, and `_completions`."""
+    log_weights = parts.cost if parts.kl is None else parts.cost - parts.kl.sum(axis=-1)
+    return {"log_weights": log_weights / parts.step["scale"], **parts.step}

@@ -1,0 +1,181 @@
+"""Rewards of completions that are JAX arrays, concrete or traced.
+
+    r(x) = sum_k c_k r_k(x)        factors k, each scaled to the product's alpha, as `Likelihood` does it
+
+A `TokenReward` is called with the arrays it gets and becomes part of the compiled program. All else (text, constraints,
+automata, `TokenReward(..., callback=True)`) is computed on the host, in one callback for all of them, by the code that every
+other algorithm uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bayes_klrl.batch import Batch
+from bayes_klrl.errors import RewardError
+from bayes_klrl.likelihood import Factor, TokenReward
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.typing import Array, FloatArray
+
+__all__ = ["abstract", "check_traceable", "float_type", "host_errors", "is_traced", "traced_reward"]
+
+
+def traced_reward(posterior: Posterior, tokens: Array, lengths: Array, prompt_index: Array) -> Array:
+    """Return r(x, c) of M completions of any prompts, shape (M,), inside or outside of `jax.jit`, `jax.vmap` and `jax.grad`.
+
+    Float32, or float64 if `jax_enable_x64` is on. A traced `TokenReward` is checked for its shape only, at the time of
+    tracing; what is computed on the host is checked as everywhere.
+
+    Parameters
+    ----------
+    posterior
+        Whose reward it is.
+    tokens, lengths, prompt_index
+        As of `Posterior.reward_of_rows`: (M, T), padded as `posterior.pad_token` says, (M,) and (M,).
+
+    Raises
+    ------
+    RewardError
+        If a `TokenReward` cannot be traced: names it, says what JAX said, and suggests `callback=True`. If a function on the
+        host raises: as `RewardError` where the arrays are concrete and inside `host_errors`, else within JAX's own error.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=2.0)
+    >>> posterior = bk.Posterior(coin, longer ** 0.5 * longer, max_new_tokens=3)
+    >>> tokens, lengths = np.array([[0, 1, 1], [1, 1, 1]]), np.array([2, 1])
+    >>> jax.jit(lambda tokens, lengths: traced_reward(posterior, tokens, lengths, 0 * lengths))(tokens, lengths).tolist()
+    [1.5, 0.75]
+    """
+    likelihood = posterior.likelihood
+    total = jnp.zeros(lengths.shape, dtype=float_type())
+    for factor in likelihood.factors:
+        if is_traced(factor):
+            total = total + _values(factor, tokens, lengths, prompt_index) * factor.scale_in(likelihood.alpha)
+    if not all(map(is_traced, likelihood.factors)):
+        total = total + _on_host(posterior, tokens, lengths, prompt_index)
+    return total
+
+
+def is_traced(factor: Factor) -> bool:
+    """Return whether a factor becomes part of the compiled program; the others are called on the host."""
+    return isinstance(factor, TokenReward) and not factor.callback
+
+
+def float_type() -> Any:
+    """Return the type that log-probs and rewards are summed in: float32, or float64 if `jax_enable_x64` is on."""
+    return jnp.result_type(float)
+
+
+def abstract(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return an array of which only shape and type are known."""
+    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
+
+
+def check_traceable(posterior: Posterior) -> None:
+    """Refuse, before anything is drawn, a `TokenReward` that cannot be traced or returns the wrong shape."""
+    tokens, per_row = abstract((3, posterior.max_new_tokens), jnp.int32), abstract((3,), jnp.int32)
+    for factor in posterior.likelihood.factors:
+        if is_traced(factor):
+            jax.eval_shape(lambda *arrays: _values(factor, *arrays), tokens, per_row, per_row)  # noqa: B023  (called at once)
+
+
+def _values(factor: Any, tokens: Array, lengths: Array, prompt_index: Array) -> Array:
+    """Return a traced factor's reward, shape (M,)."""
+    extra = dict.fromkeys(factor.asked_for, prompt_index)
+    try:
+        outcome = factor.fn(tokens, lengths, **extra)
+        if outcome is None or isinstance(outcome, str | bytes):
+            raise TypeError(f"it returned {outcome!r}")
+        values = jnp.asarray(outcome)
+        if not jnp.issubdtype(values.dtype, jnp.floating):
+            values = values.astype(float_type())
+    except Exception as error:  # whatever the function does to an array that it cannot read
+        raise RewardError(
+            f"TokenReward {factor.label!r} cannot be traced by JAX, {type(error).__name__}: {_first_lines(error)}. Write it "
+            "in jax.numpy, with no loop or `if` over values and no assignment to an array, or have it called on the "
+            "host: bk.TokenReward(..., callback=True)."
+        ) from error
+    if values.shape != lengths.shape:
+        raise RewardError(
+            f"TokenReward {factor.label!r} returned shape {values.shape} for {lengths.shape[0]} completions. It must return "
+            "one float a completion, in order."
+        )
+    return values.astype(float_type())
+
+
+def _first_lines(error: Exception) -> str:
+    """Return what an error says up to its first full stop: JAX goes on for a page."""
+    return " ".join(str(error).split()).split(". ")[0].rstrip(".")
+
+
+def _on_host(posterior: Posterior, tokens: Array, lengths: Array, prompt_index: Array) -> Array:
+    """Return the part of the reward that is computed on the host, shape (M,)."""
+    arrays = (jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(prompt_index))
+    function = _host_function(posterior)
+    if not any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return jnp.asarray(function(*arrays))
+    expected = abstract(lengths.shape, float_type())
+    return jax.pure_callback(_listened_to(posterior, function), expected, *arrays, vmap_method="broadcast_all")
+
+
+def _host_function(posterior: Posterior) -> Callable[..., np.ndarray]:
+    """Return the sum of the factors that are not traced, as a function of arrays (..., M, T) and (..., M)."""
+    alpha = posterior.likelihood.alpha
+    factors = [factor for factor in posterior.likelihood.factors if not is_traced(factor)]
+    dtype = np.dtype(float_type())
+
+    def reward(tokens: Array, lengths: Array, prompt_index: Array) -> np.ndarray:
+        rows = [np.asarray(array).astype(np.int64) for array in (tokens, lengths, prompt_index)]
+        shape = rows[1].shape
+        flat = (rows[0].reshape(-1, rows[0].shape[-1]), rows[1].ravel(), rows[2].ravel())
+        batch = Batch(*flat, posterior.prompts, posterior.columns, posterior.prior)
+        total: FloatArray = sum(
+            (factor.values(batch) * factor.scale_in(alpha) for factor in factors), start=np.zeros(len(batch))
+        )
+        return total.reshape(shape).astype(dtype)
+
+    return reward
+
+
+_heard: WeakKeyDictionary[Posterior, list[BaseException]] = WeakKeyDictionary()
+"""What rewards raised inside a callback, of posteriors that somebody listens to."""
+
+
+@contextmanager
+def host_errors(posterior: Posterior) -> Iterator[None]:
+    """Raise at the end what the posterior's reward raised on the host, Ctrl-C included, instead of JAX's error about it.
+
+    The callback then returns NaN, so nothing that was computed inside may be kept if this raises.
+    """
+    heard = _heard[posterior] = []
+    try:
+        yield
+    finally:
+        del _heard[posterior]
+        if heard:
+            raise heard[0]
+
+
+def _listened_to(posterior: Posterior, function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Return the host's function, whose errors go to `host_errors` where that is open, else to JAX."""
+
+    def called(tokens: Array, lengths: Array, prompt_index: Array) -> np.ndarray:
+        try:
+            return function(tokens, lengths, prompt_index)
+        except BaseException as error:
+            if posterior not in _heard:
+                raise
+            _heard[posterior].append(error)
+            return np.full(np.shape(lengths), np.nan, dtype=np.dtype(float_type()))
+
+    return called
