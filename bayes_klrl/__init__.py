@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from bayes_klrl.models.automaton_reward import AutomatonReward as AutomatonReward
     from bayes_klrl.models.hmm_lm import HmmLM as HmmLM
     from bayes_klrl.models.jax_lm import JaxLM as JaxLM
+    from bayes_klrl.models.mixture_lm import MixtureLM as MixtureLM
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
     from bayes_klrl.models.torch_losses import LossInputs as LossInputs
@@ -99,6 +100,7 @@ _HOME = {
     "LearnedTwist": "bayes_klrl.inference.learned_twist",
     "Likelihood": "bayes_klrl.likelihood",
     "LossInputs": "bayes_klrl.models.torch_losses",
+    "MixtureLM": "bayes_klrl.models.mixture_lm",
     "MomentConstraint": "bayes_klrl.moment_constraints",
     "NgramLM": "bayes_klrl.models.ngram_lm",
     "PartialRewardTwist": "bayes_klrl.models.twist",
@@ -158,6 +160,7 @@ __all__ = [
     "LearnedTwist",
     "Likelihood",
     "LossInputs",
+    "MixtureLM",
     "MomentConstraint",
     "NgramLM",
     "PartialRewardTwist",
