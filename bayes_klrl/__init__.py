@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from bayes_klrl.errors import TextRewardError as TextRewardError
     from bayes_klrl.errors import UnboundedLossError as UnboundedLossError
     from bayes_klrl.inference.annealing import AnnealedSMC as AnnealedSMC
+    from bayes_klrl.inference.bayesian_svi import BayesianFit as BayesianFit
+    from bayes_klrl.inference.bayesian_svi import BayesianSVI as BayesianSVI
     from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
     from bayes_klrl.inference.conditional_smc import ConditionalSMC as ConditionalSMC
     from bayes_klrl.inference.distilled_twist import DistilledTwist as DistilledTwist
@@ -80,6 +82,8 @@ _HOME = {
     "AutomatonConstraint": "bayes_klrl.models.automaton_reward",
     "AutomatonReward": "bayes_klrl.models.automaton_reward",
     "BayesKLRLError": "bayes_klrl.errors",
+    "BayesianFit": "bayes_klrl.inference.bayesian_svi",
+    "BayesianSVI": "bayes_klrl.inference.bayesian_svi",
     "BestOfN": "bayes_klrl.inference.best_of_n",
     "BudgetError": "bayes_klrl.errors",
     "Certificate": "bayes_klrl.certificate",
@@ -140,6 +144,8 @@ __all__ = [
     "AutomatonConstraint",
     "AutomatonReward",
     "BayesKLRLError",
+    "BayesianFit",
+    "BayesianSVI",
     "BestOfN",
     "BudgetError",
     "Certificate",

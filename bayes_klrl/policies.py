@@ -12,6 +12,7 @@ import numpy as np
 
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.inference.bayesian_svi import BayesianSVI
 from bayes_klrl.inference.drawing import draw
 from bayes_klrl.inference.svi import SVI, Fit
 from bayes_klrl.models.ngram_lm import NgramLM
@@ -49,7 +50,7 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
         policy = policy.guide
     elif isinstance(policy, str | os.PathLike):
         policy = load_policy(Path(policy), posterior.prior)
-    elif isinstance(policy, SVI):
+    elif isinstance(policy, SVI | BayesianSVI):
         raise BayesKLRLError("An SVI is a way to a policy: fit it first, and give svi.fit(posterior, seed=...).")
     check_language_model("The policy", policy)
     check_same_vocabulary(policy, posterior.prior)

@@ -92,6 +92,11 @@ class MixtureLM:
         return self._models
 
     @property
+    def num_models(self) -> int:
+        """How many models a token goes through."""
+        return sum(getattr(model, "num_models", 1) for model in self._models)
+
+    @property
     def weights(self) -> FloatArray:
         """The models' weights before anything is read, shape (S,), in sum 1."""
         weights: FloatArray = np.exp(self._log_weights)
