@@ -68,9 +68,7 @@ class ExactPolicies:
         rows = []
         for prompt in self.posterior.prompt_ids:
             paths = [[prompt[-1], *x] for x in self.truth.xs]
-            rows.append(
-                torch.stack([sum(table[:, a, b] for a, b in pairwise(x)) for x in paths], dim=1)
-            )
+            rows.append(torch.stack([sum(table[:, a, b] for a, b in pairwise(x)) for x in paths], dim=1))
         return torch.stack(rows, dim=1)
 
     def elbos(self, phi: Tensor) -> Tensor:
@@ -137,20 +135,17 @@ def gradients(posterior: bk.Posterior, loss: Any, num_runs: int, weight: float) 
 
 @pytest.mark.parametrize("prompts", [((0,),), ((0,), (1,))], ids=["one prompt", "two"])
 def test_the_gradient_is_that_of_enumeration_times_quadrature(prompts: Any) -> None:
-    runs, exact = gradients(tiny(prompts), PolicyELBO(3), 300, weight=2.5)
-    still = [2, 5]  # the bias that moves nothing has the gradient of its KL, exactly
-    np.testing.assert_allclose(runs[:, still], np.tile(exact[still], (300, 1)), atol=1e-12)
-    moving = [0, 1, 3, 4]
-    z = (runs.mean(axis=0) - exact)[moving] / (runs.std(axis=0, ddof=1)[moving] / np.sqrt(300))
+    runs, exact = gradients(tiny(prompts), PolicyELBO(2), 200, weight=2.5)
+    still, moving = [2, 5], [0, 1, 3, 4]
+    # the bias that moves nothing has the gradient of its KL, exactly
+    np.testing.assert_allclose(runs[:, still], np.tile(exact[still], (200, 1)), atol=1e-12)
+    z = (runs.mean(axis=0) - exact)[moving] / (runs.std(axis=0, ddof=1)[moving] / np.sqrt(200))
     assert np.abs(z).max() < 3.5
     assert t_square_p(runs[:, moving], exact[moving], 4) > 0.005
-    # the test bites: the evidence one tenth too heavy is found out, as is the KL counted twice
-    kl = exact - 2.5 / 2.4 * (exact - gradients_of_kl(tiny(prompts)))
-    assert (
-        t_square_p(runs[:, moving] + 0.2 * (exact - gradients_of_kl(tiny(prompts)))[moving], exact[moving], 4) < 0.005
-    )
-    assert t_square_p(runs[:, moving] + gradients_of_kl(tiny(prompts))[moving], exact[moving], 4) < 0.005
-    assert kl.shape == exact.shape
+    # the test bites: a KL that counts twice, and evidence that is a third too light, are found out
+    of_kl = gradients_of_kl(tiny(prompts))
+    for wrong in (exact + of_kl, of_kl + (exact - of_kl) / 1.5):
+        assert t_square_p(runs[:, moving], wrong[moving], 4) < 0.005
 
 
 def gradients_of_kl(posterior: bk.Posterior) -> np.ndarray:
@@ -161,8 +156,8 @@ def gradients_of_kl(posterior: bk.Posterior) -> np.ndarray:
 
 
 def test_trace_graph_elbo_agrees_on_the_same_programs() -> None:
-    runs, exact = gradients(tiny(((0,),)), TraceGraph_ELBO(num_particles=3), 300, weight=2.5)
-    assert t_square_p(runs, exact, 6) > 0.005
+    runs, exact = gradients(tiny(((0,),)), TraceGraph_ELBO(num_particles=2), 200, weight=2.5)
+    assert t_square_p(runs[:, :5], exact[:5], 5) > 0.005
 
 
 def test_the_value_is_the_elbo() -> None:
@@ -172,9 +167,9 @@ def test_the_value_is_the_elbo() -> None:
     elbo = PolicyELBO(4)
     with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        losses = np.array([elbo.loss(model, guide) for _ in range(150)])
+        losses = np.array([elbo.loss(model, guide) for _ in range(80)])
     exact = -float(ExactPolicies(posterior).objective(mean_field.mu, mean_field.log_sigma, 2.5).detach())
-    assert abs(losses.mean() - exact) < 3.5 * losses.std(ddof=1) / np.sqrt(150)
+    assert abs(losses.mean() - exact) < 3.5 * losses.std(ddof=1) / np.sqrt(80)
     assert elbo.log_weights.shape == (4, 8, 2)
 
 
@@ -214,12 +209,11 @@ def test_the_programs_are_pyro() -> None:
 @pytest.fixture(scope="module")
 def tiny_fit() -> bk.BayesianFit:
     recipe = bk.BayesianSVI(
-        800,
+        250,
         parameters="bias",
         prior_scale=PRIOR_SCALE,
         evidence_weight=6.0,
         learning_rate=0.03,
-        num_policies=8,
         num_particles=16,
         num_predictive=24,
     )
@@ -233,10 +227,11 @@ def test_training_ends_at_the_optimum_of_the_exact_objective(tiny_fit: bk.Bayesi
     start = torch.zeros(3, dtype=torch.float64), torch.full((3,), float(np.log(PRIOR_SCALE / 10)), dtype=torch.float64)
     best = float(exact.objective(mu, log_sigma, 6.0))
     gap = best - float(exact.objective(*found, 6.0))
-    assert 0 <= gap < 0.02 < 1 < best - float(exact.objective(*start, 6.0))
-    # a gap g moves a parameter by at most sqrt(2 g) of its sigma where the objective is as curved as the Gaussian's own KL
-    np.testing.assert_allclose(tiny_fit.mu, mu, atol=0.2 * float(log_sigma.exp().max()))
-    np.testing.assert_allclose(tiny_fit.sigma, log_sigma.exp(), rtol=0.15)
+    assert 0 <= gap < 0.003 < 1 < best - float(exact.objective(*start, 6.0))
+    # at the optimum 1 / sigma^2 is the objective's curvature, so a gap g is at most sqrt(2 g) sigma in mu and sqrt(g) in sigma
+    sigma = log_sigma.exp().numpy()
+    assert (np.abs(tiny_fit.mu - mu.numpy()) < np.sqrt(2 * 0.003) * sigma).all()
+    np.testing.assert_allclose(tiny_fit.sigma, sigma, rtol=float(np.sqrt(0.003)))
     # and what has no effect keeps its prior
     assert float(log_sigma[2].exp()) == pytest.approx(PRIOR_SCALE, rel=1e-4)
     assert tiny_fit.sigma[2] == pytest.approx(PRIOR_SCALE, rel=1e-3)
@@ -363,7 +358,7 @@ def test_transformers_are_tuned_and_left_alone(parameters: str) -> None:
     state = torch.get_rng_state()
     rates = {"lora": 2e-2, "bias": 5e-2, "all": 5e-3}
     recipe = bk.BayesianSVI(
-        60, 32, 2, parameters=parameters, learning_rate=rates[parameters], prior_scale=0.3, num_predictive=4
+        30, 32, 2, parameters=parameters, learning_rate=rates[parameters], prior_scale=0.3, num_predictive=4
     )
     fit = recipe.fit(posterior, seed=0)
     assert torch.equal(torch.get_rng_state(), state)
@@ -384,9 +379,9 @@ def test_transformers_are_tuned_and_left_alone(parameters: str) -> None:
     assert set(fit.history) == {
         *("elbo", "reward", "kl", "policy_kl", "log_weight_sd", "gradient_norm", "learning_rate", "step_kl", "seconds")
     }
-    assert {len(values) for values in fit.history.values()} == {60}
+    assert {len(values) for values in fit.history.values()} == {30}
     assert fit.evidence_weight == fit.mu.size
-    assert fit.training_tokens > 60 * 2 * 32
+    assert fit.training_tokens > 30 * 2 * 32
 
 
 def test_the_same_seed_gives_the_same_policies() -> None:
@@ -404,7 +399,7 @@ def test_a_table_is_tuned_with_all_its_logits() -> None:
     base = random_posterior(51, num_tokens=2)
     posterior = bk.Posterior(full_table(base.prior, 2), base.likelihood, max_new_tokens=2)  # type: ignore[arg-type]
     truth = Truth(posterior)
-    recipe = bk.BayesianSVI(120, 16, 2, parameters="all", prior_scale=1.0, evidence_weight=50.0, num_predictive=6)
+    recipe = bk.BayesianSVI(80, 16, 2, parameters="all", prior_scale=1.0, evidence_weight=50.0, num_predictive=6)
     fit = recipe.fit(posterior, seed=0)
     assert all(isinstance(policy, bk.NgramLM) for policy in fit.policies)
     assert truth.kl(fit.guide)[0] < 0.4 * truth.kl(posterior.prior)[0]
@@ -416,7 +411,7 @@ def test_it_stands_beside_the_others(tmp_path: Path) -> None:
     posterior = small_task()
     truth = Truth(posterior)
     recipe = bk.BayesianSVI(
-        60, 16, 2, parameters="bias", learning_rate=5e-2, prior_scale=0.5, num_predictive=3, num_draws=400
+        40, 16, 2, parameters="bias", learning_rate=5e-2, prior_scale=0.5, num_predictive=3, num_draws=400
     )
     result = bk.compare(posterior, {"exact": bk.Exact(), "Bayesian SVI": recipe, "SVI": bk.SVI(3, 16)}, seed=0)
     row = result.table().loc["Bayesian SVI"]

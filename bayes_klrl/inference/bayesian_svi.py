@@ -73,6 +73,16 @@ class BayesianSVI:
         Policies that are drawn when training is over, and mixed into the predictive.
     num_draws
         N of `run`.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> fit = bk.BayesianSVI(50, parameters="all", prior_scale=1.0, evidence_weight=20.0).fit(posterior, seed=0)
+    >>> fit.guide, fit.mu.shape, bool(fit.uncertainty(200, seed=0).mutual_information[0] > 0.01)
+    (MixtureLM(16 x NgramLM), (2,), True)
     """
 
     num_steps: int

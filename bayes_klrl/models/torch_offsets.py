@@ -60,7 +60,7 @@ class OffsetFamily:
 
     def values(self, phi: Tensor) -> dict[str, Tensor]:
         """Return start + phi by name, in the parameters' own shapes and precision; differentiable."""
-        parts = phi.split([value.numel() for value in self.start.values()])
+        parts = torch.split(phi, [value.numel() for value in self.start.values()])
         return {
             name: value + part.view(value.shape).to(value)
             for (name, value), part in zip(self.start.items(), parts, strict=True)
@@ -84,7 +84,7 @@ class OffsetFamily:
         own = dict(module.named_parameters())
         for name, value in self.values(phi).items():
             own[name].data = value.clone()
-        return policy.to_ngram() if type(policy) is TableLM else policy  # type: ignore[no-any-return]
+        return policy.to_ngram() if type(policy) is TableLM else policy
 
 
 class OffsetLM:
