@@ -139,7 +139,9 @@ def test_the_gradient_is_that_of_enumeration_times_quadrature(prompts: Any) -> N
     still, moving = [2, 5], [0, 1, 3, 4]
     # the bias that moves nothing has the gradient of its KL, exactly
     np.testing.assert_allclose(runs[:, still], np.tile(exact[still], (200, 1)), atol=1e-12)
-    z = (runs.mean(axis=0) - exact)[moving] / (runs.std(axis=0, ddof=1)[moving] / np.sqrt(200))
+    spread = runs.std(axis=0, ddof=1)[moving] / np.sqrt(200)
+    assert (spread > 1e-3).all()
+    z = (runs.mean(axis=0) - exact)[moving] / spread
     assert np.abs(z).max() < 3.5
     assert t_square_p(runs[:, moving], exact[moving], 4) > 0.005
     # the test bites: a KL that counts twice, and evidence that is a third too light, are found out
@@ -171,6 +173,40 @@ def test_the_value_is_the_elbo() -> None:
     exact = -float(ExactPolicies(posterior).objective(mean_field.mu, mean_field.log_sigma, 2.5).detach())
     assert abs(losses.mean() - exact) < 3.5 * losses.std(ddof=1) / np.sqrt(80)
     assert elbo.log_weights.shape == (4, 8, 2)
+
+
+def test_steps_are_measured_in_nats_that_the_policies_move() -> None:
+    """Each policy at its own noise: 1/2 mean (log p_phi'(x) - log p_phi(x))^2, phi' = mu' + sigma' eps."""
+    posterior = tiny()
+    family, mean_field, svi = started(posterior, num_particles=6, evidence_weight=1.0)
+    model, guide = policy_programs(svi, posterior, family, mean_field)
+    elbo = PolicyELBO(2)
+    with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        elbo.loss_and_grads(model, guide)
+        noise = elbo.noise(mean_field)
+        assert elbo.guide_change(family, mean_field, noise) == pytest.approx(0.0, abs=1e-20)
+        old = [mean_field.mu + mean_field.log_sigma.exp() * eps for eps in noise]
+        with torch.no_grad():
+            mean_field.mu += torch.tensor([0.2, -0.1, 3.0])
+            mean_field.log_sigma += 0.1
+        new = [mean_field.mu + mean_field.log_sigma.exp() * eps for eps in noise]
+    exact = ExactPolicies(posterior)
+    expected = []
+    for (trace, _), before, after in zip(elbo._traces, old, new, strict=True):
+        change = (exact.log_probs(after[None, :2]) - exact.log_probs(before[None, :2])).detach()[0]
+        x = to_sequences(trace.nodes["x"]["value"], posterior.prior)
+        for p in range(2):
+            expected += [
+                change[p, exact.truth.xs.index(ids)]
+                for ids in bk.Sequences(x.tokens[p : p + 1], x.lengths[p : p + 1]).lists()
+            ]
+    found = elbo.guide_change(family, mean_field, noise)
+    assert found == pytest.approx(float(torch.stack(expected).square().mean() / 2), abs=1e-12)
+    assert found > 1e-4
+    small = bk.BayesianSVI(5, 16, 2, parameters="bias", max_step_kl=1e-6, num_predictive=2).fit(posterior, seed=0)
+    assert np.nanmax(small.history["step_kl"]) <= 1e-6
+    assert np.abs(small.mu).max() < 0.02
 
 
 def test_the_programs_are_pyro() -> None:
