@@ -21,6 +21,7 @@ from bayes_klrl.inference.svi_bayesian import MeanField, PolicyELBO, policy_prog
 from bayes_klrl.models.pyro_model import to_sequences
 from bayes_klrl.models.torch_offsets import offset_family
 from bayes_klrl.models.torch_table import TableLM
+from bayes_klrl.policies import as_policy
 from tests.truth import Truth, chi_square_p, counts, full_table, random_posterior, t_square_p
 
 PRIOR_SCALE = 0.8
@@ -110,10 +111,7 @@ def started(posterior: bk.Posterior, **options: Any) -> tuple[Any, MeanField, bk
     """A family, a Gaussian that is neither prior nor posterior, and the recipe."""
     svi = bk.BayesianSVI(1, parameters="bias", prior_scale=PRIOR_SCALE, **({"num_particles": 8} | options))
     family = offset_family(posterior.prior, "bias")
-    mean_field = MeanField(3, 0.5, family.device)
-    with torch.no_grad():
-        mean_field.mu.copy_(torch.tensor([0.4, -0.3, 0.2]))
-        mean_field.log_sigma.copy_(torch.tensor([-0.5, -1.0, -0.3]))
+    mean_field = MeanField.of([0.4, -0.3, 0.2], np.exp([-0.5, -1.0, -0.3]), family.device)
     return family, mean_field, svi
 
 
@@ -337,6 +335,21 @@ def test_the_predictive_is_the_mixture_of_drawn_policies(tiny_fit: bk.BayesianFi
     assert np.abs(z.std(axis=0) - 1).max() * np.sqrt(48) < 3.5
 
 
+def test_a_fits_programs_go_on_from_where_it_ended(tiny_fit: bk.BayesianFit) -> None:
+    model, guide = tiny_fit.programs()
+    with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), loss=PolicyELBO(4))
+        losses = np.array([svi.step() for _ in range(40)])
+        found = Predictive(model, guide=guide, num_samples=150)()["phi"].squeeze().numpy()
+    exact = ExactPolicies(tiny_fit.posterior)
+    best = -float(exact.objective(*exact.best(6.0), 6.0))
+    assert abs(losses.mean() - best) < 3.5 * losses.std(ddof=1) / np.sqrt(40) + 0.02
+    z = (found - tiny_fit.mu) / tiny_fit.sigma
+    assert np.abs(z.mean(axis=0)).max() * np.sqrt(150) < 3.5
+    assert np.abs(z.std(axis=0) - 1).max() * np.sqrt(300) < 3.5
+
+
 def test_uncertainty_is_what_enumeration_says(tiny_fit: bk.BayesianFit) -> None:
     truth = Truth(tiny_fit.posterior)
     found = tiny_fit.uncertainty(3000, seed=1)
@@ -493,6 +506,10 @@ def test_saved_policies_are_read_again(parameters: str, tmp_path: Path) -> None:
     assert again.policy_kl == fit.policy_kl
     if parameters != "peft":
         assert again.recipe == fit.recipe
+    by_folder = as_policy(tmp_path / "fit", posterior)
+    np.testing.assert_array_equal(
+        by_folder.token_log_probs(posterior.prompt_ids, x), fit.guide.token_log_probs(posterior.prompt_ids, x)
+    )
     other = (
         random_posterior(1, vocab_size=5, eos=(4,))
         if parameters == "all"

@@ -354,6 +354,39 @@ def test_the_models_own_parameters_are_learned_too() -> None:
     assert float(strength.grad) == pytest.approx(-2 * 1.75, abs=0.1)  # E[length] is 1/2 + 2/4 + 3/4
 
 
+def test_a_transformer_in_a_joint_program_trains() -> None:
+    """An uncertain price of length on top of a reward; both losses say the same of one program, before and after."""
+    from bayes_klrl import problems
+
+    posterior = problems.random_gpt2_task(4, vocab_size=4, max_new_tokens=2, hidden=16, layers=1, target_kl=0.5)
+    guide_lm = posterior.prior.copy()  # type: ignore[attr-defined]
+    inner, inner_guide = pyro_model(posterior), pyro_guide(posterior, guide_lm)
+    p = SequenceDistribution(posterior.prior, posterior.prompt_ids, 2)
+
+    def model() -> None:
+        price = pyro.sample("price", dist.Normal(0.0, 1.0))
+        x = inner()
+        with pyro.plate("priced", 1, dim=-1):
+            pyro.factor("length", -price * p.features(lambda tokens, lengths: lengths, x))
+
+    def guide() -> None:
+        inner_guide()
+        pyro.sample("price", dist.Normal(pyro.param("loc", torch.tensor(0.0)), pyro.param("sd", torch.tensor(1.0))))
+
+    loss = LeaveOneOutELBO(64)
+    graph = TraceGraph_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1)
+    svi = pyro.infer.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=loss)
+    values = []
+    for _ in range(2):
+        ours, theirs = (np.array([each.loss(model, guide) for _ in range(25)]) for each in (loss, graph))
+        assert abs(ours.mean() - theirs.mean()) < 4 * np.hypot(ours.std(), theirs.std()) / 5
+        values.append(ours.mean())
+        for _ in range(40):
+            svi.step()
+    assert values[1] < values[0] - 0.2
+    assert float(pyro.param("loc").detach()) < -0.2  # completions are long, and a negative price is easy to please
+
+
 # --- refusals -----------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ Gaussian was trained with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,9 +38,10 @@ from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.typing import FloatArray, LanguageModel
 
-__all__ = ["PARAMETERS", "BayesianFit", "BayesianSVI"]
+__all__ = ["FIT_FILE", "PARAMETERS", "BayesianFit", "BayesianSVI"]
 
 PARAMETERS = ("lora", "bias", "all")
+FIT_FILE = "bayesian_fit.json"
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,16 @@ class BayesianFit(Fit):
         """Return what the predictive's policies disagree about, from `num_draws` completions of each."""
         return policy_uncertainty(self.posterior, self.policies, num_draws, seed=seed, progress=progress)
 
+    def programs(self) -> tuple[Callable[[], None], Callable[[], None]]:
+        """Return model and guide as Pyro programs, sites "phi" (D,) and "x" (num_particles, P, T), trained further by any SVI.
+
+        Their loss is `bayes_klrl.inference.svi_bayesian.PolicyELBO`; `TraceGraph_ELBO` and `Predictive` work too.
+        """
+        from bayes_klrl.inference.svi_bayesian import MeanField, policy_programs
+
+        mean_field = MeanField.of(self.mu, self.sigma, self.family.device)
+        return policy_programs(self.recipe, self.posterior, self.family, mean_field)
+
     def save(self, folder: str | Path) -> Path:
         """Write mu, sigma, where they are offsets from, the recipe and the history; return the folder.
 
@@ -196,6 +208,11 @@ class BayesianFit(Fit):
         from bayes_klrl.inference.svi_bayesian_files import save_fit
 
         return save_fit(self, Path(folder))
+
+    @staticmethod
+    def is_saved_in(folder: str | Path) -> bool:
+        """Return whether `save` wrote this folder."""
+        return (Path(folder) / FIT_FILE).is_file()
 
     @classmethod
     def load(cls, folder: str | Path, posterior: Posterior) -> BayesianFit:

@@ -190,9 +190,12 @@ def check_bounded(name: str, log_prob: Tensor, x: Any) -> None:
     n, p = (first[0], first[1] if len(first) > 1 else 0)
     if torch.isneginf(log_prob[tuple(first)]):
         said = {"likelihood": "likelihood", "x": "prior probability"}.get(name, f"probability at the site {name!r}")
+        cure = "Relax the constraint: a reward of alpha * log(eps) instead of -inf (say eps = 1e-3), or use bk.SMC."
+        if name == SEQUENCE_SITE:
+            cure = "Start the guide as a copy of the prior, which never draws what the prior cannot."
         raise UnboundedLossError(
             f"The guide drew the completion {completion_of(x, n, p)}, whose {said} is 0, so its ELBO is -inf and has no "
-            "gradient. Relax the constraint: a reward of alpha * log(eps) instead of -inf (say eps = 1e-3), or use bk.SMC."
+            f"gradient. {cure}"
         )
     raise BayesKLRLError(
         f"The log-prob of site {name!r} is {float(log_prob[tuple(first)])} for the completion {completion_of(x, n, p)}; a "

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from numpy.typing import ArrayLike
 from pyro import poutine
 from pyro.distributions import Normal
 from pyro.infer import ELBO
@@ -50,10 +51,14 @@ _PREDICTIVE_STREAM = 1
 class MeanField(nn.Module):
     """q(phi) = Normal(mu, sigma^2), independent over D numbers."""
 
-    def __init__(self, size: int, scale: float, device: torch.device) -> None:
+    def __init__(self, mu: Tensor, sigma: Tensor) -> None:
         super().__init__()
-        self.mu = nn.Parameter(torch.zeros(size, dtype=torch.float64, device=device))
-        self.log_sigma = nn.Parameter(torch.full((size,), float(np.log(scale)), dtype=torch.float64, device=device))
+        self.mu, self.log_sigma = nn.Parameter(mu.clone()), nn.Parameter(sigma.log())
+
+    @classmethod
+    def of(cls, mu: ArrayLike, sigma: ArrayLike, device: torch.device) -> MeanField:
+        """Return the Gaussian of these means and standard deviations, shape (D,), float64."""
+        return cls(*(torch.tensor(np.array(value), dtype=torch.float64, device=device) for value in (mu, sigma)))
 
     def distribution(self) -> Any:
         """Return q(phi)."""
@@ -191,7 +196,8 @@ def fit_policies(svi: BayesianSVI, posterior: Posterior, *, seed: int, progress:
     with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope(), on_model_device(posterior.prior):
         torch.manual_seed(seed)
         family = offset_family(posterior.prior, svi.parameters)
-        mean_field = MeanField(family.size, svi.initial_scale or svi.prior_scale / 10, family.device)
+        start_scale = svi.initial_scale or svi.prior_scale / 10
+        mean_field = MeanField.of(np.zeros(family.size), np.full(family.size, start_scale), family.device)
 
         def fit_so_far() -> BayesianFit:
             mu, sigma = (value.detach().cpu().numpy().copy() for value in (mean_field.mu, mean_field.log_sigma.exp()))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import CheckpointError
-from bayes_klrl.inference.bayesian_svi import BayesianFit, BayesianSVI
+from bayes_klrl.inference.bayesian_svi import FIT_FILE, BayesianFit, BayesianSVI
 from bayes_klrl.inference.svi_bayesian import predictive
 from bayes_klrl.models.torch_adapters import import_peft
 from bayes_klrl.models.torch_offsets import restored_family
@@ -24,7 +24,7 @@ __all__ = ["load_fit", "save_fit"]
 
 _FORMAT = "bayes_klrl.BayesianFit/1"
 _START = "start."
-_FIT, _ARRAYS, _ADAPTER = "bayesian_fit.json", "policies.safetensors", "adapter"
+_ARRAYS, _ADAPTER = "policies.safetensors", "adapter"
 
 
 def save_fit(fit: BayesianFit, folder: Path) -> Path:
@@ -45,14 +45,14 @@ def save_fit(fit: BayesianFit, folder: Path) -> Path:
     arrays = {_START + name: value.detach().cpu().contiguous() for name, value in fit.family.start.items()}
     arrays |= {"mu": torch.as_tensor(fit.mu), "sigma": torch.as_tensor(fit.sigma)}
     save_file(arrays, folder / _ARRAYS)
-    (folder / _FIT).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    (folder / FIT_FILE).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     return folder
 
 
 def load_fit(folder: Path, posterior: Posterior) -> BayesianFit:
     """See `BayesianFit.load`."""
     try:
-        said: dict[str, Any] = json.loads((folder / _FIT).read_text(encoding="utf-8"))
+        said: dict[str, Any] = json.loads((folder / FIT_FILE).read_text(encoding="utf-8"))
         if said["format"] != _FORMAT:
             raise CheckpointError(f"{folder} is of format {said['format']!r}, not {_FORMAT!r}.")
         arrays = load_file(folder / _ARRAYS)

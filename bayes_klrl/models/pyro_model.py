@@ -142,7 +142,8 @@ class SequenceDistribution(TorchDistribution):
         ----------
         fn
             `fn(tokens (M, T), lengths (M,))` on NumPy arrays, which returns M numbers or M rows of K; positions past a
-            length hold the EOS id (0 if there is none), as for `TokenReward`.
+            length hold the EOS id (0 if there is none), as for `TokenReward`. Text is
+            `lm.decode([x[:n] for x, n in zip(tokens, lengths)])`.
         value
             The completions.
 
@@ -189,6 +190,9 @@ def to_sequences(tokens: Tensor, lm: LanguageModel) -> Sequences:
 
 def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Callable[[], Tensor]:
     """Return the posterior as a Pyro program without arguments that returns the completions (..., P, T).
+
+    It may be part of a larger one: call it in your own model, `x = posterior.pyro_model()()`, beside other latents, and add
+    what joins them by `pyro.factor`, with `SequenceDistribution.features` of x; the guide likewise calls `pyro_guide`'s.
 
     Parameters
     ----------
