@@ -106,7 +106,9 @@ class Decoding:
         self.finished = np.zeros(num_rows, dtype=bool)
         self.log_probs: FloatArray = np.zeros((len(models), num_rows))
         self._states: list[State] = [model.prefill(prompt_ids) for model in self._distinct]
-        self.model_tokens = len(self._distinct) * sum(len(ids) for ids in prompt_ids)
+        # a mixture runs several
+        self._num_models = sum(getattr(model, "num_models", 1) for model in self._distinct)
+        self.model_tokens = self._num_models * sum(len(ids) for ids in prompt_ids)
         # row i goes on from row _state_row[i] of the models' states; they lack the newest token
         self._state_row: IntArray = self.prompt_index.copy()
         self._num_state_rows = num_prompts
@@ -185,7 +187,7 @@ class Decoding:
                 fed = tokens
                 states = [model.select(state, parents) for model, state in zip(self._distinct, states, strict=True)]
         self._states = [model.append(state, fed) for model, state in zip(self._distinct, states, strict=True)]
-        self.model_tokens += len(self._distinct) * self._num_state_rows
+        self.model_tokens += self._num_models * self._num_state_rows
 
     def lockstep(self) -> Lockstep | None:
         """Return how the models draw independent completions in one go, None if they cannot."""
