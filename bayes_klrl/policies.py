@@ -33,10 +33,10 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
     ----------
     policy
         A language model, a `Fit` (of a `BayesianFit` the predictive), or a folder: what a `BayesianFit` saved, a Hugging Face
-        model, a PEFT adapter, or what a trainer of TRL's wrote,
-        whose last `checkpoint-N` is taken where the model itself was not saved. A folder is loaded at the prior's
-        temperature, with the prior's EOS ids and on its device: all three belong to the question, not to the answer. An
-        adapter that names no base model, as of a model that was trained from memory, is put on the prior.
+        model, a PEFT adapter, or what a trainer of TRL's wrote, whose last `checkpoint-N` is taken where the model itself was
+        not saved. A folder is loaded at the prior's temperature, with the prior's EOS ids and on its device: all three belong
+        to the question, not to the answer. An adapter that names no base model, as of a model that was trained from memory,
+        is put on the prior.
     posterior
         Whose prior it must share the vocabulary with.
 

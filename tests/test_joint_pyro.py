@@ -49,6 +49,7 @@ class Problem(nn.Module):
     def __init__(self, order: str, num_prompts: int = 1, *, num_tokens: int = 2, subsample: int | None = None) -> None:
         super().__init__()
         self.order, self.num_prompts, self.subsample = order, num_prompts, subsample
+        self.num_preferences = 4
         self.num_tokens = 1 if order == "theta, then x" else num_tokens
         rng = np.random.default_rng(7)
         logits = rng.standard_normal((3, 3))
@@ -74,8 +75,9 @@ class Problem(nn.Module):
     def model(self) -> None:
         theta = None if self.order == "z of each prompt" else self._standard("theta")
         if theta is not None:
-            with pyro.plate("preferences", len(PREFERENCES), dim=-1):
-                pyro.sample("won", dist.Bernoulli(logits=theta * PREFERENCES), obs=torch.ones(4, dtype=torch.float64))
+            with pyro.plate("preferences", 4, subsample_size=self.num_preferences, dim=-1) as some:
+                won = torch.ones(self.num_preferences, dtype=torch.float64)
+                pyro.sample("won", dist.Bernoulli(logits=theta * PREFERENCES[some]), obs=won)
         with self._plate() as chosen:
             prior = self._sequences(self.prior, chosen, frozen=True)
             x = pyro.sample("x", prior)
@@ -205,6 +207,16 @@ def test_subsampled_prompts_are_scaled_up(order: str) -> None:
         assert np.isfinite(problem.gradients(LeaveOneOutELBO(8), 2)).all()
         return
     assert agrees(problem.gradients(LeaveOneOutELBO(64), 120), Problem(order, 2).exact_gradient())
+
+
+def test_subsampled_data_are_scaled_up() -> None:
+    problem = Problem("x, then theta")
+    exact = problem.exact_gradient()
+    problem.num_preferences = 2
+    runs = problem.gradients(LeaveOneOutELBO(32), 150)
+    assert agrees(runs, exact)
+    problem.num_preferences = 4
+    assert problem.gradients(LeaveOneOutELBO(32), 40).var(axis=0).sum() < runs.var(axis=0).sum()  # they are there
 
 
 @pytest.mark.parametrize("order", ["independent", "x, then theta", "theta, then x"])
