@@ -25,7 +25,7 @@ import bayes_klrl as bk
 from bayes_klrl.models import jax_rows
 from bayes_klrl.models.jax_checkpoint import named_tensors
 from bayes_klrl.models.jax_config import architecture_of
-from bayes_klrl.models.jax_forward import ACTIVATIONS
+from bayes_klrl.models.jax_forward import ACTIVATIONS, empty_cache, hidden_states, logits
 from bayes_klrl.models.jax_lm import JaxLM
 from bayes_klrl.sequences import Sequences
 from tests.test_torch_lm import all_completions, random_completions, reference_scores
@@ -167,6 +167,46 @@ def test_gradients_equal_torchs(name: str) -> None:
     floor = 1e-3 * max(np.linalg.norm(gradient) for gradient in theirs.values())  # key biases: 0 but for rounding
     for key, gradient in theirs.items():
         assert np.linalg.norm(ours[key] - gradient) <= 1e-5 * max(np.linalg.norm(gradient), floor), key
+
+
+LARGER: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=500, n_embd=256, n_layer=12, n_head=8)),
+    "llama": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=500,
+            hidden_size=256,
+            intermediate_size=700,
+            num_hidden_layers=12,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        )
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGER)
+def test_logits_of_twelve_layers_are_as_exact_as_torchs(name: str) -> None:
+    """No further from torch's float32 than three times as far as that is from float64; full and cached."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LARGER[name]().eval()
+        for parameter in model.parameters():  # weights larger than the first ones are, so that errors are, too
+            parameter.data.mul_(2.0 if parameter.ndim > 1 else 1.0)
+    lm = jax_lm_of(model, eos_token_id=())
+    tokens = np.random.default_rng(0).integers(500, size=(4, 48))
+    with torch.no_grad():
+        single, double = (m(torch.from_numpy(tokens)).logits for m in (model, copy.deepcopy(model).double()))
+    error = float((single.double() - double).abs().max())
+    allowed = max(3 * error, 1e-5)
+    empty, none = empty_cache(lm._architecture, 4), np.zeros(4, dtype=np.int32)
+    hidden, _ = hidden_states(lm._architecture, lm.parameters, jnp.asarray(tokens), none, empty, 0)
+    assert close(logits(lm._architecture, lm.parameters, hidden), single, allowed)
+    state = lm.prefill(tokens[:, :40].tolist())
+    for step in range(40, 48):
+        assert close(logits(lm._architecture, lm.parameters, state.features)[:4], single[:, step - 1], allowed)
+        state = lm.append(state, tokens[:, step])
+    assert float(single.abs().max()) > 2
 
 
 @pytest.mark.parametrize(
@@ -507,6 +547,16 @@ def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
     lm.save_pretrained(tmp_path)  # over the shards
     again = JaxLM.from_pretrained(tmp_path)
     assert jax.tree.all(jax.tree.map(np.array_equal, again.parameters, lm.parameters))
+
+
+def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+    tiny_llama(vocab_size=50).save_pretrained(tmp_path, max_shard_size="5KB")
+    sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(bk.CheckpointError, match=r"model-00002.*cannot be read"):
+        JaxLM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(bk.CheckpointError, match=r"index\.json.*must hold an object; got \[\]"):
+        JaxLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
