@@ -190,6 +190,20 @@ def test_everything_may_be_traced() -> None:
     assert not np.array_equal(tokens, lm.sample_tokens(padded, uniforms)[0][index])
 
 
+def test_float64_mode_changes_nothing() -> None:
+    lm, uniforms = small(), uniforms_of(3, 7, 5)
+    padded = lm.pad_prompts(PROMPTS, 5)
+    tokens, log_probs = lm.sample_tokens(padded, uniforms)
+    with jax.enable_x64(True):
+        again, its_log_probs = lm.sample_tokens(lm.pad_prompts(PROMPTS, 5), uniforms)
+        assert (again.dtype, its_log_probs.dtype) == (jnp.int32, jnp.float32)
+        assert lm.score_tokens(padded, np.asarray(tokens, dtype=np.int64)).dtype == jnp.float32
+        drawn = decode((lm,), PROMPTS, 7, 5, np.random.default_rng(0))
+    assert np.array_equal(again, tokens)
+    assert close(its_log_probs, log_probs)
+    assert np.array_equal(drawn.tokens, decode((lm,), PROMPTS, 7, 5, np.random.default_rng(0)).tokens)
+
+
 def test_sampling_is_batched_by_vmap() -> None:
     lm = small()
     padded, uniforms = lm.pad_prompts(PROMPTS, 4), uniforms_of(2, 3, 5, 4)
