@@ -19,6 +19,7 @@ from numpyro.infer import SVI, Predictive, TraceGraph_ELBO
 from numpyro.infer.util import log_density
 
 import bayes_klrl as bk
+from bayes_klrl.inference.svi_numpyro_elbo import LeaveOneOutELBO
 from bayes_klrl.models.numpyro_model import SequenceDistribution, numpyro_guide, numpyro_model
 from tests.jax_table import JaxTable
 from tests.truth import Truth, chi_square_p, counts, full_table, random_posterior, t_square_p
@@ -345,6 +346,18 @@ def test_a_subsample_of_prompts_is_scaled_up() -> None:
     losses = np.array([float(loss(key)) for key in keys])
     exact = float((truth.kl(guide.to_ngram()) - truth.log_evidence).sum())
     assert abs(losses.mean() - exact) < 3 * losses.std() / np.sqrt(len(keys))
+
+
+def test_stock_trace_graph_elbo_scales_a_subsample_twice() -> None:
+    """As its documentation says on our side: if this fails NumPyro has mended it, and the sentence can go."""
+    posterior = token_posterior(prompts=((0,), (1,), (1, 0)))
+    guide = guide_of(posterior)
+    exact = exact_gradient(posterior, guide)
+    programs = numpyro_model(posterior, 1), numpyro_guide(posterior, guide, 1)
+    runs = sampled(*programs, guide, TraceGraph_ELBO(16), 200)
+    assert t_square_p(runs, exact) < 1e-6
+    assert t_square_p(runs / 3, exact) > 0.005
+    assert t_square_p(sampled(*programs, guide, LeaveOneOutELBO(16), 200), exact) > 0.005
 
 
 # --- any prior ------------------------------------------------------------------------------------------------
