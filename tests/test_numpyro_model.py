@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -381,7 +382,7 @@ def test_a_users_own_model_and_a_torch_model_are_priors_too() -> None:
             assert float(joint(found["x"][n], posterior.numpyro_model())) == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_missing_numpyro_is_named_with_its_cure(tmp_cwd: Any) -> None:
+def test_a_missing_numpyro_is_named_with_its_cure() -> None:
     code = """
 import sys, numpy as np, bayes_klrl as bk
 sys.modules["numpyro"] = None
@@ -393,5 +394,6 @@ for build in (posterior.numpyro_model, lambda: posterior.numpyro_guide(prior)):
     except ImportError as error:
         print(error)
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[1]
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert run.stdout.count("needs the numpyro package: pip install 'bayes_klrl[jax]'") == 2
