@@ -33,7 +33,9 @@ from bayes_klrl.problems import joint_truth
 WORDS = ["please", "wait", "now", "<end>"]
 NUM_TOKENS, ALPHA = 3, 1.2
 START = (3,)  # a sentence begins after the end of another
-NEXT_WORD = np.array([[0.10, 0.40, 0.20, 0.30], [0.20, 0.10, 0.40, 0.30], [0.15, 0.15, 0.10, 0.60], [0.25, 0.35, 0.30, 0.10]])
+NEXT_WORD = np.array(
+    [[0.10, 0.40, 0.20, 0.30], [0.20, 0.10, 0.40, 0.30], [0.15, 0.15, 0.10, 0.60], [0.25, 0.35, 0.30, 0.10]]
+)
 PREFERENCES = np.array([[1, 0], [1, -1], [0, -1], [1, 0], [-1, -1], [0, -1]])  # f(winner) - f(loser)
 
 
@@ -47,7 +49,11 @@ def language_model(hidden: int = 16, inner: int = 64, seed: int = 0) -> bk.JaxLM
     config = {"model_type": "llama", "vocab_size": 4, "hidden_size": hidden, "intermediate_size": inner}
     config |= {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 8}
     shapes = dict.fromkeys([f"self_attn.{name}_proj" for name in "qkvo"], (1, hidden, hidden))
-    shapes |= {"mlp.gate_proj": (1, inner, hidden), "mlp.up_proj": (1, inner, hidden), "mlp.down_proj": (1, hidden, inner)}
+    shapes |= {
+        "mlp.gate_proj": (1, inner, hidden),
+        "mlp.up_proj": (1, inner, hidden),
+        "mlp.down_proj": (1, hidden, inner),
+    }
     layers = {f"{name}.weight": rng.normal(0.0, hidden**-0.5, shape) for name, shape in shapes.items()}
     layers["self_attn.o_proj.weight"] *= 0.0
     layers["mlp.down_proj.weight"] *= 0.0
@@ -96,12 +102,12 @@ def programs(preferences: np.ndarray):
 
 
 def fit(preferences: np.ndarray, num_steps: int = 1000, seed: int = 0):
-    """Return the model, the guide, and its trained parameters."""
+    """Return the guide and its trained parameters."""
     model, guide = programs(preferences)
     optimiser = optax.chain(optax.clip_by_global_norm(10.0), optax.adam(optax.exponential_decay(0.02, num_steps, 0.01)))
     svi = SVI(model, guide, optimiser, LeaveOneOutELBO(64))
     result = svi.run(jax.random.key(seed), num_steps, progress_bar=False)
-    return model, guide, result.params
+    return guide, result.params
 
 
 def summary(theta: np.ndarray, f: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -110,17 +116,19 @@ def summary(theta: np.ndarray, f: np.ndarray, weights: np.ndarray) -> np.ndarray
     return np.concatenate([mean, np.sqrt(weights @ (theta - mean) ** 2), weights @ f])
 
 
-def drawn(model, guide, params, num_draws: int = 20_000, seed: int = 1) -> np.ndarray:
+def drawn(guide, params, num_draws: int = 20_000, seed: int = 1) -> np.ndarray:
     """Return the summary of the guide's draws."""
     predictive = Predictive(guide, params=params, num_samples=num_draws, parallel=True)
-    draws = predictive(jax.random.key(seed))
+    draws = jax.jit(predictive)(jax.random.key(seed))
     x = np.asarray(draws["x"])[:, 0]
     return summary(np.asarray(draws["theta"]), np.asarray(features(x, None)), np.full(num_draws, 1 / num_draws))
 
 
 def exact(preferences: np.ndarray) -> np.ndarray:
     """Return the summary of the posterior, by enumeration and quadrature."""
-    truth = joint_truth(PRIOR, features, alpha=ALPHA, max_new_tokens=NUM_TOKENS, preferences=preferences, prompt_ids=START)
+    truth = joint_truth(
+        PRIOR, features, alpha=ALPHA, max_new_tokens=NUM_TOKENS, preferences=preferences, prompt_ids=START
+    )
     return summary(truth.theta, truth.features, truth.weights)
 
 
