@@ -168,9 +168,10 @@ class _RandomReward:
         return cls(0.5 * rng.standard_normal(vocab_size), (first, second), bonus, slope)
 
     def __call__(self, tokens: IntArray, lengths: IntArray) -> FloatArray:
-        """Return the reward of completions, shape (N,)."""
+        """Return the reward of completions, shape (N,); of NumPy arrays or of JAX's, traced ones as well."""
         counted = np.arange(tokens.shape[1]) < lengths[:, None]
-        weights = (self.token_weights[tokens] * counted).sum(axis=1)
+        looked_up = sum(weight * (tokens == token) for token, weight in enumerate(self.token_weights.tolist()))
+        weights = (looked_up * counted).sum(axis=1)
         is_pair = (tokens[:, :-1] == self.pair[0]) & (tokens[:, 1:] == self.pair[1])  # never in the EOS padding
         bonus = self.pair_bonus * is_pair.any(axis=1)
         reward: FloatArray = self.scale * (weights + bonus + self.length_slope * lengths)

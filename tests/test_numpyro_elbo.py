@@ -118,8 +118,7 @@ def test_gradients_are_unbiased_with_no_eos_and_with_two(estimator: Any, eos: tu
     check_unbiased(runs, exact_gradient(posterior, guide), num_directions=5)
 
 
-@pytest.mark.parametrize("mapped", [False, True], ids=["in a plate", "mapped"])
-@pytest.mark.parametrize("prompts_per_step", [None, 1, 2])
+@pytest.mark.parametrize("prompts_per_step, mapped", [(None, False), (1, False), (2, True)])
 def test_several_prompts_and_subsamples_of_them(estimator: Any, prompts_per_step: int | None, mapped: bool) -> None:
     """The loss is the sum over prompts; a subsample is scaled up, once, and unbiased for it (TraceGraph_ELBO is not)."""
     shifted = lambda tokens, lengths, prompt_index: pairs(tokens, lengths) + 0.8 * prompt_index  # noqa: E731
@@ -162,10 +161,11 @@ def test_leave_one_out_is_minus_the_gradient_of_half_the_variance_of_log_weights
     key, params = jax.random.key(3), {"language_model": guide.parameters}
     from bayes_klrl.inference.svi_numpyro_elbo import STEP
 
-    found = LeaveOneOutELBO(6).loss_with_mutable_state(key, {**params, STEP: None}, model, program)
+    loss = LeaveOneOutELBO(6)
+    found = jax.jit(lambda params: loss.loss_with_mutable_state(key, {**params, STEP: None}, model, program))(params)
     step = found["mutable_state"][STEP]
     assert step["tokens"].shape == (6, 2, 3)
-    ours = flat(jax.grad(lambda params: LeaveOneOutELBO(6).loss(key, params, model, program))(params))
+    ours = flat(jax.jit(jax.grad(lambda params: loss.loss(key, params, model, program)))(params))
     tokens = np.asarray(step["tokens"]).swapaxes(0, 1)
     joint = log_q_of(posterior.prior, posterior, tokens) + step["log_likelihood"].T
 
@@ -173,7 +173,7 @@ def test_leave_one_out_is_minus_the_gradient_of_half_the_variance_of_log_weights
         log_w = joint - log_q_of(guide.with_parameters(parameters), posterior, tokens)
         return 0.5 * log_w.var(axis=1, ddof=1).sum()
 
-    np.testing.assert_allclose(ours, flat(jax.grad(half_variance)(guide.parameters)), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(ours, flat(jax.jit(jax.grad(half_variance))(guide.parameters)), rtol=0, atol=2e-6)
     assert np.abs(ours).max() > 0.01
     log_w = joint - log_q_of(guide, posterior, tokens)
     np.testing.assert_allclose(step["log_weights"].T, log_w, atol=1e-5)
@@ -203,6 +203,7 @@ def test_a_users_own_svi_reaches_the_posterior(estimator: Any) -> None:
     assert np.mean(result.losses[-20:]) == pytest.approx(-truth.log_evidence.sum(), abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_small_transformer(estimator: Any) -> None:
     """A JaxLM of 40 completions; exact gradients by autodiff through its log-probs of all of them."""
     from tests.test_jax_lm import jax_lm_of
@@ -307,13 +308,14 @@ JOINTS: dict[str, Callable[[], Joint]] = {
 def test_joint_models_have_unbiased_gradients(name: str, estimator: Any) -> None:
     joint = JOINTS[name]()
     exact = flat(jax.jit(jax.grad(joint.minus_elbo))(joint.params))
-    runs = sampled(estimator(16), joint.model, joint.guide, joint.params, 250)
+    runs = sampled(estimator(16), joint.model, joint.guide, joint.params, 600)
     check_unbiased(runs, exact)
     value = jax.jit(lambda key: estimator(16).loss(key, joint.params, joint.model, joint.guide))
     losses = np.array([float(value(key)) for key in jax.random.split(jax.random.key(0), 100)])
     assert abs(losses.mean() - float(joint.minus_elbo(joint.params))) < 3.5 * losses.std() / 10
 
 
+@pytest.mark.slow
 def test_a_joint_posterior_is_found_by_svi() -> None:
     """E[theta | everything] and the marginal of x, against enumeration x quadrature: q(theta) q(x | theta) can hold both."""
     joint = Joint(tilt=True)

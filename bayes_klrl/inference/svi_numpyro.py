@@ -88,12 +88,12 @@ class _Training:
     def steps(self) -> Iterator[dict[str, float]]:
         """Take one gradient step an item; each item says what the step saw, in nats."""
         update, change = jax.jit(self.svi.update), jax.jit(self._change)
-        for learning_rate in self.learning_rates:
+        for number, learning_rate in enumerate(self.learning_rates.tolist()):
             with host_errors(self.posterior):
                 state, _ = update(self.state)
                 said = jax.device_get(state.mutable_state[STEP])
             completions = Completions(self.posterior, said)
-            completions.check(against_host=learning_rate is self.learning_rates[0])
+            completions.check(against_host=number == 0)
             if self.limit.is_due():
                 share = self.limit.share(float(change(state)))
                 state = state if share == 1 else _shortened(self.state, state, share)
@@ -101,7 +101,7 @@ class _Training:
             yield {
                 **completions.history,
                 "gradient_norm": float(_optax_state(state)[0]),
-                "learning_rate": float(learning_rate),
+                "learning_rate": learning_rate,
                 "step_kl": self.limit.last_kl,
                 "tokens": completions.model_tokens,
             }
@@ -122,7 +122,7 @@ def optimiser(learning_rates: FloatArray) -> Any:
     """Return Adam with these learning rates, one a step, on gradients of bounded norm; its first state is the norm."""
     rates = jnp.asarray(learning_rates, dtype=jnp.float32)
     noted = optax.GradientTransformation(
-        lambda params: jnp.zeros(()), lambda updates, state, params=None: (updates, optax.global_norm(updates))
+        lambda params: jnp.zeros(()), lambda updates, state, params=None: (updates, optax.tree.norm(updates))
     )
     return optax.chain(
         noted,

@@ -30,6 +30,7 @@ from numpyro.infer import ELBO
 from numpyro.primitives import Messenger
 
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.jax_rewards import float_type
 from bayes_klrl.models.numpyro_distribution import SequenceDistribution
 from bayes_klrl.models.numpyro_model import NumpyroGuide, NumpyroModel
 from bayes_klrl.typing import Array
@@ -276,7 +277,7 @@ def _completions(model_trace: Any, guide_trace: Any) -> dict[str, Array]:
         "prompt_index": model_trace["prompts"]["value"],
         "log_likelihood": _unscaled(likelihood),
         "log_guide": _unscaled(x),
-        "scale": jnp.asarray(1.0 if x["scale"] is None else x["scale"]),
+        "scale": jnp.asarray(1.0 if x["scale"] is None else x["scale"], dtype=float_type()),
     }
 
 

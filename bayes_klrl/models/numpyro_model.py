@@ -103,7 +103,8 @@ def numpyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> 
     posterior
         What is conditioned, on any prior.
     prompts_per_step
-        Subsample as many of the P prompts in every execution; None: all of them.
+        Subsample as many of the P prompts in every execution; None: all of them. NumPyro's `TraceGraph_ELBO` then makes
+        gradients P / prompts_per_step times too long; `bayes_klrl.inference.svi_numpyro_elbo.LeaveOneOutELBO` does not.
 
     Raises
     ------
