@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from bayes_klrl.errors import TextRewardError as TextRewardError
     from bayes_klrl.errors import UnboundedLossError as UnboundedLossError
     from bayes_klrl.inference.annealing import AnnealedSMC as AnnealedSMC
+    from bayes_klrl.inference.bayesian_svi import BayesianFit as BayesianFit
+    from bayes_klrl.inference.bayesian_svi import BayesianSVI as BayesianSVI
     from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
     from bayes_klrl.inference.conditional_smc import ConditionalSMC as ConditionalSMC
     from bayes_klrl.inference.distilled_twist import DistilledTwist as DistilledTwist
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from bayes_klrl.models.automaton_reward import AutomatonReward as AutomatonReward
     from bayes_klrl.models.hmm_lm import HmmLM as HmmLM
     from bayes_klrl.models.jax_lm import JaxLM as JaxLM
+    from bayes_klrl.models.mixture_lm import MixtureLM as MixtureLM
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
     from bayes_klrl.models.torch_losses import LossInputs as LossInputs
@@ -79,6 +82,8 @@ _HOME = {
     "AutomatonConstraint": "bayes_klrl.models.automaton_reward",
     "AutomatonReward": "bayes_klrl.models.automaton_reward",
     "BayesKLRLError": "bayes_klrl.errors",
+    "BayesianFit": "bayes_klrl.inference.bayesian_svi",
+    "BayesianSVI": "bayes_klrl.inference.bayesian_svi",
     "BestOfN": "bayes_klrl.inference.best_of_n",
     "BudgetError": "bayes_klrl.errors",
     "Certificate": "bayes_klrl.certificate",
@@ -99,6 +104,7 @@ _HOME = {
     "LearnedTwist": "bayes_klrl.inference.learned_twist",
     "Likelihood": "bayes_klrl.likelihood",
     "LossInputs": "bayes_klrl.models.torch_losses",
+    "MixtureLM": "bayes_klrl.models.mixture_lm",
     "MomentConstraint": "bayes_klrl.moment_constraints",
     "NgramLM": "bayes_klrl.models.ngram_lm",
     "PartialRewardTwist": "bayes_klrl.models.twist",
@@ -138,6 +144,8 @@ __all__ = [
     "AutomatonConstraint",
     "AutomatonReward",
     "BayesKLRLError",
+    "BayesianFit",
+    "BayesianSVI",
     "BestOfN",
     "BudgetError",
     "Certificate",
@@ -158,6 +166,7 @@ __all__ = [
     "LearnedTwist",
     "Likelihood",
     "LossInputs",
+    "MixtureLM",
     "MomentConstraint",
     "NgramLM",
     "PartialRewardTwist",

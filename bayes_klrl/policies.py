@@ -12,8 +12,10 @@ import numpy as np
 
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.inference.bayesian_svi import BayesianFit
 from bayes_klrl.inference.drawing import draw
-from bayes_klrl.inference.svi import SVI, Fit
+from bayes_klrl.inference.proposals import GuideRecipe
+from bayes_klrl.inference.svi import Fit
 from bayes_klrl.models.ngram_lm import NgramLM
 from bayes_klrl.posterior import Posterior, check_context, check_language_model
 from bayes_klrl.typing import LanguageModel
@@ -31,10 +33,11 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
     Parameters
     ----------
     policy
-        A language model, an SVI `Fit`, or a folder: a Hugging Face model, a PEFT adapter, or what a trainer of TRL's wrote,
-        whose last `checkpoint-N` is taken where the model itself was not saved. A folder is loaded at the prior's
-        temperature, with the prior's EOS ids and on its device: all three belong to the question, not to the answer. An
-        adapter that names no base model, as of a model that was trained from memory, is put on the prior.
+        A language model, a `Fit` (of a `BayesianFit` the predictive), or a folder: what a `BayesianFit` saved, a Hugging Face
+        model, a PEFT adapter, or what a trainer of TRL's wrote, whose last `checkpoint-N` is taken where the model itself was
+        not saved. A folder is loaded at the prior's temperature, with the prior's EOS ids and on its device: all three belong
+        to the question, not to the answer. An adapter that names no base model, as of a model that was trained from memory,
+        is put on the prior.
     posterior
         Whose prior it must share the vocabulary with.
 
@@ -47,9 +50,11 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
     """
     if isinstance(policy, Fit):
         policy = policy.guide
+    elif isinstance(policy, str | os.PathLike) and BayesianFit.is_saved_in(Path(policy)):
+        policy = BayesianFit.load(Path(policy), posterior).guide
     elif isinstance(policy, str | os.PathLike):
         policy = load_policy(Path(policy), posterior.prior)
-    elif isinstance(policy, SVI):
+    elif isinstance(policy, GuideRecipe):
         raise BayesKLRLError("An SVI is a way to a policy: fit it first, and give svi.fit(posterior, seed=...).")
     check_language_model("The policy", policy)
     check_same_vocabulary(policy, posterior.prior)

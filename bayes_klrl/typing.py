@@ -24,6 +24,7 @@ __all__ = [
     "IntArray",
     "JaxModel",
     "LanguageModel",
+    "Lockstep",
     "State",
     "TokenIds",
     "Twist",
@@ -35,6 +36,35 @@ IntArray: TypeAlias = NDArray[np.int64]
 TokenIds: TypeAlias = Sequence[int]
 Array: TypeAlias = Any
 State: TypeAlias = Any
+
+
+class Lockstep(Protocol):
+    """Several models that draw and score to the end in one go: independent completions, the first model's."""
+
+    def pays(self, num_rows: int, num_prefixes: int) -> bool:
+        """Return whether this is faster than steps, which compute a prefix that rows share only once."""
+
+    def __call__(
+        self, states: Sequence[State], state_rows: IntArray, newest: IntArray, uniforms: FloatArray
+    ) -> tuple[IntArray, FloatArray, int]:
+        """Return the rest of R completions.
+
+        Parameters
+        ----------
+        states
+            Each model's, which lack the newest tokens; they stay usable.
+        state_rows
+            Which of their rows each completion goes on from, shape (R,).
+        newest
+            The newest token of each, shape (R,).
+        uniforms
+            From [0, 1), shape (T, R): row t draws token t by inverse CDF.
+
+        Returns
+        -------
+        T more tokens (R, T), anything past EOS; the log-prob of these up to EOS under each model (models, R), float64;
+        and how many tokens went through a model.
+        """
 
 
 @runtime_checkable
@@ -50,6 +80,10 @@ class LanguageModel(Protocol):
     A model may also have `context_length: int` (prompt and completion together, each by itself if `prompt_apart` is true;
     absent or None: unlimited) and `bos_token_id: int` (what an empty prompt becomes; absent or None: an empty prompt is
     refused unless `accepts_empty_prompt` is true).
+
+    Where steps one by one are slow, it may have `lockstep(models) -> Lockstep | None`: how to go on drawing from the first
+    of several models (itself) and scoring by all of them without steps; None if it cannot for these. The tokens must be
+    those of the steps.
     """
 
     @property

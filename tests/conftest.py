@@ -14,9 +14,12 @@ os.environ |= {
 }
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.backends import BACKENDS, quick_compilation
 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
@@ -31,6 +34,16 @@ def one_torch_thread() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """On which backend the prior of a test is; see `tests.backends.on`."""
+    if request.param != "jax":
+        yield request.param
+        return
+    with quick_compilation():
+        yield request.param
 
 
 @pytest.fixture

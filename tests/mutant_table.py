@@ -295,4 +295,47 @@ MUTANTS: tuple[Mutant, ...] = (
         "masses(theirs, normalised(0 * posterior_draws.log_weights), cells)",
         ("tests/test_certificate.py::test_coverage_weighs_the_posteriors_draws",),
     ),
+    # --- joint programs, mixtures, Bayesian policies
+    Mutant(
+        "other latents left out of the pathwise gradient",
+        "inference/elbo.py",
+        "surrogate=pathwise + score",
+        "surrogate=pathwise.detach() + score",
+        ("tests/test_joint_pyro.py::test_our_gradient_is_that_of_enumeration_times_quadrature[independent-1]",),
+    ),
+    Mutant(
+        "x credited with its own prompt's terms although theta is drawn after all x",
+        "inference/elbo.py",
+        "cost = weights if sites.whole else",
+        "cost = weights if False else",
+        ("tests/test_joint_pyro.py::test_our_gradient_is_that_of_enumeration_times_quadrature[x, then theta-2]",),
+    ),
+    Mutant(
+        "features that have forgotten where they come from",
+        "models/pyro_model.py",
+        "on_device = torch.as_tensor(found, device=tokens.device).reshape(*tokens.shape[:-1], *found.shape[1:])",
+        "return torch.as_tensor(found, device=tokens.device).reshape(*tokens.shape[:-1], *found.shape[1:])",
+        ("tests/test_joint_pyro.py::test_trace_graph_elbo_agrees_on_the_same_program[independent]",),
+    ),
+    Mutant(
+        "a mixture that averages next-token distributions with its prior weights",
+        "models/mixture_lm.py",
+        "log_weights = np.where(impossible, state.log_weights, joint - np.where(impossible, 0.0, total))",
+        "log_weights = state.log_weights",
+        ("tests/test_mixture_lm.py::test_every_prefix_has_the_mixtures_own_next_token",),
+    ),
+    Mutant(
+        "a policy's score not pulled back to mu and sigma",
+        "models/torch_offsets.py",
+        "parts = torch.split(phi,",
+        "parts = torch.split(phi.detach(),",
+        ("tests/test_bayesian_svi.py::test_the_gradient_is_that_of_enumeration_times_quadrature[one prompt]",),
+    ),
+    Mutant(
+        "the evidence of N completions counted N times",
+        "inference/svi_bayesian.py",
+        "scale=(svi.evidence_weight or family.size) / svi.num_particles",
+        "scale=(svi.evidence_weight or family.size)",
+        ("tests/test_bayesian_svi.py::test_the_value_is_the_elbo",),
+    ),
 )

@@ -12,6 +12,7 @@ import bayes_klrl as bk
 from bayes_klrl import problems
 from bayes_klrl.inference import annealing as annealing_module
 from bayes_klrl.inference.swarm import Swarm, next_powers
+from tests.backends import on, precision
 from tests.test_arviz_export import assert_same
 from tests.test_rejection import repeated
 from tests.truth import Truth, chi_square_p, counts, full_table, random_posterior, z_score
@@ -35,14 +36,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_evidence_is_unbiased(name: str) -> None:
-    posterior = lopsided()
+def test_evidence_is_unbiased(backend: str, name: str) -> None:
+    posterior = on(backend, lopsided())
     truth = Truth(posterior)
     draws = bk.AnnealedSMC(8, **OPTIONS[name]).run(repeated(posterior, NUM_RUNS), seed=1)
     assert abs(z_score(np.exp(draws.log_evidence - truth.log_evidence[0]), 1.0)) < 3
-    np.testing.assert_allclose(draws.log_evidence, np.log(np.exp(draws.log_weights).mean(axis=1)), rtol=0, atol=1e-12)
-    np.testing.assert_allclose(draws.log_evidence, draws.info["path_log_evidence"][:, -1], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(draws.log_prior, repeated(posterior, NUM_RUNS).log_prior(draws), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        draws.log_evidence, np.log(np.exp(draws.log_weights).mean(axis=1)), rtol=0, atol=precision(backend, 1e-12)
+    )
+    np.testing.assert_allclose(
+        draws.log_evidence, draws.info["path_log_evidence"][:, -1], rtol=0, atol=precision(backend, 1e-12)
+    )
+    np.testing.assert_allclose(
+        draws.log_prior, repeated(posterior, NUM_RUNS).log_prior(draws), rtol=0, atol=precision(backend, 1e-12)
+    )
     # any expectation under the weights is unbiased for Z E[f], too: of what the last moves left, here
     for f in (draws.lengths, draws.tokens[..., 0] == 1):
         weighted = (np.exp(draws.log_weights - truth.log_evidence[0]) * f).mean(axis=1)
@@ -50,8 +57,8 @@ def test_evidence_is_unbiased(name: str) -> None:
         assert abs(z_score(weighted, float(truth.p[0] @ of_truth))) < 3
 
 
-def test_resampling_happens_as_asked() -> None:
-    posterior = repeated(lopsided(), 50)
+def test_resampling_happens_as_asked(backend: str) -> None:
+    posterior = repeated(on(backend, lopsided()), 50)
     for threshold, expected in ((0.0, False), (1.0, True)):
         draws = bk.AnnealedSMC(8, schedule=(0.3, 1.0), ess_threshold=threshold).run(posterior, seed=0)
         assert ((draws.ess < draws.info["path_ess"][:, -1] - 1e-9).any()) == expected
@@ -59,8 +66,8 @@ def test_resampling_happens_as_asked() -> None:
             np.testing.assert_allclose(draws.ess, draws.info["path_ess"][:, -1], rtol=1e-9)
 
 
-def test_with_one_step_it_is_importance_sampling() -> None:
-    posterior = lopsided()
+def test_with_one_step_it_is_importance_sampling(backend: str) -> None:
+    posterior = on(backend, lopsided())
     draws = bk.AnnealedSMC(300, schedule=(1.0,)).run(posterior, seed=3)
     plain = bk.ImportanceSampling(300).run(posterior, seed=3)
     np.testing.assert_allclose(draws.log_weights, plain.log_weights, rtol=0, atol=1e-12)
@@ -68,8 +75,10 @@ def test_with_one_step_it_is_importance_sampling() -> None:
     assert (draws.tokens != plain.tokens).any()  # the weights are from before the last move
 
 
-def test_draws_of_two_prompts_with_early_ends_follow_their_posteriors() -> None:
-    base = random_posterior(31, num_tokens=4, eos_logit=0.7, prompts=((0,), (1,)), prompt_shift=1.0, alpha=0.5)
+def test_draws_of_two_prompts_with_early_ends_follow_their_posteriors(backend: str) -> None:
+    base = on(
+        backend, random_posterior(31, num_tokens=4, eos_logit=0.7, prompts=((0,), (1,)), prompt_shift=1.0, alpha=0.5)
+    )
     many = bk.Posterior(base.prior, base.likelihood, prompts=[[0]] * 800, max_new_tokens=4)
     draws = bk.AnnealedSMC(64).run(many, seed=0).resample(1, seed=1)
     one = Truth(bk.Posterior(base.prior, base.likelihood, prompts=[[0]], max_new_tokens=4))
@@ -85,9 +94,9 @@ def test_draws_of_two_prompts_with_early_ends_follow_their_posteriors() -> None:
 # --- the path ----------------------------------------------------------------------------------------------------
 
 
-def test_the_path_is_the_frontier() -> None:
+def test_the_path_is_the_frontier(backend: str) -> None:
     """log Z(s), E[r] and KL(p_s || p0), each with its weights, against the enumerated tempered posteriors."""
-    posterior = lopsided()
+    posterior = on(backend, lopsided())
     truth = Truth(posterior)
     draws = bk.AnnealedSMC(500, schedule=(0.2, 0.5, 1.0)).run(repeated(posterior, 100), seed=4)
     info = draws.info
@@ -110,8 +119,8 @@ def test_the_path_is_the_frontier() -> None:
     assert ((0 < info["acceptance_rate"][:, 1:]) & (info["acceptance_rate"][:, 1:] <= 1)).all()
 
 
-def test_the_pilot_chooses_even_steps() -> None:
-    posterior = problems.gold_posterior(alpha=0.25)
+def test_the_pilot_chooses_even_steps(backend: str) -> None:
+    posterior = on(backend, problems.gold_posterior(alpha=0.25))
     swarm = Swarm(posterior, (posterior.prior, posterior.prior), 4000, np.random.default_rng(0))
     log_likelihood = swarm.log_likelihood[0]
 
@@ -187,8 +196,8 @@ def test_all_particles_dead_is_an_error_that_carries_them() -> None:
 
 
 @pytest.mark.parametrize("options", [{"ess_threshold": 0.0}, {}, {"resampling": "multinomial", "ess_threshold": 0.8}])
-def test_standard_error_is_calibrated(options: dict[str, Any]) -> None:
-    posterior = repeated(lopsided(), NUM_RUNS)
+def test_standard_error_is_calibrated(backend: str, options: dict[str, Any]) -> None:
+    posterior = repeated(on(backend, lopsided()), NUM_RUNS)
     draws = bk.AnnealedSMC(100, schedule=(0.1, 0.25, 0.5, 1.0), **options).run(posterior, seed=6)
     spread = draws.log_evidence.std(ddof=1)
     claimed = np.sqrt((draws.log_evidence_se**2).mean())

@@ -10,10 +10,12 @@ from scipy import stats
 
 import bayes_klrl as bk
 from bayes_klrl import problems
+from bayes_klrl.arrays import to_host
 from bayes_klrl.inference import population as population_module
 from bayes_klrl.inference.resampling import conditional_multinomial
 from bayes_klrl.inference.smc import ConstantTwist
 from bayes_klrl.models.decoding import Decoding
+from tests.backends import on, precision
 from tests.test_rejection import repeated
 from tests.truth import Truth, chi_square_p, full_table, random_posterior, z_score
 
@@ -47,9 +49,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("num_particles", [2, 6])
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_inverse_evidence_is_unbiased(name: str, num_particles: int) -> None:
+def test_the_inverse_evidence_is_unbiased(backend: str, name: str, num_particles: int) -> None:
     """And E log Z-hat >= log Z, by which the lower bound of plain SMC with the same twist becomes a bracket."""
-    posterior = two_prompts()
+    posterior = on(backend, two_prompts())
     truth = Truth(posterior)
     smc, _ = bk.SMC(num_particles, **OPTIONS[name]).prepared(posterior, seed=5)
     retained = exact_draws(truth, NUM_RUNS, seed=6)
@@ -66,18 +68,18 @@ def test_the_inverse_evidence_is_unbiased(name: str, num_particles: int) -> None
             assert (lower[p] - np.log(1 / delta) > log_evidence).mean() <= delta
 
 
-def test_gold_with_early_ends_and_fixed_lengths() -> None:
-    no_eos = random_posterior(5, eos=(), num_tokens=4)
-    for posterior in (problems.gold_posterior(alpha=0.25), no_eos):
+def test_gold_with_early_ends_and_fixed_lengths(backend: str) -> None:
+    no_eos = on(backend, random_posterior(5, eos=(), num_tokens=4))
+    for posterior in (on(backend, problems.gold_posterior(alpha=0.25)), no_eos):
         truth = Truth(posterior)
         retained = exact_draws(truth, NUM_RUNS, seed=1)
         runs = bk.ConditionalSMC(bk.SMC(8)).log_evidences(posterior, retained, seed=2)
         assert abs(z_score(np.exp(truth.log_evidence[0] - runs.log_evidence[0]), 1.0)) < 3
 
 
-def test_the_product_of_runs_gives_the_bounds_that_certificates_use() -> None:
+def test_the_product_of_runs_gives_the_bounds_that_certificates_use(backend: str) -> None:
     """mean log Z-hat +- log(1 / delta) / M of M runs: violated in at most a share delta of certificates."""
-    posterior = problems.gold_posterior(alpha=0.25)
+    posterior = on(backend, problems.gold_posterior(alpha=0.25))
     truth = Truth(posterior)
     smc, _ = bk.SMC(16).prepared(posterior, seed=0)
     upper = bk.ConditionalSMC(smc).log_evidences(posterior, exact_draws(truth, 4000, seed=1), seed=2).log_evidence
@@ -90,9 +92,9 @@ def test_the_product_of_runs_gives_the_bounds_that_certificates_use() -> None:
         assert (high - low).mean() < 2
 
 
-def test_conditioned_on_the_output_of_smc_it_is_no_bound() -> None:
+def test_conditioned_on_the_output_of_smc_it_is_no_bound(backend: str) -> None:
     """THEORY 3.6: K = 2, particle 0 from a population of 2: log Z-hat falls below log Z on average."""
-    base = problems.gold_posterior(alpha=0.25)
+    base = on(backend, problems.gold_posterior(alpha=0.25))
     truth = Truth(base)
     many = repeated(base, NUM_RUNS)
     smc = bk.SMC(2, twist=ConstantTwist(np.full(NUM_RUNS, truth.log_evidence[0])), ess_threshold=0.0)
@@ -105,21 +107,23 @@ def test_conditioned_on_the_output_of_smc_it_is_no_bound() -> None:
     assert abs(z_score(np.exp(truth.log_evidence[0] - right), 1.0)) < 3
 
 
-def test_with_the_optimal_twist_and_its_proposal_both_bounds_are_exact() -> None:
-    posterior = random_posterior(6, num_tokens=4, prompts=((0,), (1,)))
+def test_with_the_optimal_twist_and_its_proposal_both_bounds_are_exact(backend: str) -> None:
+    posterior = on(backend, random_posterior(6, num_tokens=4, prompts=((0,), (1,))))
     truth = Truth(posterior)
     smc = bk.SMC(3, twist=truth.twist(), proposal=truth.policy(), ess_threshold=1.0)
     upper = bk.ConditionalSMC(smc).log_evidences(posterior, exact_draws(truth, 5, seed=0), seed=1).log_evidence
     lower = smc.log_evidences(posterior, 5, seed=1).log_evidence
     for runs in (upper, lower):
-        np.testing.assert_allclose(runs, np.repeat(truth.log_evidence[:, None], 5, axis=1), rtol=0, atol=1e-9)
+        np.testing.assert_allclose(
+            runs, np.repeat(truth.log_evidence[:, None], 5, axis=1), rtol=0, atol=precision(backend, 1e-9)
+        )
 
 
 # --- what is retained, and what is recorded --------------------------------------------------------------------
 
 
-def test_particle_0_is_the_retained_completion_with_the_weight_it_should_have() -> None:
-    posterior = two_prompts()
+def test_particle_0_is_the_retained_completion_with_the_weight_it_should_have(backend: str) -> None:
+    posterior = on(backend, two_prompts())
     retained = exact_draws(Truth(posterior), 1, seed=3)
     proposal = OPTIONS["proposal"]["proposal"]
     for threshold in (0.0, 1.0):
@@ -127,23 +131,23 @@ def test_particle_0_is_the_retained_completion_with_the_weight_it_should_have() 
         draws = bk.ConditionalSMC(smc).run(posterior, retained, seed=4)
         np.testing.assert_array_equal(draws.tokens[:, :1], retained.tokens)
         np.testing.assert_array_equal(draws.lengths[:, :1], retained.lengths)
-        np.testing.assert_allclose(draws.log_prior, posterior.log_prior(draws), rtol=0, atol=1e-12)
+        np.testing.assert_allclose(draws.log_prior, posterior.log_prior(draws), rtol=0, atol=precision(backend, 1e-12))
         np.testing.assert_array_equal(draws.reward, posterior.reward(draws))
         assert (draws.info["ancestors"][..., 0] == 0).all()
         np.testing.assert_allclose(
-            draws.log_evidence, np.log(np.exp(draws.log_weights).mean(axis=1)), rtol=0, atol=1e-12
+            draws.log_evidence, np.log(np.exp(draws.log_weights).mean(axis=1)), rtol=0, atol=precision(backend, 1e-12)
         )
         assert np.isnan(draws.log_evidence_se).all()
     # unresampled, all weights are importance weights, the retained one's too
     draws = bk.ConditionalSMC(bk.SMC(6, proposal=proposal, ess_threshold=0.0)).run(posterior, retained, seed=4)
     expected = draws.log_prior + draws.log_likelihood - draws.log_proposal
-    np.testing.assert_allclose(draws.log_weights, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(draws.log_weights, expected, rtol=0, atol=precision(backend, 1e-12))
 
 
 @pytest.mark.parametrize("max_rows", [1, 100, 10**6])
-def test_runs_are_those_of_as_many_prompts(max_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_those_of_as_many_prompts(backend: str, max_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """M runs of one prompt have the law of one run of M prompts, however they are decoded together."""
-    posterior = random_posterior(11, num_tokens=4, prompts=((0,), (1,)))
+    posterior = on(backend, random_posterior(11, num_tokens=4, prompts=((0,), (1,))))
     monkeypatch.setattr(population_module, "_MAX_ROWS", max_rows)
     truth = Truth(posterior)
     num_runs = 60 if max_rows == 1 else 1000
@@ -172,8 +176,8 @@ def test_a_prepared_sampler_is_not_prepared_again() -> None:
     assert direct.model_tokens == prepared.model_tokens + cost.model_tokens
 
 
-def test_one_seed_one_result() -> None:
-    posterior = two_prompts()
+def test_one_seed_one_result(backend: str) -> None:
+    posterior = on(backend, two_prompts())
     retained = exact_draws(Truth(posterior), 4, seed=0)
     sampler = bk.ConditionalSMC(bk.SMC(8))
     one, same, other = (sampler.log_evidences(posterior, retained, seed=s).log_evidence for s in (1, 1, 2))
@@ -228,8 +232,8 @@ def test_conditional_multinomial_keeps_particle_0_and_draws_the_others() -> None
     np.testing.assert_array_equal(conditional_multinomial(np.ones(1), rng), [0])
 
 
-def test_given_tokens_are_scored_as_drawn_ones() -> None:
-    posterior = two_prompts()
+def test_given_tokens_are_scored_as_drawn_ones(backend: str) -> None:
+    posterior = on(backend, two_prompts())
     retained = exact_draws(Truth(posterior), 6, seed=1)
     rng = np.random.default_rng(0)
     models = [OPTIONS["proposal"]["proposal"], posterior.prior]
@@ -243,5 +247,5 @@ def test_given_tokens_are_scored_as_drawn_ones() -> None:
     np.testing.assert_array_equal(loop.lengths[~free], retained.lengths.ravel()[~free])
     assert (loop.tokens[free] != given[free]).any()
     for k, model in enumerate(models):
-        scored = np.asarray(model.token_log_probs(posterior.prompt_ids, loop.sequences())).sum(axis=2).ravel()
-        np.testing.assert_allclose(loop.log_probs[k], scored, rtol=0, atol=1e-12)
+        scored = to_host(model.token_log_probs(posterior.prompt_ids, loop.sequences())).sum(axis=2).ravel()
+        np.testing.assert_allclose(loop.log_probs[k], scored, rtol=0, atol=precision(backend, 1e-12))

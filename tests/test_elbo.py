@@ -301,15 +301,19 @@ def test_a_likelihood_of_zero_is_named(estimator: str) -> None:
 
 
 def test_sites_that_would_be_dropped_are_refused() -> None:
+    """What joint models may have is in test_joint_pyro.py."""
     posterior, guide = table_problem()
-    inner = pyro_model(posterior)
+    inner, program = pyro_model(posterior), pyro_guide(posterior, guide)
 
-    def model() -> Any:
-        pyro.sample("temperature", pyro.distributions.Gamma(torch.tensor(2.0), torch.tensor(1.0)))
-        return inner()
+    def sampled_first(rest: Any) -> Any:
+        def with_temperature() -> Any:
+            pyro.sample("temperature", pyro.distributions.Gamma(torch.tensor(2.0), torch.tensor(1.0)))
+            return rest()
 
-    with (
-        pyro.get_param_store().scope(),
-        pytest.raises(bk.BayesKLRLError, match=r"'temperature'.*TraceGraph_ELBO"),
-    ):
-        LeaveOneOutELBO(4).loss_and_grads(model, pyro_guide(posterior, guide))
+        return with_temperature
+
+    with pyro.get_param_store().scope():
+        with pytest.raises(bk.BayesKLRLError, match=r"'temperature' that the guide does not draw"):
+            LeaveOneOutELBO(4).loss_and_grads(sampled_first(inner), program)
+        with pytest.raises(bk.BayesKLRLError, match=r"'temperature' beside.*LeaveOneOutELBO"):
+            RaoBlackwellELBO(4).loss_and_grads(sampled_first(inner), sampled_first(program))

@@ -13,6 +13,7 @@ from bayes_klrl.frontier_extension import annealed_points
 from bayes_klrl.path_points import PathPoints
 from bayes_klrl.plots_frontier import policy_point
 from bayes_klrl.problems import gold_posterior
+from tests.backends import on
 from tests.truth import Truth, full_table, random_posterior
 
 GOLD = gold_posterior()
@@ -46,9 +47,9 @@ def exact_points(posterior: bk.Posterior, inverse_alphas: np.ndarray) -> PathPoi
 
 
 @pytest.mark.parametrize("posterior", [GOLD, TWO], ids=["gold", "two prompts"])
-def test_the_curve_is_the_enumerated_one(posterior: bk.Posterior) -> None:
+def test_the_curve_is_the_enumerated_one(backend: str, posterior: bk.Posterior) -> None:
     alphas = np.array([4.0, 1.0, 0.5])
-    curve = bk.frontier(posterior, num_draws=6000, seed=2, alphas=alphas)
+    curve = bk.frontier(on(backend, posterior), num_draws=6000, seed=2, alphas=alphas)
     for a, alpha in enumerate(alphas):
         truth = exact(posterior, alpha)
         assert curve.ess[a] == pytest.approx(6000 * truth["ess"], rel=0.1)
@@ -200,11 +201,11 @@ def test_few_draws_reach_nothing_and_say_so() -> None:
         curve.alpha_for(kl=0.1)
 
 
-def test_draws_from_a_proposal_serve_as_a_pool() -> None:
+def test_draws_from_a_proposal_serve_as_a_pool(backend: str) -> None:
     """Here a policy near the posterior, whose draws reach colder than the prior's."""
-    posterior = random_posterior(1, alpha=0.4)
+    posterior = on(backend, random_posterior(1, alpha=0.4))
     truth = Truth(posterior)
-    draws = bk.ImportanceSampling(4000, proposal=full_table(truth.policy(), 5, noise=0.1)).run(posterior, seed=3)
+    draws = bk.ImportanceSampling(4000, proposal=full_table(truth.policy(), noise=0.1)).run(posterior, seed=3)
     curve = bk.frontier(posterior, draws=draws)
     assert curve.cut < bk.frontier(posterior, num_draws=4000, seed=0).cut
     for alpha in (0.4, 0.3):
@@ -214,10 +215,10 @@ def test_draws_from_a_proposal_serve_as_a_pool() -> None:
             assert abs(float(getattr(at, name)[0]) - expected[name]) < 4 * at.se[name][0]
 
 
-def test_the_gap_of_a_policy_is_its_kl_to_the_posterior_of_its_own_reward() -> None:
-    posterior = random_posterior(3, alpha=1.0)
+def test_the_gap_of_a_policy_is_its_kl_to_the_posterior_of_its_own_reward(backend: str) -> None:
+    posterior = on(backend, random_posterior(3, alpha=1.0))
     truth = Truth(posterior)
-    policy = full_table(truth.policy(), 5, noise=0.6, seed=1)
+    policy = full_table(truth.policy(), noise=0.6, seed=1)
     log_q = bk.Posterior(policy, posterior.likelihood, prompts=[[]], max_new_tokens=5).log_prior(truth.sequences)[0]
     q = np.exp(log_q)
     reward, kl = float(q @ truth.reward[0]), float(q @ (log_q - truth.log_prior[0]))
@@ -272,10 +273,12 @@ def test_an_algorithm_that_reports_its_path_extends_the_frontier(mixed: bool) ->
 
 
 @pytest.mark.parametrize("posterior", [GOLD, TWO], ids=["gold", "two prompts"])
-def test_annealed_smc_extends_the_frontier(posterior: bk.Posterior) -> None:
+def test_annealed_smc_extends_the_frontier(backend: str, posterior: bk.Posterior) -> None:
     """600 prior draws end above alpha 0.2; what annealing adds below is judged by its own errors."""
     alphas = np.array([0.15, 0.1])
-    curve = bk.frontier(posterior, num_draws=600, seed=0, alphas=[0.6, *alphas], extend=bk.AnnealedSMC(256))
+    curve = bk.frontier(
+        on(backend, posterior), num_draws=600, seed=0, alphas=[0.6, *alphas], extend=bk.AnnealedSMC(256)
+    )
     assert curve.cut > alphas.max()
     assert curve.within[1:].all()
     for a, alpha in enumerate(alphas, start=1):

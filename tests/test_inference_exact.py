@@ -5,7 +5,9 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl import problems
+from bayes_klrl.arrays import to_host
 from bayes_klrl.inference.enumeration import all_sequences, num_sequences
+from tests.backends import on, precision
 from tests.truth import Truth, chi_square_p, completions, counts, full_table, random_posterior
 
 # b: log Z, E[r], Var[r], KL(p* || p0), ESS / N
@@ -17,30 +19,30 @@ GOLD = {
 
 
 @pytest.mark.parametrize("b", GOLD)
-def test_gold_numbers(b: float) -> None:
-    exact = bk.Exact().run(problems.gold_posterior(alpha=1 / b), seed=0)
+def test_gold_numbers(backend: str, b: float) -> None:
+    exact = bk.Exact().run(on(backend, problems.gold_posterior(alpha=1 / b)), seed=0)
     assert exact.shape == (1, 1093)
     mean = exact.mean(exact.reward)[0]
     variance = exact.mean((exact.reward - mean) ** 2)[0]
     kl = exact.mean(exact.log_likelihood)[0] - exact.log_evidence[0]
     measured = (exact.log_evidence[0], mean, variance, kl)
-    np.testing.assert_allclose(measured, GOLD[b][:4], rtol=0, atol=6e-9)
+    np.testing.assert_allclose(measured, GOLD[b][:4], rtol=0, atol=precision(backend, 6e-9))
     p0 = np.exp(exact.log_prior[0])
     assert 1 / (p0 @ np.exp(2 * (exact.log_likelihood[0] - exact.log_evidence[0]))) == pytest.approx(
-        GOLD[b][4], abs=6e-7
+        GOLD[b][4], abs=precision(backend, 6e-7)
     )
 
 
-def test_gold_derived_numbers() -> None:
-    exact = bk.Exact().run(problems.gold_posterior(), seed=0)
+def test_gold_derived_numbers(backend: str) -> None:
+    exact = bk.Exact().run(on(backend, problems.gold_posterior()), seed=0)
     p0, log_p = np.exp(exact.log_prior[0]), (exact.log_prior + exact.log_likelihood - exact.log_evidence)[0]
     cut = ~exact.sequences.finished({3})[0]
-    assert p0 @ exact.reward[0] == pytest.approx(0.62831994, abs=5e-9)
-    assert p0 @ (exact.log_prior[0] - log_p) == pytest.approx(0.70990457, abs=6e-9)
-    assert np.exp(log_p)[cut].sum() == pytest.approx(0.582598, abs=6e-7)
-    assert p0[cut].sum() == pytest.approx(0.329323, abs=6e-7)
+    assert p0 @ exact.reward[0] == pytest.approx(0.62831994, abs=precision(backend, 5e-9))
+    assert p0 @ (exact.log_prior[0] - log_p) == pytest.approx(0.70990457, abs=precision(backend, 6e-9))
+    assert np.exp(log_p)[cut].sum() == pytest.approx(0.582598, abs=precision(backend, 6e-7))
+    assert p0[cut].sum() == pytest.approx(0.329323, abs=precision(backend, 6e-7))
     assert exact.sequences.lists()[int(log_p.argmax())] == [1, 0, 1, 2, 3]
-    assert np.exp(log_p.max()) == pytest.approx(0.030193, abs=6e-7)
+    assert np.exp(log_p.max()) == pytest.approx(0.030193, abs=precision(backend, 6e-7))
 
 
 @pytest.mark.parametrize(
@@ -56,28 +58,28 @@ def test_gold_derived_numbers() -> None:
     ],
     ids=str,
 )
-def test_total_probability_and_evidence(options: dict) -> None:
-    posterior = random_posterior(3, **options)
+def test_total_probability_and_evidence(backend: str, options: dict) -> None:
+    posterior = on(backend, random_posterior(3, **options))
     truth, exact = Truth(posterior), bk.Exact().run(posterior, seed=0)
-    np.testing.assert_allclose(np.exp(exact.log_prior).sum(axis=1), 1.0, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(exact.log_evidence, truth.log_evidence, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(np.exp(exact.log_prior).sum(axis=1), 1.0, rtol=0, atol=precision(backend, 1e-12))
+    np.testing.assert_allclose(exact.log_evidence, truth.log_evidence, rtol=0, atol=precision(backend, 1e-12))
     assert sorted(exact.sequences.lists()) == sorted(truth.xs * posterior.num_prompts)
     np.testing.assert_array_equal(exact.log_evidence_se, 0.0)
 
 
-def test_without_the_eos_term_the_mass_is_far_from_one() -> None:
+def test_without_the_eos_term_the_mass_is_far_from_one(backend: str) -> None:
     """The test above bites: forgetting EOS is the commonest mistake there is."""
-    posterior = problems.gold_posterior()
+    posterior = on(backend, problems.gold_posterior())
     exact = bk.Exact().run(posterior, seed=0)
-    per_token = posterior.prior.token_log_probs(posterior.prompt_ids, exact.sequences)
+    per_token = to_host(posterior.prior.token_log_probs(posterior.prompt_ids, exact.sequences))
     without_eos = np.where(exact.tokens == 3, 0.0, per_token).sum(axis=2)
     assert np.exp(without_eos).sum() > 2
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_regularised_return_is_the_elbo_is_log_evidence_minus_kl(seed: int) -> None:
+def test_regularised_return_is_the_elbo_is_log_evidence_minus_kl(backend: str, seed: int) -> None:
     """J(q) / alpha = E_q[log w] = log Z - KL(q || p*), for any q; J written as RL writes it."""
-    posterior = random_posterior(seed, num_tokens=4, alpha=0.7, prompts=((0,), (1,)))
+    posterior = on(backend, random_posterior(seed, num_tokens=4, alpha=0.7, prompts=((0,), (1,))))
     truth = Truth(posterior)
     guide = full_table(posterior.prior, 4, noise=1.0, seed=seed)
     log_q = bk.Posterior(guide, posterior.likelihood, prompts=[[0], [1]], max_new_tokens=4).log_prior(truth.sequences)
@@ -85,14 +87,14 @@ def test_regularised_return_is_the_elbo_is_log_evidence_minus_kl(seed: int) -> N
     kl_to_prior = (q * (log_q - truth.log_prior)).sum(axis=1)
     regularised_return = (q * truth.reward).sum(axis=1) - posterior.alpha * kl_to_prior
     elbo = (q * (posterior.log_joint(truth.sequences) - log_q)).sum(axis=1)
-    np.testing.assert_allclose(regularised_return / posterior.alpha, elbo, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(elbo, truth.log_evidence - truth.kl(guide), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(regularised_return / posterior.alpha, elbo, rtol=0, atol=precision(backend, 1e-12))
+    np.testing.assert_allclose(elbo, truth.log_evidence - truth.kl(guide), rtol=0, atol=precision(backend, 1e-12))
     assert (truth.kl(guide) > 0.01).all()
-    np.testing.assert_allclose(truth.kl(truth.policy()), 0.0, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(truth.kl(truth.policy()), 0.0, rtol=0, atol=precision(backend, 1e-12))
 
 
-def test_order_is_the_same_for_all_prompts() -> None:
-    posterior = random_posterior(1, prompts=((0,), (1, 2), (2, 0, 1)))
+def test_order_is_the_same_for_all_prompts(backend: str) -> None:
+    posterior = on(backend, random_posterior(1, prompts=((0,), (1, 2), (2, 0, 1))))
     exact = bk.Exact().run(posterior, seed=0)
     assert (exact.tokens == exact.tokens[:1]).all()
     assert (exact.lengths == exact.lengths[:1]).all()
@@ -102,7 +104,7 @@ def test_order_is_the_same_for_all_prompts() -> None:
         alone = bk.Exact().run(
             bk.Posterior(posterior.prior, posterior.likelihood, prompts=[prompt], max_new_tokens=5), seed=0
         )
-        np.testing.assert_allclose(alone.log_prior[0], exact.log_prior[p], atol=1e-13)
+        np.testing.assert_allclose(alone.log_prior[0], exact.log_prior[p], atol=precision(backend, 1e-13))
 
 
 def test_impossible_completions_keep_their_rows() -> None:
@@ -150,14 +152,17 @@ def test_all_sequences_against_the_definition(vocab_size: int, eos: list[int], n
     assert len(listed) == num_sequences(vocab_size, len(eos), num_tokens)
 
 
-def test_num_draws_are_independent_posterior_draws() -> None:
-    posterior = random_posterior(2, num_tokens=4, prompts=((0,), (1,)))
+def test_num_draws_are_independent_posterior_draws(backend: str) -> None:
+    posterior = on(backend, random_posterior(2, num_tokens=4, prompts=((0,), (1,))))
     truth, draws = Truth(posterior), bk.Exact(num_draws=4000).run(posterior, seed=5)
     assert draws.shape == (2, 4000)
     np.testing.assert_array_equal(draws.log_weights, 0.0)
-    np.testing.assert_allclose(draws.log_evidence, truth.log_evidence, atol=1e-12)
+    np.testing.assert_allclose(draws.log_evidence, truth.log_evidence, atol=precision(backend, 1e-12))
     np.testing.assert_allclose(
-        draws.log_proposal, posterior.log_joint(draws) - truth.log_evidence[:, None], rtol=0, atol=1e-12
+        draws.log_proposal,
+        posterior.log_joint(draws) - truth.log_evidence[:, None],
+        rtol=0,
+        atol=precision(backend, 1e-12),
     )
     for p in range(2):
         assert chi_square_p(counts(truth, draws.tokens[p]), truth.p[p]) > 0.001

@@ -14,6 +14,7 @@ import pytest
 import bayes_klrl as bk
 from bayes_klrl import problems
 from bayes_klrl.inference.resampling import RESAMPLING
+from tests.backends import on, precision
 from tests.truth import Truth, full_table, random_posterior, z_score
 
 SCHEMES = sorted(RESAMPLING)
@@ -41,8 +42,8 @@ PROBLEMS = {
 @pytest.mark.parametrize("threshold", [0.5, 1.0, 0.0])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_evidence_is_unbiased(problem: str, scheme: str, threshold: float) -> None:
-    posterior = random_posterior(**PROBLEMS[problem])
+def test_evidence_is_unbiased(backend: str, problem: str, scheme: str, threshold: float) -> None:
+    posterior = on(backend, random_posterior(**PROBLEMS[problem]))
     truth = Truth(posterior).log_evidence[0]
     smc = bk.SMC(8, resampling=scheme, ess_threshold=threshold)
     draws = smc.run(repeated(posterior, NUM_RUNS), seed=1)
@@ -52,9 +53,9 @@ def test_evidence_is_unbiased(problem: str, scheme: str, threshold: float) -> No
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_evidence_is_unbiased_over_seeds(scheme: str) -> None:
+def test_evidence_is_unbiased_over_seeds(backend: str, scheme: str) -> None:
     """One run a seed, two different prompts in it, a proposal that is not the prior, and a twist that is wrong."""
-    posterior = random_posterior(13, num_tokens=4, prompts=((0,), (1, 2)), prompt_shift=0.7)
+    posterior = on(backend, random_posterior(13, num_tokens=4, prompts=((0,), (1, 2)), prompt_shift=0.7))
     truth = Truth(posterior).log_evidence
     proposal = full_table(posterior.prior, 3, noise=0.5, seed=3)
 
@@ -105,9 +106,9 @@ def test_all_particles_dead_is_an_error_that_carries_them() -> None:
     assert caught.value.draws.shape == (1, 8)
 
 
-def test_averaging_log_evidence_would_be_a_lower_bound() -> None:
+def test_averaging_log_evidence_would_be_a_lower_bound(backend: str) -> None:
     """What the unbiasedness tests would miss if they averaged logs: E log Z-hat < log Z by about half the variance."""
-    posterior = random_posterior(11, num_tokens=4)
+    posterior = on(backend, random_posterior(11, num_tokens=4))
     draws = bk.SMC(8).run(repeated(posterior, 1000), seed=3)
     assert z_score(draws.log_evidence, Truth(posterior).log_evidence[0]) < -3
 
@@ -118,27 +119,27 @@ def test_averaging_log_evidence_would_be_a_lower_bound() -> None:
 @pytest.mark.parametrize(
     "options", [{}, {"prompts": ((0,), (2,)), "prompt_shift": -3.0}, {"eos": (), "prompts": ((1,),)}], ids=str
 )
-def test_optimal_twist_and_policy_make_one_particle_exact(options: dict[str, Any]) -> None:
-    posterior = random_posterior(4, num_tokens=4, **options)
+def test_optimal_twist_and_policy_make_one_particle_exact(backend: str, options: dict[str, Any]) -> None:
+    posterior = on(backend, random_posterior(4, num_tokens=4, **options))
     truth = Truth(posterior)
     smc = bk.SMC(1, proposal=truth.policy(), twist=truth.twist())
     for seed in range(5):
         draws = smc.run(posterior, seed=seed)
-        np.testing.assert_allclose(draws.log_evidence, truth.log_evidence, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(draws.log_evidence, truth.log_evidence, rtol=0, atol=precision(backend, 1e-10))
 
 
-def test_optimal_twist_and_policy_give_equal_weights_at_every_step() -> None:
-    posterior = problems.gold_posterior()
+def test_optimal_twist_and_policy_give_equal_weights_at_every_step(backend: str) -> None:
+    posterior = on(backend, problems.gold_posterior())
     truth = Truth(posterior)
     draws = bk.SMC(32, proposal=truth.policy(), twist=truth.twist(), ess_threshold=0.99).run(posterior, seed=0)
     assert (draws.info["ancestors"] == np.arange(32)).all()
     seen = draws.info["step_ess"][~np.isnan(draws.info["step_ess"])]
-    np.testing.assert_allclose(seen, 32, rtol=1e-9)
-    np.testing.assert_allclose(draws.log_weights, 1.65238447, rtol=0, atol=1e-8)
+    np.testing.assert_allclose(seen, 32, rtol=precision(backend, 1e-9))
+    np.testing.assert_allclose(draws.log_weights, 1.65238447, rtol=0, atol=precision(backend, 1e-8))
 
 
-def test_optimal_twist_with_the_prior_as_proposal_still_has_variance() -> None:
-    posterior = problems.gold_posterior(alpha=0.25)
+def test_optimal_twist_with_the_prior_as_proposal_still_has_variance(backend: str) -> None:
+    posterior = on(backend, problems.gold_posterior(alpha=0.25))
     truth = Truth(posterior)
     look_up = truth.twist()
 
@@ -151,9 +152,9 @@ def test_optimal_twist_with_the_prior_as_proposal_still_has_variance() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.5, 1.0])
-def test_constant_twists_are_all_one_for_fixed_lengths(threshold: float) -> None:
+def test_constant_twists_are_all_one_for_fixed_lengths(backend: str, threshold: float) -> None:
     """Without EOS every particle ends at T, and a constant psi cancels: same draws, same evidence."""
-    posterior = random_posterior(5, eos=(), num_tokens=5)
+    posterior = on(backend, random_posterior(5, eos=(), num_tokens=5))
 
     def run(twist: float | None) -> bk.Draws:
         return bk.SMC(64, twist=twist, ess_threshold=threshold).run(posterior, seed=4)
@@ -166,8 +167,8 @@ def test_constant_twists_are_all_one_for_fixed_lengths(threshold: float) -> None
         np.testing.assert_allclose(other.log_weights, first.log_weights, rtol=0, atol=1e-12)
 
 
-def test_shifting_reward_and_twist_together_changes_nothing_but_the_evidence() -> None:
-    base = random_posterior(6, num_tokens=5)
+def test_shifting_reward_and_twist_together_changes_nothing_but_the_evidence(backend: str) -> None:
+    base = on(backend, random_posterior(6, num_tokens=5))
     shifted = bk.Posterior(
         base.prior,
         base.likelihood * bk.TokenReward(lambda tokens, lengths: np.full(len(tokens), 2.0), alpha=0.5),
@@ -181,9 +182,9 @@ def test_shifting_reward_and_twist_together_changes_nothing_but_the_evidence() -
         np.testing.assert_allclose(a.log_evidence + 4.0, b.log_evidence, rtol=0, atol=1e-10)
 
 
-def test_whoever_ends_first_does_not_take_the_population() -> None:
+def test_whoever_ends_first_does_not_take_the_population(backend: str) -> None:
     """GOLD at b = 4, K = 32: psi = 1 beside exp(b r) loses more than a nat; the default twist does not."""
-    posterior = repeated(problems.gold_posterior(alpha=0.25), 400)
+    posterior = repeated(on(backend, problems.gold_posterior(alpha=0.25)), 400)
     exact = 5.87342935
 
     def mean_error(smc: bk.SMC) -> float:
@@ -280,8 +281,8 @@ def test_smc_is_the_plain_loop(seed: int, threshold: float) -> None:
 # --- what a run records ------------------------------------------------------------------------------------
 
 
-def test_weights_of_an_unresampled_run_are_importance_weights() -> None:
-    posterior = random_posterior(7, prompts=((0,), (1,)))
+def test_weights_of_an_unresampled_run_are_importance_weights(backend: str) -> None:
+    posterior = on(backend, random_posterior(7, prompts=((0,), (1,))))
     proposal = full_table(posterior.prior, 2, noise=0.6)
     draws = bk.SMC(50, proposal=proposal, twist=1.7, ess_threshold=0.0).run(posterior, seed=1)
     np.testing.assert_allclose(
@@ -294,8 +295,8 @@ def test_weights_of_an_unresampled_run_are_importance_weights() -> None:
     np.testing.assert_allclose(plain.ess, draws.ess, rtol=1e-9)
 
 
-def test_evidence_is_the_mean_weight_and_records_have_their_shapes() -> None:
-    posterior = random_posterior(8, num_tokens=6, prompts=((0,), (1, 2), (2,)))
+def test_evidence_is_the_mean_weight_and_records_have_their_shapes(backend: str) -> None:
+    posterior = on(backend, random_posterior(8, num_tokens=6, prompts=((0,), (1, 2), (2,))))
     draws = bk.SMC(40, ess_threshold=0.9).run(posterior, seed=2)
     np.testing.assert_allclose(draws.log_evidence, np.log(np.exp(draws.log_weights).mean(axis=1)), rtol=0, atol=1e-12)
     ancestors, step_ess = draws.info["ancestors"], draws.info["step_ess"]
@@ -314,8 +315,8 @@ def test_evidence_is_the_mean_weight_and_records_have_their_shapes() -> None:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_never_resampled_at_the_end(scheme: str) -> None:
-    posterior = repeated(random_posterior(9, num_tokens=4, eos_logit=1.0), 100)
+def test_never_resampled_at_the_end(backend: str, scheme: str) -> None:
+    posterior = repeated(on(backend, random_posterior(9, num_tokens=4, eos_logit=1.0)), 100)
     draws = bk.SMC(8, ess_threshold=1.0, resampling=scheme).run(posterior, seed=0)
     ancestors = draws.info["ancestors"]
     moved = (ancestors != np.arange(8)).any(axis=2)
@@ -342,9 +343,9 @@ def test_a_prompt_that_has_ended_rests_while_another_goes_on() -> None:
     np.testing.assert_allclose(draws.log_weights[0], 2.0 * draws.tokens[0, :, 0], rtol=0, atol=1e-12)
 
 
-def test_ancestors_lead_to_the_particles() -> None:
+def test_ancestors_lead_to_the_particles(backend: str) -> None:
     """Following the ancestor table back, a particle's first token is its first ancestor's family."""
-    posterior = random_posterior(10, eos=(), num_tokens=5, alpha=0.2)
+    posterior = on(backend, random_posterior(10, eos=(), num_tokens=5, alpha=0.2))
 
     def twist(posterior: bk.Posterior, prompt_index: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
         return 1.5 * (prefixes == 1).sum(axis=1)
@@ -361,16 +362,16 @@ def test_ancestors_lead_to_the_particles() -> None:
         assert len(np.unique(draws.tokens[0, family == group, 0])) == 1
 
 
-def test_finished_particles_stay_and_cost_nothing() -> None:
+def test_finished_particles_stay_and_cost_nothing(backend: str) -> None:
     """A prior that mostly ends at once: what has ended keeps its tokens and reward through resampling."""
-    posterior = random_posterior(12, vocab_size=3, eos=(2,), num_tokens=6, eos_logit=2.0)
+    posterior = on(backend, random_posterior(12, vocab_size=3, eos=(2,), num_tokens=6, eos_logit=2.0))
     draws = bk.SMC(200, ess_threshold=1.0).run(posterior, seed=0)
     ended = draws.sequences.finished({2})
     assert (draws.lengths[ended] < 6).any()
     assert (draws.lengths[~ended] == 6).all()
     padded = np.arange(6) >= draws.lengths[..., None]
     assert (draws.tokens[padded] == 2).all()
-    np.testing.assert_allclose(draws.log_prior, posterior.log_prior(draws), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(draws.log_prior, posterior.log_prior(draws), rtol=0, atol=precision(backend, 1e-12))
     np.testing.assert_allclose(draws.reward, posterior.reward(draws), rtol=0, atol=1e-12)
     # 64 pilot draws and 200 particles through 6 steps would be 1584 tokens without sharing and dropping
     assert draws.cost.model_tokens < 150
@@ -384,8 +385,8 @@ CALIBRATION = {
 
 
 @pytest.mark.parametrize("name", CALIBRATION)
-def test_standard_error_is_calibrated(name: str) -> None:
-    posterior = repeated(random_posterior(14, num_tokens=5, alpha=0.35), 400)
+def test_standard_error_is_calibrated(backend: str, name: str) -> None:
+    posterior = repeated(on(backend, random_posterior(14, num_tokens=5, alpha=0.35)), 400)
     draws = CALIBRATION[name].run(posterior, seed=5)
     spread = draws.log_evidence.std(ddof=1)
     claimed = np.sqrt((draws.log_evidence_se**2).mean())

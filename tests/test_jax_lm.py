@@ -24,6 +24,8 @@ from safetensors.numpy import load_file, save_file
 import bayes_klrl as bk
 from bayes_klrl.models import jax_rows
 from bayes_klrl.models.jax_checkpoint import named_tensors
+from bayes_klrl.models.jax_config import architecture_of
+from bayes_klrl.models.jax_forward import ACTIVATIONS, empty_cache, hidden_states, logits
 from bayes_klrl.models.jax_lm import JaxLM
 from bayes_klrl.sequences import Sequences
 from tests.test_torch_lm import all_completions, random_completions, reference_scores
@@ -165,6 +167,46 @@ def test_gradients_equal_torchs(name: str) -> None:
     floor = 1e-3 * max(np.linalg.norm(gradient) for gradient in theirs.values())  # key biases: 0 but for rounding
     for key, gradient in theirs.items():
         assert np.linalg.norm(ours[key] - gradient) <= 1e-5 * max(np.linalg.norm(gradient), floor), key
+
+
+LARGER: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=500, n_embd=256, n_layer=12, n_head=8)),
+    "llama": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(
+            vocab_size=500,
+            hidden_size=256,
+            intermediate_size=700,
+            num_hidden_layers=12,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+        )
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGER)
+def test_logits_of_twelve_layers_are_as_exact_as_torchs(name: str) -> None:
+    """No further from torch's float32 than three times as far as that is from float64; full and cached."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LARGER[name]().eval()
+        for parameter in model.parameters():  # weights larger than the first ones are, so that errors are, too
+            parameter.data.mul_(2.0 if parameter.ndim > 1 else 1.0)
+    lm = jax_lm_of(model, eos_token_id=())
+    tokens = np.random.default_rng(0).integers(500, size=(4, 48))
+    with torch.no_grad():
+        single, double = (m(torch.from_numpy(tokens)).logits for m in (model, copy.deepcopy(model).double()))
+    error = float((single.double() - double).abs().max())
+    allowed = max(3 * error, 1e-5)
+    empty, none = empty_cache(lm._architecture, 4), np.zeros(4, dtype=np.int32)
+    hidden, _ = hidden_states(lm._architecture, lm.parameters, jnp.asarray(tokens), none, empty, 0)
+    assert close(logits(lm._architecture, lm.parameters, hidden), single, allowed)
+    state = lm.prefill(tokens[:, :40].tolist())
+    for step in range(40, 48):
+        assert close(logits(lm._architecture, lm.parameters, state.features)[:4], single[:, step - 1], allowed)
+        state = lm.append(state, tokens[:, step])
+    assert float(single.abs().max()) > 2
 
 
 @pytest.mark.parametrize(
@@ -507,6 +549,16 @@ def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
     assert jax.tree.all(jax.tree.map(np.array_equal, again.parameters, lm.parameters))
 
 
+def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+    tiny_llama(vocab_size=50).save_pretrained(tmp_path, max_shard_size="5KB")
+    sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
+    with pytest.raises(bk.CheckpointError, match=r"model-00002.*cannot be read"):
+        JaxLM.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(bk.CheckpointError, match=r"index\.json.*must hold an object; got \[\]"):
+        JaxLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
     "build, change, message",
     [
@@ -536,6 +588,34 @@ def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
         (tiny_llama, {"tie_word_embeddings": None}, r"tie_word_embeddings = None.*False, True"),
         (tiny_llama, {"quantization_config": {"bits": 4}}, r"quantization_config"),
         (tiny_llama, {"hidden_size": None}, r"hidden_size = None.*positive integer"),
+        (tiny_llama, {"num_hidden_layers": True}, r"num_hidden_layers = True.*positive integer"),
+        (tiny_llama, {"num_key_value_heads": 3}, r"num_key_value_heads = 3.*a divisor of 4"),
+        (tiny_llama, {"head_dim": 3}, r"head_dim = 3.*even"),
+        (tiny_llama, {"rms_norm_eps": None}, r"rms_norm_eps = None.*positive number"),
+        (
+            tiny_llama,
+            {"rope_parameters": {"rope_theta": "big"}},
+            r"rope_parameters.rope_theta = 'big'.*positive number",
+        ),
+        (tiny_llama, {"rope_parameters": None, "rope_theta": -1.0}, r"rope_theta = -1.0.*positive number"),
+        (tiny_llama, {"rope_parameters": "default"}, r"rope_parameters = 'default'.*dictionary"),
+        (tiny_llama, {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, r"rope_type = 'dynamic'"),
+        (tiny_llama, {"rope_parameters": {"rope_type": "longrope"}}, r"rope_type = 'longrope'"),
+        (tiny_llama, {"rope_parameters": {"rope_type": "linear", "factor": None}}, r"rope_parameters.factor = None"),
+        (tiny_llama, {"layer_types": ["full_attention"]}, r"layer_types.*each of the 2 layers"),
+        (tiny_llama, {"embedding_multiplier": 2.0}, r"embedding_multiplier = 2.0"),
+        (tiny_llama, {"auto_map": {"AutoModel": "code.Model"}}, r"auto_map"),
+        (lambda: relative("Qwen2"), {"use_sliding_window": True, "sliding_window": 0}, r"sliding_window = 0.*positive"),
+        (
+            lambda: relative("Qwen2"),
+            {"layer_types": ["sliding_attention"] * 4},
+            r"layer_types.*4 layers full_attention",
+        ),
+        (lambda: relative("Qwen3"), {"use_sliding_window": "yes"}, r"use_sliding_window = 'yes'.*False, True"),
+        (tiny_gpt2, {"n_head": 3}, r"n_head = 3.*a divisor of 16"),
+        (tiny_gpt2, {"n_inner": "wide"}, r"n_inner = 'wide'.*positive integer"),
+        (tiny_gpt2, {"n_embd": None}, r"n_embd = None.*positive integer"),
+        (tiny_gpt2, {"layer_norm_epsilon": "1e-5"}, r"layer_norm_epsilon = '1e-5'.*positive number"),
         (tiny_llama, {"logit_scale": 2.0}, r"logit_scale = 2.0"),
     ],
 )
@@ -547,11 +627,66 @@ def test_configurations_that_are_refused(build: Any, change: dict[str, Any], mes
         JaxLM.from_pretrained(tmp_path)
 
 
-def test_mistral_has_a_window_unless_it_is_null(tmp_path: Path) -> None:
-    config = dict(cached_lm("mistral")._config)
-    del config["sliding_window"]
-    with pytest.raises(bk.CheckpointError, match=r"sliding_window = 4096.*None"):
-        JaxLM(cached_lm("mistral").parameters, config)
+@pytest.mark.parametrize("name", ["GPT2", "Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_every_field_of_transformers_is_known(name: str) -> None:
+    """A field that a new version adds must be looked at: is it obeyed, refused, or none of our business?"""
+    config = getattr(hf, f"{name}Config")(num_hidden_layers=3).to_dict()
+    architecture = architecture_of(config)
+    assert architecture.num_layers == 3
+    assert (architecture.window, architecture.slides) == ((4096, (True,) * 3) if name == "Mistral" else (None, ()))
+
+
+COMPUTED: dict[str, Callable[[], Any]] = {
+    "gpt2, untied": lambda: with_biases(tiny_gpt2(tie_word_embeddings=False, **DEEP)),
+    "gpt2, sizes": lambda: tiny_gpt2(n_inner=20, layer_norm_epsilon=0.1, **DEEP),
+    "llama, sizes": lambda: tiny_llama(head_dim=10, rms_norm_eps=0.1, num_key_value_heads=1, **DEEP),
+    "llama, all heads": lambda: tiny_llama(num_key_value_heads=None, **DEEP),
+    "mistral, window": lambda: relative("Mistral", sliding_window=3),
+    "mistral, wide window": lambda: relative("Mistral", sliding_window=128),
+    "qwen2, window in one layer": lambda: relative(
+        "Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=3
+    ),
+    "qwen2, window not used": lambda: relative("Qwen2", use_sliding_window=False, sliding_window=4),
+    "qwen3, window by types": lambda: relative(
+        "Qwen3",
+        use_sliding_window=True,
+        sliding_window=2,
+        layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+    ),
+    "qwen3, biases": lambda: relative("Qwen3", attention_bias=True),
+} | {
+    f"{build.__name__}, {activation}": functools.partial(build, **{key: activation}, **DEEP)
+    for build, key in ((tiny_gpt2, "activation_function"), (tiny_llama, "hidden_act"))
+    for activation in ACTIVATIONS
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.slow] * ("window in" in case or "types" in case)) for case in COMPUTED],
+)
+def test_configurations_that_are_computed(case: str) -> None:
+    """Scored, decoded step by step, and drawn in one scan: as torch does."""
+    model = COMPUTED[case]()
+    lm = jax_lm_of(model, eos_token_id=())
+    prompts = [[1, 2, 3, 4, 5, 6], [4]]
+    sequences = random_completions(lm, 2, 2, 8)  # type: ignore[arg-type]
+    expected = reference_scores(model.double(), prompts, sequences).detach()  # in float32 torch errs as much as we do
+    assert close(scored(lm, prompts, sequences), expected)
+    if "window" in case:  # what is far back is in the cache
+        assert close(decoded(lm, prompts, sequences), expected)
+        changed = dict(lm._config) | {"sliding_window": None, "layer_types": None}
+        wide = JaxLM(lm.parameters, changed, eos_token_id=())
+        matters = case not in ("mistral, wide window", "qwen2, window not used")
+        assert close(scored(wide, prompts, sequences), expected) != matters
+
+
+def test_the_older_key_of_rotary_scaling_comes_first_as_in_transformers() -> None:
+    config = dict(cached_lm("llama, tied")._config) | {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    rope = architecture_of(config).rope
+    assert rope is not None
+    theirs = hf.LlamaConfig.from_dict(dict(config)).rope_parameters
+    assert (rope.kind, rope.factor, rope.theta) == (theirs["rope_type"], theirs["factor"], theirs["rope_theta"])
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ LAZY_THIRD_PARTY = {"draws": {"pandas", "xarray"}, "progress": {"rich"}}
 # Backends are leaves: only these files, and the faces that present or build things, may import a third package at the
 # top. All others are NumPy, so that weights, resampling, SMC, enumeration and n-grams work without torch and JAX.
 BACKEND = re.compile(
-    r"models\.(torch|jax|pyro|numpyro)_\w+|inference\.(svi_\w+|elbo|loss_\w+|twist_losses|twist_training)"
+    r"models\.(torch|jax|pyro|numpyro)_\w+|inference\.(svi_\w+|elbo(_\w+)?|loss_\w+|twist_losses|twist_training)"
 )
 FACES = {
     "arviz_export",

@@ -10,10 +10,12 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl import problems
+from bayes_klrl.arrays import to_host
 from bayes_klrl.inference.messages import backward_messages
 from bayes_klrl.models.decoding import Decoding, decode
 from bayes_klrl.models.twist import ConstantTwist, completed_log_psi, next_log_psi
 from bayes_klrl.randomness import generator
+from tests.backends import on, precision
 from tests.test_inference_smc import repeated
 from tests.truth import Truth, random_posterior, z_score
 from tests.user_models import RecurrentLM
@@ -67,19 +69,19 @@ PROBLEMS = {
 
 @pytest.mark.parametrize("kind", [Optimal, WithLookAhead])
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_one_particle_is_enough_with_the_optimal_twist(problem: str, kind: type[Optimal]) -> None:
-    posterior = random_posterior(**PROBLEMS[problem])
+def test_one_particle_is_enough_with_the_optimal_twist(backend: str, problem: str, kind: type[Optimal]) -> None:
+    posterior = on(backend, random_posterior(**PROBLEMS[problem]))
     truth = Truth(posterior)
     for num_particles in (1, 7):
         draws = bk.SMC(num_particles, twist=kind(posterior), proposal="twisted").run(posterior, seed=0)
         expected = np.repeat(truth.log_evidence[:, None], num_particles, axis=1)
-        np.testing.assert_allclose(draws.log_weights, expected, rtol=0, atol=1e-10)
-        np.testing.assert_allclose(draws.log_evidence, truth.log_evidence, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(draws.log_weights, expected, rtol=0, atol=precision(backend, 1e-10))
+        np.testing.assert_allclose(draws.log_evidence, truth.log_evidence, rtol=0, atol=precision(backend, 1e-10))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
-def test_the_prior_steered_by_the_optimal_twist_is_the_posterior(problem: str) -> None:
-    posterior = random_posterior(**PROBLEMS[problem])
+def test_the_prior_steered_by_the_optimal_twist_is_the_posterior(backend: str, problem: str) -> None:
+    posterior = on(backend, random_posterior(**PROBLEMS[problem]))
     truth = Truth(posterior)
     lm = bk.TwistedLM(posterior, Optimal(posterior))
     scored = bk.Posterior(
@@ -88,10 +90,10 @@ def test_the_prior_steered_by_the_optimal_twist_is_the_posterior(problem: str) -
         prompts=[list(ids) for ids in posterior.prompt_ids],
         max_new_tokens=posterior.max_new_tokens,
     ).log_prior(truth.sequences)
-    np.testing.assert_allclose(scored, truth.log_posterior, rtol=0, atol=1e-10)
+    np.testing.assert_allclose(scored, truth.log_posterior, rtol=0, atol=precision(backend, 1e-10))
     draws = bk.ImportanceSampling(30, proposal=lm).run(posterior, seed=0)
     np.testing.assert_allclose(
-        draws.log_weights, np.repeat(truth.log_evidence[:, None], 30, axis=1), rtol=0, atol=1e-10
+        draws.log_weights, np.repeat(truth.log_evidence[:, None], 30, axis=1), rtol=0, atol=precision(backend, 1e-10)
     )
 
 
@@ -120,8 +122,8 @@ PROPOSALS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("options", PROPOSALS)
 @pytest.mark.parametrize("problem", ["lopsided", "early EOS"])
-def test_wrong_twists_leave_the_evidence_unbiased(problem: str, options: str) -> None:
-    posterior = random_posterior(**PROBLEMS[problem])
+def test_wrong_twists_leave_the_evidence_unbiased(backend: str, problem: str, options: str) -> None:
+    posterior = on(backend, random_posterior(**PROBLEMS[problem]))
     truth = Truth(posterior).log_evidence[0]
     many = repeated(posterior, 300)
     twist = perturbed(posterior)
@@ -132,8 +134,8 @@ def test_wrong_twists_leave_the_evidence_unbiased(problem: str, options: str) ->
         assert draws.log_evidence.std() > 0.05
 
 
-def test_without_epsilon_the_weight_does_not_depend_on_the_token() -> None:
-    posterior = random_posterior(11, num_tokens=4, eos=())
+def test_without_epsilon_the_weight_does_not_depend_on_the_token(backend: str) -> None:
+    posterior = on(backend, random_posterior(11, num_tokens=4, eos=()))
     many = repeated(posterior, 2)
     proposal = bk.TwistedLM(many, wrong_twist)
     decoding = Decoding((proposal, many.prior), many.prompt_ids, 20, 4)
@@ -141,7 +143,7 @@ def test_without_epsilon_the_weight_does_not_depend_on_the_token() -> None:
     log_psi = wrong_twist(many, decoding.prompt_index, decoding.tokens[:, :1])
     increments = decoding.log_probs[1] + log_psi - decoding.log_probs[0]
     assert len(np.unique(decoding.tokens[:20, 0])) > 1
-    np.testing.assert_allclose(increments[:20], increments[0], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(increments[:20], increments[0], rtol=0, atol=precision(backend, 1e-12))
 
 
 def test_top_k_without_a_share_of_the_prior_is_refused() -> None:
@@ -194,16 +196,16 @@ def test_prior_and_twisted_prior_in_lockstep_run_the_prior_once() -> None:
     assert counts["twisted"][0] <= counts["prior"][0]
 
 
-def test_sampling_and_scoring_of_a_twisted_model_agree() -> None:
-    posterior = random_posterior(14, num_tokens=5, prompts=((0,), (1, 2)))
+def test_sampling_and_scoring_of_a_twisted_model_agree(backend: str) -> None:
+    posterior = on(backend, random_posterior(14, num_tokens=5, prompts=((0,), (1, 2))))
     lm = bk.TwistedLM(posterior, wrong_twist, top_k=3)
     decoded = decode((lm,), posterior.prompt_ids, 50, 5, np.random.default_rng(0))
-    scored = lm.token_log_probs(posterior.prompt_ids, decoded.sequences()).sum(axis=2)
-    np.testing.assert_allclose(decoded.log_probs[0], scored.ravel(), rtol=0, atol=1e-12)
+    scored = to_host(lm.token_log_probs(posterior.prompt_ids, decoded.sequences())).sum(axis=2)
+    np.testing.assert_allclose(decoded.log_probs[0], scored.ravel(), rtol=0, atol=precision(backend, 1e-12))
     # and it is a distribution: whoever steps past the end meets the prior
     truth = Truth(posterior)
-    total = np.exp(lm.token_log_probs(posterior.prompt_ids, truth.sequences).sum(axis=2)).sum(axis=1)
-    np.testing.assert_allclose(total, 1.0, rtol=0, atol=1e-12)
+    total = np.exp(to_host(lm.token_log_probs(posterior.prompt_ids, truth.sequences)).sum(axis=2)).sum(axis=1)
+    np.testing.assert_allclose(total, 1.0, rtol=0, atol=precision(backend, 1e-12))
 
 
 def test_prompts_of_another_posterior_are_refused() -> None:
@@ -294,8 +296,8 @@ def test_partial_reward_helps_where_rewards_accrue() -> None:
 # --- recipes in SMC ------------------------------------------------------------------------------------------
 
 
-def test_smc_fits_a_recipe_and_says_what_that_cost() -> None:
-    posterior = random_posterior(11, num_tokens=4)
+def test_smc_fits_a_recipe_and_says_what_that_cost(backend: str) -> None:
+    posterior = on(backend, random_posterior(11, num_tokens=4))
     recipe = bk.PartialRewardTwist(num_pilot=100)
     draws = bk.SMC(16, twist=recipe).run(posterior, seed=3)
     fitted = recipe.fit(posterior, seed=3)
@@ -417,8 +419,8 @@ def test_counting_twists_converge_and_never_drawn_contexts_are_shorter_ones() ->
 
 
 @pytest.mark.parametrize("context", [0, 1, 2])
-def test_counting_twists_leave_the_evidence_unbiased(context: int) -> None:
-    posterior = random_posterior(11, num_tokens=4)
+def test_counting_twists_leave_the_evidence_unbiased(backend: str, context: int) -> None:
+    posterior = on(backend, random_posterior(11, num_tokens=4))
     truth = Truth(posterior).log_evidence[0]
     twist = bk.CountingTwist(num_draws=1000, context=context).fit(posterior, seed=0)
     many = repeated(posterior, 300)

@@ -10,6 +10,7 @@ import numpy as np
 from scipy import stats
 
 import bayes_klrl as bk
+from tests.backends import ngram_of
 
 __all__ = [
     "Truth",
@@ -132,9 +133,10 @@ def random_posterior(
     )
 
 
-def full_table(lm: bk.NgramLM, order: int, *, noise: float = 0.0, seed: int = 0) -> bk.NgramLM:
-    """The same model with longer contexts, and its logits perturbed."""
-    table = np.broadcast_to(lm.log_probs, (lm.vocab_size,) * order)
+def full_table(lm: bk.LanguageModel, order: int | None = None, *, noise: float = 0.0, seed: int = 0) -> bk.NgramLM:
+    """The same model with longer contexts (None: its own), and its logits perturbed."""
+    given = ngram_of(lm).log_probs
+    table = np.broadcast_to(given, (lm.vocab_size,) * (order or given.ndim))
     logits = table + noise * np.random.default_rng(seed).standard_normal(table.shape)
     return bk.NgramLM(
         logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)),

@@ -1,6 +1,7 @@
 """How a posterior is answered: one algorithm, one file."""
 
 from bayes_klrl.inference.annealing import AnnealedSMC as AnnealedSMC
+from bayes_klrl.inference.bayesian_svi import BayesianSVI as BayesianSVI
 from bayes_klrl.inference.best_of_n import BestOfN as BestOfN
 from bayes_klrl.inference.conditional_smc import ConditionalSMC as ConditionalSMC
 from bayes_klrl.inference.exact import Exact as Exact

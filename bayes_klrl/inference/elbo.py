@@ -14,6 +14,13 @@ Rao-Blackwellised (Amini et al. 2025): 1/(N-1) sum_n (r_n - mean r) / alpha s(x_
 Both are unbiased. At q = p* all log w are equal and the first has variance zero, while the second keeps the reward's
 noise; at q = p0 the second's variance is an order of magnitude lower (THEORY 2.9). The default is the first.
 
+In a joint program with further latents z = g(noise, parents), log w holds all sites (`elbo_sites`), and the first becomes
+
+    1/N sum_n [ d/d parameters log w_n through every z_n + (log w_n - mean of the others) grad log q(x_n | parents) ],
+
+log q(x) itself left out of the pathwise part, where its mean is 0. Where no z outside the prompts' plate is drawn after x,
+the score of one prompt's x is multiplied by that prompt's terms and the shared ones alone: the others are independent of it.
+
 Stock losses are refused by name in `svi`, because several are silently wrong on a discrete sequence site (TRAPS 1).
 """
 
@@ -28,11 +35,11 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.infer.util import torch_item
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.guide_training import unbounded_loss
+from bayes_klrl.inference.elbo_sites import check_bounded, random_sites, site_terms
 from bayes_klrl.models.pyro_model import SequenceDistribution, to_sequences
 
 __all__ = ["LeaveOneOutELBO", "RaoBlackwellELBO", "leave_one_out"]
@@ -49,13 +56,15 @@ def leave_one_out(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ElboTerms:
-    """What one step's draws say, each (N, P)."""
+    """What one step's draws say, each (N, P); (N, 1) where a latent is shared by the prompts."""
 
     log_weights: Tensor
     log_likelihood: Tensor
+    """log_weights without prior and guide of x: the factor r / alpha, and what other sites add."""
     log_guide: Tensor
+    """Of x, always (N, P)."""
     surrogate: Tensor
-    """Its mean over N, summed over P, has the gradient of the ELBO."""
+    """Its mean over N, summed over the rest, has the gradient of the ELBO."""
     model_tokens: int
     """Tokens that went through a model: to draw, and to score under guide and prior."""
 
@@ -67,6 +76,8 @@ class _SequenceELBO(ELBO):
     ----------
     num_particles
         N, at least 2, for each prompt.
+    max_plate_nesting
+        How deep the program's plates are nested, the prompts' own included.
 
     Attributes
     ----------
@@ -77,10 +88,11 @@ class _SequenceELBO(ELBO):
     last: ElboTerms
     _last_site: Any
 
-    def __init__(self, num_particles: int = 64) -> None:
+    def __init__(self, num_particles: int = 64, max_plate_nesting: int = 1) -> None:
         if num_particles < 2:
             raise BayesKLRLError(f"A leave-one-out baseline needs num_particles >= 2; got {num_particles}.")
-        super().__init__(num_particles=num_particles, max_plate_nesting=1, vectorize_particles=True)
+        check_count("max_plate_nesting", max_plate_nesting)
+        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting, vectorize_particles=True)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Return the traces of one execution: the model replayed on the guide's draws."""
@@ -112,7 +124,7 @@ class _SequenceELBO(ELBO):
         """
         with torch.no_grad():
             now = self._last_site["fn"].log_prob(self._last_site["value"])
-        return float((now - self.last.log_guide).square().mean() / 2)
+        return float((now.reshape(self.last.log_guide.shape) - self.last.log_guide).square().mean() / 2)
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return -ELBO, summed over prompts."""
@@ -128,14 +140,32 @@ class _SequenceELBO(ELBO):
 
 
 class LeaveOneOutELBO(_SequenceELBO):
-    """The ELBO with a leave-one-out baseline of the whole log-weight; see the module's formula."""
+    """The ELBO with a leave-one-out baseline of the whole log-weight; see the module's formulas.
+
+    Joint programs are welcome: beside "x" any number of reparametrised latents, outside the prompts' plate or inside, in
+    whichever order the guide draws them; observed sites and factors of any name; parameters in the model. For programs
+    with a second discrete latent there is `pyro.infer.TraceGraph_ELBO`.
+    """
 
     def terms(self, model_trace: Any, guide_trace: Any) -> ElboTerms:
-        """Return log w and (log w - mean of the others) log q."""
-        log_lik = _log_likelihood(model_trace)
-        log_q = _log_prob(guide_trace, "x")
-        log_w = _log_prob(model_trace, "x") + log_lik - log_q.detach()
-        return ElboTerms(log_w, log_lik, log_q.detach(), leave_one_out(log_w) * log_q, _model_tokens(guide_trace))
+        """Return log w, and pathwise log w + (log w - mean of the others) log q(x)."""
+        sites = site_terms(model_trace, guide_trace, -self.max_plate_nesting)
+        # log q(x) itself is detached: the mean of its gradient is 0
+        log_w = sites.log_prior + sites.inside - sites.log_guide.detach()
+        pathwise = log_w.sum(dim=1) + sites.outside
+        weights, other = log_w, sites.inside
+        if sites.joint:
+            weights = pathwise[:, None]
+            other = sites.inside.sum(dim=1, keepdim=True) + sites.outside[:, None]
+        cost = weights if sites.whole else log_w + sites.outside[:, None]
+        score = (leave_one_out(cost.detach()) * sites.raw_log_guide).sum(dim=1)
+        return ElboTerms(
+            log_weights=weights.detach(),
+            log_likelihood=other.detach(),
+            log_guide=sites.raw_log_guide.detach(),
+            surrogate=pathwise + score,
+            model_tokens=_model_tokens(guide_trace),
+        )
 
 
 class RaoBlackwellELBO(_SequenceELBO):
@@ -162,7 +192,7 @@ class RaoBlackwellELBO(_SequenceELBO):
         tokens = torch.as_tensor(sequences.tokens, device=kl.device).masked_fill(~inside, 0)
         drawn = log_q.gather(3, tokens[..., None])[..., 0].double() * inside
         score_term = (leave_one_out_by_prompt(later) * drawn).sum(dim=2)
-        log_lik = _log_likelihood(model_trace)
+        log_lik = _own_likelihood(model_trace, guide_trace)
         credit = leave_one_out(log_lik) * drawn.sum(dim=2).T
         surrogate = credit - (kl.sum(dim=2) + score_term).T
         log_w, log_guide = log_lik - kl.detach().sum(dim=2).T, drawn.detach().sum(dim=2).T
@@ -174,36 +204,26 @@ def leave_one_out_by_prompt(values: Tensor) -> Tensor:
     return leave_one_out(values.transpose(0, 1)).transpose(0, 1)
 
 
-def _log_prob(trace: Any, name: str) -> Tensor:
-    """Return a site's log-prob, (N, P)."""
-    site = trace.nodes[name]
-    log_prob: Tensor = site["fn"].log_prob(site["value"])
-    return log_prob
-
-
-def _log_likelihood(model_trace: Any) -> Tensor:
-    """Return the factor's log-likelihood (N, P), refusing -inf and sites that this estimator would drop."""
-    for name, site in model_trace.nodes.items():
-        known = name in ("x", "likelihood") or isinstance(site.get("fn"), _Subsample)
-        if site["type"] == "sample" and not known and not site["infer"].get("_deterministic"):
-            raise BayesKLRLError(
-                f"The model has a sample site {name!r} beside 'x' and 'likelihood', which this loss would not see. Use "
-                "pyro.infer.TraceGraph_ELBO for joint models."
-            )
-    log_lik = _log_prob(model_trace, "likelihood")
-    if torch.isneginf(log_lik).any():
-        n, p = torch.nonzero(torch.isneginf(log_lik))[0].tolist()
-        site = model_trace.nodes["x"]
-        lm = site["fn"].lm
-        sequences = to_sequences(site["value"], lm)
-        ids = sequences.tokens[p, n, : sequences.lengths[p, n]].tolist()
-        raise unbounded_loss(lm, ids)
+def _own_likelihood(model_trace: Any, guide_trace: Any) -> Tensor:
+    """Return the factor's log-likelihood (N, P) of a posterior's own program, refusing any other site."""
+    for what, trace in (("model", model_trace), ("guide", guide_trace)):
+        for name, _ in random_sites(trace):
+            if name not in ("x", "likelihood"):
+                raise BayesKLRLError(
+                    f"The {what} has a site {name!r} beside 'x' and 'likelihood', which the Rao-Blackwellised loss would "
+                    "not see. Use LeaveOneOutELBO, which takes joint models."
+                )
+    site = model_trace.nodes["likelihood"]
+    log_lik: Tensor = site["fn"].log_prob(site["value"])
+    check_bounded("likelihood", log_lik, guide_trace.nodes["x"])
     return log_lik
 
 
 def _model_tokens(guide_trace: Any) -> int:
     """Return the tokens of one step: every completion is drawn once and scored twice, with its prompt each time."""
     site = guide_trace.nodes["x"]
+    if not isinstance(site["fn"], SequenceDistribution):  # a site of the user's own, which no model of ours has seen
+        return 0
     lengths = to_sequences(site["value"], site["fn"].lm).lengths
     return 3 * (int(lengths.sum()) + sum(len(ids) for ids in site["fn"].prompt_ids))
 

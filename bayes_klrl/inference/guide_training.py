@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -18,12 +18,21 @@ from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError, UnboundedLossError
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
-from bayes_klrl.typing import LanguageModel
+from bayes_klrl.typing import FloatArray, LanguageModel
 
 if TYPE_CHECKING:
     from bayes_klrl.inference.svi import SVI, Fit
 
-__all__ = ["MAX_GRADIENT_NORM", "StepLimit", "learning_rate_schedule", "no_adapter", "trained", "unbounded_loss"]
+__all__ = [
+    "MAX_GRADIENT_NORM",
+    "StepLimit",
+    "completion_text",
+    "learning_rate_schedule",
+    "no_adapter",
+    "run_training",
+    "trained",
+    "unbounded_loss",
+]
 
 MAX_GRADIENT_NORM = 1.0
 """Longer gradients are shortened to this."""
@@ -93,17 +102,56 @@ def trained(
     start: float,
     progress: bool,
 ) -> Fit:
-    """Return the guide after all steps, or after those before Ctrl-C.
+    """Return the guide of an `SVI` after all steps, or after those before Ctrl-C; see `run_training`.
 
     Parameters
     ----------
     svi, posterior
         What is done to what.
     steps
-        The training: each item says what a step saw, means over prompts in nats, "elbo", "reward" and "kl" among them, and
-        under "tokens" how many went through a model.
+        See `run_training`; "elbo", "reward" and "kl" are among what each says.
     guide_so_far
         Returns the guide after the newest step.
+    start, progress
+        See `run_training`.
+    """
+    from bayes_klrl.inference.svi import Fit
+
+    def fit_so_far(history: Mapping[str, FloatArray], cost: Cost, interrupted: bool) -> Fit:
+        return Fit(guide_so_far(), history, posterior, cost, interrupted)
+
+    def status(step: Mapping[str, float]) -> str:
+        return f"ELBO {step['elbo']:.3f} nats, E[r] {step['reward']:.3f}, KL {step['kl']:.3f}"
+
+    return run_training("SVI", svi.num_steps, steps, fit_so_far, status, start=start, progress=progress)
+
+
+FitT = TypeVar("FitT", bound="Fit")
+
+
+def run_training(
+    name: str,
+    num_steps: int,
+    steps: Iterable[Mapping[str, float]],
+    fit_so_far: Callable[[Mapping[str, FloatArray], Cost, bool], FitT],
+    status: Callable[[Mapping[str, float]], str],
+    *,
+    start: float,
+    progress: bool,
+) -> FitT:
+    """Return what was fitted after all steps, or after those before Ctrl-C.
+
+    Parameters
+    ----------
+    name, num_steps
+        Of the training, for its progress.
+    steps
+        The training: each item says what a step saw, means over prompts in nats, and under "tokens" how many went through a
+        model.
+    fit_so_far
+        Returns what is fitted after the newest step, given the history, the cost, and whether it was interrupted.
+    status
+        What progress says of a step.
     start
         `time.perf_counter()` at the beginning.
     progress
@@ -114,37 +162,31 @@ def trained(
     BayesKLRLError
         Whatever a step raises; after the first step with what was learned as its attribute `fit`.
     """
-    from bayes_klrl.inference.svi import Fit
-
     history: dict[str, list[float]] = defaultdict(list)
     interrupted: list[bool] = []
 
-    def fit_so_far() -> Fit:
-        return Fit(
-            guide=guide_so_far(),
-            history={name: np.array(values) for name, values in history.items() if name != "tokens"},
-            posterior=posterior,
-            training=Cost(training_tokens=int(sum(history["tokens"])), training_seconds=time.perf_counter() - start),
-            interrupted=bool(interrupted),
-        )
+    def fit() -> FitT:
+        cost = Cost(training_tokens=int(sum(history["tokens"])), training_seconds=time.perf_counter() - start)
+        arrays = {name: np.array(values) for name, values in history.items() if name != "tokens"}
+        return fit_so_far(arrays, cost, bool(interrupted))
 
     try:
-        with _kept_on_interrupt(history, interrupted), track("SVI", svi.num_steps, progress) as advance:
+        with _kept_on_interrupt(name, history, interrupted), track(name, num_steps, progress) as advance:
             for step in steps:
-                for name, value in step.items():
-                    history[name].append(value)
+                for key, value in step.items():
+                    history[key].append(value)
                 history["seconds"].append(time.perf_counter() - start)
-                advance(status=f"ELBO {step['elbo']:.3f} nats, E[r] {step['reward']:.3f}, KL {step['kl']:.3f}")
+                advance(status=status(step))
     except BayesKLRLError as error:
         if history["seconds"]:
-            error.fit = fit_so_far()
-            error.add_note(f"The guide after the {len(history['seconds'])} steps before is in this error's `fit`.")
+            error.fit = fit()
+            error.add_note(f"What was learned in the {len(history['seconds'])} steps before is in this error's `fit`.")
         raise
-    return fit_so_far()
+    return fit()
 
 
 @contextmanager
-def _kept_on_interrupt(history: dict[str, list[float]], interrupted: list[bool]) -> Iterator[None]:
+def _kept_on_interrupt(name: str, history: dict[str, list[float]], interrupted: list[bool]) -> Iterator[None]:
     """Turn Ctrl-C after the first step into the end of training, and note it in `interrupted`."""
     try:
         yield
@@ -154,9 +196,9 @@ def _kept_on_interrupt(history: dict[str, list[float]], interrupted: list[bool])
         interrupted.append(True)
         with suppress(UserWarning):  # where warnings are errors: what was learned matters more
             warnings.warn(
-                f"SVI was interrupted after {len(history['seconds'])} steps. What it learned is kept: the guide so far is "
+                f"{name} was interrupted after {len(history['seconds'])} steps. What it learned is kept: the guide so far is "
                 "in the returned Fit (fit.guide), and fit.save(folder) writes it.",
-                stacklevel=6,
+                stacklevel=7,
             )
 
 
@@ -166,10 +208,16 @@ def no_adapter(prior: LanguageModel, adapter: object) -> None:
         raise BayesKLRLError(f"Adapters are for a bk.TorchLM; the prior is a {type(prior).__name__}. Use adapter=None.")
 
 
-def unbounded_loss(lm: LanguageModel, ids: Sequence[int]) -> UnboundedLossError:
-    """Return the error about a completion of likelihood 0 that the guide drew."""
-    text = f"{lm.decode([ids])[0]!r} (ids {ids})" if lm.tokenizer is not None else f"with ids {ids}"
+def unbounded_loss(completion: str, what: str = "likelihood") -> UnboundedLossError:
+    """Return the error about a completion of likelihood 0 (or of another probability 0) that the guide drew."""
+    cure = "Relax the constraint: a reward of alpha * log(eps) instead of -inf (say eps = 1e-3), or use bk.SMC."
+    if what == "prior probability":
+        cure = "Start the guide as a copy of the prior, which never draws what the prior cannot."
     return UnboundedLossError(
-        f"The guide drew the completion {text}, whose likelihood is 0, so its ELBO is -inf and has no gradient. "
-        "Relax the constraint: a reward of alpha * log(eps) instead of -inf (say eps = 1e-3), or use bk.SMC."
+        f"The guide drew the completion {completion}, whose {what} is 0, so its ELBO is -inf and has no gradient. {cure}"
     )
+
+
+def completion_text(lm: LanguageModel, ids: Sequence[int]) -> str:
+    """Return how to call a completion: its text, if there is one, and its ids."""
+    return f"{lm.decode([ids])[0]!r} (ids {ids})" if lm.tokenizer is not None else f"with ids {ids}"

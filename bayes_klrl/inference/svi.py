@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -139,6 +139,8 @@ class Fit:
     training: Cost
     interrupted: bool = False
 
+    method: ClassVar[str] = "SVI"
+
     @property
     def training_tokens(self) -> int:
         """Tokens that went through a model in training."""
@@ -175,7 +177,7 @@ class Fit:
         draws = Draws.equally_weighted(
             posterior,
             drawn.sequences,
-            method="SVI",
+            method=self.method,
             reward=drawn.reward,
             log_prior=log_prior,
             log_proposal=log_guide,

@@ -21,6 +21,7 @@ from bayes_klrl.errors import RewardError
 from bayes_klrl.inference.guide_training import (
     MAX_GRADIENT_NORM,
     StepLimit,
+    completion_text,
     learning_rate_schedule,
     no_adapter,
     trained,
@@ -221,7 +222,7 @@ class Completions:
                 )
         impossible = np.isneginf(reward)
         if impossible.any():
-            raise unbounded_loss(self.posterior.prior, self._ids(*np.argwhere(impossible)[0]))
+            raise unbounded_loss(completion_text(self.posterior.prior, self._ids(*np.argwhere(impossible)[0])))
 
     def _ids(self, n: int, p: int) -> list[int]:
         """Return one completion's ids."""

@@ -1,7 +1,8 @@
 """The one decode loop: completions drawn token by token from one model, scored in lockstep by others.
 
-Everything that draws completions (importance sampling, best-of-n, SMC, the Pyro site) steps a `Decoding`. Weights and
-tokens live on the host in NumPy; log-probs and caches stay with the models.
+Everything that draws completions (importance sampling, best-of-n, SMC, the Pyro site) steps a `Decoding`, but for models
+that can draw independent completions in one go. Weights and tokens live on the host in NumPy; log-probs and caches stay
+with the models.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import numpy as np
 from bayes_klrl.arrays import draw_tokens, is_identity, take_tokens
 from bayes_klrl.errors import CheckpointError, SupportError
 from bayes_klrl.posterior import check_language_model, completion_log_probs
-from bayes_klrl.sequences import Sequences, pad_token
-from bayes_klrl.typing import Array, FloatArray, IntArray, LanguageModel, State, TokenIds
+from bayes_klrl.sequences import Sequences, completion_lengths, pad_token
+from bayes_klrl.typing import Array, FloatArray, IntArray, LanguageModel, Lockstep, State, TokenIds
 
 __all__ = ["Decoding", "check_proposal", "decode", "draw_blocks", "scoring_gap"]
 
@@ -105,7 +106,9 @@ class Decoding:
         self.finished = np.zeros(num_rows, dtype=bool)
         self.log_probs: FloatArray = np.zeros((len(models), num_rows))
         self._states: list[State] = [model.prefill(prompt_ids) for model in self._distinct]
-        self.model_tokens = len(self._distinct) * sum(len(ids) for ids in prompt_ids)
+        # a mixture runs several
+        self._num_models = sum(getattr(model, "num_models", 1) for model in self._distinct)
+        self.model_tokens = self._num_models * sum(len(ids) for ids in prompt_ids)
         # row i goes on from row _state_row[i] of the models' states; they lack the newest token
         self._state_row: IntArray = self.prompt_index.copy()
         self._num_state_rows = num_prompts
@@ -184,7 +187,38 @@ class Decoding:
                 fed = tokens
                 states = [model.select(state, parents) for model, state in zip(self._distinct, states, strict=True)]
         self._states = [model.append(state, fed) for model, state in zip(self._distinct, states, strict=True)]
-        self.model_tokens += len(self._distinct) * self._num_state_rows
+        self.model_tokens += self._num_models * self._num_state_rows
+
+    def lockstep(self) -> Lockstep | None:
+        """Return how the models draw independent completions in one go, None if they cannot."""
+        offered = None if self._carriers else getattr(self._distinct[0], "lockstep", None)
+        drawing: Lockstep | None = None if offered is None else offered(self._distinct)
+        return drawing
+
+    def num_unfinished(self) -> tuple[int, int]:
+        """Return how many rows have not finished, and how many distinct prefixes they have."""
+        rows = np.flatnonzero(~self.finished)
+        newest = self.tokens[rows, self.step_count - 1]
+        return rows.size, np.unique(self._state_row[rows] * (int(newest.max(initial=0)) + 1) + newest).size
+
+    def finish(self, together: Lockstep, rng: np.random.Generator) -> None:
+        """Draw all that is missing in one go, by the uniforms that steps would have taken, and no more of them."""
+        rows = np.flatnonzero(~self.finished)
+        before, done = rng.bit_generator.state, self.step_count
+        uniforms = rng.random((self.max_new_tokens - done, self.finished.size))[:, rows]
+        newest = self.tokens[rows, done - 1]
+        tokens, log_probs, model_tokens = together(self._states, self._state_row[rows], newest, uniforms)
+        lengths = completion_lengths(tokens, self._eos)
+        self.tokens[rows, done:] = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, self._filler)
+        self.lengths[rows] += lengths
+        keys = [id(model) for model in self._distinct]
+        self.log_probs[:, rows] += log_probs[[keys.index(key) for key in self._keys]]
+        self.finished[rows] = True
+        self.model_tokens += model_tokens
+        num_steps = int(lengths.max())
+        self.step_count += num_steps
+        rng.bit_generator.state = before
+        rng.random((num_steps, self.finished.size))
 
     def sequences(self) -> Sequences:
         """Return the completions, shape (P, N, T)."""
@@ -232,10 +266,17 @@ def decode(
     max_new_tokens: int,
     rng: np.random.Generator,
 ) -> Decoding:
-    """Return a finished `Decoding` of N completions a prompt, drawn independently from `models[0]`."""
+    """Return N completions a prompt, drawn independently from `models[0]` and scored by all.
+
+    Step by step, until the models can do the rest in one go and that pays: from the same uniforms, and the generator is
+    left in the same place.
+    """
     decoding = Decoding(models, prompt_ids, num_draws, max_new_tokens)
+    together = decoding.lockstep()
     while not decoding.done:
         decoding.step(rng.random(decoding.finished.size))
+        if together is not None and not decoding.done and together.pays(*decoding.num_unfinished()):
+            decoding.finish(together, rng)
     return decoding
 
 

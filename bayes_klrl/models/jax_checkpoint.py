@@ -39,10 +39,7 @@ def load(name_or_folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     """Return parameters (float32), configuration and tokenizer (None if the folder has none)."""
     folder = found_folder(os.fspath(name_or_folder))
     check_has_weights(folder)
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"The config.json in {str(folder)!r} is no JSON: {error}") from error
+    config = read_object(folder / "config.json")
     architecture = architecture_of(config)
     return parameter_tree(architecture, read_tensors(folder)), config, load_tokenizer(folder)
 
@@ -57,6 +54,17 @@ def found_folder(name: str) -> Path:
         f"No folder and no shipped model is called {name!r}. Shipped: {', '.join(shipped_names())}. JaxLM downloads "
         "nothing: for a hub id, bk.TorchLM.from_pretrained(id).save_pretrained(folder) first, and load the folder."
     )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object."""
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"The {path.name} in {str(path.parent)!r} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"The {path.name} in {str(path.parent)!r} must hold an object; got {content!r}.")
+    return content
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -75,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold the model: those of the index, else the one of the usual name, else all."""
     index, usual = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        return [folder / name for name in sorted(set(read_object(index).get("weight_map", {}).values()))]
     return [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
 
 

@@ -24,10 +24,16 @@ NO_MATTER = {
     *("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "pretraining_tp", "n_ctx", "is_llama_config"),
     *("summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type", "summary_use_proj"),
     *("return_dict", "output_attentions", "output_hidden_states", "id2label", "label2id", "problem_type"),
-    *("gradient_checkpointing", "transformers.js_config", "max_window_layers"),
+    *("gradient_checkpointing", "transformers.js_config", "torchscript", "use_bfloat16", "_num_labels", "num_labels"),
+    *(
+        "_attn_implementation",
+        "attn_implementation",
+        "_attn_implementation_autoset",
+        "finetuning_task",
+        "unsloth_version",
+    ),
 }
-"""Keys that do not touch log-probs: dropout is off, EOS is the language model's business, the rest is book-keeping.
-`max_window_layers` says which layers a window is for; windows are refused by their own key."""
+"""Keys that do not touch log-probs: dropout is off, EOS is the language model's business, the rest is book-keeping."""
 
 COMMON = {
     "chunk_size_feed_forward": (0,),
@@ -42,7 +48,7 @@ GPT2_VALUES: dict[str, tuple[Any, ...]] = COMMON | {
     "add_cross_attention": (False,),
 }
 LLAMA_VALUES: dict[str, tuple[Any, ...]] = COMMON | {
-    "use_sliding_window": (False,),
+    "use_mrope": (False,),
     "partial_rotary_factor": (None, 1.0),
     "rope_interleaved": (False,),
 }
@@ -62,7 +68,8 @@ LLAMA_READ = {
         "rms_norm_eps",
         "tie_word_embeddings",
     ),
-    *("rope_parameters", "rope_theta", "rope_scaling", "sliding_window", "layer_types"),
+    *("rope_parameters", "rope_theta", "rope_scaling"),
+    *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
 }
 BIAS_KEYS = {"llama": {"attention_bias", "mlp_bias"}, "qwen3": {"attention_bias"}}
 ROPE_KEYS = {
@@ -90,17 +97,18 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 def gpt2_architecture(config: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a GPT-2, its defaults those of the first one."""
     check_keys(config, GPT2_READ, GPT2_VALUES)
-    hidden_size, num_heads = int(config.get("n_embd", 768)), int(config.get("n_head", 12))
+    hidden_size, num_heads = size(config, "n_embd", 768), size(config, "n_head", 12)
+    check_divides(config, "n_head", num_heads, hidden_size)
     return Architecture(
-        vocab_size=int(config.get("vocab_size", 50257)),
+        vocab_size=size(config, "vocab_size", 50257),
         hidden_size=hidden_size,
-        inner_size=int(config.get("n_inner") or 4 * hidden_size),
-        num_layers=int(config.get("n_layer", 12)),
+        inner_size=4 * hidden_size if config.get("n_inner") is None else size(config, "n_inner"),
+        num_layers=size(config, "n_layer", 12),
         num_heads=num_heads,
         num_key_heads=num_heads,
         head_size=hidden_size // num_heads,
-        context_length=int(config.get("n_positions", 1024)),
-        epsilon=float(config.get("layer_norm_epsilon", 1e-5)),
+        context_length=size(config, "n_positions", 1024),
+        epsilon=number(config, "layer_norm_epsilon", 1e-5),
         activation=allowed(config, "activation_function", "gelu_new", ACTIVATIONS),
         tied=allowed(config, "tie_word_embeddings", True, (True, False)),
     )
@@ -109,20 +117,27 @@ def gpt2_architecture(config: Mapping[str, Any]) -> Architecture:
 def llama_architecture(config: Mapping[str, Any], model_type: str) -> Architecture:
     """Return the architecture of a Llama or a relative; sizes have no defaults."""
     check_keys(config, LLAMA_READ | BIAS_KEYS.get(model_type, set()), LLAMA_VALUES)
-    check_no_window(config, model_type)
-    hidden_size, num_heads = needed(config, "hidden_size"), needed(config, "num_attention_heads")
-    head_size = 128 if model_type == "qwen3" else hidden_size // num_heads  # what each class takes if it is not told
+    hidden_size, num_heads = size(config, "hidden_size"), size(config, "num_attention_heads")
+    num_key_heads = 8 if model_type == "mistral" else num_heads  # what each class takes if it is not told
+    if "num_key_value_heads" in config:
+        num_key_heads = num_heads if config["num_key_value_heads"] is None else size(config, "num_key_value_heads")
+    check_divides(config, "num_key_value_heads", num_key_heads, num_heads)
+    head_size = 128 if model_type == "qwen3" else hidden_size // num_heads
+    head_size = head_size if config.get("head_dim") is None else size(config, "head_dim")
+    if head_size % 2:
+        refuse("head_dim", head_size, ["an even number"])
     attention_bias = allowed(config, "attention_bias", False, (False, True))
+    window, slides = window_of(config, model_type)
     return Architecture(
-        vocab_size=needed(config, "vocab_size"),
+        vocab_size=size(config, "vocab_size"),
         hidden_size=hidden_size,
-        inner_size=needed(config, "intermediate_size"),
-        num_layers=needed(config, "num_hidden_layers"),
+        inner_size=size(config, "intermediate_size"),
+        num_layers=size(config, "num_hidden_layers"),
         num_heads=num_heads,
-        num_key_heads=int(config.get("num_key_value_heads") or (8 if model_type == "mistral" else num_heads)),
-        head_size=int(config.get("head_dim") or head_size),
-        context_length=needed(config, "max_position_embeddings"),
-        epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        num_key_heads=num_key_heads,
+        head_size=head_size,
+        context_length=size(config, "max_position_embeddings"),
+        epsilon=number(config, "rms_norm_eps", 1e-6),
         activation=allowed(config, "hidden_act", "silu", ACTIVATIONS),
         tied=allowed(config, "tie_word_embeddings", False, (True, False)),
         rope=rope_of(config),
@@ -130,43 +145,59 @@ def llama_architecture(config: Mapping[str, Any], model_type: str) -> Architectu
         input_bias=model_type == "qwen2" or attention_bias,
         output_bias=attention_bias,
         mlp_bias=allowed(config, "mlp_bias", False, (False, True)),
+        window=window,
+        slides=slides,
     )
 
 
 def rope_of(config: Mapping[str, Any]) -> Rope:
-    """Return the rotary positions, from `rope_parameters` or from the keys that older versions wrote."""
-    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    """Return the rotary positions, from `rope_parameters` or from the key of older versions, which comes first if given."""
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    if not isinstance(config.get(key) or {}, Mapping):
+        refuse(key, config[key], ["a dictionary"])
     entry = dict(config.get(key) or {})
     kind = entry.get("rope_type", entry.get("type", "default"))
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         refuse(f"{key}.rope_type", kind, ROPE_KEYS)
     for name, value in entry.items():
         if name not in ROPE_KEYS[kind] | ROPE_NO_MATTER:
             refuse(f"{key}.{name}", value, [*ROPE_KEYS[kind], "rope_type", "rope_theta"], what="keys")
     allowed(entry, "partial_rotary_factor", 1.0, (1.0,), prefix=f"{key}.")
-    missing = sorted(ROPE_KEYS[kind] - entry.keys())
-    if missing:
-        refuse(f"{key}.{missing[0]}", None, ["a number"])
-    theta = float(entry.get("rope_theta") or config.get("rope_theta") or 10_000.0)
+    given = {name: number(entry, name, None, prefix=f"{key}.") for name in ROPE_KEYS[kind]}
+    theta = entry if entry.get("rope_theta") is not None else config
     return Rope(
-        theta,
+        number(theta, "rope_theta", 10_000.0, prefix=f"{key}." if theta is entry else ""),
         kind,
-        float(entry.get("factor", 1.0)),
-        float(entry.get("low_freq_factor", 1.0)),
-        float(entry.get("high_freq_factor", 4.0)),
-        int(entry.get("original_max_position_embeddings", 8192)),
+        given.get("factor", 1.0),
+        given.get("low_freq_factor", 1.0),
+        given.get("high_freq_factor", 4.0),
+        int(given.get("original_max_position_embeddings", 8192)),
     )
 
 
-def check_no_window(config: Mapping[str, Any], model_type: str) -> None:
-    """Refuse sliding windows: Mistral has one unless it is null, the Qwens only with `use_sliding_window`."""
-    default = 4096 if model_type == "mistral" else None
-    window = config.get("sliding_window", default)
-    if window is not None and model_type not in ("qwen2", "qwen3"):
-        refuse("sliding_window", window, [None])
-    layer_types = config.get("layer_types")
-    if not {"full_attention"} >= set(layer_types or ()):
-        refuse("layer_types", layer_types, ["full_attention"])
+def window_of(config: Mapping[str, Any], model_type: str) -> tuple[int | None, tuple[bool, ...]]:
+    """Return the sliding window and which layers have it, (None, ()) for none that matters.
+
+    Mistral has one in all layers unless it is null, the Qwens only with `use_sliding_window`: then in the layers that
+    `layer_types` names, else in those from `max_window_layers` on.
+    """
+    qwen, num_layers = model_type in ("qwen2", "qwen3"), size(config, "num_hidden_layers")
+    used = allowed(config, "use_sliding_window", False, (False, True) if qwen else (False,))
+    given = config.get("sliding_window", None if model_type == "llama" else 4096)
+    if model_type == "llama" and given is not None:
+        refuse("sliding_window", given, [None])
+    window = None if given is None or (qwen and not used) else size({"sliding_window": given}, "sliding_window")
+    known = ["full_attention", "sliding_attention"] if qwen and window else ["full_attention"]
+    types = config.get("layer_types")
+    if types is not None and (len(types) != num_layers or any(kind not in known for kind in types)):
+        refuse("layer_types", types, [f"null, or for each of the {num_layers} layers {' or '.join(known)}"])
+    if window is None or window >= size(config, "max_position_embeddings"):
+        return None, ()
+    if not qwen:
+        return window, (True,) * num_layers
+    first = size(config, "max_window_layers", 28, least=0)
+    slides = tuple(layer >= first if types is None else types[layer] == known[1] for layer in range(num_layers))
+    return (window, slides) if any(slides) else (None, ())
 
 
 def check_keys(config: Mapping[str, Any], read: Collection[str], values: Mapping[str, tuple[Any, ...]]) -> None:
@@ -186,12 +217,26 @@ def allowed(config: Mapping[str, Any], key: str, default: Any, values: Collectio
     return value
 
 
-def needed(config: Mapping[str, Any], key: str) -> int:
-    """Return a size that must be there."""
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        refuse(key, value, ["a positive integer"])
+def size(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
+    """Return a whole number, which must be there if it has no default."""
+    value = config.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        refuse(key, value, ["a positive integer" if least else "0 or a positive integer"])
     return value
+
+
+def number(config: Mapping[str, Any], key: str, default: float | None = None, *, prefix: str = "") -> float:
+    """Return a positive number, which must be there if it has no default."""
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        refuse(prefix + key, value, ["a positive number"])
+    return float(value)
+
+
+def check_divides(config: Mapping[str, Any], key: str, value: int, total: int) -> None:
+    """Refuse a number of heads that does not divide what is shared among them."""
+    if total % value:
+        refuse(key, config.get(key), [f"a divisor of {total}"])
 
 
 def refuse(key: str, value: Any, supported: Collection[Any], *, what: str = "values") -> NoReturn:

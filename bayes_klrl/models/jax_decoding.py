@@ -19,7 +19,20 @@ from jax import lax
 from bayes_klrl.models.jax_forward import Architecture, Cache, Parameters, logits
 from bayes_klrl.models.jax_steps import advanced, prefill
 
-__all__ = ["PaddedPrompts", "Reading", "draw_tokens", "lengths_of", "read_tokens", "sample_tokens"]
+__all__ = [
+    "Kinds",
+    "PaddedPrompts",
+    "Reading",
+    "Rows",
+    "Weights",
+    "draw_tokens",
+    "emitted",
+    "is_eos",
+    "lengths_of",
+    "next_token",
+    "read_tokens",
+    "sample_tokens",
+]
 
 Reading: TypeAlias = Callable[..., Any]
 """`score`, `position_log_probs` or `token_features` of `jax_steps`."""
@@ -36,67 +49,88 @@ class PaddedPrompts(NamedTuple):
         return PaddedPrompts(self.tokens[index], self.padding[index])
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def sample_tokens(
-    architectures: tuple[Architecture, ...],
-    eos_token_ids: tuple[int, ...],
-    parameters: Sequence[Parameters],
-    temperatures: Sequence[Any],
-    prompts: PaddedPrompts,
-    uniforms: Any,
-) -> tuple[Any, Any]:
+class Kinds(NamedTuple):
+    """What is compiled for: models that read the same tokens in lockstep, the first of which draws; hashable."""
+
+    architectures: tuple[Architecture, ...]
+    eos_token_ids: tuple[int, ...]
+
+
+class Weights(NamedTuple):
+    """The parameters and the temperature of each of these models. A pytree."""
+
+    parameters: tuple[Parameters, ...]
+    temperatures: tuple[Any, ...]
+
+
+class Rows(NamedTuple):
+    """R completions in the making: each model's cache, which lacks the newest token (R,), and who has ended (R,)."""
+
+    caches: tuple[Cache, ...]
+    newest: Any
+    finished: Any
+
+
+@partial(jax.jit, static_argnums=0)
+def sample_tokens(kinds: Kinds, weights: Weights, prompts: PaddedPrompts, uniforms: Any) -> tuple[Any, Any]:
     """Return completions of the first model, shape (P, N, T), and their log-probs under each, (models, P, N, T).
 
-    One `lax.scan` over tokens, with keys and values in buffers that it writes in place. The models read the same tokens
-    in lockstep. Nothing is computed after the last token, and no gradient goes through.
+    One `lax.scan` over tokens, with keys and values in buffers that it writes in place. Past EOS stand the lowest EOS id
+    (0 if there is none) and log-probs of 0. Nothing is computed after the last token, and no gradient goes through.
 
     Parameters
     ----------
-    architectures, parameters, temperatures
+    kinds, weights
         The models, which share one vocabulary.
-    eos_token_ids
-        The ids that end a completion; past it stands the lowest of them, or 0 if there are none.
     prompts
         The P prompts.
     uniforms
         From [0, 1), shape (P, N, T).
     """
-    parameters = lax.stop_gradient(tuple(parameters))
+    weights, uniforms = lax.stop_gradient((weights, uniforms))
     num_prompts, num_draws, num_tokens = uniforms.shape
     owners = jnp.arange(num_prompts).repeat(num_draws)
-    columns = lax.stop_gradient(uniforms).reshape(-1, num_tokens).T.astype(jnp.float32)
+    columns = uniforms.reshape(-1, num_tokens).T.astype(jnp.float32)
     padding = prompts.padding[owners]
-    read = [prefill(*model, *prompts) for model in zip(architectures, parameters, strict=True)]
+    read = [prefill(*model, *prompts) for model in zip(kinds.architectures, weights.parameters, strict=True)]
     caches = tuple(with_room(cache, owners, num_tokens - 1) for _, cache in read)
-
-    def emitted(features: Sequence[Any], finished: Any, column: Any) -> tuple[Any, Any, Any]:
-        log_probs = [
-            jax.nn.log_softmax(logits(architecture, weights, states) / temperature)
-            for architecture, weights, states, temperature in zip(
-                architectures, parameters, features, temperatures, strict=True
-            )
-        ]
-        tokens = jnp.where(finished, min(eos_token_ids, default=0), draw_tokens(log_probs[0], column))
-        taken = jnp.stack([jnp.take_along_axis(array, tokens[:, None], axis=1)[:, 0] for array in log_probs])
-        return tokens, jnp.where(finished, 0.0, taken), finished | is_eos(tokens, eos_token_ids)
-
-    def one_token(carried: tuple[Any, Any, Any], inputs: tuple[Any, Any]) -> tuple[Any, tuple[Any, Any]]:
-        caches, newest, finished = carried
-        column, length = inputs
-        steps = [
-            advanced(architecture, weights, cache, newest, padding, length)
-            for architecture, weights, cache in zip(architectures, parameters, caches, strict=True)
-        ]
-        tokens, log_probs, finished = emitted([features for features, _ in steps], finished, column)
-        return (tuple(cache for _, cache in steps), tokens, finished), (tokens, log_probs)
-
     none_finished = jnp.zeros(len(owners), dtype=bool)
-    first, first_log_probs, finished = emitted([features[owners] for features, _ in read], none_finished, columns[0])
+    first, scores = emitted(kinds, weights, [features[owners] for features, _ in read], none_finished, columns[0])
+
+    def one_token(rows: Rows, inputs: tuple[Any, Any]) -> tuple[Rows, tuple[Any, Any]]:
+        return next_token(kinds, weights, rows, padding, *inputs)
+
     slots = jnp.arange(num_tokens - 1, dtype=jnp.int32) + prompts.tokens.shape[1]
-    _, (rest, log_probs) = lax.scan(one_token, (caches, first, finished), (columns[1:], slots))
+    start = Rows(caches, first, is_eos(first, kinds.eos_token_ids))
+    _, (rest, more) = lax.scan(one_token, start, (columns[1:], slots))
     tokens = jnp.concatenate([first[None], rest]).T.reshape(uniforms.shape)
-    log_probs = jnp.concatenate([first_log_probs[None], log_probs]).transpose(1, 2, 0)
-    return tokens, lax.stop_gradient(log_probs.reshape(len(architectures), *uniforms.shape))
+    log_probs = jnp.concatenate([scores[None], more]).transpose(1, 2, 0)
+    return tokens, log_probs.reshape(len(kinds.architectures), *uniforms.shape)
+
+
+def next_token(
+    kinds: Kinds, weights: Weights, rows: Rows, padding: Any, uniforms: Any, slot: Any
+) -> tuple[Rows, tuple[Any, Any]]:
+    """Return the rows with one more token, the tokens (R,), and their log-probs (models, R)."""
+    steps = [
+        advanced(architecture, parameters, cache, rows.newest, padding, slot)
+        for architecture, parameters, cache in zip(kinds.architectures, weights.parameters, rows.caches, strict=True)
+    ]
+    tokens, log_probs = emitted(kinds, weights, [features for features, _ in steps], rows.finished, uniforms)
+    finished = rows.finished | is_eos(tokens, kinds.eos_token_ids)
+    return Rows(tuple(cache for _, cache in steps), tokens, finished), (tokens, log_probs)
+
+
+def emitted(kinds: Kinds, weights: Weights, features: Sequence[Any], finished: Any, uniforms: Any) -> tuple[Any, Any]:
+    """Return the tokens drawn from features, (R,), and their log-probs (models, R); filler and 0 where finished."""
+    log_probs = [
+        jax.nn.log_softmax(logits(architecture, parameters, states) / temperature)
+        for architecture, parameters, temperature, states in zip(kinds.architectures, *weights, features, strict=True)
+    ]
+    filler = min(kinds.eos_token_ids, default=0)
+    tokens = jnp.where(finished, filler, draw_tokens(log_probs[0], uniforms))
+    taken = jnp.stack([jnp.take_along_axis(array, tokens[:, None], axis=1)[:, 0] for array in log_probs])
+    return tokens, jnp.where(finished, 0.0, taken)
 
 
 def with_room(cache: Cache, owners: Any, num_free: int) -> Cache:

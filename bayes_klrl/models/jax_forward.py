@@ -69,7 +69,8 @@ class Architecture:
     """All that the forward must know beside the weights; hashable, a static argument of every jitted function.
 
     `rope` is None for GPT-2, which has learned positions, LayerNorm and a plain MLP. With `head_norm` queries and keys
-    are normalised head by head (Qwen3). Biases are those of the Llama family; GPT-2 has them everywhere.
+    are normalised head by head (Qwen3). Biases are those of the Llama family; GPT-2 has them everywhere. With a `window`
+    the layers that say so in `slides` see that many tokens, the newest among them.
     """
 
     vocab_size: int
@@ -88,6 +89,8 @@ class Architecture:
     input_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
+    window: int | None = None
+    slides: tuple[bool, ...] = ()
 
 
 class Cache(NamedTuple):
@@ -134,11 +137,15 @@ def hidden_states(
         layer, norm, rotation = llama_layer, rms_norm, (jnp.cos(angles), jnp.sin(angles))
     mask = visible(slots, padding, past.keys.shape[3], length)
 
-    def one_layer(hidden: Any, layer_inputs: tuple[Weights, Cache]) -> tuple[Any, Cache]:
-        weights, stored = layer_inputs
-        return layer(architecture, weights, hidden, rotation, stored, mask)
+    near = None if architecture.window is None else within(slots, past.keys.shape[3], architecture.window)
 
-    hidden, new = lax.scan(one_layer, hidden, (parameters["layers"], past))
+    def one_layer(hidden: Any, layer_inputs: tuple[Weights, Cache, Any]) -> tuple[Any, Cache]:
+        weights, stored, slides = layer_inputs
+        seen = mask if near is None else mask & (near | ~slides)
+        return layer(architecture, weights, hidden, rotation, stored, seen)
+
+    slides = None if near is None else jnp.array(architecture.slides)
+    hidden, new = lax.scan(one_layer, hidden, (parameters["layers"], past, slides))
     return norm(parameters["outer"], "final_norm", hidden, architecture.epsilon), new
 
 
@@ -158,6 +165,12 @@ def visible(slots: Any, padding: Any, num_past: int, length: Any) -> Any:
     among = (slots <= slots[:, None]) & (slots >= padding[:, None, None]) | (slots == slots[:, None])
     before = jnp.broadcast_to(before[:, None], (len(padding), len(slots), num_past))
     return jnp.concatenate([before, among], axis=2)
+
+
+def within(slots: Any, num_past: int, window: int) -> Any:
+    """Return which slots are less than `window` before each new token, past ones first, shape (S, C + S)."""
+    all_slots = jnp.concatenate([jnp.arange(num_past), slots])
+    return slots[:, None] - all_slots < window
 
 
 def gpt2_layer(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,22 @@ from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.checkpoint_files import OWN_ENTRY
 from bayes_klrl.models.jax_config import architecture_of
-from bayes_klrl.models.jax_decoding import PaddedPrompts, Reading, read_tokens, sample_tokens
-from bayes_klrl.models.jax_forward import Cache, Parameters
-from bayes_klrl.models.jax_rows import LEAST, chunk_size, cut, joined, left_padded, padded_to, read_rows, widest
+from bayes_klrl.models.jax_decoding import Kinds, PaddedPrompts, Reading, Weights, read_tokens, sample_tokens
+from bayes_klrl.models.jax_forward import Parameters
+from bayes_klrl.models.jax_lockstep import JaxLockstep
+from bayes_klrl.models.jax_rows import (
+    LEAST,
+    ROOM,
+    Buffer,
+    JaxState,
+    chunk_size,
+    cut,
+    joined,
+    left_padded,
+    padded_to,
+    read_rows,
+    widest,
+)
 from bayes_klrl.models.jax_steps import (
     bucket,
     gather_rows,
@@ -47,39 +59,9 @@ from bayes_klrl.models.token_ids import (
     resolved_eos,
 )
 from bayes_klrl.sequences import Sequences, completion_lengths
-from bayes_klrl.typing import Array, IntArray, TokenIds
+from bayes_klrl.typing import Array, IntArray, LanguageModel, TokenIds
 
 __all__ = ["JaxLM"]
-
-ROOM = 32
-"""The smallest capacity of a buffer."""
-
-
-@dataclass(eq=False)
-class Buffer:
-    """Keys and values with free slots; `filled` are taken. States share it, and who would write to a taken slot copies.
-
-    The arrays are given away to every step, which writes in place, and replaced by what it returns.
-    """
-
-    arrays: Cache
-    filled: int
-
-    @property
-    def capacity(self) -> int:
-        """How many slots there are."""
-        return int(self.arrays.keys.shape[3])
-
-
-@dataclass(frozen=True, eq=False)
-class JaxState:
-    """R rows in the first `length` slots of a buffer, whose number of rows B >= R is a power of two."""
-
-    features: Array  # (B, D), what the next tokens are predicted from
-    buffer: Buffer
-    length: int
-    padding: np.ndarray  # (B,) slots on the left that hold nothing
-    num_tokens: IntArray  # (R,) tokens read so far, prompt included
 
 
 class JaxLM:
@@ -293,8 +275,8 @@ class JaxLM:
         """
         uniforms = jnp.asarray(uniforms, dtype=jnp.float32)
         self._check_rows(prompts, uniforms)
-        model = (self._architecture,), self._eos, (self._parameters,), (self.temperature,)
-        tokens, log_probs = sample_tokens(*model, prompts, uniforms)
+        kinds, weights = Kinds((self._architecture,), self._eos), Weights((self._parameters,), (self.temperature,))
+        tokens, log_probs = sample_tokens(kinds, weights, prompts, uniforms)
         return tokens, log_probs[0]
 
     def score_tokens(self, prompts: PaddedPrompts, tokens: Array) -> Array:
@@ -312,6 +294,15 @@ class JaxLM:
     def copy(self) -> JaxLM:
         """Return an independent copy: a guide that starts as this model."""
         return self.with_parameters(jax.tree.map(jnp.copy, self._parameters))
+
+    def lockstep(self, models: Sequence[LanguageModel]) -> JaxLockstep | None:
+        """See `LanguageModel`: for several `JaxLM` of one vocabulary, a loop on the device."""
+        if any(type(model) is not JaxLM for model in models):  # one of a subclass may compute something else
+            return None
+        same: Any = models
+        kinds = Kinds(tuple(model._architecture for model in same), self._eos)
+        parameters = tuple(model.parameters for model in same)
+        return JaxLockstep(kinds, Weights(parameters, tuple(model.temperature for model in same)))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder that `from_pretrained` reads, and torch as well: weights, tokenizer, EOS ids.

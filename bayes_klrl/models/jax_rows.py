@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,17 +12,59 @@ import jax.numpy as jnp
 import numpy as np
 
 from bayes_klrl.models.jax_decoding import Reading
-from bayes_klrl.models.jax_forward import Architecture, Parameters
+from bayes_klrl.models.jax_forward import Architecture, Cache, Parameters
 from bayes_klrl.models.jax_steps import bucket
 from bayes_klrl.typing import Array, IntArray, TokenIds
 
-__all__ = ["LEAST", "chunk_size", "cut", "joined", "left_padded", "padded_to", "read_rows", "widest"]
+__all__ = [
+    "LEAST",
+    "ROOM",
+    "Buffer",
+    "JaxState",
+    "chunk_size",
+    "cut",
+    "joined",
+    "left_padded",
+    "padded_to",
+    "read_rows",
+    "widest",
+]
 
 LEAST = 8
 """The smallest bucket of lengths and of rows that are decoded."""
 
+ROOM = 32
+"""The smallest capacity of a buffer."""
+
 BUDGET = 2**25
 """Floats that one chunk of scored rows may hold at its widest point (128 MB)."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Keys and values with free slots; `filled` are taken. States share it, and who would write to a taken slot copies.
+
+    The arrays are given away to every step, which writes in place, and replaced by what it returns.
+    """
+
+    arrays: Cache
+    filled: int
+
+    @property
+    def capacity(self) -> int:
+        """How many slots there are."""
+        return int(self.arrays.keys.shape[3])
+
+
+@dataclass(frozen=True, eq=False)
+class JaxState:
+    """R rows in the first `length` slots of a buffer, whose number of rows B >= R is a power of two."""
+
+    features: Array  # (B, D), what the next tokens are predicted from
+    buffer: Buffer
+    length: int
+    padding: np.ndarray  # (B,) slots on the left that hold nothing
+    num_tokens: IntArray  # (R,) tokens read so far, prompt included
 
 
 def widest(architecture: Architecture) -> int:

@@ -8,6 +8,9 @@ The programs are genuine: `pyro.poutine.trace`, `condition`, `replay`, `pyro.inf
 `pyro.infer.SVI` work on them. `TraceGraph_ELBO` finds out which costs belong to which site by provenance that it attaches
 to tensors; a reward computed from decoded text would lose it, and with it its gradient, without a word (TRAPS 1). So
 provenance is taken off before a reward is computed and put back on the result.
+
+Programs with further latents (uncertain reward weights, say) are written with `SequenceDistribution`, or around
+`posterior.pyro_model()`, which may be called inside another program; see there.
 """
 
 from __future__ import annotations
@@ -21,14 +24,16 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import pyro
 import torch
+from numpy.typing import ArrayLike
 from pyro.distributions import TorchDistribution, constraints
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
 from bayes_klrl.arrays import to_host
+from bayes_klrl.errors import RewardError
 from bayes_klrl.models.decoding import decode
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.sequences import Sequences, completion_lengths
+from bayes_klrl.sequences import Sequences, completion_lengths, pad_token
 from bayes_klrl.typing import IntArray, LanguageModel, TokenIds
 
 __all__ = ["SequenceDistribution", "on_model_device", "pyro_guide", "pyro_model", "to_sequences"]
@@ -53,6 +58,24 @@ class SequenceDistribution(TorchDistribution):
         Score without a graph: for the prior, which is not trained.
     batch_shape
         (..., P); (P,) by default.
+
+    Examples
+    --------
+    A joint model: reward weights theta, completions x, and theta . f(x) as the reward. What is computed from tokens on the
+    host (`features`) keeps its provenance, so that `TraceGraph_ELBO` is right as well as our `LeaveOneOutELBO`.
+
+    >>> import numpy as np, bayes_klrl as bk, pyro.distributions as dist
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> def model():
+    ...     theta = pyro.sample("theta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    ...     with pyro.plate("prompts", 1, dim=-1):
+    ...         p = SequenceDistribution(coin, [()], 3, frozen=True)
+    ...         x = pyro.sample("x", p)
+    ...         f = p.features(lambda tokens, lengths: np.stack([lengths, lengths == 3], axis=1), x)
+    ...         pyro.factor("likelihood", (theta * f).sum(-1) / 0.5)
+    >>> trace = pyro.poutine.trace(model).get_trace()
+    >>> trace.nodes["x"]["value"].shape, trace.nodes["likelihood"]["fn"].log_factor.shape
+    (torch.Size([1, 3]), torch.Size([1]))
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  (the base class's own declaration)
@@ -109,6 +132,39 @@ class SequenceDistribution(TorchDistribution):
             total = total.T.reshape(batch_shape)
         return track_provenance(total, provenance)  # type: ignore[no-any-return]
 
+    def features(self, fn: Callable[[IntArray, IntArray], ArrayLike], value: Tensor) -> Tensor:
+        """Return f(x) of completions (..., P, T), shape (..., P) or (..., P, K), float64, computed on the host.
+
+        `TraceGraph_ELBO` knows what depends on x by what `x` was turned into; `x.tolist()` and `x.numpy()` end that trail,
+        and the gradient of everything after them is dropped in silence. Here it goes on.
+
+        Parameters
+        ----------
+        fn
+            `fn(tokens (M, T), lengths (M,))` on NumPy arrays, which returns M numbers or M rows of K; positions past a
+            length hold the EOS id (0 if there is none), as for `TokenReward`. Text is
+            `lm.decode([x[:n] for x, n in zip(tokens, lengths)])`.
+        value
+            The completions.
+
+        Raises
+        ------
+        RewardError
+            If `fn` returns anything else, or NaN.
+        """
+        tokens, provenance = detach_provenance(value), get_provenance(value)
+        host = to_host(tokens).astype(np.int64).reshape(-1, tokens.shape[-1])
+        lengths = completion_lengths(host, self.lm.eos_token_ids)
+        inside = np.arange(host.shape[1]) < lengths[:, None]
+        found = np.asarray(fn(np.where(inside, host, pad_token(self.lm.eos_token_ids)), lengths), dtype=np.float64)
+        if found.ndim not in (1, 2) or len(found) != len(host) or np.isnan(found).any():
+            raise RewardError(
+                f"Features of {len(host)} completions must be as many numbers, or rows of numbers, none of them NaN; got "
+                f"the shape {found.shape}{' with NaN' if np.isnan(found).any() else ''}."
+            )
+        on_device = torch.as_tensor(found, device=tokens.device).reshape(*tokens.shape[:-1], *found.shape[1:])
+        return track_provenance(on_device, provenance)  # type: ignore[no-any-return]
+
 
 def _distinct(sequences: Sequences) -> tuple[Sequences, IntArray]:
     """Return each prompt's distinct completions (P, M, T), and which of them each draw is (P, N); M is the most of any.
@@ -134,6 +190,9 @@ def to_sequences(tokens: Tensor, lm: LanguageModel) -> Sequences:
 
 def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Callable[[], Tensor]:
     """Return the posterior as a Pyro program without arguments that returns the completions (..., P, T).
+
+    It may be part of a larger one: call it in your own model, `x = posterior.pyro_model()()`, beside other latents, and add
+    what joins them by `pyro.factor`, with `SequenceDistribution.features` of x; the guide likewise calls `pyro_guide`'s.
 
     Parameters
     ----------

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.torch_network import base_model
 
-__all__ = ["adapted", "frozen", "import_peft", "merged", "quiet_peft", "trainable_copy"]
+__all__ = ["adapted", "frozen", "import_peft", "merged", "quiet_peft", "shared_copy", "trainable_copy"]
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:

@@ -1,0 +1,236 @@
+"""`MixtureLM`: several language models as one, drawn from by drawing a model first and then a completion.
+
+    p(x) = sum_s w_s p_s(x)
+
+Token by token, the next-token distributions are averaged with the weights that the models have *after* what was read,
+
+    p(a | x_<t) = sum_s w_s(x_<t) p_s(a | x_<t),    w_s(x_<t) = w_s p_s(x_<t) / sum_u w_u p_u(x_<t),
+
+which a state carries. Averaging them with the prior weights w_s would be another distribution: one that may change its mind
+in the middle of a completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from bayes_klrl.arrays import to_host
+from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.posterior import check_language_model
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, State, TokenIds
+from bayes_klrl.weights import logsumexp
+
+__all__ = ["MixtureLM"]
+
+
+@dataclass(eq=False)
+class MixtureState:
+    """R rows: every model's state, and how much each model has to say after what was read."""
+
+    states: tuple[State, ...]
+    log_weights: FloatArray  # (S, R), normalised over S
+    log_probs: FloatArray | None = field(default=None, repr=False)  # (S, R, V) of the models, once somebody asked
+
+
+class MixtureLM:
+    """A `LanguageModel` that is the mixture of others, exactly, in sampling and scoring alike.
+
+    It is the predictive distribution of a Bayesian policy, sum_s p_s(x) / S with p_s drawn from the posterior, and the
+    *defensive mixture* `MixtureLM([q, prior], [1 - eps, eps])`: as a proposal its importance weights are at most
+    exp(r / alpha) / eps, so that a mode which q has forgotten is drawn with bounded weights (Hesterberg 1995).
+
+    Parameters
+    ----------
+    models
+        S language models on one vocabulary.
+    weights
+        S positive numbers, which are normalised; None: all equal.
+
+    Raises
+    ------
+    CheckpointError
+        If vocabulary sizes or EOS ids differ.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> always_a = bk.NgramLM(np.log([0.98, 0.01, 0.01]), eos_token_id=2)
+    >>> always_b = bk.NgramLM(np.log([0.01, 0.98, 0.01]), eos_token_id=2)
+    >>> both = MixtureLM([always_a, always_b])
+    >>> start = both.prefill([[]])
+    >>> np.exp(both.next_log_probs(start)).round(3), np.exp(both.next_log_probs(both.append(start, [0]))).round(3)
+    (array([[0.495, 0.495, 0.01 ]]), array([[0.97, 0.02, 0.01]]))
+    """
+
+    def __init__(self, models: Sequence[LanguageModel], weights: Sequence[float] | FloatArray | None = None) -> None:
+        self._models = tuple(models)
+        if not self._models:
+            raise BayesKLRLError("A mixture needs at least one language model; got none.")
+        for s, model in enumerate(self._models):
+            check_language_model(f"Model {s} of a mixture", model)
+        self._log_weights = np.log(checked_weights(weights, len(self._models)))
+        first = self._models[0]
+        for s, model in enumerate(self._models):
+            if model.vocab_size != first.vocab_size or model.eos_token_ids != first.eos_token_ids:
+                raise CheckpointError(
+                    f"Model {s} of the mixture has {model.vocab_size} tokens and EOS {sorted(model.eos_token_ids)}, model 0 "
+                    f"has {first.vocab_size} and {sorted(first.eos_token_ids)}. They must share one vocabulary."
+                )
+
+    def __repr__(self) -> str:
+        names = sorted({type(model).__name__ for model in self._models})
+        return f"MixtureLM({len(self._models)} x {', '.join(names)})"
+
+    @property
+    def models(self) -> tuple[LanguageModel, ...]:
+        """What is mixed."""
+        return self._models
+
+    @property
+    def num_models(self) -> int:
+        """How many models a token goes through."""
+        return sum(getattr(model, "num_models", 1) for model in self._models)
+
+    @property
+    def weights(self) -> FloatArray:
+        """The models' weights before anything is read, shape (S,), in sum 1."""
+        weights: FloatArray = np.exp(self._log_weights)
+        return weights
+
+    @property
+    def vocab_size(self) -> int:
+        """See `LanguageModel`."""
+        return self._models[0].vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """See `LanguageModel`."""
+        return self._models[0].eos_token_ids
+
+    @property
+    def full_support(self) -> bool:
+        """Whether any model has it: such a model never loses all its weight."""
+        return any(model.full_support for model in self._models)
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """See `LanguageModel`; the first that a model has."""
+        return self._attribute("tokenizer", None)
+
+    @property
+    def context_length(self) -> int | None:
+        """See `LanguageModel`; the shortest."""
+        lengths = [getattr(model, "context_length", None) for model in self._models]
+        return min((length for length in lengths if length is not None), default=None)
+
+    @property
+    def prompt_apart(self) -> bool:
+        """See `LanguageModel`; only if it is so for all."""
+        return all(getattr(model, "prompt_apart", False) for model in self._models)
+
+    @property
+    def accepts_empty_prompt(self) -> bool:
+        """See `LanguageModel`."""
+        return all(getattr(model, "accepts_empty_prompt", False) for model in self._models)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """See `LanguageModel`; the first that a model has."""
+        bos: int | None = self._attribute("bos_token_id", None)
+        return bos
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether any model has fewer bits than float32."""
+        return any(getattr(model, "half_precision", False) for model in self._models)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `LanguageModel`."""
+        return self._with_tokenizer().encode(texts)
+
+    def decode(self, ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        return self._with_tokenizer().decode(ids)
+
+    def prefill(self, prompts: Sequence[TokenIds]) -> MixtureState:
+        """See `LanguageModel`."""
+        states = tuple(model.prefill(prompts) for model in self._models)
+        return MixtureState(states, np.repeat(self._log_weights[:, None], len(prompts), axis=1))
+
+    def next_log_probs(self, state: MixtureState) -> FloatArray:
+        """See `LanguageModel`. Shape (R, V), float64 on the host."""
+        return over_models(state.log_weights[..., None] + self._log_probs(state))
+
+    def append(self, state: MixtureState, tokens: IntArray) -> MixtureState:
+        """See `LanguageModel`: what was read says which model wrote it."""
+        tokens = np.asarray(tokens, dtype=np.int64)
+        joint = state.log_weights + self._log_probs(state)[:, np.arange(len(tokens)), tokens]
+        total = over_models(joint)
+        impossible = np.isneginf(total)  # no model can have written it: whatever is said after it has probability 0
+        log_weights = np.where(impossible, state.log_weights, joint - np.where(impossible, 0.0, total))
+        states = tuple(model.append(part, tokens) for model, part in zip(self._models, state.states, strict=True))
+        return MixtureState(states, log_weights)
+
+    def select(self, state: MixtureState, rows: IntArray) -> MixtureState:
+        """See `LanguageModel`."""
+        states = tuple(model.select(part, rows) for model, part in zip(self._models, state.states, strict=True))
+        known = None if state.log_probs is None else state.log_probs[:, rows]
+        return MixtureState(states, state.log_weights[:, rows], known)
+
+    def token_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> FloatArray:
+        """See `LanguageModel`; float64 on the host and not differentiable: train the models, not their mixture."""
+        per_model = self._scored(prompts, sequences)
+        before = self._log_weights[:, None, None, None]
+        prefix = over_models(before + per_model.cumsum(axis=3))  # log p(x_1:t), (P, N, T)
+        previous = np.concatenate([np.zeros_like(prefix[..., :1]), prefix[..., :-1]], axis=2)
+        possible = np.isfinite(previous)  # past an impossible token there is nothing left to lose
+        found = np.where(possible, prefix - np.where(possible, previous, 0.0), 0.0)
+        return np.where(sequences.mask, found, 0.0)
+
+    def _scored(self, prompts: Sequence[TokenIds], sequences: Sequences) -> FloatArray:
+        """Return every model's log p_s(x_t | c, x_<t), shape (S, P, N, T)."""
+        return np.stack(
+            [to_host(model.token_log_probs(prompts, sequences)).astype(np.float64) for model in self._models]
+        )
+
+    def _log_probs(self, state: MixtureState) -> FloatArray:
+        """Return every model's next-token log-probs, shape (S, R, V); the models are asked once for each state."""
+        if state.log_probs is None:
+            pairs = zip(self._models, state.states, strict=True)
+            state.log_probs = np.stack(
+                [to_host(model.next_log_probs(part)).astype(np.float64) for model, part in pairs]
+            )
+        return state.log_probs
+
+    def _attribute(self, name: str, default: Any) -> Any:
+        """Return the first value of an attribute that is not None."""
+        values = (getattr(model, name, None) for model in self._models)
+        return next((value for value in values if value is not None), default)
+
+    def _with_tokenizer(self) -> LanguageModel:
+        """Return the first model that has a tokenizer, else the first."""
+        return next((model for model in self._models if model.tokenizer is not None), self._models[0])
+
+
+def over_models(log_values: FloatArray) -> FloatArray:
+    """Return logsumexp over the first axis."""
+    return logsumexp(np.moveaxis(log_values, 0, -1))
+
+
+def checked_weights(weights: Sequence[float] | FloatArray | None, num_models: int) -> FloatArray:
+    """Return the weights, in sum 1."""
+    if weights is None:
+        return np.full(num_models, 1.0 / num_models)
+    given = np.asarray(weights, dtype=np.float64)
+    if given.shape != (num_models,) or not (np.isfinite(given).all() and (given > 0).all()):
+        raise BayesKLRLError(
+            f"A mixture of {num_models} models needs as many positive weights; got {weights!r}. Leave a model out rather than "
+            "give it the weight 0."
+        )
+    normalised: FloatArray = given / given.sum()
+    return normalised
