@@ -13,7 +13,8 @@ from bayes_klrl.checks import check_count
 from bayes_klrl.comparison_table import ComparisonTable, method_row, reference_log_evidence
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
-from bayes_klrl.inference.svi import SVI, Fit
+from bayes_klrl.inference.proposals import GuideRecipe
+from bayes_klrl.inference.svi import Fit
 from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.output_folder import prepare_output
 from bayes_klrl.posterior import Posterior
@@ -171,7 +172,7 @@ def compare(
     failures: dict[str, BayesKLRLError] = {}
     with progress_display(progress), track("all methods", len(algorithms) * repeats, progress) as advance:
         for repeat in range(repeats):
-            shared: list[tuple[SVI, Fit | BayesKLRLError]] = []
+            shared: list[tuple[GuideRecipe, Fit | BayesKLRLError]] = []
             for name, algorithm in algorithms.items():
                 try:
                     ready, trained = _with_fit(algorithm, posterior, shared, stream_seed(seed, repeat, "SVI"), progress)
@@ -226,7 +227,7 @@ class _Amortised:
 def _with_fit(
     algorithm: Algorithm,
     posterior: Posterior,
-    shared: list[tuple[SVI, Fit | BayesKLRLError]],
+    shared: list[tuple[GuideRecipe, Fit | BayesKLRLError]],
     seed: int,
     progress: bool,
 ) -> tuple[Algorithm, Fit | None]:
@@ -235,8 +236,8 @@ def _with_fit(
     A training that failed is not tried again for the next row: its error is raised there, too.
     """
     proposal: Any = getattr(algorithm, "proposal", None)
-    svi = algorithm if isinstance(algorithm, SVI) else proposal
-    if not isinstance(svi, SVI):
+    svi = algorithm if isinstance(algorithm, GuideRecipe) else proposal
+    if not isinstance(svi, GuideRecipe):
         return algorithm, None
     recipe = replace(svi, num_draws=1)  # how many are drawn later does not change the training
     known = next((outcome for other, outcome in shared if other == recipe), None)
@@ -246,12 +247,12 @@ def _with_fit(
     if isinstance(outcome, BayesKLRLError):
         raise outcome
     trained = outcome if known is None else None
-    if isinstance(algorithm, SVI):
+    if isinstance(algorithm, GuideRecipe):
         return _Fitted(outcome, algorithm.num_draws), trained
     return _Amortised(replace(algorithm, proposal=outcome.guide), outcome), trained  # type: ignore[type-var]
 
 
-def _fit_or_error(svi: SVI, posterior: Posterior, seed: int, progress: bool) -> Fit | BayesKLRLError:
+def _fit_or_error(svi: GuideRecipe, posterior: Posterior, seed: int, progress: bool) -> Fit | BayesKLRLError:
     """Return the trained guide, or the error that ended its training."""
     try:
         return svi.fit(posterior, seed=seed, progress=progress)
@@ -271,5 +272,5 @@ def _check_algorithms(algorithms: Mapping[str, Algorithm], posterior: Posterior)
         if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
             raise BayesKLRLError(f"{name!r} is not an algorithm: {algorithm!r} has no run(posterior, seed=...).")
         proposal = getattr(algorithm, "proposal", None)
-        if proposal is not None and not isinstance(proposal, SVI):
+        if proposal is not None and not isinstance(proposal, GuideRecipe):
             check_proposal(proposal, posterior.prior)

@@ -12,9 +12,10 @@ import numpy as np
 
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
-from bayes_klrl.inference.bayesian_svi import BayesianFit, BayesianSVI
+from bayes_klrl.inference.bayesian_svi import BayesianFit
 from bayes_klrl.inference.drawing import draw
-from bayes_klrl.inference.svi import SVI, Fit
+from bayes_klrl.inference.proposals import GuideRecipe
+from bayes_klrl.inference.svi import Fit
 from bayes_klrl.models.ngram_lm import NgramLM
 from bayes_klrl.posterior import Posterior, check_context, check_language_model
 from bayes_klrl.typing import LanguageModel
@@ -53,7 +54,7 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
         policy = BayesianFit.load(Path(policy), posterior).guide
     elif isinstance(policy, str | os.PathLike):
         policy = load_policy(Path(policy), posterior.prior)
-    elif isinstance(policy, SVI | BayesianSVI):
+    elif isinstance(policy, GuideRecipe):
         raise BayesKLRLError("An SVI is a way to a policy: fit it first, and give svi.fit(posterior, seed=...).")
     check_language_model("The policy", policy)
     check_same_vocabulary(policy, posterior.prior)

@@ -607,3 +607,19 @@ def test_ctrl_c_keeps_what_was_learned() -> None:
     assert fit.interrupted
     assert len(fit.history["elbo"]) == 4
     assert np.isfinite(fit.run(10, seed=0).elbo).all()
+
+
+def test_a_bayesian_policy_is_a_proposal_and_is_fitted_once_in_a_comparison() -> None:
+    base = random_posterior(51, num_tokens=3)
+    posterior = bk.Posterior(full_table(base.prior, 3), base.likelihood, max_new_tokens=3)
+    recipe = bk.BayesianSVI(60, 16, 2, parameters="all", prior_scale=1.0, evidence_weight=200.0, num_draws=50)
+    result = bk.compare(
+        posterior,
+        {"exact": bk.Exact(), "policy": recipe, "then IS": bk.ImportanceSampling(4000, proposal=recipe)},
+        seed=0,
+    )
+    assert not result.failures
+    assert len(result.fits) == 1
+    corrected = result["then IS"]
+    assert corrected.training_tokens == result["policy"].training_tokens > 0
+    assert abs(corrected.log_evidence - Truth(posterior).log_evidence)[0] < 4 * corrected.log_evidence_se[0]

@@ -1,24 +1,28 @@
-"""A proposal is a language model, or an `SVI` that is fitted first: amortise, then correct."""
+"""A proposal is a language model, or an `SVI` or `BayesianSVI` that is fitted first: amortise, then correct."""
 
 from __future__ import annotations
 
 from bayes_klrl.draws import Cost
+from bayes_klrl.inference.bayesian_svi import BayesianSVI
 from bayes_klrl.inference.svi import SVI
 from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.posterior import Posterior, check_context
 from bayes_klrl.typing import LanguageModel
 
-__all__ = ["Proposal", "resolve_proposal"]
+__all__ = ["GuideRecipe", "Proposal", "resolve_proposal"]
 
-Proposal = LanguageModel | SVI | None
+GuideRecipe = SVI | BayesianSVI
+"""What `fit` makes a guide of."""
+
+Proposal = LanguageModel | GuideRecipe | None
 
 
 def resolve_proposal(proposal: Proposal, posterior: Posterior, seed: int, progress: bool) -> tuple[LanguageModel, Cost]:
     """Return the language model to draw from, and what it cost to train it.
 
-    None is the prior itself; an `SVI` is fitted under the same seed.
+    None is the prior itself; an `SVI` or `BayesianSVI` is fitted under the same seed.
     """
-    if isinstance(proposal, SVI):
+    if isinstance(proposal, GuideRecipe):
         fit = proposal.fit(posterior, seed=seed, progress=progress)
         return fit.guide, fit.training
     lm = posterior.prior if proposal is None else proposal
