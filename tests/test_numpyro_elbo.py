@@ -369,8 +369,8 @@ def test_sites_without_a_partner_are_refused(estimator: Any) -> None:
         return wrapped
 
     for programs, message in (
-        ((with_temperature(model), program), "model samples 'temperature', the guide does not"),
-        ((model, with_temperature(program)), "guide samples 'temperature', the model does not"),
+        ((with_temperature(model), program), "latent site 'temperature' that the guide does not draw"),
+        ((model, with_temperature(program)), "guide draws 'temperature', which is no latent site"),
     ):
         with pytest.raises(bk.BayesKLRLError, match=message):
             estimator(4).loss(jax.random.key(0), {}, *programs)

@@ -19,7 +19,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.guide_training import completion_text, unbounded_loss
+from bayes_klrl.inference.guide_training import completion_text, no_density, no_latent_site, undrawn_site
 from bayes_klrl.models.pyro_model import SequenceDistribution, to_sequences
 
 __all__ = ["SiteTerms", "check_bounded", "random_sites", "site_terms"]
@@ -119,16 +119,10 @@ def check_sites(model: dict[str, Any], guide: dict[str, Any]) -> None:
             )
         latent = name in model and not model[name]["is_observed"]
         if not latent and not site["infer"].get("is_auxiliary"):
-            raise BayesKLRLError(
-                f"The guide draws {name!r}, which is no latent site of the model: its log-density would count for nothing. "
-                "Add it to the model, or mark it with infer={'is_auxiliary': True}."
-            )
+            raise no_latent_site(name)
     for name, site in model.items():
         if name not in guide and not site["is_observed"]:
-            raise BayesKLRLError(
-                f"The model has a latent site {name!r} that the guide does not draw, so there is no density to weigh it "
-                "with. Draw it in the guide too."
-            )
+            raise undrawn_site(name)
 
 
 @dataclass(frozen=True)
@@ -189,13 +183,7 @@ def check_bounded(name: str, log_prob: Tensor, x: Any) -> None:
         return
     first = torch.nonzero(~torch.isfinite(log_prob))[0].tolist()
     n, p = (first[0], first[1] if len(first) > 1 else 0)
-    if torch.isneginf(log_prob[tuple(first)]):
-        said = {"likelihood": "likelihood", SEQUENCE_SITE: "prior probability"}
-        raise unbounded_loss(completion_of(x, n, p), said.get(name, f"probability at the site {name!r}"))
-    raise BayesKLRLError(
-        f"The log-prob of site {name!r} is {float(log_prob[tuple(first)])} for the completion {completion_of(x, n, p)}; a "
-        "log-density is finite or -inf."
-    )
+    raise no_density(name, float(log_prob[tuple(first)]), completion_of(x, n, p))
 
 
 def completion_of(x: Any, n: int, p: int) -> str:

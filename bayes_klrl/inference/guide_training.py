@@ -29,9 +29,12 @@ __all__ = [
     "completion_text",
     "learning_rate_schedule",
     "no_adapter",
+    "no_density",
+    "no_latent_site",
     "run_training",
     "trained",
     "unbounded_loss",
+    "undrawn_site",
 ]
 
 MAX_GRADIENT_NORM = 1.0
@@ -215,6 +218,32 @@ def unbounded_loss(completion: str, what: str = "likelihood") -> UnboundedLossEr
         cure = "Start the guide as a copy of the prior, which never draws what the prior cannot."
     return UnboundedLossError(
         f"The guide drew the completion {completion}, whose {what} is 0, so its ELBO is -inf and has no gradient. {cure}"
+    )
+
+
+def no_density(name: str, log_prob: float, completion: str) -> BayesKLRLError:
+    """Return the error about a log-prob of site `name` that is -inf, inf or NaN where the guide drew a completion."""
+    if log_prob == float("-inf"):
+        said = {"likelihood": "likelihood", "x": "prior probability"}
+        return unbounded_loss(completion, said.get(name, f"probability at the site {name!r}"))
+    return BayesKLRLError(
+        f"The log-prob of site {name!r} is {log_prob} for the completion {completion}; a log-density is finite or -inf."
+    )
+
+
+def no_latent_site(name: str) -> BayesKLRLError:
+    """Return the error about a site that only the guide has."""
+    return BayesKLRLError(
+        f"The guide draws {name!r}, which is no latent site of the model: its log-density would count for nothing. "
+        "Add it to the model, or mark it with infer={'is_auxiliary': True}."
+    )
+
+
+def undrawn_site(name: str) -> BayesKLRLError:
+    """Return the error about a latent site that only the model has."""
+    return BayesKLRLError(
+        f"The model has a latent site {name!r} that the guide does not draw, so there is no density to weigh it "
+        "with. Draw it in the guide too."
     )
 
 

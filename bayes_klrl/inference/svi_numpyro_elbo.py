@@ -30,6 +30,7 @@ from numpyro.infer import ELBO
 from numpyro.primitives import Messenger
 
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.svi_numpyro_sites import SiteLogProbs, check_guide, check_sites, is_concrete
 from bayes_klrl.models.jax_rewards import float_type
 from bayes_klrl.models.numpyro_distribution import SequenceDistribution
 from bayes_klrl.models.numpyro_model import NumpyroGuide, NumpyroModel
@@ -89,7 +90,9 @@ class _SequenceELBO(ELBO):
     ) -> Any:
         """Return {"loss": -ELBO summed over prompts, with the estimator's gradient, "mutable_state": see `STEP`}.
 
-        A draw of likelihood 0 makes loss and gradient NaN: in a loop of one's own, use `SVI.stable_update`.
+        A draw of likelihood 0 makes loss and gradient NaN: in a loop of one's own, use `SVI.stable_update`. Outside of
+        `jax.jit` and `jax.grad` it is an error that names site and completion: `SVI.evaluate(state)`, with the state before
+        a step, says what was wrong with that step's draws.
         """
         parts = self._parts(rng_key, param_map, model, guide, args, kwargs)
         advantage = leave_one_out(stop_gradient(parts.cost))
@@ -101,6 +104,9 @@ class _SequenceELBO(ELBO):
             value = value - _per_particle(fixed)
             surrogate = surrogate - _per_particle(parts.kl + leave_one_out(later) * parts.drawn)
         loss = -(stop_gradient(value.mean()) + surrogate.mean() - stop_gradient(surrogate.mean()))
+        if is_concrete(loss) and not jnp.isfinite(loss):
+            reader = _SiteReader(self.num_particles)
+            reader.log_probs.check(reader._parts(rng_key, param_map, model, guide, args, kwargs))
         if STEP not in param_map:
             return {"loss": loss, "mutable_state": None}
         return {"loss": loss, "mutable_state": {STEP: stop_gradient(_step(parts))}}
@@ -196,6 +202,18 @@ class RaoBlackwellELBO(_SequenceELBO):
         return Parts(cost, score, _completions(model_trace, guide_trace), scale * kl, drawn)
 
 
+class _SiteReader(_SequenceELBO):
+    """Executes programs as the losses do, and reads the log-probs of their sites."""
+
+    def __init__(self, num_particles: int) -> None:
+        super().__init__(num_particles)
+        self.log_probs = SiteLogProbs()
+
+    def parts(self, model_trace: Any, guide_trace: Any) -> Any:
+        """Return what `SiteLogProbs.check` wants."""
+        return self.log_probs.read(model_trace, guide_trace)
+
+
 _NOT_PLATES = ["sample", "prng_key", "control_flow"]
 
 
@@ -214,14 +232,10 @@ def _traces(key: Any, params: Any, model: Any, guide: Any, args: Any, kwargs: An
     guide = handlers.substitute(handlers.seed(guide, guide_key), data=params)
     with _Fixed():
         guide_trace = handlers.trace(guide).get_trace(*args, **kwargs)
+    check_guide(guide_trace)
     model = handlers.substitute(handlers.replay(handlers.seed(model, model_key), guide_trace), data=params)
     model_trace = handlers.trace(model).get_trace(*args, **kwargs)
-    for name, site in model_trace.items():
-        if site["type"] == "sample" and not site["is_observed"] and name not in guide_trace:
-            raise BayesKLRLError(f"The model samples {name!r}, the guide does not. Give it a site of that name.")
-    for name, site in guide_trace.items():
-        if site["type"] == "sample" and not site["is_observed"] and name not in model_trace:
-            raise BayesKLRLError(f"The guide samples {name!r}, the model does not. Give it a site of that name.")
+    check_sites(model_trace, guide_trace)
     return model_trace, guide_trace
 
 
