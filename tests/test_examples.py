@@ -12,6 +12,7 @@ import pytest
 from scipy.optimize import brentq
 
 import bayes_klrl as bk
+from tests.backends import quick_compilation
 from tests.joint import joint_kl, moment_tolerances
 from tests.truth import Truth
 
@@ -102,6 +103,24 @@ def test_a_joint_program_finds_reward_weights_and_completions(num_preferences: i
     assert (np.abs(found - truth) < tolerances).all(), (found, truth, tolerances)
     # joint, so optimistic: without data the weights would stand at 0 if generations did not inform them
     assert num_preferences or (truth[:2] > 0.4).all()
+
+
+@pytest.mark.parametrize("num_preferences", [0, 6])
+def test_a_joint_program_finds_the_same_in_numpyro(num_preferences: int) -> None:
+    """On JAX, the prior a transformer."""
+    example = runpy.run_path(str(EXAMPLES / "joint_numpyro.py"))
+    preferences = example["PREFERENCES"][:num_preferences]
+    with quick_compilation():
+        guide, params = example["fit"](preferences)
+        found = example["drawn"](guide, params)
+    truth = example["exact"](preferences)
+    policy = example["PRIOR"].with_parameters(params["lm"])
+    normal = [np.asarray(params[name], dtype=np.float64) for name in ("loc", "slope", "log_sd")]
+    kl = joint_kl(example, preferences, policy, *normal, prompt_ids=example["START"])
+    # with preferences theta | x is no Gaussian whose mean is linear in f: the family itself costs some thousandths
+    assert 0 <= kl < (0.012 if num_preferences else 0.004)
+    tolerances = moment_tolerances(example, kl, truth[2:4], 20_000)
+    assert (np.abs(found - truth) < tolerances).all(), (found, truth, tolerances)
 
 
 def log_probs(policy: bk.LanguageModel, truth: Truth) -> np.ndarray:
