@@ -407,9 +407,8 @@ def test_a_jax_model_with_a_tokenizer_prompts_of_any_length_and_a_text_reward() 
     trained = guide.language_model(result.params)
     assert trained.tokenizer is lm.tokenizer
     assert trained.temperature == 1.3
-    assert (
-        bk.ImportanceSampling(200, proposal=trained).run(posterior, seed=0).elbo > -np.mean(result.losses[:5]) / 3
-    ).any()
+    elbos = [bk.ImportanceSampling(200, proposal=q).run(posterior, seed=0).elbo.mean() for q in (lm, trained)]
+    assert elbos[1] > elbos[0] + 0.1
 
 
 def test_a_missing_numpyro_is_named_with_its_cure() -> None:
