@@ -318,6 +318,23 @@ MUTANTS: tuple[Mutant, ...] = (
         ("tests/test_joint_pyro.py::test_trace_graph_elbo_agrees_on_the_same_program[independent]",),
     ),
     Mutant(
+        "on JAX, x credited with its own prompt's terms although theta is drawn after all x",
+        "inference/svi_numpyro_elbo.py",
+        "or _any_outside_after(scored[0], own, guide_trace)",
+        "or False",
+        (
+            "tests/test_joint_numpyro.py::"
+            "test_value_and_gradient_are_those_of_enumeration_times_quadrature[x, then theta-2]",
+        ),
+    ),
+    Mutant(
+        "on JAX, a masked draw without a score",
+        "inference/svi_numpyro_elbo.py",
+        'if not isinstance(site["fn"], MaskedDistribution):',
+        "if True:",
+        ("tests/test_joint_numpyro.py::test_masked_completions_still_have_a_score",),
+    ),
+    Mutant(
         "a mixture that averages next-token distributions with its prior weights",
         "models/mixture_lm.py",
         "log_weights = np.where(impossible, state.log_weights, joint - np.where(impossible, 0.0, total))",

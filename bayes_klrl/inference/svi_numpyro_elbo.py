@@ -28,6 +28,7 @@ import numpyro
 from jax import random
 from jax.lax import stop_gradient
 from numpyro import handlers
+from numpyro.distributions import MaskedDistribution
 from numpyro.infer import ELBO
 from numpyro.primitives import Messenger
 
@@ -109,7 +110,8 @@ class _SequenceELBO(ELBO):
         loss = -(stop_gradient(value.mean()) + surrogate.mean() - stop_gradient(surrogate.mean()))
         if is_concrete(loss) and not jnp.isfinite(loss):
             reader = _SiteReader(self.num_particles)
-            reader.log_probs.check(reader._parts(rng_key, param_map, model, guide, args, kwargs))
+            found: Any = reader._executed(rng_key, param_map, model, guide, args, kwargs)
+            reader.log_probs.check(found)
         if STEP not in param_map:
             return {"loss": loss, "mutable_state": None}
         return {"loss": loss, "mutable_state": {STEP: stop_gradient(_step(parts))}}
@@ -258,6 +260,16 @@ def _unscaled(site: Any) -> Array:
     return site["unscaled"]
 
 
+def _score(site: Any) -> Array:
+    """Return log q of a draw, neither scaled nor masked: a masked draw still is one that other terms depend on."""
+    if not isinstance(site["fn"], MaskedDistribution):
+        return _unscaled(site)
+    unmasked = site["fn"].base_dist
+    while isinstance(unmasked, MaskedDistribution):
+        unmasked = unmasked.base_dist
+    return unmasked.log_prob(site["value"])
+
+
 def _log_prob(site: Any) -> Array:
     """Return a site's log-prob."""
     log_prob = _unscaled(site)
@@ -281,13 +293,13 @@ def _parts(terms: list[tuple[Any, Array]], scored: list[Any], model_trace: Any, 
     step = _completions(model_trace, guide_trace)
     own = set(scored[0]["cond_indep_stack"]) if len(scored) == 1 else common
     if not scored or own == common or _any_outside_after(scored[0], own, guide_trace):
-        score = sum((_summed(_unscaled(site), common) for site in scored), start=jnp.zeros_like(cost))
+        score = sum((_summed(_score(site), common) for site in scored), start=jnp.zeros_like(cost))
         return Parts(cost, stop_gradient(cost), score, step)
     weights = jnp.zeros(())
     for site, log_prob in terms:
         inside = own <= set(site["cond_indep_stack"])
         weights = weights + (_summed(log_prob, own) if inside else log_prob.sum())
-    return Parts(cost, stop_gradient(weights), _summed(_unscaled(scored[0]), own), step)
+    return Parts(cost, stop_gradient(weights), _summed(_score(scored[0]), own), step)
 
 
 def _any_outside_after(scored: Any, own: set[Any], guide_trace: Any) -> bool:

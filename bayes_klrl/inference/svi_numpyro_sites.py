@@ -23,12 +23,12 @@ SEQUENCE_SITE = "x"
 
 
 def check_guide(guide_trace: Any) -> None:
-    """Refuse observed sites and factors in a guide."""
+    """Refuse observed sites in a guide; NumPyro marks factors as auxiliary, and takes them for part of log q."""
     for name, site in sample_sites(guide_trace).items():
         if site["is_observed"] and not site["infer"].get("is_auxiliary"):
             raise BayesKLRLError(
-                f"The guide observes {name!r}. What is observed, and every factor, belongs into the model; if this one is "
-                "meant, mark it with infer={'is_auxiliary': True}."
+                f"The guide observes {name!r}. What is observed belongs into the model: move it there, or mark it with "
+                "infer={'is_auxiliary': True}."
             )
 
 
