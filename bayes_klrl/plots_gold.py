@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -63,10 +63,10 @@ def _against_b(axes: Axes, study: GoldStudy) -> None:
     _prior_line(axes, study)
 
 
-def _band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: str, style: object, label: str) -> None:
+def _band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: str, style: Any, label: str) -> None:
     """The mean over data sets, values (D, X), with two standard errors."""
     mean, half = values.mean(axis=0), 2 * values.std(axis=0, ddof=1) / np.sqrt(len(values))
-    axes.plot(x, mean, color=colour, linestyle=style, linewidth=1.8, label=label)  # type: ignore[arg-type]
+    axes.plot(x, mean, color=colour, linestyle=style, linewidth=1.8, label=label)
     axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0, zorder=-1)
 
 

@@ -130,7 +130,7 @@ class GoldStudy:
         ]
         for name in TARGETS:
             gold, at = self.gold[name], self.at_kl(name, kls)
-            reached = np.isfinite(at).all(axis=0)
+            reached = [bool(np.isfinite(column).all()) for column in at.T]
             cells = "".join(f"{m:8.2f}" if ok else "       -" for m, ok in zip(at.mean(axis=0), reached, strict=True))
             lines.append(f"{name:24}{cells}{gold.max(axis=1).mean():7.2f}{np.quantile(gold[:, -1], 0.1):12.2f}")
         return "\n".join(lines)
@@ -195,8 +195,8 @@ def gold_study(
             each = proxy.curve(name, grid)
             kl[name].append(each[0])
             gold[name].append(each[1])
-    stacked = ({name: np.stack(rows) for name, rows in each.items()} for each in (kl, gold))
-    return GoldStudy(grid, *stacked, num_pairs=num_pairs, knows=knows)
+    stacked_kl, stacked_gold = ({name: np.stack(rows) for name, rows in each.items()} for each in (kl, gold))
+    return GoldStudy(grid, stacked_kl, stacked_gold, num_pairs, knows)
 
 
 @lru_cache(maxsize=4)

@@ -362,3 +362,17 @@ def test_what_belongs_to_no_posterior_has_no_anchors() -> None:
         bk.reward_uncertainty(posterior(alpha=2.0), draws)
     with pytest.raises(bk.BayesKLRLError, match=r"shape \(P, N\) = \(2, 3\)"):
         bk.reward_uncertainty(target, draws).decompose(np.ones(3))
+
+
+@pytest.mark.slow
+def test_svi_and_certificates_of_the_cut_posterior() -> None:
+    """Trained on a torch table, and certified: both see the cut reward as any other."""
+    target = bk.Posterior(PRIOR, bk.EnsembleReward(MODEL, alpha=ALPHA, num_thetas=20), max_new_tokens=NUM_TOKENS)
+    fit = bk.SVI(num_steps=150, learning_rate=0.05).fit(target, seed=0)
+    kl = Truth(target).kl(fit.guide)
+    assert kl[0] < 0.05 < Truth(target).kl(PRIOR)[0]
+    certificate = bk.certify(target, fit.guide, seed=0)
+    assert certificate.reverse_kl[0, 0] <= kl[0] <= certificate.reverse_kl[0, 1]
+    low, high = certificate.log_evidence_bounds[0]
+    assert low <= 1e-9
+    assert high >= -1e-9
