@@ -146,11 +146,13 @@ def test_no_token_of_probability_zero_is_drawn(vocab_size: int) -> None:
 
 
 def test_sums_that_do_not_ascend_draw_no_impossible_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As sums taken in parallel may come out on other devices: the last token, impossible, lies beyond the others."""
-    monkeypatch.setattr(jnp, "cumsum", lambda weights, axis: jnp.array([[0.25, 0.75, 0.7500001]]))
-    index, rest = first_beyond(jnp.array([[0.25, 0.5, 0.0]]), jnp.array([0.75]))
-    assert index.tolist() == [1]
-    assert 0.0 <= float(rest[0]) < 0.5
+    """As sums taken in parallel may come out on other devices: beyond an impossible token, a little more, or less."""
+    sums = jnp.array([[0.25, 0.75, 0.7500001], [0.25, 0.2500001, 0.75], [0.25, 0.75, 0.7499999]])
+    monkeypatch.setattr(jnp, "cumsum", lambda weights, axis: sums)
+    weights = jnp.array([[0.25, 0.5, 0.0], [0.25, 0.0, 0.5], [0.25, 0.5, 0.0]])
+    index, rest = first_beyond(weights, jnp.array([0.75, 0.25, 0.75]))
+    assert index.tolist() == [1, 2, 1]
+    assert ((rest >= 0) & (rest < 0.5)).all()
 
 
 def test_draws_are_exact_where_sums_taken_in_parallel_are_not() -> None:
@@ -264,15 +266,32 @@ def test_chunks_change_no_number(rows_at_once: int, monkeypatch: pytest.MonkeyPa
     assert lm.score_tokens(padded, tokens[:, :0]).shape == (3, 0, 3)
 
 
+@pytest.mark.slow
+def test_chunks_bound_the_memory_of_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that the compiled program needs beside its arguments, of 3 x 64 rows in one go and 12 at once."""
+    lm = cached_lm("gpt2")
+    padded, tokens = lm.pad_prompts(PROMPTS, 24), jnp.ones((3, 64, 24), dtype=jnp.int32)
+    needed = {}
+    for rows_at_once in (1000, 12):
+        monkeypatch.setattr(jax_lm, "chunk_size", lambda floats, rows=rows_at_once: rows)
+        gradient = jax.jit(jax.grad(lambda p: lm.with_parameters(p).score_tokens(padded, tokens).sum()))
+        needed[rows_at_once] = gradient.lower(lm.parameters).compile().memory_analysis().temp_size_in_bytes
+    assert needed[12] < needed[1000] / 8, needed
+
+
 # Positions and features
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 def test_positions_and_features_are_torchs(name: str) -> None:
-    lm, theirs = cached_lm(name), bk.TorchLM(torch_model(name))
+    lm, theirs = (
+        JaxLM(cached_lm(name).parameters, cached_lm(name)._config, eos_token_id=range(9)),
+        bk.TorchLM(torch_model(name), eos_token_id=range(9)),
+    )
     padded = lm.pad_prompts(PROMPTS, 6)
     tokens, log_probs = lm.sample_tokens(padded, uniforms_of(3, 5, 6))
     sequences = completed(lm, tokens)
+    assert sequences.lengths.min() < 6
     with torch.no_grad():
         positions, features = (
             getattr(theirs, what)(PROMPTS, sequences).numpy() for what in ("position_log_probs", "features")

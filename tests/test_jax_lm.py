@@ -636,6 +636,17 @@ def test_every_field_of_transformers_is_known(name: str) -> None:
     assert (architecture.window, architecture.slides) == ((4096, (True,) * 3) if name == "Mistral" else (None, ()))
 
 
+@pytest.mark.parametrize("first, expected", [(0, (True,) * 4), (3, (False, False, False, True)), (4, ()), (None, ())])
+def test_windows_without_layer_types_start_at_a_layer(first: int | None, expected: tuple[bool, ...]) -> None:
+    """As transformers fills `layer_types` in; its default is layer 28."""
+    options = {} if first is None else {"max_window_layers": first}
+    config = dict(cached_lm("qwen2")._config) | {"use_sliding_window": True, "sliding_window": 4}
+    config = {key: value for key, value in config.items() if key not in ("layer_types", "max_window_layers")} | options
+    assert architecture_of(config).slides == expected
+    theirs = hf.Qwen2Config.from_dict(dict(config)).layer_types
+    assert tuple(kind == "sliding_attention" for kind in theirs) == (expected or (False,) * 4)
+
+
 COMPUTED: dict[str, Callable[[], Any]] = {
     "gpt2, untied": lambda: with_biases(tiny_gpt2(tie_word_embeddings=False, **DEEP)),
     "gpt2, sizes": lambda: tiny_gpt2(n_inner=20, layer_norm_epsilon=0.1, **DEEP),

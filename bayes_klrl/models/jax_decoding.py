@@ -212,13 +212,12 @@ def read_tokens(
     if num_draw_chunks * num_prompt_chunks == 1:
         return read(prompts, legal, lengths)
 
+    # several chunks of draws leave room for one prompt in each, so chunks are in order whichever way they are cut
     def chunks(array: Any) -> Any:
         """Return (P, N, ...) as (chunks, prompts of each, draws of each, ...), filled up with zeros."""
         missing = num_prompt_chunks * prompts_each - num_prompts, num_draw_chunks * draws_each - num_draws
         filled = jnp.pad(array, [(0, missing[0]), (0, missing[1]), *[(0, 0)] * (array.ndim - 2)])
-        shape = num_prompt_chunks, prompts_each, num_draw_chunks, draws_each
-        split = filled.reshape(*shape, *array.shape[2:]).swapaxes(1, 2)
-        return split.reshape(-1, prompts_each, draws_each, *array.shape[2:])
+        return filled.reshape(-1, prompts_each, draws_each, *array.shape[2:])
 
     def chunks_of_prompts(array: Any) -> Any:
         return chunks(jnp.broadcast_to(array[:, None], (num_prompts, num_draws, *array.shape[1:])))[:, :, 0]
@@ -226,8 +225,7 @@ def read_tokens(
     read_again = jax.checkpoint(lambda inputs: read(*inputs))
     each = PaddedPrompts(*map(chunks_of_prompts, prompts))
     found = lax.map(read_again, (each, chunks(legal), chunks(lengths)))
-    joint = found.reshape(num_prompt_chunks, num_draw_chunks, *found.shape[1:]).swapaxes(1, 2)
-    joint = joint.reshape(num_prompt_chunks * prompts_each, num_draw_chunks * draws_each, *found.shape[3:])
+    joint = found.reshape(num_prompt_chunks * prompts_each, num_draw_chunks * draws_each, *found.shape[3:])
     return joint[:num_prompts, :num_draws]
 
 
