@@ -193,6 +193,19 @@ def test_rao_blackwell_has_the_lower_variance_far_from_the_posterior() -> None:
     assert variance["Rao-Blackwell"] < 0.5 * variance["leave one out"]
 
 
+def test_rao_blackwell_makes_a_token_pay_for_the_kl_that_it_leads_to() -> None:
+    """First tokens cost nothing themselves; after 1 the guide is far from the prior: all gradient comes from later KLs."""
+    prior, table = np.array([[0.5, 0.5], [0.1, 0.9]]), np.array([[0.5, 0.5], [0.9, 0.1]])
+    nothing = bk.TokenReward(lambda tokens, lengths: 0.0 * lengths, alpha=1.0)
+    lm, guide = (JaxTable(bk.NgramLM(np.log(probs), eos_token_id=None)) for probs in (prior, table))
+    posterior = bk.Posterior(lm, nothing, prompts=[[0]], max_new_tokens=2)  # type: ignore[arg-type]
+    runs, exact = gradients(posterior, guide, RaoBlackwellELBO(16), 200), exact_gradient(posterior, guide)
+    later = float((table[1] * np.log(table[1] / prior[1])).sum())
+    assert exact[1] > 0.8 * 0.25 * later  # context 0, token 1: q(1) (1 - q(1)) KL(guide || prior after 1)
+    spread = runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
+    assert (np.abs(runs.mean(axis=0) - exact) < 3.5 * spread + 1e-6).all()
+
+
 def test_a_users_own_svi_reaches_the_posterior(estimator: Any) -> None:
     posterior, _ = problem(((0,), (1,)))
     guide = posterior.numpyro_guide(JaxTable(full_table(posterior.prior.start, 4)))  # type: ignore[attr-defined]

@@ -141,7 +141,7 @@ def test_a_step_is_shortened_to_what_the_trust_region_allows() -> None:
     assert history["elbo"][0] == free.history["elbo"][0]
     assert history["elbo"][1] != free.history["elbo"][1]
     # one step alone, measured by hand
-    training = svi_numpyro._Training(bounded, posterior, svi_numpyro.jax_key(0))
+    training = svi_numpyro.Training(bounded, posterior, svi_numpyro.jax_key(0))
     next(training.steps())
     draws = training.state.mutable_state[svi_numpyro.STEP]
     lm = training.guide_so_far()

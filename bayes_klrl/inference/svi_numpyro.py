@@ -38,7 +38,7 @@ from bayes_klrl.typing import FloatArray, IntArray
 if TYPE_CHECKING:
     from bayes_klrl.inference.svi import SVI, Fit
 
-__all__ = ["fit_guide"]
+__all__ = ["Completions", "Training", "fit_guide", "jax_key", "optimiser"]
 
 _ELBOS = {"leave_one_out": LeaveOneOutELBO, "rao_blackwell": RaoBlackwellELBO}
 _LEARNING_RATE = 2e-3
@@ -51,7 +51,7 @@ def fit_guide(svi: SVI, posterior: Posterior, *, seed: int, progress: bool) -> F
     start = time.perf_counter()
     no_adapter(posterior.prior, svi.adapter)
     check_traceable(posterior)
-    training = _Training(svi, posterior, jax_key(seed))
+    training = Training(svi, posterior, jax_key(seed))
     return trained(svi, posterior, training.steps(), training.guide_so_far, start=start, progress=progress)
 
 
@@ -61,8 +61,21 @@ def jax_key(seed: object) -> Any:
     return random.fold_in(random.key(first), second)
 
 
-class _Training:
-    """An SVI of NumPyro's and its newest state."""
+class Training:
+    """An SVI of NumPyro's and its newest state.
+
+    Parameters
+    ----------
+    svi, posterior
+        What is done to what.
+    key
+        Where its randomness starts.
+
+    Attributes
+    ----------
+    state
+        NumPyro's, after the newest step; what that step drew is in its `mutable_state`.
+    """
 
     def __init__(self, svi: SVI, posterior: Posterior, key: Any) -> None:
         prior: Any = posterior.prior
