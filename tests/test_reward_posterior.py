@@ -11,6 +11,7 @@ from scipy import stats
 
 import bayes_klrl as bk
 from bayes_klrl.inference.reward_model import diagnosed
+from bayes_klrl.models import reward_posterior
 from bayes_klrl.models.preferences import training_batch
 from bayes_klrl.models.reward_features import FeatureMap, as_features
 from bayes_klrl.problems_preferences import bradley_terry
@@ -244,22 +245,29 @@ def test_arviz_reads_it(fit: bk.RewardPosterior) -> None:
     assert list(fit.diagnostics.table().columns) == ["mean", "sd", "mcse", "r_hat", "ess_bulk", "ess_tail"]
 
 
-def test_chains_that_have_not_converged_are_an_error_that_keeps_them() -> None:
+def test_chains_that_have_not_converged_are_an_error_that_keeps_them(
+    fit: bk.RewardPosterior, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs = simulated(60, 1, (1.0, -0.5))[0]
-    short = bk.RewardModel(bk.TokenFeatures(counts), num_draws=20, num_warmup=20)
-    with pytest.raises(
-        bk.ConvergenceError, match=r"NUTS has not converged: .*ESS of theta\[\d\] is .*accept_unconverged"
-    ) as caught:
-        short.fit(TOKENS, pairs, seed=0)
+    model = bk.RewardModel(bk.TokenFeatures(counts))
+    monkeypatch.setattr(reward_posterior, "MIN_ESS", 4000)
+    message = r"NUTS has not converged: the bulk ESS of theta\[\d\] is \d+, less than 4000; .*accept_unconverged"
+    with pytest.raises(bk.ConvergenceError, match=message) as caught:
+        model.fit(TOKENS, pairs, seed=0)
     assert caught.value.result is not None
-    assert caught.value.result.draws.shape == (4, 20, 2)
-    accepted = short.fit(TOKENS, pairs, seed=0, accept_unconverged=True)
-    assert (accepted.draws == caught.value.result.draws).all()
+    assert (caught.value.result.draws == fit.draws).all()
+    accepted = model.fit(TOKENS, pairs, seed=0, accept_unconverged=True)
+    assert (accepted.draws == fit.draws).all()
     assert accepted.diagnostics.problems
-    one_chain = diagnosed(accepted.draws[:1], {}, 0)  # of which nothing can be said
-    assert "R-hat of theta[0] is nan" in one_chain.problems[0]
-    apart = diagnosed(np.random.default_rng(0).standard_normal((4, 1000, 1)) + np.arange(4)[:, None, None], {}, 0)
-    assert "R-hat of theta[0] is 1." in apart.problems[0]
+
+
+def test_chains_apart_and_a_single_chain_have_not_converged() -> None:
+    draws = np.random.default_rng(0).standard_normal((4, 1000, 1))
+    assert not diagnosed(draws, {}, 0).problems
+    assert "R-hat of theta[0] is nan" in diagnosed(draws[:1], {}, 0).problems[0]
+    assert "R-hat of theta[0] is 1." in diagnosed(draws + np.arange(4)[:, None, None], {}, 0).problems[0]
+    few = diagnosed(draws[:, :50], {"noise": draws[:, :50, 0]}, 0).problems
+    assert any("tail ESS of" in problem for problem in few)
 
 
 def test_divergences_are_a_problem(fit: bk.RewardPosterior) -> None:

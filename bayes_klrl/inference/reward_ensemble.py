@@ -25,7 +25,7 @@ from bayes_klrl.inference.reward_anchors import Anchors, measured_anchors, poste
 from bayes_klrl.likelihood import Factor, Likelihood, TokenReward, check_alpha_and_bounds, product
 from bayes_klrl.models.reward_posterior import RewardPosterior
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.typing import FloatArray, LanguageModel
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 from bayes_klrl.weights import logmeanexp
 
 if TYPE_CHECKING:
@@ -39,7 +39,10 @@ __all__ = ["EnsembleReward", "ensemble_of"]
 Target = Literal["cut", "joint", "plug-in", "conservative"]
 Anchor = Literal["mean", "none"]
 
-_NOTHING = TokenReward(lambda tokens, lengths: np.zeros(len(lengths)), alpha=1.0, name="nothing")
+
+def _no_reward(tokens: IntArray, lengths: IntArray) -> FloatArray:  # noqa: ARG001
+    """Return 0 for every completion."""
+    return np.zeros(len(lengths))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -207,7 +210,7 @@ class EnsembleReward(Factor):
             )
         base = Posterior(
             posterior.prior,
-            product(others) if others else _NOTHING,
+            product(others) if others else TokenReward(_no_reward, alpha=1.0),
             prompts=posterior.prompts,
             max_new_tokens=posterior.max_new_tokens,
             **posterior.columns,

@@ -1,6 +1,6 @@
 """The NumPyro program of a linear reward, and its posterior by NUTS.
 
-    z ~ Normal(0, I),   theta = tau z,   tau given or tau ~ HalfNormal(1)
+    theta ~ Normal(0, tau^2 I),   tau given or tau ~ HalfNormal(1)
     preferences   P(x_w > x_l) = sigmoid(theta . (f(x_w) - f(x_l)))          (Bradley and Terry)
     scores        y = theta . f(x) + noise,   noise given or ~ HalfNormal(sd of y)
 
@@ -12,7 +12,7 @@ step serves them all, half the time of one chain after another on one thread.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -26,11 +26,18 @@ from bayes_klrl.typing import FloatArray
 
 __all__ = ["reward_program", "run_nuts"]
 
+_DECISIVE = 50  # observations a weight, from where on they decide it more than its prior
 _FIELDS = ("diverging", "num_steps", "accept_prob", "potential_energy")
 
 
 def reward_program(
-    design: Any, scores: Any = None, noise: Any = None, noise_scale: Any = None, prior_scale: Any = None
+    design: Any,
+    scores: Any = None,
+    noise: Any = None,
+    noise_scale: Any = None,
+    prior_scale: Any = None,
+    *,
+    centred: bool = False,
 ) -> None:
     """Weights theta of standardised features, site "theta", and what was observed.
 
@@ -44,11 +51,17 @@ def reward_program(
         Standard deviation of the scores; None: inferred, site "noise", with `noise_scale`.
     prior_scale
         tau; None: inferred, site "prior_scale".
+    centred
+        Sample theta itself, which mixes better where the data decide it, instead of z = theta / tau.
     """
     if prior_scale is None:
         prior_scale = numpyro.sample("prior_scale", dist.HalfNormal(1.0))
-    z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([design.shape[1]]).to_event(1))
-    theta = numpyro.deterministic("theta", prior_scale * z)
+    size = design.shape[1]
+    if centred:
+        theta = numpyro.sample("theta", dist.Normal(0.0, prior_scale).expand([size]).to_event(1))
+    else:
+        z = numpyro.sample("z", dist.Normal(0.0, 1.0).expand([size]).to_event(1))
+        theta = numpyro.deterministic("theta", prior_scale * z)
     reward = design @ theta
     if scores is None:
         numpyro.sample("preferred", dist.Bernoulli(logits=reward), obs=jnp.ones(design.shape[0]))
@@ -76,14 +89,15 @@ def run_nuts(
     """
     with jax.enable_x64(True):
         arguments = {name: jnp.asarray(value, dtype=jnp.float64) for name, value in data.items()}
-        run = _compiled(num_chains, num_warmup, num_draws, target_accept)
+        num, size = arguments["design"].shape
+        run = _compiled(num_chains, num_warmup, num_draws, target_accept, num >= _DECISIVE * size)
         samples, statistics = run(jax.random.PRNGKey(seed), arguments)
         sites = {name: np.array(samples[name]) for name in ("theta", "prior_scale", "noise") if name in samples}
         return sites, {name: np.array(statistics[name]) for name in _FIELDS}
 
 
 @lru_cache(maxsize=16)
-def _compiled(num_chains: int, num_warmup: int, num_draws: int, target_accept: float) -> Any:
+def _compiled(num_chains: int, num_warmup: int, num_draws: int, target_accept: float, centred: bool) -> Any:
     """Return the whole run as one jitted function of key and data, which compiles once for each shape of them.
 
     `MCMC.run` itself compiles its loop anew in every run, three seconds each.
@@ -92,7 +106,7 @@ def _compiled(num_chains: int, num_warmup: int, num_draws: int, target_accept: f
     @jax.jit
     def run(key: Any, arguments: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         sampler = MCMC(
-            NUTS(reward_program, target_accept_prob=target_accept),
+            NUTS(partial(reward_program, centred=centred), target_accept_prob=target_accept),
             num_warmup=num_warmup,
             num_samples=num_draws,
             num_chains=num_chains,
