@@ -462,7 +462,7 @@ def test_lockstep_refuses_what_steps_refuse() -> None:
 
 def test_other_numbers_of_draws_and_other_prompts_compile_nothing() -> None:
     """Sampling and scoring: prompts of 9 to 16 tokens, and as many numbers of draws."""
-    lm = jax_lm_of(tiny_gpt2(n_layer=1, n_embd=8, n_positions=64), eos_token_id=())  # compiled for by no other test
+    lm = jax_lm_of(tiny_gpt2(n_layer=1, n_embd=12, n_positions=64), eos_token_id=())  # compiled for by no other test
 
     def work(length: int, num_draws: int) -> None:
         prompt = [1 + index % 4 for index in range(length)]
