@@ -317,6 +317,22 @@ JOINTS: dict[str, Callable[[], Joint]] = {
 }
 
 
+def test_in_a_joint_model_one_prompts_noise_is_not_anothers(estimator: Any) -> None:
+    """Batch for batch: a hundredfold reward of prompt 1 leaves the gradient of what follows prompt 0 as it is."""
+
+    def gradient(factor: float, **options: Any) -> np.ndarray:
+        joint = Joint(prompts=((0,), (1,)), **options)
+        plain = joint.log_factor
+        joint.log_factor = lambda x, theta: plain(x, theta) * jnp.array([1.0, factor])  # type: ignore[method-assign]
+        step = jax.jit(jax.grad(lambda params: estimator(8).loss(jax.random.key(0), params, joint.model, joint.guide)))
+        table = np.asarray(step(joint.params)["logits"]).reshape(3, 3, 3, 3)
+        return np.concatenate([table[2, 2, 0].ravel(), table[2, 0].ravel(), table[0].ravel()])
+
+    assert np.abs(gradient(1.0)).max() > 0.01
+    np.testing.assert_allclose(gradient(1.0), gradient(100.0), rtol=0, atol=1e-6)
+    assert np.abs(gradient(1.0, slope=True) - gradient(100.0, slope=True)).max() > 0.01  # there theta comes after x
+
+
 @pytest.mark.parametrize("name", JOINTS)
 def test_joint_models_have_unbiased_gradients(name: str, estimator: Any) -> None:
     joint = JOINTS[name]()

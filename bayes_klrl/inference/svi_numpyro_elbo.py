@@ -10,8 +10,10 @@ former, where its gradient has mean zero. The Rao-Blackwellised variant sums the
 (Amini et al. 2025; THEORY 2.9 and `elbo` have the formula) and leaves the rest as it is.
 
 Plates that hold every site ("prompts") are independent problems: each index has its own log-weights and its own baseline.
-Where a site is outside of them, the log-weight is that of the whole particle. Stock NumPyro has no baselines, and its
-`TraceGraph_ELBO` scales the score term of a subsampled plate twice: gradients P / prompts_per_step times too long.
+Where a theta is outside of them and the guide draws it before x, the score of one prompt's x is multiplied by that prompt's
+terms and the shared ones, since the others are independent of it; where it is drawn after x, by all. Stock NumPyro has no
+baselines, and its `TraceGraph_ELBO` scales the score term of a subsampled plate twice: gradients P / prompts_per_step times
+too long.
 """
 
 from __future__ import annotations
@@ -55,8 +57,10 @@ class Parts(NamedTuple):
 
     cost: Array
     """log w, without what `kl` stands for, pathwise differentiable, shape (N, C)."""
+    weights: Array
+    """What of it depends on the draw that is scored, fixed, shape (N, X)."""
     score: Array
-    """log q of the sites that are not reparametrised, shape (N, C)."""
+    """log q of the sites that are not reparametrised, shape (N, X); X are the indices of their own plates, or C."""
     step: dict[str, Array]
     """For `STEP`."""
     kl: Array | None = None
@@ -91,9 +95,8 @@ class _SequenceELBO(ELBO):
 
         A draw of likelihood 0 makes loss and gradient NaN: in a loop of one's own, use `SVI.stable_update`.
         """
-        parts = self._parts(rng_key, param_map, model, guide, args, kwargs)
-        advantage = leave_one_out(stop_gradient(parts.cost))
-        surrogate = _per_particle(parts.cost + advantage * parts.score)
+        parts = self._executed(rng_key, param_map, model, guide, args, kwargs)
+        surrogate = _per_particle(parts.cost) + _per_particle(leave_one_out(parts.weights) * parts.score)
         value = _per_particle(parts.cost)
         if parts.kl is not None:
             fixed = stop_gradient(parts.kl)
@@ -109,7 +112,7 @@ class _SequenceELBO(ELBO):
     def parts(self, model_trace: Any, guide_trace: Any) -> Parts:
         """Return what one execution says, of all particles or of one."""
 
-    def _parts(self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Parts:
+    def _executed(self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Parts:
         """Return what N particles say."""
         params = {name: value for name, value in param_map.items() if name != STEP}
 
@@ -149,16 +152,11 @@ class LeaveOneOutELBO(_SequenceELBO):
 
     def parts(self, model_trace: Any, guide_trace: Any) -> Parts:
         """Return log w, and log q of the sites that are not reparametrised."""
-        dims = _common_dims(model_trace, guide_trace)
-        cost = sum(_summed(_log_prob(site), dims) for site in _sites(model_trace))
-        score = jnp.zeros(())
-        for site in _sites(guide_trace):
-            log_q = _log_prob(site)
-            if _needs_score(site):
-                score = score + _summed(_unscaled(site), dims)
-                log_q = stop_gradient(log_q)
-            cost = cost - _summed(log_q, dims)
-        return Parts(cost, score, _completions(model_trace, guide_trace))
+        scored = [site for site in _sites(guide_trace) if _needs_score(site)]
+        terms = [(site, _log_prob(site)) for site in _sites(model_trace)]
+        # log q of what is not reparametrised is fixed: the mean of its gradient is 0
+        terms += [(site, -_fixed_if(_needs_score(site), _log_prob(site))) for site in _sites(guide_trace)]
+        return _parts(terms, scored, model_trace, guide_trace)
 
 
 class RaoBlackwellELBO(_SequenceELBO):
@@ -187,13 +185,11 @@ class RaoBlackwellELBO(_SequenceELBO):
         kl = (jnp.where(possible, jnp.exp(jnp.where(possible, log_q, 0.0)), 0.0) * difference).sum(axis=-1)
         drawn = jnp.take_along_axis(log_q, tokens[..., None], axis=-1)[..., 0]
         kl, drawn = (jnp.where(inside, array, 0.0) for array in (kl, drawn))
-        dims = _common_dims(model_trace, guide_trace)
-        cost = sum(_summed(_log_prob(site), dims) for site in _sites(model_trace) if site["name"] != "x")
-        cost = cost - sum(_summed(_log_prob(site), dims) for site in _sites(guide_trace) if site["name"] != "x")
-        scale = 1.0 if model_site["scale"] is None else model_site["scale"]
         guide_site["unscaled"] = drawn.sum(axis=-1)
-        score = _summed(guide_site["unscaled"], dims)
-        return Parts(cost, score, _completions(model_trace, guide_trace), scale * kl, drawn)
+        terms = [(site, _log_prob(site)) for site in _sites(model_trace) if site["name"] != "x"]
+        terms += [(site, -_log_prob(site)) for site in _sites(guide_trace) if site["name"] != "x"]
+        scale = 1.0 if model_site["scale"] is None else model_site["scale"]
+        return _parts(terms, [guide_site], model_trace, guide_trace)._replace(kl=scale * kl, drawn=drawn)
 
 
 _NOT_PLATES = ["sample", "prng_key", "control_flow"]
@@ -235,6 +231,11 @@ def _needs_score(site: Any) -> bool:
     return not site["is_observed"] and not site["fn"].has_rsample
 
 
+def _fixed_if(condition: bool, values: Array) -> Array:
+    """Return values, without their gradient if so."""
+    return stop_gradient(values) if condition else values
+
+
 def _unscaled(site: Any) -> Array:
     """Return a site's log-prob without the scale of a subsampled plate; computed once."""
     if "unscaled" not in site:
@@ -249,15 +250,42 @@ def _log_prob(site: Any) -> Array:
     return log_prob if site["scale"] is None else site["scale"] * log_prob
 
 
-def _common_dims(*traces: Any) -> set[int]:
-    """Return the dimensions of the plates that hold every site."""
-    stacks = [set(site["cond_indep_stack"]) for trace in traces for site in _sites(trace)]
-    return {frame.dim for frame in set.intersection(*stacks)}
+def _parts(terms: list[tuple[Any, Array]], scored: list[Any], model_trace: Any, guide_trace: Any) -> Parts:
+    """Return the parts of one execution.
+
+    Parameters
+    ----------
+    terms
+        What log w is the sum of: sites and their log-probs, with their signs.
+    scored
+        The sites that are not reparametrised.
+    model_trace, guide_trace
+        The execution.
+    """
+    common = set.intersection(*(set(site["cond_indep_stack"]) for site in _sites(model_trace) + _sites(guide_trace)))
+    cost = sum((_summed(log_prob, common) for _, log_prob in terms), start=jnp.zeros(()))
+    step = _completions(model_trace, guide_trace)
+    own = set(scored[0]["cond_indep_stack"]) if len(scored) == 1 else common
+    if not scored or own == common or _any_outside_after(scored[0], own, guide_trace):
+        score = sum((_summed(_unscaled(site), common) for site in scored), start=jnp.zeros_like(cost))
+        return Parts(cost, stop_gradient(cost), score, step)
+    weights = jnp.zeros(())
+    for site, log_prob in terms:
+        inside = own <= set(site["cond_indep_stack"])
+        weights = weights + (_summed(log_prob, own) if inside else log_prob.sum())
+    return Parts(cost, stop_gradient(weights), _summed(_unscaled(scored[0]), own), step)
 
 
-def _summed(log_prob: Array, dims: set[int]) -> Array:
-    """Return a log-prob summed over all dimensions but these."""
-    log_prob = jnp.asarray(log_prob)
+def _any_outside_after(scored: Any, own: set[Any], guide_trace: Any) -> bool:
+    """Return whether the guide draws anything outside of a site's own plates after it, which may tie their indices."""
+    names = [site["name"] for site in _sites(guide_trace)]
+    after = _sites(guide_trace)[names.index(scored["name"]) + 1 :]
+    return any(not own <= set(site["cond_indep_stack"]) for site in after)
+
+
+def _summed(log_prob: Array, plates: set[Any]) -> Array:
+    """Return a log-prob summed over all dimensions but those of these plates."""
+    log_prob, dims = jnp.asarray(log_prob), {frame.dim for frame in plates}
     others = tuple(axis for axis in range(log_prob.ndim) if axis - log_prob.ndim not in dims)
     return log_prob.sum(axis=others)
 
