@@ -338,4 +338,26 @@ MUTANTS: tuple[Mutant, ...] = (
         "scale=(svi.evidence_weight or family.size)",
         ("tests/test_bayesian_svi.py::test_the_value_is_the_elbo",),
     ),
+    # --- uncertain rewards
+    Mutant(
+        "the cut posterior not divided by Z_theta",
+        "inference/reward_ensemble.py",
+        "logmeanexp(rewards.T / self.alpha - log_z)",
+        "logmeanexp(rewards.T / self.alpha - 0 * log_z)",
+        ("tests/test_reward_ensemble.py::test_cut_is_the_mixture_of_the_posteriors_of_each_theta",),
+    ),
+    Mutant(
+        "Z_theta without the other factors",
+        "inference/reward_anchors.py",
+        "log_prior[p] + others[p] + rewards / alpha",
+        "log_prior[p] + rewards / alpha",
+        ("tests/test_reward_ensemble.py::test_other_factors_belong_to_the_base_measure",),
+    ),
+    Mutant(
+        "draws of the cut posterior reweighted as if they were the prior's",
+        "uncertain_rewards.py",
+        " - own[:, None]",
+        "",
+        ("tests/test_reward_ensemble.py::test_variances_are_those_of_enumeration",),
+    ),
 )

@@ -75,11 +75,16 @@ def z_scores(fit: bk.RewardPosterior, mean: np.ndarray, sd: np.ndarray) -> np.nd
     return np.concatenate([(d.mean - mean) / d.mcse, (d.sd - sd) / (sd * np.sqrt((kurtosis - 1) / (4 * ess)))])
 
 
-def test_two_weights_are_those_of_quadrature(fit: bk.RewardPosterior) -> None:
+def by_quadrature(fit: bk.RewardPosterior, prior_scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of two weights."""
     grid = np.linspace(-4, 5, 361)
     points = np.stack(np.meshgrid(grid, grid, indexing="ij"), axis=-1).reshape(-1, 2)
-    log_density = -np.logaddexp(0, -(points @ fit.design.T)).sum(axis=1) - 0.5 * np.square(points).sum(axis=1)
-    assert np.abs(z_scores(fit, *on_a_grid(log_density, points))).max() < 4
+    log_prior = -0.5 * np.square(points / prior_scale).sum(axis=1)
+    return on_a_grid(log_prior - np.logaddexp(0, -(points @ fit.design.T)).sum(axis=1), points)
+
+
+def test_two_weights_are_those_of_quadrature(fit: bk.RewardPosterior) -> None:
+    assert np.abs(z_scores(fit, *by_quadrature(fit, 1.0))).max() < 4
     # the standardised features are the raw ones' own: a pair's difference by hand
     first = simulated(60, 1, (1.0, -0.5))[0]
     raw = counts(np.array([first.chosen[0], first.rejected[0]]), np.full(2, NUM_TOKENS))
@@ -87,12 +92,11 @@ def test_two_weights_are_those_of_quadrature(fit: bk.RewardPosterior) -> None:
 
 
 def test_the_prior_scale_is_the_prior_scale() -> None:
-    """With few pairs the prior decides: a wrong scale, or a variance for it, is far off quadrature."""
-    pairs = simulated(12, 3, (1.0, 0.0))[0]
-    fit = bk.RewardModel(bk.TokenFeatures(zeros), prior_scale=0.4, drop_ties=True).fit(TOKENS, pairs, seed=1)
-    grid = np.linspace(-4, 4, 4001)[:, None]
-    log_density = -np.logaddexp(0, -(grid @ fit.design.T)).sum(axis=1) - 0.5 * np.square(grid[:, 0] / 0.4)
-    assert np.abs(z_scores(fit, *on_a_grid(log_density, grid))).max() < 4
+    """A wrong one, or its square, is far off quadrature; of as many pairs as above, compiled for already."""
+    pairs = simulated(60, 3, (1.0, 0.0))[0]
+    fit = bk.RewardModel(bk.TokenFeatures(counts), prior_scale=0.3).fit(TOKENS, pairs, seed=1)
+    assert np.abs(z_scores(fit, *by_quadrature(fit, 0.3))).max() < 4
+    assert np.abs(z_scores(fit, *by_quadrature(fit, 0.36))).max() > 6
 
 
 def test_an_inferred_prior_scale_is_that_of_quadrature() -> None:
@@ -299,6 +303,20 @@ def test_rows_of_trl_are_read() -> None:
     message = [{"role": "assistant", "content": "ab"}]
     with pytest.raises(bk.BayesKLRLError, match="Row 0 is conversational"):
         bk.Preferences.from_rows([{"prompt": "p", "chosen": message, "rejected": "b"}])
+
+
+def test_the_bos_that_a_tokenizer_adds_is_not_the_completion() -> None:
+    class WithBos:
+        bos_token_id = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(LETTERS, name)
+
+        def encode(self, texts: list[str]) -> list[list[int]]:
+            return [[0, *ids] for ids in LETTERS.encode(texts)]
+
+    plain, other = PAIRS.batch(LETTERS), PAIRS.batch(WithBos())
+    assert plain.completion_ids == other.completion_ids
 
 
 def test_labels_say_who_won() -> None:
