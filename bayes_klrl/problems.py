@@ -30,6 +30,7 @@ from bayes_klrl.problems_gold import (
     gold_table,
 )
 from bayes_klrl.problems_infilling import Infilling, infilling, infilling_truth
+from bayes_klrl.problems_joint import JointTruth, joint_truth
 from bayes_klrl.problems_modes import two_modes, two_modes_truth
 from bayes_klrl.problems_preferences import Overoptimisation, overoptimisation
 from bayes_klrl.problems_record import Problem, Truth, by_enumeration, by_messages
@@ -45,6 +46,7 @@ __all__ = [
     "GPT2_TASKS",
     "SUITE",
     "Infilling",
+    "JointTruth",
     "Overoptimisation",
     "Problem",
     "Truth",
@@ -61,6 +63,7 @@ __all__ = [
     "gpt2_task",
     "infilling",
     "infilling_truth",
+    "joint_truth",
     "masked_policy",
     "overoptimisation",
     "problem_names",

@@ -27,6 +27,7 @@ import bayes_klrl as bk
 from bayes_klrl.inference.elbo import LeaveOneOutELBO
 from bayes_klrl.models.pyro_model import SequenceDistribution
 from bayes_klrl.models.torch_table import TableLM
+from bayes_klrl.problems import joint_truth
 
 WORDS = ["please", "wait", "now", "<end>"]
 NUM_TOKENS, ALPHA = 3, 1.2
@@ -101,24 +102,10 @@ def drawn(model, guide, num_draws: int = 20_000) -> np.ndarray:
     return summary(theta, f, np.full(num_draws, 1 / num_draws))
 
 
-def exact_joint(preferences: np.ndarray, num_nodes: int = 60):
-    """Return theta (M, 2), f (M, 2) and log p(theta, x, data) of every completion at every node of a quadrature, flat."""
-    nothing = bk.TokenReward(lambda tokens, lengths: np.zeros(len(tokens)), alpha=1.0)
-    every = bk.Exact().run(bk.Posterior(PRIOR, nothing, max_new_tokens=NUM_TOKENS), seed=0)
-    f = features(every.tokens[0], every.lengths[0])
-    nodes, mass = np.polynomial.hermite_e.hermegauss(num_nodes)
-    theta = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 2)
-    log_mass = np.log(np.outer(mass, mass).ravel() / mass.sum() ** 2)  # of the prior of theta
-    log_data = -np.logaddexp(0.0, -theta @ preferences.T).sum(axis=1) if len(preferences) else np.zeros(len(theta))
-    joint = (log_mass + log_data)[:, None] + every.log_prior[0] + theta @ f.T / ALPHA
-    return np.repeat(theta, len(f), axis=0), np.tile(f, (len(theta), 1)), joint.ravel()
-
-
 def exact(preferences: np.ndarray) -> np.ndarray:
     """Return the summary of the posterior, by enumeration and quadrature."""
-    theta, f, joint = exact_joint(preferences)
-    weights = np.exp(joint - joint.max())
-    return summary(theta, f, weights / weights.sum())
+    truth = joint_truth(PRIOR, features, alpha=ALPHA, max_new_tokens=NUM_TOKENS, preferences=preferences)
+    return summary(truth.theta, truth.features, truth.weights)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import pytest
 from scipy.optimize import brentq
 
 import bayes_klrl as bk
+from tests.joint import joint_kl, moment_tolerances
 from tests.truth import Truth
 
 ROOT = Path(__file__).parents[1]
@@ -82,12 +83,7 @@ def test_a_reward_function_of_trls_signature_is_the_tasks_reward() -> None:
 
 @pytest.mark.parametrize("num_preferences", [0, 6])
 def test_a_joint_program_finds_reward_weights_and_completions(num_preferences: int) -> None:
-    """Moments of theta and f(x) against enumeration times quadrature, as near as the fit's own KL to the posterior allows.
-
-    With K that KL: means of a bounded f are off by at most range(f) sqrt(K / 2) (Pinsker), those of theta by that of
-    E[theta | x] and sqrt(2 K) (Talagrand, as p(theta | x) is 1-strongly log-concave); a standard deviation that is off by a
-    share d costs a Gaussian about d^2 nats.
-    """
+    """Moments of theta and f(x) against enumeration times quadrature, as near as the fit's own KL to the posterior allows."""
     import pyro
     import torch
 
@@ -99,43 +95,13 @@ def test_a_joint_program_finds_reward_weights_and_completions(num_preferences: i
         logits = pyro.get_param_store()["table$$$logits"].detach().log_softmax(-1)
     table = bk.NgramLM(logits.numpy().reshape((4,) * 4), eos_token_id=3)
     truth = example["exact"](preferences)
-    kl = kl_of_joint_guide(example, preferences, table, **guide)
+    kl = joint_kl(example, preferences, table, **guide)
     # with preferences theta | x is no Gaussian whose mean is linear in f: the family itself costs some thousandths
     assert 0 <= kl < (0.01 if num_preferences else 0.004)
-    sds, mc = truth[2:4], 4 / np.sqrt(20_000)
-    ranges = np.array([3, 1])
-    tolerances = np.concatenate(
-        [
-            ranges / example["ALPHA"] * np.sqrt(kl / 2) + np.sqrt(2 * kl) + mc * sds,
-            sds * (np.sqrt(kl) + mc),
-            ranges * (np.sqrt(kl / 2) + mc / 2),
-        ]
-    )
+    tolerances = moment_tolerances(example, kl, truth[2:4], 20_000)
     assert (np.abs(found - truth) < tolerances).all(), (found, truth, tolerances)
     # joint, so optimistic: without data the weights would stand at 0 if generations did not inform them
     assert num_preferences or (truth[:2] > 0.4).all()
-
-
-def kl_of_joint_guide(
-    example: dict, preferences: np.ndarray, table: bk.NgramLM, loc: np.ndarray, slope: np.ndarray, log_sd: np.ndarray
-) -> float:
-    """KL(q(x) q(theta | x) || p(x, theta | data)), by enumeration and a quadrature around each theta | x."""
-    joint = example["exact_joint"](preferences)[2]
-    log_evidence = joint.max() + np.log(np.exp(joint - joint.max()).sum())
-    alpha, num_tokens = example["ALPHA"], example["NUM_TOKENS"]
-    nothing = bk.TokenReward(lambda tokens, lengths: np.zeros(len(tokens)), alpha=1.0)
-    truth = Truth(bk.Posterior(example["PRIOR"], nothing, max_new_tokens=num_tokens))
-    f = example["features"](truth.sequences.tokens[0], truth.sequences.lengths[0])
-    log_q = table.token_log_probs([[]], truth.sequences).sum(axis=2)[0]
-    nodes, mass = np.polynomial.hermite_e.hermegauss(30)
-    eps = np.stack(np.meshgrid(nodes, nodes), axis=-1).reshape(-1, 1, 2)
-    mass = np.outer(mass, mass).ravel() / mass.sum() ** 2
-    theta = loc + f @ slope + np.exp(log_sd) * eps  # (J, M, 2)
-    log_p = truth.log_prior[0] + (theta * f).sum(axis=2) / alpha - 0.5 * (theta**2).sum(axis=2)
-    log_p = log_p - np.logaddexp(0.0, -theta @ preferences.T).sum(axis=2)
-    log_q_theta = -0.5 * (eps**2).sum(axis=2) - log_sd.sum()
-    elbo = np.exp(log_q) @ (mass @ (log_p - log_q_theta) - log_q)
-    return float(log_evidence - elbo)
 
 
 def log_probs(policy: bk.LanguageModel, truth: Truth) -> np.ndarray:

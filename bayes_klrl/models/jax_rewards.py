@@ -24,7 +24,7 @@ from bayes_klrl.likelihood import Factor, TokenReward
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import Array, FloatArray
 
-__all__ = ["abstract", "check_traceable", "float_type", "host_errors", "is_traced", "traced_reward"]
+__all__ = ["abstract", "check_traceable", "first_lines", "float_type", "host_errors", "is_traced", "traced_reward"]
 
 
 def traced_reward(posterior: Posterior, tokens: Array, lengths: Array, prompt_index: Array) -> Array:
@@ -101,7 +101,7 @@ def _values(factor: Any, tokens: Array, lengths: Array, prompt_index: Array) -> 
             values = values.astype(float_type())
     except Exception as error:  # whatever the function does to an array that it cannot read
         raise RewardError(
-            f"TokenReward {factor.label!r} cannot be traced by JAX, {type(error).__name__}: {_first_lines(error)}. Write it "
+            f"TokenReward {factor.label!r} cannot be traced by JAX, {type(error).__name__}: {first_lines(error)}. Write it "
             "in jax.numpy, with no loop or `if` over values and no assignment to an array, or have it called on the "
             "host: bk.TokenReward(..., callback=True)."
         ) from error
@@ -113,7 +113,7 @@ def _values(factor: Any, tokens: Array, lengths: Array, prompt_index: Array) -> 
     return values.astype(float_type())
 
 
-def _first_lines(error: Exception) -> str:
+def first_lines(error: Exception) -> str:
     """Return what an error says up to its first full stop: JAX goes on for a page."""
     return " ".join(str(error).split()).split(". ")[0].rstrip(".")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from numpyro.distributions import Distribution, constraints
 
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.decoding import Decoding
+from bayes_klrl.models.jax_features import called_features, traced_features
 from bayes_klrl.models.jax_rewards import abstract, float_type
 from bayes_klrl.posterior import completion_log_probs
 from bayes_klrl.sequences import Sequences, completion_lengths, pad_token
@@ -54,6 +55,20 @@ class SequenceDistribution(Distribution):
     ((1,), (3,), False)
     >>> np.exp(one.log_prob(jnp.array([[0, 1, 0]]))).round(3).tolist()
     [0.25]
+
+    A joint model: reward weights theta, completions x, and theta . f(x) as the reward.
+
+    >>> import numpyro, numpyro.distributions as dist
+    >>> def model():
+    ...     theta = numpyro.sample("theta", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    ...     with numpyro.plate("prompts", 1, dim=-1):
+    ...         p = SequenceDistribution(coin, [()], 3)
+    ...         x = numpyro.sample("x", p)
+    ...         f = p.features(lambda tokens, lengths: jnp.stack([lengths, lengths == 3], axis=1), x)
+    ...         numpyro.factor("likelihood", (theta * f).sum(-1) / 0.5)
+    >>> trace = numpyro.handlers.trace(numpyro.handlers.seed(model, 0)).get_trace()
+    >>> trace["x"]["value"].shape, trace["likelihood"]["fn"].log_factor.shape
+    ((1, 3), (1,))
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012  (the base class's own declaration)
@@ -141,6 +156,30 @@ class SequenceDistribution(Distribution):
         arrays = (array.swapaxes(0, 1) for array in (scores, by_prompt, inside))
         log_probs, tokens, mask = (array.reshape((*batch_shape, *array.shape[2:])) for array in arrays)
         return log_probs, tokens, mask
+
+    def features(self, fn: Callable[[Any, Any], Any], value: Array, *, callback: bool = False) -> Array:
+        """Return f(x) of completions (..., P, T), shape (..., P) or (..., P, K), float32 or, as log-probs, float64.
+
+        Parameters
+        ----------
+        fn
+            `fn(tokens (M, T), lengths (M,))`, which returns M numbers or M rows of K; positions past a length hold the EOS
+            id (0 if there is none), as for `TokenReward`. It gets JAX arrays, which may be traced.
+        value
+            The completions.
+        callback
+            Call it on the host with NumPy arrays, for functions that JAX cannot trace. Text is
+            `lm.decode([x[:n] for x, n in zip(tokens, lengths)])`.
+
+        Raises
+        ------
+        RewardError
+            If `fn` cannot be traced, or returns anything else, or NaN; while a compiled program runs NaN is noticed on the
+            host alone, and JAX raises its own error around this one.
+        """
+        rows, lengths = padded_past_eos(jnp.asarray(value).reshape(-1, value.shape[-1]), self.lm)
+        found = called_features(fn, rows, self.lm) if callback else traced_features(fn, rows, lengths)
+        return found.reshape(*value.shape[:-1], *found.shape[1:])
 
     def _padded_prompts(self) -> Any:
         """Return the chosen prompts as arrays."""

@@ -30,10 +30,10 @@ from pyro.ops.provenance import detach_provenance, get_provenance, track_provena
 from torch import Tensor
 
 from bayes_klrl.arrays import to_host
-from bayes_klrl.errors import RewardError
+from bayes_klrl.models.completion_features import host_features
 from bayes_klrl.models.decoding import decode
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.sequences import Sequences, completion_lengths, pad_token
+from bayes_klrl.sequences import Sequences, completion_lengths
 from bayes_klrl.typing import IntArray, LanguageModel, TokenIds
 
 __all__ = ["SequenceDistribution", "on_model_device", "pyro_guide", "pyro_model", "to_sequences"]
@@ -153,15 +153,7 @@ class SequenceDistribution(TorchDistribution):
             If `fn` returns anything else, or NaN.
         """
         tokens, provenance = detach_provenance(value), get_provenance(value)
-        host = to_host(tokens).astype(np.int64).reshape(-1, tokens.shape[-1])
-        lengths = completion_lengths(host, self.lm.eos_token_ids)
-        inside = np.arange(host.shape[1]) < lengths[:, None]
-        found = np.asarray(fn(np.where(inside, host, pad_token(self.lm.eos_token_ids)), lengths), dtype=np.float64)
-        if found.ndim not in (1, 2) or len(found) != len(host) or np.isnan(found).any():
-            raise RewardError(
-                f"Features of {len(host)} completions must be as many numbers, or rows of numbers, none of them NaN; got "
-                f"the shape {found.shape}{' with NaN' if np.isnan(found).any() else ''}."
-            )
+        found = host_features(fn, to_host(tokens).astype(np.int64).reshape(-1, tokens.shape[-1]), self.lm)
         on_device = torch.as_tensor(found, device=tokens.device).reshape(*tokens.shape[:-1], *found.shape[1:])
         return track_provenance(on_device, provenance)  # type: ignore[no-any-return]
 
