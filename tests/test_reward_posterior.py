@@ -223,6 +223,27 @@ def test_predictions_are_means_over_the_posterior(fit: bk.RewardPosterior) -> No
     assert (fit.thetas(8) == fit.draws[[0, 0, 1, 1, 2, 2, 3, 3], [250, 750] * 4]).all()
 
 
+def test_the_program_is_genuine_and_its_density_the_one_that_is_reported(fit: bk.RewardPosterior) -> None:
+    """NumPyro's own energy of every draw is our log-likelihood and the prior; `trace` and `Predictive` read the program."""
+    import jax
+    from numpyro import handlers
+    from numpyro.infer import Predictive
+
+    from bayes_klrl.models.numpyro_reward import reward_program
+
+    log_prior = stats.norm.logpdf(fit.draws).sum(axis=2)
+    energy = fit.sample_stats["potential_energy"]
+    np.testing.assert_allclose(-energy, fit.log_likelihood().sum(axis=2) + log_prior, rtol=1e-9)
+    design = fit.design.astype(np.float32)
+    seeded = handlers.seed(reward_program, 0)
+    sites = handlers.trace(seeded).get_trace(design, scores=design[:, 0], noise_scale=1.0)
+    assert list(sites) == ["prior_scale", "z", "theta", "noise", "scores"]
+    centred = handlers.trace(handlers.seed(reward_program, 0)).get_trace(design, prior_scale=1.0, centred=True)
+    assert list(centred) == ["theta", "preferred"]
+    drawn = Predictive(reward_program, num_samples=500)(jax.random.PRNGKey(0), design, prior_scale=2.0)
+    assert np.asarray(drawn["theta"]).std() == pytest.approx(2.0, rel=0.15)
+
+
 def test_the_seed_decides(fit: bk.RewardPosterior) -> None:
     pairs = simulated(60, 1, (1.0, -0.5))[0]
     model = bk.RewardModel(bk.TokenFeatures(counts))
