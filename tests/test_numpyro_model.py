@@ -382,6 +382,35 @@ def test_a_users_own_model_and_a_torch_model_are_priors_too() -> None:
             assert float(joint(found["x"][n], posterior.numpyro_model())) == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
+def test_a_jax_model_with_a_tokenizer_prompts_of_any_length_and_a_text_reward() -> None:
+    from tests.test_jax_lm import jax_lm_of
+    from tests.tiny_models import tiny_gpt2, tiny_tokenizer
+
+    plain = jax_lm_of(tiny_gpt2())
+    lm = bk.JaxLM(plain.parameters, plain._config, tiny_tokenizer(), temperature=1.3)
+    reward = bk.Reward(
+        lambda completions, prompts: [c.count("a") - len(p) for c, p in zip(completions, prompts, strict=True)],
+        alpha=0.7,
+    )
+    posterior = bk.Posterior(lm, reward, prompts=["a b c", "d", "b b"], max_new_tokens=4)
+    model = posterior.numpyro_model()
+    found = Predictive(model, num_samples=30, parallel=True)(jax.random.key(0))
+    drawn = sequences(posterior, found["x"])
+    np.testing.assert_allclose(np.asarray(found["reward"]).T, posterior.reward(drawn), atol=1e-6)
+    joint = jax.jit(jax.vmap(lambda x: log_density(model, (), {}, {"x": x})[0]))(found["x"])
+    np.testing.assert_allclose(joint, posterior.log_joint(drawn).sum(axis=0), atol=1e-4)
+    guide = posterior.numpyro_guide(lm.copy())
+    svi = SVI(model, guide, optax.adam(1e-2), LeaveOneOutELBO(16))
+    result = svi.run(jax.random.key(0), 60, progress_bar=False)
+    assert np.mean(result.losses[-10:]) < np.mean(result.losses[:5]) - 0.3
+    trained = guide.language_model(result.params)
+    assert trained.tokenizer is lm.tokenizer
+    assert trained.temperature == 1.3
+    elbos = [bk.ImportanceSampling(200, proposal=q).run(posterior, seed=0).elbo.mean() for q in (lm, trained)]
+    assert elbos[1] > elbos[0] + 0.1
+
+
 def test_a_missing_numpyro_is_named_with_its_cure() -> None:
     code = """
 import sys, numpy as np, bayes_klrl as bk
