@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,17 +11,13 @@ import pytest
 import bayes_klrl as bk
 from bayes_klrl import problems
 from bayes_klrl.inference.reward_anchors import posterior_batch
-from tests.backends import as_jax, quick_compilation
+from tests.backends import as_jax
 from tests.tiny_models import tiny_llama
 from tests.truth import Truth
 
+pytestmark = pytest.mark.usefixtures("quick_jax")
+
 PROMPTS = [[1, 2, 3], [0]]
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 def gpt2() -> bk.Posterior:
