@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from bayes_klrl.errors import BayesKLRLError as BayesKLRLError
     from bayes_klrl.errors import BudgetError as BudgetError
     from bayes_klrl.errors import CheckpointError as CheckpointError
+    from bayes_klrl.errors import ConvergenceError as ConvergenceError
     from bayes_klrl.errors import RewardError as RewardError
     from bayes_klrl.errors import SupportError as SupportError
     from bayes_klrl.errors import TextRewardError as TextRewardError
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
     from bayes_klrl.inference.oracles import posterior_policy as posterior_policy
     from bayes_klrl.inference.quasi_rejection import QuasiRejection as QuasiRejection
     from bayes_klrl.inference.rejection import RejectionSampling as RejectionSampling
+    from bayes_klrl.inference.reward_ensemble import EnsembleReward as EnsembleReward
+    from bayes_klrl.inference.reward_model import RewardModel as RewardModel
     from bayes_klrl.inference.smc import SMC as SMC
     from bayes_klrl.inference.svi import SVI as SVI
     from bayes_klrl.inference.svi import Fit as Fit
@@ -53,6 +56,11 @@ if TYPE_CHECKING:
     from bayes_klrl.models.jax_lm import JaxLM as JaxLM
     from bayes_klrl.models.mixture_lm import MixtureLM as MixtureLM
     from bayes_klrl.models.ngram_lm import NgramLM as NgramLM
+    from bayes_klrl.models.preferences import Preferences as Preferences
+    from bayes_klrl.models.preferences import Scores as Scores
+    from bayes_klrl.models.reward_features import HiddenStates as HiddenStates
+    from bayes_klrl.models.reward_features import TokenFeatures as TokenFeatures
+    from bayes_klrl.models.reward_posterior import RewardPosterior as RewardPosterior
     from bayes_klrl.models.torch_lm import TorchLM as TorchLM
     from bayes_klrl.models.torch_losses import LossInputs as LossInputs
     from bayes_klrl.models.twist import PartialRewardTwist as PartialRewardTwist
@@ -71,6 +79,8 @@ if TYPE_CHECKING:
     from bayes_klrl.typing import Algorithm as Algorithm
     from bayes_klrl.typing import LanguageModel as LanguageModel
     from bayes_klrl.typing import Twist as Twist
+    from bayes_klrl.uncertain_rewards import RewardUncertainty as RewardUncertainty
+    from bayes_klrl.uncertain_rewards import reward_uncertainty as reward_uncertainty
 
 __version__ = "0.1.0"
 
@@ -91,12 +101,15 @@ _HOME = {
     "Comparison": "bayes_klrl.comparison",
     "ConditionalSMC": "bayes_klrl.inference.conditional_smc",
     "Constraint": "bayes_klrl.likelihood",
+    "ConvergenceError": "bayes_klrl.errors",
     "CountingTwist": "bayes_klrl.models.twist_counting",
     "DistilledTwist": "bayes_klrl.inference.distilled_twist",
     "Draws": "bayes_klrl.draws",
+    "EnsembleReward": "bayes_klrl.inference.reward_ensemble",
     "Exact": "bayes_klrl.inference.exact",
     "Fit": "bayes_klrl.inference.svi",
     "Frontier": "bayes_klrl.reward_frontier",
+    "HiddenStates": "bayes_klrl.models.reward_features",
     "HmmLM": "bayes_klrl.models.hmm_lm",
     "ImportanceSampling": "bayes_klrl.inference.importance",
     "JaxLM": "bayes_klrl.models.jax_lm",
@@ -109,17 +122,23 @@ _HOME = {
     "NgramLM": "bayes_klrl.models.ngram_lm",
     "PartialRewardTwist": "bayes_klrl.models.twist",
     "Posterior": "bayes_klrl.posterior",
+    "Preferences": "bayes_klrl.models.preferences",
     "QuasiRejection": "bayes_klrl.inference.quasi_rejection",
     "RejectionSampling": "bayes_klrl.inference.rejection",
     "Reward": "bayes_klrl.likelihood",
     "RewardError": "bayes_klrl.errors",
+    "RewardModel": "bayes_klrl.inference.reward_model",
+    "RewardPosterior": "bayes_klrl.models.reward_posterior",
+    "RewardUncertainty": "bayes_klrl.uncertain_rewards",
     "SMC": "bayes_klrl.inference.smc",
     "SVI": "bayes_klrl.inference.svi",
+    "Scores": "bayes_klrl.models.preferences",
     "Sequences": "bayes_klrl.sequences",
     "SuffixMH": "bayes_klrl.inference.mcmc",
     "SuiteResult": "bayes_klrl.suite",
     "SupportError": "bayes_klrl.errors",
     "TextRewardError": "bayes_klrl.errors",
+    "TokenFeatures": "bayes_klrl.models.reward_features",
     "TokenReward": "bayes_klrl.likelihood",
     "TorchLM": "bayes_klrl.models.torch_lm",
     "Twist": "bayes_klrl.typing",
@@ -133,6 +152,7 @@ _HOME = {
     "moment_constraint": "bayes_klrl.moment_constraints",
     "myopic_policy": "bayes_klrl.inference.oracles",
     "posterior_policy": "bayes_klrl.inference.oracles",
+    "reward_uncertainty": "bayes_klrl.uncertain_rewards",
     "run_suite": "bayes_klrl.suite",
 }
 
@@ -153,12 +173,15 @@ __all__ = [
     "Comparison",
     "ConditionalSMC",
     "Constraint",
+    "ConvergenceError",
     "CountingTwist",
     "DistilledTwist",
     "Draws",
+    "EnsembleReward",
     "Exact",
     "Fit",
     "Frontier",
+    "HiddenStates",
     "HmmLM",
     "ImportanceSampling",
     "JaxLM",
@@ -171,17 +194,23 @@ __all__ = [
     "NgramLM",
     "PartialRewardTwist",
     "Posterior",
+    "Preferences",
     "QuasiRejection",
     "RejectionSampling",
     "Reward",
     "RewardError",
+    "RewardModel",
+    "RewardPosterior",
+    "RewardUncertainty",
     "SMC",
     "SVI",
+    "Scores",
     "Sequences",
     "SuffixMH",
     "SuiteResult",
     "SupportError",
     "TextRewardError",
+    "TokenFeatures",
     "TokenReward",
     "TorchLM",
     "Twist",
@@ -195,6 +224,7 @@ __all__ = [
     "moment_constraint",
     "myopic_policy",
     "posterior_policy",
+    "reward_uncertainty",
     "run_suite",
 ]
 

@@ -38,7 +38,15 @@ from bayes_klrl.inference.resampling import systematic
 from bayes_klrl.typing import FloatArray, IntArray
 from bayes_klrl.weights import normalised
 
-__all__ = ["comparison_to_datatree", "draws_to_arviz", "draws_to_datatree", "load_draws", "save_draws"]
+__all__ = [
+    "as_installed",
+    "comparison_to_datatree",
+    "draws_to_arviz",
+    "draws_to_datatree",
+    "load_draws",
+    "numbered",
+    "save_draws",
+]
 
 _FORMAT = "bayes_klrl.Draws/1"
 _SEED = 0
@@ -57,7 +65,11 @@ def draws_to_arviz(draws: Draws) -> Any:
     `az.summary(draws.to_arviz())` then gives posterior means and their Monte Carlo errors; its R-hat says nothing about
     draws that are no Markov chain (`kind="stats"` leaves it out); those of `SuffixMH` are.
     """
-    tree = draws_to_datatree(draws)
+    return as_installed(draws_to_datatree(draws))
+
+
+def as_installed(tree: xr.DataTree) -> Any:
+    """Return a tree as what the installed ArviZ takes: an InferenceData in 0.x, itself in 1.x."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "\nArviZ is undergoing a major refactor", FutureWarning)
         import arviz
@@ -83,11 +95,11 @@ def draws_to_datatree(draws: Draws) -> xr.DataTree:
         "/log_prior": _chains({"x": equal["log_prior"]}, num_chains),
         "/sample_stats": _chains({"log_proposal": equal["log_proposal"]}, num_chains),
         "/weighted": _weighted(draws),
-        "/evidence": _numbered(xr.Dataset({name: ("prompt", getattr(draws, name)) for name in _PER_PROMPT})),
+        "/evidence": numbered(xr.Dataset({name: ("prompt", getattr(draws, name)) for name in _PER_PROMPT})),
         "/constant_data": _constant_data(draws),
     }
     if draws.info:
-        groups["/info"] = _numbered(xr.Dataset({name: _info_array(name, draws) for name in draws.info}))
+        groups["/info"] = numbered(xr.Dataset({name: _info_array(name, draws) for name in draws.info}))
     return xr.DataTree.from_dict(groups)
 
 
@@ -195,10 +207,10 @@ def _chains(arrays: Mapping[str, np.ndarray], num_chains: int) -> xr.Dataset:
         name: (("chain", "draw", "prompt"), array.T.reshape(num_chains, -1, len(array)))
         for name, array in arrays.items()
     }
-    return _numbered(xr.Dataset(variables))
+    return numbered(xr.Dataset(variables))
 
 
-def _numbered(dataset: xr.Dataset) -> xr.Dataset:
+def numbered(dataset: xr.Dataset) -> xr.Dataset:
     """Return the dataset with 0, 1, ... as the coordinate of every dimension."""
     return dataset.assign_coords({str(name): np.arange(size) for name, size in dataset.sizes.items()})
 
@@ -210,7 +222,7 @@ def _weighted(draws: Draws) -> xr.Dataset:
     variables["tokens"] = (("prompt", "draw", "position"), draws.tokens)
     if draws.decoder is not None:
         variables["text"] = _text_variable(draws.texts())
-    return _numbered(xr.Dataset(variables))
+    return numbered(xr.Dataset(variables))
 
 
 def _text_variable(texts: Sequence[Sequence[str]]) -> tuple[Any, ...]:
@@ -223,7 +235,7 @@ def _text_variable(texts: Sequence[Sequence[str]]) -> tuple[Any, ...]:
 def _constant_data(draws: Draws) -> xr.Dataset:
     """Return what was given: each prompt as JSON, a text or a list of token ids."""
     prompts = np.array([json.dumps(prompt) for prompt in draws.prompts], dtype=object)
-    return _numbered(
+    return numbered(
         xr.Dataset(
             {
                 "prompts": ("prompt", prompts),

@@ -19,7 +19,17 @@ from bayes_klrl.errors import RewardError
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
-__all__ = ["RESERVED_NAMES", "Batch", "TextCall", "accepts", "first_failing_row", "parameters", "to_floats"]
+__all__ = [
+    "RESERVED_NAMES",
+    "Batch",
+    "TextCall",
+    "accepts",
+    "called_on_text",
+    "called_on_tokens",
+    "first_failing_row",
+    "parameters",
+    "to_floats",
+]
 
 _BATCH_NAMES = ("prompts", "completions", "completion_ids", "finished")
 RESERVED_NAMES = frozenset(
@@ -135,6 +145,42 @@ class TextCall:
             return self.fn(**arguments)
         named = {name: value for name, value in arguments.items() if name != "completions"}
         return self.fn(arguments["completions"], **named)
+
+
+def called_on_text(fn: Callable[..., Any], label: str, batch: Batch) -> Any:
+    """Return what a text function gives for whole columns; what it raises is shown with the completion it met."""
+    call = TextCall.of(fn, frozenset(batch.columns), label)
+    if batch.prior.tokenizer is None:  # **kwargs would otherwise decode what has no text
+        call = call.without_text()
+    arguments = {name: batch.named(name) for name in call.names}
+    try:
+        return call(arguments)
+    except Exception as error:  # whatever a user's function raises
+        row = first_failing_row(
+            len(batch), lambda rows: call({name: column[rows] for name, column in arguments.items()})
+        )
+        raise RewardError(
+            f"Reward {label!r} raised {type(error).__name__}: {error} -- at {batch.describe(row)}."
+        ) from error
+
+
+def called_on_tokens(fn: Callable[..., Any], label: str, batch: Batch) -> Any:
+    """Return what a function of token arrays gives; what it raises is shown with the completion it met."""
+    required, optional, _ = parameters(fn)
+    asked_for = ("prompt_index",) if "prompt_index" in (*required, *optional) else ()
+
+    def call(rows: slice) -> Any:
+        extra = {name: batch.prompt_index[rows].copy() for name in asked_for}
+        return fn(batch.tokens[rows].copy(), batch.lengths[rows].copy(), **extra)
+
+    try:
+        return call(slice(None))
+    except Exception as error:  # whatever a user's function raises
+        row = first_failing_row(len(batch), call)
+        raise RewardError(
+            f"TokenReward {label!r} raised {type(error).__name__}: {error} -- at {batch.describe(row)}; the tokens had "
+            f"shape {batch.tokens.shape}."
+        ) from error
 
 
 def parameters(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]:

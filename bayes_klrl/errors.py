@@ -6,6 +6,7 @@ ValueError
     │   └── TextRewardError   a reward on text, and a prior that has no tokenizer
     ├── UnboundedLossError    SVI met a completion of likelihood 0: the ELBO is -inf
     ├── BudgetError           the budget was spent without an answer; carries what was drawn
+    ├── ConvergenceError      Markov chains did not converge; carries what was drawn
     ├── SupportError          mass where there must be none, or none where there must be some
     └── CheckpointError       a folder, file or tokenizer that is not the model it should be
 """
@@ -19,11 +20,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bayes_klrl.draws import Draws
     from bayes_klrl.inference.svi import Fit
+    from bayes_klrl.models.reward_posterior import RewardPosterior
 
 __all__ = [
     "BayesKLRLError",
     "BudgetError",
     "CheckpointError",
+    "ConvergenceError",
     "RewardError",
     "SupportError",
     "TextRewardError",
@@ -68,6 +71,20 @@ class BudgetError(BayesKLRLError):
     def __init__(self, message: str, draws: Draws | None = None) -> None:
         super().__init__(message)
         self.draws = draws
+
+
+class ConvergenceError(BayesKLRLError):
+    """Markov chains have not converged, so that their draws are not those of the posterior.
+
+    Attributes
+    ----------
+    result
+        What was drawn, with its diagnostics.
+    """
+
+    def __init__(self, message: str, result: RewardPosterior | None = None) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class SupportError(BayesKLRLError):

@@ -10,15 +10,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayes_klrl.batch import Batch, TextCall, accepts, first_failing_row, parameters, to_floats
+from bayes_klrl.batch import Batch, TextCall, accepts, called_on_text, called_on_tokens, parameters, to_floats
 from bayes_klrl.errors import BayesKLRLError, RewardError, TextRewardError
 from bayes_klrl.typing import FloatArray, LanguageModel
 
-__all__ = ["Constraint", "Factor", "Likelihood", "Reward", "TokenReward", "check_alpha_and_bounds"]
+if TYPE_CHECKING:
+    from bayes_klrl.posterior import Posterior
+
+__all__ = ["Constraint", "Factor", "Likelihood", "Reward", "TokenReward", "check_alpha_and_bounds", "product"]
 
 
 class Likelihood(ABC):
@@ -56,11 +59,11 @@ class Likelihood(ABC):
     def __mul__(self, other: object) -> Likelihood:
         if not isinstance(other, Likelihood):
             return NotImplemented
-        return _product((*self.factors, *other.factors))
+        return product((*self.factors, *other.factors))
 
     def __pow__(self, gamma: float) -> Likelihood:
         power = _positive("The exponent gamma of likelihood ** gamma", gamma)
-        return _product(tuple(factor.tempered(power) for factor in self.factors))
+        return product(tuple(factor.tempered(power) for factor in self.factors))
 
     def reward(self, batch: Batch) -> FloatArray:
         """Return r(x) of every completion, shape (M,), float64; -inf outside a constraint."""
@@ -73,6 +76,17 @@ class Likelihood(ABC):
         """Return reward / alpha in nats, same shape."""
         return reward / (self.alpha or 1.0)
 
+    @property
+    def depends_on_alpha(self) -> bool:
+        """Whether the reward itself, not only its weight, changes with alpha: then no path over alpha is of one reward."""
+        return any(factor.depends_on_alpha for factor in self.factors)
+
+    def bound(self, posterior: Posterior) -> Likelihood:
+        """Return the likelihood as this posterior needs it: itself, unless a factor depends on the prior and the prompts."""
+        factors = self.factors
+        bound = tuple(factor.bound_to(posterior, factors[:i] + factors[i + 1 :]) for i, factor in enumerate(factors))
+        return self if all(a is b for a, b in zip(factors, bound, strict=True)) else product(bound)
+
     def check(self, prior: LanguageModel, columns: Iterable[str]) -> None:
         """Refuse, before any work, a function that asks for what this posterior cannot give it."""
         for factor in self.factors:
@@ -81,7 +95,7 @@ class Likelihood(ABC):
 
 @dataclass(frozen=True, eq=False)
 class _Product(Likelihood):
-    """Several factors, multiplied; made by `_product`."""
+    """Several factors, multiplied; made by `product`."""
 
     parts: tuple[Factor, ...]
     alpha: float | None
@@ -94,7 +108,7 @@ class _Product(Likelihood):
         return self.parts
 
 
-def _product(factors: tuple[Factor, ...]) -> Likelihood:
+def product(factors: tuple[Factor, ...]) -> Likelihood:
     """Return the product of factors: their common alpha if they have one, else alpha = 1."""
     if len(factors) == 1:
         return factors[0]
@@ -123,6 +137,15 @@ class Factor(Likelihood):
     def label(self) -> str:
         """The given name, or the function's own."""
         return self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
+
+    @property
+    def depends_on_alpha(self) -> bool:
+        """See `Likelihood.depends_on_alpha`."""
+        return False
+
+    def bound_to(self, posterior: Posterior, others: tuple[Factor, ...]) -> Factor:
+        """Return the factor as a posterior needs it that has `others` beside it."""
+        return self
 
     def scale_in(self, alpha: float | None) -> float:
         """Return what turns the factor's reward into that of a product at `alpha`."""
@@ -176,20 +199,7 @@ class _TextFactor(Factor):
 
     def values(self, batch: Batch) -> FloatArray:
         """See `Factor.values`."""
-        call = TextCall.of(self.fn, frozenset(batch.columns), self.label)
-        if batch.prior.tokenizer is None:  # **kwargs would otherwise decode what has no text
-            call = call.without_text()
-        arguments = {name: batch.named(name) for name in call.names}
-        try:
-            outcome = call(arguments)
-        except Exception as error:  # whatever a user's function raises is shown with the completion it met
-            row = first_failing_row(
-                len(batch), lambda rows: call({name: column[rows] for name, column in arguments.items()})
-            )
-            raise RewardError(
-                f"Reward {self.label!r} raised {type(error).__name__}: {error} -- at {batch.describe(row)}."
-            ) from error
-        return self.checked(outcome, batch)
+        return self.checked(called_on_text(self.fn, self.label, batch), batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,20 +292,7 @@ class TokenReward(Factor):
 
     def values(self, batch: Batch) -> FloatArray:
         """See `Factor.values`."""
-
-        def call(rows: slice) -> Any:
-            extra = {name: batch.prompt_index[rows].copy() for name in self.asked_for}
-            return self.fn(batch.tokens[rows].copy(), batch.lengths[rows].copy(), **extra)
-
-        try:
-            outcome = call(slice(None))
-        except Exception as error:  # whatever a user's function raises is shown with the completion it met
-            row = first_failing_row(len(batch), call)
-            raise RewardError(
-                f"TokenReward {self.label!r} raised {type(error).__name__}: {error} -- at {batch.describe(row)}; the "
-                f"tokens had shape {batch.tokens.shape}."
-            ) from error
-        return self.checked(outcome, batch)
+        return self.checked(called_on_tokens(self.fn, self.label, batch), batch)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from bayes_klrl.draws import Draws
     from bayes_klrl.models.numpyro_model import NumpyroGuide, NumpyroModel
 
-__all__ = ["Posterior", "check_context", "check_language_model", "completion_log_probs"]
+__all__ = ["Posterior", "check_context", "check_language_model", "completion_log_probs", "encoded_prompts"]
 
 _TOKENS_PER_CHUNK = 2**14
 
@@ -90,8 +90,9 @@ class Posterior:
         self.prompts = _prompt_list(prompts)
         self.columns = _checked_columns(columns, len(self.prompts))
         likelihood.check(prior, self.columns)
-        self.prompt_ids = _encoded(self.prompts, prior)
+        self.prompt_ids = encoded_prompts(self.prompts, prior)
         check_context(self.prompt_ids, self.max_new_tokens, prior)
+        self.likelihood = likelihood.bound(self)
 
     def __repr__(self) -> str:
         return (
@@ -257,7 +258,7 @@ def _checked_columns(columns: dict[str, Sequence[Any]], num_prompts: int) -> dic
     return {name: tuple(values) for name, values in columns.items()}
 
 
-def _encoded(prompts: tuple[Any, ...], prior: LanguageModel) -> tuple[tuple[int, ...], ...]:
+def encoded_prompts(prompts: tuple[Any, ...], prior: LanguageModel) -> tuple[tuple[int, ...], ...]:
     """Return the prompts' token ids; an empty one becomes BOS where the model has one."""
     texts = all(isinstance(prompt, str) for prompt in prompts)
     if texts and prior.tokenizer is None and any(prompts):

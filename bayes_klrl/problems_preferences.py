@@ -26,7 +26,14 @@ from bayes_klrl.randomness import generator
 from bayes_klrl.typing import FloatArray, IntArray
 from bayes_klrl.weights import logsumexp, normalised
 
-__all__ = ["Overoptimisation", "OveroptimisationCurve", "bradley_terry", "gold_reward", "overoptimisation"]
+__all__ = [
+    "Overoptimisation",
+    "OveroptimisationCurve",
+    "bradley_terry",
+    "gold_reward",
+    "overoptimisation",
+    "token_counts",
+]
 
 _EOS = 3
 _TEXT = (0, 1, 2)
@@ -143,7 +150,7 @@ def overoptimisation(
     prior = NgramLM(gold_table(-0.5), eos_token_id=_EOS)
     everything = enumerated_posterior(_proxy_posterior(prior, np.zeros(3), 1.0, max_new_tokens), method="enumeration")
     tokens, lengths = everything.tokens[0], everything.lengths[0]
-    features, gold = _features(tokens, lengths), gold_reward(tokens, lengths, penalty)
+    features, gold = token_counts(tokens, lengths), gold_reward(tokens, lengths, penalty)
     rng = generator(seed)
     pairs = rng.choice(len(gold), size=(num_pairs, 2), p=normalised(everything.log_prior)[0])
     first_wins = rng.random(num_pairs) < 1 / (1 + np.exp(gold[pairs[:, 1]] - gold[pairs[:, 0]]))
@@ -197,7 +204,7 @@ def bradley_terry(differences: FloatArray, precision: float = 0.1) -> FloatArray
     return weights
 
 
-def _features(tokens: IntArray, lengths: IntArray) -> FloatArray:
+def token_counts(tokens: IntArray, lengths: IntArray) -> FloatArray:
     """Return how often each of the tokens 0, 1, 2 occurs, shape (N, 3)."""
     inside = np.arange(tokens.shape[1]) < lengths[:, None]
     return np.stack([((tokens == a) & inside).sum(axis=1) for a in _TEXT], axis=1).astype(np.float64)

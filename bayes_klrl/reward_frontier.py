@@ -348,6 +348,12 @@ def frontier(
             "A likelihood of constraints alone has no alpha: its frontier is the one point KL = -log p0(A) = -log Z. Multiply "
             "it by a bk.Reward, or estimate log Z by bk.ImportanceSampling."
         )
+    if posterior.likelihood.depends_on_alpha:
+        raise BayesKLRLError(
+            f"The reward {posterior.likelihood.name or 'of this posterior'!r} itself changes with alpha, through every "
+            "log Z_theta, so that no frontier is of one reward. Take bk.frontier of the plug-in or conservative target, or "
+            "make a posterior at each alpha and ask its draws."
+        )
     grid = None if alphas is None else np.unique(_checked_alphas(alphas))[::-1]
     used = drawn_or_given(posterior, draws, num_draws, seed, progress)
     pool = pool_of(used)

@@ -46,6 +46,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture(scope="module")
+def quick_jax() -> Iterator[None]:
+    """JAX compiles with few optimisations, and forgets what it compiled when the module is done: programs take memory."""
+    import jax
+
+    with quick_compilation():
+        yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def tmp_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""

@@ -43,7 +43,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "return positions < self.lengths[..., None] - 1",
         (
             "tests/test_ngram_lm.py::test_all_completions_together_have_mass_one[two EOS-4]",
-            "tests/test_inference_exact.py::test_gold_numbers[1.5]",
+            "tests/test_inference_exact.py::test_gold_numbers[ngram-1.5]",
         ),
     ),
     Mutant(
@@ -76,8 +76,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "self.log_evidence = self.log_psi.reshape(self._shape)[:, 0].copy()",
         "self.log_evidence = np.zeros(self._shape[0])",
         (
-            "tests/test_inference_smc.py::test_evidence_is_unbiased[lopsided-systematic-0.5]",
-            "tests/test_inference_smc.py::test_optimal_twist_and_policy_make_one_particle_exact[{}]",
+            "tests/test_inference_smc.py::test_evidence_is_unbiased[ngram-lopsided-systematic-0.5]",
+            "tests/test_inference_smc.py::test_optimal_twist_and_policy_make_one_particle_exact[ngram-{}]",
         ),
     ),
     Mutant(
@@ -85,14 +85,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "draws.py",
         "log_evidence=logmeanexp(log_weights),",
         "log_evidence=log_weights.mean(axis=1),",
-        ("tests/test_inference_sampling.py::test_importance_sampling_is_unbiased_from_any_proposal[50]",),
+        ("tests/test_inference_sampling.py::test_importance_sampling_is_unbiased_from_any_proposal[ngram-50]",),
     ),
     Mutant(
         "log Z of a resampling as the average of log-weights",
         "inference/population.py",
         "self.log_evidence[p] += logmeanexp(log_weights[p])",
         "self.log_evidence[p] += log_weights[p].mean()",
-        ("tests/test_inference_smc.py::test_evidence_is_unbiased[lopsided-systematic-1.0]",),
+        ("tests/test_inference_smc.py::test_evidence_is_unbiased[ngram-lopsided-systematic-1.0]",),
     ),
     Mutant(
         "conditional SMC takes weighted and SMC draws",
@@ -110,7 +110,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "        exact = Exact(num_draws, max_sequences=max(max_sequences, 1)).run(posterior, seed=seed, progress=progress)\n"
         "        smc = SMC(64).run(posterior, seed=seed).resample(num_draws, seed=seed)\n"
         "        draws = replace(smc, method=exact.method, log_evidence=exact.log_evidence)",
-        ("tests/test_certificate.py::test_what_is_called_exact_draws_follows_the_posterior[enumeration]",),
+        ("tests/test_certificate.py::test_what_is_called_exact_draws_follows_the_posterior[ngram-enumeration]",),
     ),
     Mutant(
         "k3 against the unnormalised posterior",
@@ -141,7 +141,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "last_tokens = np.append(np.arange(vocab_size), eos) if length == max_new_tokens else eos",
         (
             "tests/test_inference_exact.py::test_all_sequences_against_the_definition[3-eos0-4]",
-            "tests/test_inference_exact.py::test_gold_numbers[1.5]",
+            "tests/test_inference_exact.py::test_gold_numbers[ngram-1.5]",
         ),
     ),
     Mutant(
@@ -149,7 +149,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "likelihood.py",
         "return reward / (self.alpha or 1.0)",
         "return reward * (self.alpha or 1.0)",
-        ("tests/test_inference_exact.py::test_gold_numbers[0.5]",),
+        ("tests/test_inference_exact.py::test_gold_numbers[ngram-0.5]",),
     ),
     # --- gradients
     Mutant(
@@ -184,7 +184,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "            self.resample_where_degenerate(threshold, scheme, rng)\n"
         "            if done:\n"
         "                self._decoding.finished[:] = True",
-        ("tests/test_inference_smc.py::test_never_resampled_at_the_end[systematic]",),
+        ("tests/test_inference_smc.py::test_never_resampled_at_the_end[ngram-systematic]",),
     ),
     Mutant(
         "a prompt resampled after all of its particles ended",
@@ -205,14 +205,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "inference/population.py",
         "scheme = resampling_scheme(ready.resampling) if retained is None else conditional_multinomial",
         "scheme = resampling_scheme(ready.resampling)",
-        ("tests/test_conditional_smc.py::test_particle_0_is_the_retained_completion_with_the_weight_it_should_have",),
+        (
+            "tests/test_conditional_smc.py::test_particle_0_is_the_retained_completion_with_the_weight_it_should_have[ngram]",
+        ),
     ),
     Mutant(
         "conditional SMC that draws particle 0, too",
         "inference/population.py",
         "forced[:, 0] = self._retained.tokens[:, :, self._decoding.step_count].ravel()",
         "forced[:, 0] = -1",
-        ("tests/test_conditional_smc.py::test_the_inverse_evidence_is_unbiased[pilot twist-2]",),
+        ("tests/test_conditional_smc.py::test_the_inverse_evidence_is_unbiased[ngram-pilot twist-2]",),
     ),
     Mutant(
         "annealing's increment taken after the move",
@@ -227,7 +229,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "                swarm.temper(power)\n"
         "                if step < num_steps:\n"
         "                    swarm.resample_where_degenerate(self.ess_threshold, scheme, rng)\n",
-        ("tests/test_annealing.py::test_evidence_is_unbiased[never resampled]",),
+        ("tests/test_annealing.py::test_evidence_is_unbiased[ngram-never resampled]",),
     ),
     # --- backward messages
     Mutant(
@@ -250,14 +252,16 @@ MUTANTS: tuple[Mutant, ...] = (
         "inference/accept_reject.py",
         "log_acceptance = np.minimum(log_w - log_bound, 0.0)",
         "log_acceptance = log_w - log_bound",
-        ("tests/test_rejection.py::test_quasi_rejection_follows_its_own_law_and_knows_how_far_off_it_is[6.0-prior]",),
+        (
+            "tests/test_rejection.py::test_quasi_rejection_follows_its_own_law_and_knows_how_far_off_it_is[ngram-6.0-prior]",
+        ),
     ),
     Mutant(
         "KL of best-of-n as if rewards never tied",
         "inference/order_statistics.py",
         "np.where(tied, atoms, integral(upper) - integral(lower))",
         "np.where(tied, integral(upper) - integral(lower), integral(upper) - integral(lower))",
-        ("tests/test_rejection.py::test_the_law_of_best_of_n[7]",),
+        ("tests/test_rejection.py::test_the_law_of_best_of_n[ngram-7]",),
     ),
     # --- frontier and certificates
     Mutant(
@@ -354,5 +358,27 @@ MUTANTS: tuple[Mutant, ...] = (
         "scale=(svi.evidence_weight or family.size) / svi.num_particles",
         "scale=(svi.evidence_weight or family.size)",
         ("tests/test_bayesian_svi.py::test_the_value_is_the_elbo",),
+    ),
+    # --- uncertain rewards
+    Mutant(
+        "the cut posterior not divided by Z_theta",
+        "inference/reward_ensemble.py",
+        "logmeanexp(rewards.T / self.alpha - log_z)",
+        "logmeanexp(rewards.T / self.alpha - 0 * log_z)",
+        ("tests/test_reward_ensemble.py::test_cut_is_the_mixture_of_the_posteriors_of_each_theta",),
+    ),
+    Mutant(
+        "Z_theta without the other factors",
+        "inference/reward_anchors.py",
+        "log_prior[p] + others[p] + rewards / alpha",
+        "log_prior[p] + rewards / alpha",
+        ("tests/test_reward_ensemble.py::test_other_factors_belong_to_the_base_measure",),
+    ),
+    Mutant(
+        "draws of the cut posterior reweighted as if they were the prior's",
+        "uncertain_rewards.py",
+        " - own[:, None]",
+        "",
+        ("tests/test_reward_ensemble.py::test_variances_are_those_of_enumeration",),
     ),
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,17 +10,14 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl import problems
-from tests.backends import as_jax, quick_compilation
+from bayes_klrl.inference.reward_anchors import posterior_batch
+from tests.backends import as_jax
 from tests.tiny_models import tiny_llama
 from tests.truth import Truth
 
+pytestmark = pytest.mark.usefixtures("quick_jax")
+
 PROMPTS = [[1, 2, 3], [0]]
-
-
-@pytest.fixture(autouse=True)
-def quick() -> Iterator[None]:
-    with quick_compilation():
-        yield
 
 
 def gpt2() -> bk.Posterior:
@@ -104,3 +100,13 @@ def test_certificate_frontier_and_comparison_agree() -> None:
     assert curves[0].alpha_for(kl=0.3) == pytest.approx(curves[1].alpha_for(kl=0.3), rel=1e-4)
     result = bk.compare(on_jax, {"exact": bk.Exact(), "SMC": bk.SMC(100)}, seed=0)
     assert not result.failures
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_hidden_states_as_features_agree(model: str) -> None:
+    """What a reward model reads: the state after the last token, EOS left out."""
+    on_torch, on_jax = both(model)
+    x = bk.ImportanceSampling(40).run(on_torch, seed=0).sequences
+    first, second = (bk.HiddenStates(p.prior)(posterior_batch(p, x)) for p in (on_torch, on_jax))
+    assert first.shape[0] == 80
+    np.testing.assert_allclose(first, second, rtol=0, atol=1e-5)

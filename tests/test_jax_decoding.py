@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,16 +35,10 @@ from tests.test_jax_lm import (
 from tests.test_torch_lm import all_completions, reference_scores
 from tests.tiny_models import tiny_gpt2
 
+pytestmark = pytest.mark.usefixtures("quick_jax")
+
 NAMES = ["gpt2", "llama, tied", "llama, untied", "mistral", "qwen2", "qwen3"]
 EOS = {"one": 0, "several": (0, 3, 4), "none": ()}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """The models are tiny: compiling them takes long, running them does not."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
@@ -462,7 +455,7 @@ def test_lockstep_refuses_what_steps_refuse() -> None:
 
 def test_other_numbers_of_draws_and_other_prompts_compile_nothing() -> None:
     """Sampling and scoring: prompts of 9 to 16 tokens, and as many numbers of draws."""
-    lm = jax_lm_of(tiny_gpt2(n_layer=1, n_embd=8, n_positions=64), eos_token_id=())  # compiled for by no other test
+    lm = jax_lm_of(tiny_gpt2(n_layer=1, n_embd=12, n_positions=64), eos_token_id=())  # compiled for by no other test
 
     def work(length: int, num_draws: int) -> None:
         prompt = [1 + index % 4 for index in range(length)]

@@ -32,6 +32,8 @@ from tests.test_torch_lm import all_completions, random_completions, reference_s
 from tests.tiny_models import seeded, tiny_gpt2, tiny_llama, tiny_tokenizer
 from tests.truth import Truth, z_score
 
+pytestmark = pytest.mark.usefixtures("quick_jax")
+
 PROMPTS = [[1, 2, 3, 4], [4], [2, 2]]
 DEEP = {"vocab_size": 40, "eos_token_id": 0}
 
@@ -87,14 +89,6 @@ def small_pair() -> tuple[JaxLM, bk.TorchLM]:
     """One GPT-2 of five tokens on both backends."""
     model = tiny_gpt2()
     return jax_lm_of(model), bk.TorchLM(model)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """The models are tiny: compiling them takes long, running them does not."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(params=MODELS)

@@ -39,6 +39,7 @@ LAYERS = ("vocabulary", "models", "inference", "faces")  # each may import itsel
 LAZY_UPWARD = {
     "posterior": {"bayes_klrl.models.pyro_model", "bayes_klrl.models.numpyro_model"},
     "draws": {"bayes_klrl.arviz_export"},
+    "models.reward_posterior": {"bayes_klrl.arviz_reward", "bayes_klrl.inference.reward_ensemble"},
 }
 # Lazy imports of other packages by the vocabulary, {file: packages}.
 LAZY_THIRD_PARTY = {"draws": {"pandas", "xarray"}, "progress": {"rich"}}
@@ -50,6 +51,7 @@ BACKEND = re.compile(
 )
 FACES = {
     "arviz_export",
+    "arviz_reward",
     "cli",
     "cli_certify",
     "cli_common",

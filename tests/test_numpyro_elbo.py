@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,14 +20,9 @@ from bayes_klrl.models.numpyro_model import SequenceDistribution, numpyro_guide,
 from tests.jax_table import JaxTable
 from tests.truth import Truth, full_table, random_posterior, t_square_p
 
+pytestmark = pytest.mark.usefixtures("quick_jax")
+
 ESTIMATORS = {"leave one out": LeaveOneOutELBO, "Rao-Blackwell": RaoBlackwellELBO}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(params=ESTIMATORS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,10 @@ from tests.jax_table import JaxTable
 from tests.truth import Truth, chi_square_p, counts, full_table, random_posterior, t_square_p
 from tests.user_models import RecurrentLM
 
+pytestmark = pytest.mark.usefixtures("quick_jax")
+
 TEXTS = ["abab", "bba", "ab", "ba", "aab", "b"]
 PRIORS = ["traced", "on the host"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(params=PRIORS)

@@ -1,4 +1,4 @@
-"""R-hat and bulk effective sample size of Markov chains, by ArviZ (Vehtari et al. 2021)."""
+"""R-hat and the effective sample sizes of Markov chains, by ArviZ (Vehtari et al. 2021)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from bayes_klrl.typing import FloatArray
 
-__all__ = ["ess_bulk", "r_hat"]
+__all__ = ["ess_bulk", "ess_tail", "r_hat"]
 
 _FEWEST_DRAWS = 4  # ArviZ splits chains in halves and wants two draws of each
 
@@ -33,7 +33,12 @@ def ess_bulk(values: FloatArray) -> FloatArray:
     return _by_arviz("ess", values)
 
 
-def _by_arviz(name: str, values: FloatArray) -> FloatArray:
+def ess_tail(values: FloatArray) -> FloatArray:
+    """Return the effective sample size of the 5 % and 95 % quantiles, the smaller one; see `ess_bulk`."""
+    return _by_arviz("ess", values, method="tail")
+
+
+def _by_arviz(name: str, values: FloatArray, **options: str) -> FloatArray:
     """Return a statistic of each prompt, (P,); both of ArviZ's generations take an xarray Dataset and return one."""
     result = np.full(len(values), np.nan)
     varied = np.flatnonzero(np.ptp(values, axis=(1, 2)) > 0)
@@ -46,5 +51,5 @@ def _by_arviz(name: str, values: FloatArray) -> FloatArray:
 
     dataset = xr.Dataset({"value": (("chain", "draw", "prompt"), values[varied].transpose(1, 2, 0))})
     with np.errstate(all="ignore"):  # chains that each are constant: R-hat is infinite or undefined, not an error
-        result[varied] = getattr(arviz, name)(dataset)["value"].values
+        result[varied] = getattr(arviz, name)(dataset, **options)["value"].values
     return result

@@ -1,0 +1,321 @@
+"""What people said of completions: which of two they prefer, or a score; the data of a reward model.
+
+Everything that can be wrong with such data is refused here, by its index, before any model is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from bayes_klrl.batch import RESERVED_NAMES, Batch
+from bayes_klrl.errors import BayesKLRLError, TextRewardError
+from bayes_klrl.sequences import Sequences, pad_token
+from bayes_klrl.typing import FloatArray, LanguageModel
+
+__all__ = ["Preferences", "Scores", "training_batch"]
+
+_TRL = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True, eq=False)
+class Preferences:
+    """n comparisons of two completions of one prompt, of which the first was preferred.
+
+    Parameters
+    ----------
+    prompts
+        n prompts, texts or lists of token ids; or one for all of them.
+    chosen, rejected
+        n completions each, all texts or all lists of token ids (EOS included where there is one).
+    columns
+        Further data of the pairs, each of length n, which feature functions may ask for by name.
+
+    Raises
+    ------
+    BayesKLRLError
+        For no pairs, lengths that differ, a completion that is neither text nor token ids, or a tie.
+
+    Examples
+    --------
+    >>> pairs = Preferences("Say hello.", chosen=["Hello!", "Hi!"], rejected=["No.", "Hello."])
+    >>> len(pairs), pairs[[1]].chosen
+    (2, ('Hi!',))
+    """
+
+    prompts: Sequence[Any]
+    chosen: Sequence[Any]
+    rejected: Sequence[Any]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        chosen, rejected = _completions("chosen", self.chosen), _completions("rejected", self.rejected)
+        if len(chosen) != len(rejected):
+            raise BayesKLRLError(
+                f"{len(chosen)} chosen completions and {len(rejected)} rejected ones: a preference is a pair, give as many."
+            )
+        _check_not_empty(len(chosen), "preferences")
+        _check_one_kind([*chosen, *rejected])
+        _set_common(self, len(chosen))
+        object.__setattr__(self, "chosen", chosen)
+        object.__setattr__(self, "rejected", rejected)
+        for i, pair in enumerate(zip(chosen, rejected, strict=True)):
+            if pair[0] == pair[1]:
+                raise BayesKLRLError(
+                    f"Pair {i} is a tie: {pair[0]!r} was both chosen and rejected, which says nothing. Remove the pair."
+                )
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> Preferences:
+        """Return the preferences in rows of TRL's standard format, {"prompt", "chosen", "rejected"}, as datasets iterate.
+
+        What else is in the rows becomes columns. The conversational format is refused: apply the chat template first.
+        """
+        listed = list(rows)
+        _check_not_empty(len(listed), "preferences")
+        for i, row in enumerate(listed):
+            missing = [name for name in _TRL if name not in row]
+            if missing:
+                raise BayesKLRLError(f"Row {i} has no {missing}: a row is {{'prompt', 'chosen', 'rejected'}}.")
+            if any(isinstance(row[name], list) and any(isinstance(m, Mapping) for m in row[name]) for name in _TRL):
+                raise BayesKLRLError(
+                    f"Row {i} is conversational (lists of messages). Apply the chat template first: rows of text are read."
+                )
+        names = sorted(set(listed[0]) - set(_TRL) - RESERVED_NAMES)
+        columns = {name: [row.get(name) for row in listed] for name in names}
+        prompts, chosen, rejected = ([row[name] for row in listed] for name in _TRL)
+        return cls(prompts, chosen, rejected, columns)
+
+    @classmethod
+    def labelled(cls, prompts: Sequence[Any], first: Sequence[Any], second: Sequence[Any], labels: Any) -> Preferences:
+        """Return preferences from labels: 1 (or True) where the first completion was preferred, 0 where the second was."""
+        marks = _numbers("labels", labels)
+        if not len(first) == len(second) == len(marks):
+            raise BayesKLRLError(
+                f"{len(first)} first completions, {len(second)} second ones and {len(marks)} labels: give as many of each."
+            )
+        if (undecided := ~np.isin(marks, (0.0, 1.0))).any():
+            i = int(undecided.argmax())
+            why = "a tie, which says nothing: remove the pair" if marks[i] == 0.5 else "neither 0 nor 1"
+            raise BayesKLRLError(f"Label {i} is {marks[i]}: {why}. A label is 1 (the first won) or 0 (the second).")
+        pairs = [(a, b) if won else (b, a) for a, b, won in zip(first, second, marks == 1, strict=True)]
+        return cls(prompts, [winner for winner, _ in pairs], [loser for _, loser in pairs])
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, rows: Sequence[int] | slice) -> Preferences:
+        """Return some of the pairs, by a list of indices or a slice."""
+        kept = np.arange(len(self))[rows]
+        columns = {name: [values[i] for i in kept] for name, values in self.columns.items()}
+        parts = (self.prompts, self.chosen, self.rejected)
+        prompts, chosen, rejected = ([part[i] for i in kept] for part in parts)
+        return Preferences(prompts, chosen, rejected, columns)
+
+    def check_winners(self) -> None:
+        """Refuse to learn from comparisons that one completion wins every time."""
+        if len(set(self.chosen)) == 1:
+            raise BayesKLRLError(
+                f"One winner only: {self.chosen[0]!r} wins every comparison ({len(self)}). The likelihood then has no "
+                "maximum, and the posterior would be the prior's choice. Add comparisons that other completions win."
+            )
+
+    def batch(self, prior: LanguageModel) -> Batch:
+        """Return all 2n completions as feature functions see them: the chosen ones, then the rejected."""
+        return training_batch(prior, self.prompts, [*self.chosen, *self.rejected], self.columns)
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """n completions with a score each, r(x) observed with Gaussian noise.
+
+    Parameters
+    ----------
+    prompts
+        n prompts, texts or lists of token ids; or one for all of them.
+    completions
+        n completions, all texts or all lists of token ids.
+    scores
+        A number for each.
+    noise
+        Standard deviation of the scores about the reward: one for all, or one each. None: inferred.
+    columns
+        See `Preferences`.
+
+    Raises
+    ------
+    BayesKLRLError
+        For no scores, lengths that differ, a score that is no finite number, scores that are all the same, or noise that is
+        not positive.
+    """
+
+    prompts: Sequence[Any]
+    completions: Sequence[Any]
+    scores: FloatArray
+    noise: FloatArray | float | None = None
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        completions, scores = _completions("completions", self.completions), _numbers("scores", self.scores)
+        if len(completions) != len(scores):
+            raise BayesKLRLError(f"{len(completions)} completions and {len(scores)} scores: give a score for each.")
+        _check_not_empty(len(completions), "scores")
+        _check_one_kind(completions)
+        _set_common(self, len(completions))
+        if (bad := ~np.isfinite(scores)).any():
+            i = int(bad.argmax())
+            raise BayesKLRLError(f"Score {i} is {scores[i]}: a score is a finite number. Remove it, or correct it.")
+        if len(scores) < 2 or np.ptp(scores) == 0:
+            raise BayesKLRLError(f"All scores are {scores[0]}: nothing can be learned from what does not vary.")
+        object.__setattr__(self, "completions", completions)
+        object.__setattr__(self, "scores", scores)
+        if self.noise is not None:
+            object.__setattr__(self, "noise", _positive_noise(self.noise, len(scores)))
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def batch(self, prior: LanguageModel) -> Batch:
+        """Return the completions as feature functions see them."""
+        return training_batch(prior, self.prompts, self.completions, self.columns)
+
+
+@dataclass(frozen=True, eq=False)
+class _GivenTexts(Batch):
+    """Completions that were given as texts, which feature functions see as they were given."""
+
+    texts: tuple[str, ...] = ()
+
+    @cached_property
+    def completions(self) -> list[str]:
+        """See `Batch.completions`."""
+        return list(self.texts)
+
+
+def training_batch(
+    prior: LanguageModel, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+) -> Batch:
+    """Return completions as feature functions see them; of n prompts in turn, over and over.
+
+    A text is encoded by the prior's tokenizer and ends with EOS; a BOS that the tokenizer adds goes, for it is the prompt's.
+    """
+    texts = isinstance(completions[0], str)
+    ids = _encoded(prior, completions) if texts else [list(row) for row in completions]
+    longest = max(len(row) for row in ids)
+    padded = Sequences.from_lists(ids, max_new_tokens=longest, pad_token=pad_token(prior.eos_token_ids))
+    index = np.tile(np.arange(len(prompts)), len(completions) // len(prompts))
+    tokens, lengths = padded.tokens[0], padded.lengths[0]
+    if texts:
+        return _GivenTexts(tokens, lengths, index, prompts, columns, prior, tuple(completions))
+    return Batch(tokens, lengths, index, prompts, columns, prior)
+
+
+def _encoded(prior: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
+    """Return the ids of texts as completions: no BOS, EOS at the end."""
+    if prior.tokenizer is None:
+        raise TextRewardError(
+            f"Completion 0 is the text {texts[0]!r}, but the prior has no tokenizer. Give token ids, or the model a tokenizer."
+        )
+    bos = getattr(prior, "bos_token_id", None)
+    eos = sorted(prior.eos_token_ids)[:1]
+    rows = [ids[1:] if ids and ids[0] == bos else ids for ids in prior.encode(list(texts))]
+    return [[*ids, *eos] if ids or eos else [pad_token(())] for ids in rows]
+
+
+def _completions(name: str, values: Any) -> tuple[Any, ...]:
+    """Return completions as a tuple of texts or of tuples of token ids."""
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
+        raise BayesKLRLError(f"{name} is a list of completions; got {values!r}.")
+    return tuple(_completion(name, i, value) for i, value in enumerate(values))
+
+
+def _completion(name: str, i: int, value: Any) -> Any:
+    """Return a text, or token ids as a tuple."""
+    if isinstance(value, str):
+        return value
+    ids = value.tolist() if isinstance(value, np.ndarray) else value
+    if not isinstance(ids, list | tuple) or not ids or not all(_is_id(token) for token in ids):
+        raise BayesKLRLError(f"{name}[{i}] must be a text or a non-empty list of token ids; got {value!r}.")
+    return tuple(int(token) for token in ids)
+
+
+def _is_id(token: object) -> bool:
+    return isinstance(token, int | np.integer) and not isinstance(token, bool) and bool(token >= 0)
+
+
+def _check_not_empty(num: int, what: str) -> None:
+    """Refuse an empty set."""
+    if num == 0:
+        raise BayesKLRLError(f"The set of {what} is empty: there is nothing to learn from. Give at least two.")
+
+
+def _check_one_kind(completions: Sequence[Any]) -> None:
+    """Refuse texts among token ids."""
+    kinds = [isinstance(each, str) for each in completions]
+    if any(kinds) and not all(kinds):
+        i = kinds.index(not kinds[0])
+        raise BayesKLRLError(
+            f"Completions must be all texts or all token ids; number {i} is {completions[i]!r}, number 0 {completions[0]!r}."
+        )
+
+
+def _set_common(data: Preferences | Scores, num: int) -> None:
+    """Set prompts and columns of a frozen data set, one a row, refusing other lengths and reserved names."""
+    prompts: Any = data.prompts
+    listed = [*prompts] if hasattr(prompts, "__iter__") and not isinstance(prompts, str | bytes) else None
+    if isinstance(prompts, str) or (listed and all(_is_id(token) for token in listed)):
+        listed = [prompts] * num
+    if listed is None or len(listed) != num:
+        raise BayesKLRLError(
+            f"prompts is one prompt for all, or a list of {num}, one a row; got "
+            f"{repr(prompts) if listed is None else str(len(listed)) + ' of them'}."
+        )
+    if not all(isinstance(prompt, str) for prompt in listed):
+        listed = [tuple(int(token) for token in prompt) if _all_ids(prompt) else prompt for prompt in listed]
+        for i, prompt in enumerate(listed):
+            if not isinstance(prompt, tuple):
+                raise BayesKLRLError(
+                    f"prompts[{i}] must be of one kind with the others, text or token ids; got {prompt!r}."
+                )
+    for name, values in data.columns.items():
+        if name in RESERVED_NAMES or len(values) != num:
+            raise BayesKLRLError(
+                f"Column {name!r} needs one value a row, {num}, and a name that is not reserved; got {len(values)} values."
+            )
+    object.__setattr__(data, "prompts", tuple(listed))
+    object.__setattr__(data, "columns", {name: tuple(values) for name, values in data.columns.items()})
+
+
+def _all_ids(prompt: Any) -> bool:
+    """Whether a prompt is a sequence of token ids."""
+    return isinstance(prompt, list | tuple | np.ndarray) and all(_is_id(token) for token in prompt)
+
+
+def _numbers(name: str, values: Any) -> FloatArray:
+    """Return a list of numbers as float64 (n,), naming the first that is none."""
+    if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
+        raise BayesKLRLError(f"{name} is a list of numbers; got {values!r}.")
+    numbers = np.empty(len(values))
+    for i, value in enumerate(values):
+        try:
+            if value is None or isinstance(value, str | bytes):
+                raise TypeError
+            numbers[i] = float(value)
+        except (TypeError, ValueError):
+            raise BayesKLRLError(f"{name}[{i}] must be a number; got {value!r}.") from None
+    return numbers
+
+
+def _positive_noise(noise: Any, num: int) -> FloatArray:
+    """Return the noise of each score, shape (n,)."""
+    sds = np.broadcast_to(np.asarray(noise, dtype=np.float64), np.shape(noise) or (num,))
+    if sds.shape != (num,) or not (np.isfinite(sds) & (sds > 0)).all():
+        raise BayesKLRLError(
+            f"noise is a positive standard deviation, one for all or one for each of the {num} scores; got {noise!r}. For "
+            "noise that is not known leave it out: it is inferred."
+        )
+    return sds.copy()
