@@ -242,7 +242,7 @@ def to_floats(outcome: Any, label: str, batch: Batch) -> FloatArray:
     values = np.empty(num_rows)
     for row, value in enumerate(outcome):
         try:
-            if value is None or isinstance(value, str | bytes):
+            if value is None or isinstance(value, str | bytes | complex | np.complexfloating):
                 raise TypeError
             values[row] = float(value.detach() if hasattr(value, "detach") else value)
         except (TypeError, ValueError, OverflowError):

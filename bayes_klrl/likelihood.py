@@ -56,6 +56,11 @@ class Likelihood(ABC):
     def factors(self) -> tuple[Factor, ...]:
         """The functions that are multiplied."""
 
+    @property
+    def label(self) -> str:
+        """What errors call it: the given name, or the functions' own."""
+        return self.name or " * ".join(factor.label for factor in self.factors)
+
     def __mul__(self, other: object) -> Likelihood:
         if not isinstance(other, Likelihood):
             return NotImplemented

@@ -96,7 +96,7 @@ class Posterior:
 
     def __repr__(self) -> str:
         return (
-            f"Posterior(prior={type(self.prior).__name__}, likelihood={self.likelihood.name!r}, alpha="
+            f"Posterior(prior={type(self.prior).__name__}, likelihood={self.likelihood.label!r}, alpha="
             f"{self.likelihood.alpha}, prompts={len(self.prompts)}, max_new_tokens={self.max_new_tokens})"
         )
 

@@ -241,4 +241,4 @@ def ensemble_of(posterior: Posterior) -> EnsembleReward:
     for factor in likelihood.factors:
         if isinstance(factor, EnsembleReward):
             return factor
-    raise BayesKLRLError(f"There is no bk.EnsembleReward in this likelihood, {likelihood.name!r}.")
+    raise BayesKLRLError(f"There is no bk.EnsembleReward in this likelihood, {likelihood.label!r}.")

@@ -38,6 +38,7 @@ def save_fit(fit: BayesianFit, folder: Path) -> Path:
         "format": _FORMAT,
         "recipe": recipe,
         "seed": fit.seed,
+        "prior": fit.family.prior_digest,
         "training": dataclasses.asdict(fit.training),
         "interrupted": fit.interrupted,
         "history": {name: values.tolist() for name, values in fit.history.items()},
@@ -59,13 +60,14 @@ def load_fit(folder: Path, posterior: Posterior) -> BayesianFit:
         mu, sigma = arrays.pop("mu").numpy(), arrays.pop("sigma").numpy()
         if said["recipe"]["parameters"] is None:
             said["recipe"]["parameters"] = import_peft().PeftConfig.from_pretrained(str(folder / _ADAPTER))
+        prior_digest = str(said["prior"])
         recipe, training = BayesianSVI(**said["recipe"]), Cost(**said["training"])
     except CheckpointError:
         raise
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} does not hold a readable BayesianFit: {error}") from error
     start = {name.removeprefix(_START): value for name, value in arrays.items()}
-    family = restored_family(posterior.prior, recipe.parameters, start)
+    family = restored_family(posterior.prior, recipe.parameters, start, prior_digest)
     return BayesianFit(
         guide=predictive(family, mu, sigma, recipe.num_predictive, said["seed"]),
         history={name: np.array(values) for name, values in said["history"].items()},

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from bayes_klrl.errors import CheckpointError
 
-__all__ = ["OWN_ENTRY", "TOKENIZER_FILES", "check_has_weights", "own_entries", "shipped_folder", "shipped_names"]
+__all__ = [
+    "OWN_ENTRY",
+    "TOKENIZER_FILES",
+    "check_has_weights",
+    "own_entries",
+    "own_options",
+    "shipped_folder",
+    "shipped_names",
+]
 
 OWN_ENTRY = "bayes_klrl"
 """Where config.json keeps what defines the distribution beside the weights."""
@@ -29,6 +37,16 @@ def own_entries(eos_token_ids: Collection[int], temperature: float) -> dict[str,
     eos = sorted(eos_token_ids)
     entry = eos[0] if len(eos) == 1 else eos or None
     return {"eos_token_id": entry, OWN_ENTRY: {"eos_token_id": eos, "temperature": temperature}}
+
+
+def own_options(entry: Any) -> dict[str, Any]:
+    """Return our entry of a config.json as options of a language model; {} if there is none."""
+    entry = {} if entry is None else entry
+    if not isinstance(entry, Mapping) or not entry.keys() <= {"eos_token_id", "temperature"}:
+        raise CheckpointError(
+            f"The entry {OWN_ENTRY!r} of config.json holds eos_token_id and temperature; got {entry!r}. Take it out."
+        )
+    return dict(entry)
 
 
 def shipped_folder() -> Path:

@@ -37,16 +37,21 @@ def check_proposal(proposal: LanguageModel, prior: LanguageModel, *, covers: boo
     """
     if proposal is prior:
         return
-    check_language_model("The proposal", proposal)
-    if proposal.vocab_size != prior.vocab_size or proposal.eos_token_ids != prior.eos_token_ids:
-        raise CheckpointError(
-            f"The proposal has {proposal.vocab_size} tokens and EOS {sorted(proposal.eos_token_ids)}, the prior "
-            f"{prior.vocab_size} and {sorted(prior.eos_token_ids)}. They must share one vocabulary."
-        )
+    check_shares_vocabulary("The proposal", proposal, prior)
     if prior.full_support and not proposal.full_support and not covers:
         raise SupportError(
             "The proposal gives probability 0 to some tokens that the prior can draw, so the posterior there would be "
             "missed without a trace. Use a proposal with full support (no top-k or top-p, no masked logits)."
+        )
+
+
+def check_shares_vocabulary(what: str, lm: LanguageModel, prior: LanguageModel) -> None:
+    """Refuse what is no language model, or one whose vocabulary size or EOS ids are not the prior's."""
+    check_language_model(what, lm)
+    if lm.vocab_size != prior.vocab_size or lm.eos_token_ids != prior.eos_token_ids:
+        raise CheckpointError(
+            f"{what} has {lm.vocab_size} tokens and EOS {sorted(lm.eos_token_ids)}, the prior {prior.vocab_size} and "
+            f"{sorted(prior.eos_token_ids)}. They must share one vocabulary."
         )
 
 

@@ -135,6 +135,10 @@ def check_parameters(architecture: Architecture, parameters: Parameters) -> None
     """Refuse a parameter tree that is not of this architecture; its arrays may be traced."""
     shapes = {"outer": outer_shapes(architecture), "layers": {}}
     shapes["layers"] = {name: (architecture.num_layers, *shape) for name, shape in layer_shapes(architecture).items()}
+    if not isinstance(parameters, Mapping) or not all(isinstance(part, Mapping) for part in parameters.values()):
+        raise CheckpointError(
+            f"Parameters are a tree of arrays by name, as a loaded JaxLM's `parameters` is; got a {type(parameters).__name__}."
+        )
     given = {part: {name: tuple(array.shape) for name, array in dict(parameters[part]).items()} for part in parameters}
     if given != shapes:
         differing = [

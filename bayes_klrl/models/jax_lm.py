@@ -19,7 +19,7 @@ import numpy as np
 
 from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.models.checkpoint_files import OWN_ENTRY
+from bayes_klrl.models.checkpoint_files import OWN_ENTRY, own_options
 from bayes_klrl.models.jax_config import architecture_of
 from bayes_klrl.models.jax_decoding import Kinds, PaddedPrompts, Reading, Weights, read_tokens, sample_tokens
 from bayes_klrl.models.jax_forward import Parameters
@@ -141,7 +141,7 @@ class JaxLM:
         parameters, config, tokenizer = load(name_or_folder)
         if device is not None:
             parameters = jax.device_put(parameters, device)
-        return cls(parameters, config, tokenizer, **{**(config.get(OWN_ENTRY) or {}), **options})
+        return cls(parameters, config, tokenizer, **{**own_options(config.get(OWN_ENTRY)), **options})
 
     @property
     def parameters(self) -> Parameters:

@@ -20,6 +20,7 @@ import numpy as np
 
 from bayes_klrl.arrays import to_host
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.models.token_ids import check_ids
 from bayes_klrl.posterior import check_language_model
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, State, TokenIds
@@ -68,9 +69,9 @@ class MixtureLM:
     """
 
     def __init__(self, models: Sequence[LanguageModel], weights: Sequence[float] | FloatArray | None = None) -> None:
+        if not hasattr(models, "__len__") or len(models) == 0:
+            raise BayesKLRLError(f"A mixture is of a list of language models, at least one; got {models!r}.")
         self._models = tuple(models)
-        if not self._models:
-            raise BayesKLRLError("A mixture needs at least one language model; got none.")
         for s, model in enumerate(self._models):
             check_language_model(f"Model {s} of a mixture", model)
         self._log_weights = np.log(checked_weights(weights, len(self._models)))
@@ -168,7 +169,8 @@ class MixtureLM:
 
     def append(self, state: MixtureState, tokens: IntArray) -> MixtureState:
         """See `LanguageModel`: what was read says which model wrote it."""
-        tokens = np.asarray(tokens, dtype=np.int64)
+        tokens = np.asarray(tokens)
+        check_ids(tokens, self.vocab_size)
         joint = state.log_weights + self._log_probs(state)[:, np.arange(len(tokens)), tokens]
         total = over_models(joint)
         impossible = np.isneginf(total)  # no model can have written it: whatever is said after it has probability 0
@@ -226,7 +228,10 @@ def checked_weights(weights: Sequence[float] | FloatArray | None, num_models: in
     """Return the weights, in sum 1."""
     if weights is None:
         return np.full(num_models, 1.0 / num_models)
-    given = np.asarray(weights, dtype=np.float64)
+    try:
+        given = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError):  # words, or rows of several lengths
+        given = np.empty(0)
     if given.shape != (num_models,) or not (np.isfinite(given).all() and (given > 0).all()):
         raise BayesKLRLError(
             f"A mixture of {num_models} models needs as many positive weights; got {weights!r}. Leave a model out rather than "

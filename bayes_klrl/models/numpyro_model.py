@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpyro
 
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.decoding import check_shares_vocabulary
 from bayes_klrl.models.jax_rewards import check_traceable, traced_reward
 from bayes_klrl.models.numpyro_distribution import SequenceDistribution, padded_past_eos
 from bayes_klrl.posterior import Posterior
@@ -132,6 +133,7 @@ def numpyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int
     makes a language model of what training made of them. The prior itself as a guide is frozen (train
     `prior.with_parameters(prior.parameters)`), and so is a model that is not on JAX.
     """
+    check_shares_vocabulary("The guide", lm, posterior.prior)
     return NumpyroGuide(posterior, lm, prompts_per_step)
 
 

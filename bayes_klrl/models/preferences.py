@@ -108,9 +108,9 @@ class Preferences:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, rows: Sequence[int] | slice) -> Preferences:
-        """Return some of the pairs, by a list of indices or a slice."""
-        kept = np.arange(len(self))[rows]
+    def __getitem__(self, rows: int | Sequence[int] | slice) -> Preferences:
+        """Return some of the pairs, by an index, a list of indices or a slice."""
+        kept = np.atleast_1d(np.arange(len(self))[rows])
         columns = {name: [values[i] for i in kept] for name, values in self.columns.items()}
         parts = (self.prompts, self.chosen, self.rejected)
         prompts, chosen, rejected = ([part[i] for i in kept] for part in parts)
@@ -281,10 +281,12 @@ def _set_common(data: Preferences | Scores, num: int) -> None:
                 raise BayesKLRLError(
                     f"prompts[{i}] must be of one kind with the others, text or token ids; got {prompt!r}."
                 )
+    if not isinstance(data.columns, Mapping):
+        raise BayesKLRLError(f"columns is a dictionary, each column a list of {num} values; got {data.columns!r}.")
     for name, values in data.columns.items():
-        if name in RESERVED_NAMES or len(values) != num:
+        if name in RESERVED_NAMES or isinstance(values, str) or not hasattr(values, "__len__") or len(values) != num:
             raise BayesKLRLError(
-                f"Column {name!r} needs one value a row, {num}, and a name that is not reserved; got {len(values)} values."
+                f"Column {name!r} needs one value a row, {num} in a list, and a name that is not reserved; got {values!r}."
             )
     object.__setattr__(data, "prompts", tuple(listed))
     object.__setattr__(data, "columns", {name: tuple(values) for name, values in data.columns.items()})
@@ -312,10 +314,11 @@ def _numbers(name: str, values: Any) -> FloatArray:
 
 def _positive_noise(noise: Any, num: int) -> FloatArray:
     """Return the noise of each score, shape (n,)."""
-    sds = np.broadcast_to(np.asarray(noise, dtype=np.float64), np.shape(noise) or (num,))
+    each = [noise] * num if np.ndim(noise) == 0 else noise
+    sds = _numbers("noise", each)
     if sds.shape != (num,) or not (np.isfinite(sds) & (sds > 0)).all():
         raise BayesKLRLError(
             f"noise is a positive standard deviation, one for all or one for each of the {num} scores; got {noise!r}. For "
             "noise that is not known leave it out: it is inferred."
         )
-    return sds.copy()
+    return sds

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bayes_klrl.arrays import to_host
 from bayes_klrl.models.completion_features import host_features
-from bayes_klrl.models.decoding import decode
+from bayes_klrl.models.decoding import check_shares_vocabulary, decode
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.sequences import Sequences, completion_lengths
 from bayes_klrl.typing import IntArray, LanguageModel, TokenIds
@@ -222,6 +222,7 @@ def pyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int | 
     Its parameters are registered under a name of their own, so that a second guide in one parameter store trains. The
     prior itself as a guide is frozen: training it would move the target (train `prior.copy()` or `prior.with_adapter()`).
     """
+    check_shares_vocabulary("The guide", lm, posterior.prior)
     module = getattr(lm, "module", lm)
     is_prior = lm is posterior.prior
     name = _registered_name(module) if isinstance(module, torch.nn.Module) and not is_prior else None

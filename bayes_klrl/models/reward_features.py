@@ -201,6 +201,14 @@ class FeatureMap:
         BayesKLRLError
             For a feature that never varies, or more components than there are.
         """
+        with np.errstate(over="ignore"):
+            too_large = ~np.isfinite(np.square(raw).sum(axis=0))
+        if too_large.any():
+            j = int(too_large.argmax())
+            raise BayesKLRLError(
+                f"Feature {j} is as large as {np.abs(raw[:, j]).max():.3g} over the training set: its variance overflows. "
+                "Divide it by a constant."
+            )
         mean = raw.mean(axis=0)
         centred = raw - mean
         constant = np.ptp(raw, axis=0) <= 1e-12 * np.abs(raw).max(axis=0, initial=0.0)

@@ -84,14 +84,18 @@ def resolved_eos(
         return ids
     if configured is None:
         configured = getattr(tokenizer, "eos_token_id", None)
-    found = [] if configured is None else [configured] if isinstance(configured, int) else configured
-    return frozenset(int(token) for token in found if 0 <= token < vocab_size)
+    found = frozenset() if configured is None else eos_set(configured)
+    return frozenset(token for token in found if 0 <= token < vocab_size)
 
 
 def eos_set(given: int | Collection[int]) -> frozenset[int]:
     """Return one id or several as a set, refusing what is no id."""
     ids: Any = [given] if isinstance(given, Integral) else given
-    if isinstance(ids, str) or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids):
+    if (
+        isinstance(ids, str)
+        or not hasattr(ids, "__iter__")
+        or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in ids)
+    ):
         raise BayesKLRLError(f"eos_token_id is a token id or a collection of them; got {given!r}.")
     return frozenset(int(token) for token in ids)
 
@@ -115,6 +119,8 @@ def check_prompts(prompts: Sequence[TokenIds], vocab_size: int, bos_token_id: in
     if len(prompts) == 0:
         raise BayesKLRLError("At least one prompt is needed; got none.")
     for index, prompt in enumerate(prompts):
+        if isinstance(prompt, str) or not hasattr(prompt, "__len__"):
+            raise BayesKLRLError(f"Prompt {index} must be a list of token ids; got {prompt!r}. Encode texts first.")
         if len(prompt) == 0:
             raise BayesKLRLError(
                 f"Prompt {index} has no tokens, and a transformer predicts nothing from nothing. Start it with a "
@@ -124,7 +130,9 @@ def check_prompts(prompts: Sequence[TokenIds], vocab_size: int, bos_token_id: in
 
 
 def check_ids(ids: IntArray, vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary."""
+    """Refuse ids outside the vocabulary, and numbers that are no ids."""
+    if ids.size and ids.dtype.kind not in "iu":
+        raise BayesKLRLError(f"Token ids must be integers; got {ids.ravel()[0]!r} among them.")
     if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):
         raise BayesKLRLError(
             f"Token ids must be in 0..{vocab_size - 1}, the model's vocabulary; got ids from {ids.min()} to "

@@ -122,11 +122,11 @@ class TorchLM:
         CheckpointError
             If there is no such model, or weights are missing; says what to do.
         """
-        from bayes_klrl.models.checkpoint_files import OWN_ENTRY
+        from bayes_klrl.models.checkpoint_files import OWN_ENTRY, own_options
         from bayes_klrl.models.torch_checkpoint import load
 
         model, tokenizer = load(name_or_folder, dtype)
-        saved = getattr(base_model(model).config, OWN_ENTRY, None) or {}
+        saved = own_options(getattr(base_model(model).config, OWN_ENTRY, None))
         return cls(model, tokenizer, device=device, **{**saved, **options})
 
     @property

@@ -9,8 +9,9 @@ start + phi in the place of the module's own parameters for the length of a call
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -37,10 +38,13 @@ class OffsetFamily:
         A copy of the prior, frozen, adapters added; it is p_0 until they are moved.
     start
         The parameters that phi is added to, by name in `lm`'s module.
+    adapters
+        Those of them that the prior does not have.
     """
 
     lm: Any
     start: Mapping[str, Tensor]
+    adapters: frozenset[str] = frozenset()
 
     @property
     def module(self) -> nn.Module:
@@ -57,6 +61,17 @@ class OffsetFamily:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(iter(self.start.values())).device
+
+    @property
+    def prior_digest(self) -> str:
+        """SHA-256 of the prior's own parameters: those that stay as they are and, adapters apart, those that phi moves."""
+        digest = hashlib.sha256()
+        named = {name: self.start.get(name, value) for name, value in self.module.named_parameters()}
+        for name in sorted(named.keys() - self.adapters):
+            value = named[name].detach().cpu().contiguous()
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def values(self, phi: Tensor) -> dict[str, Tensor]:
         """Return start + phi by name, in the parameters' own shapes and precision; differentiable."""
@@ -168,10 +183,13 @@ def offset_family(prior: LanguageModel, parameters: Any) -> OffsetFamily:
             f"...). Use {_alternatives(prior)}."
         )
     module.requires_grad_(False)
-    return OffsetFamily(lm, {name: named[name].detach().clone() for name in chosen})
+    adapters = frozenset() if _known(parameters) else frozenset(chosen)
+    return OffsetFamily(lm, {name: named[name].detach().clone() for name in chosen}, adapters)
 
 
-def restored_family(prior: LanguageModel, parameters: Any, start: Mapping[str, Tensor]) -> OffsetFamily:
+def restored_family(
+    prior: LanguageModel, parameters: Any, start: Mapping[str, Tensor], prior_digest: str
+) -> OffsetFamily:
     """Return the family whose start values were saved; the adapter's random ones are part of them."""
     family = offset_family(prior, parameters)
     found = {name: tuple(value.shape) for name, value in family.start.items()}
@@ -182,7 +200,12 @@ def restored_family(prior: LanguageModel, parameters: Any, start: Mapping[str, T
             f"The saved policies are not of this prior: {differing[0]} of shape {differing[1]} is only on one side. Load them "
             "with the posterior that they were fitted to."
         )
-    return OffsetFamily(family.lm, {name: start[name].to(value) for name, value in family.start.items()})
+    if family.prior_digest != prior_digest:
+        raise CheckpointError(
+            "The saved policies are not of this prior: its weights are others, so that an offset is another policy. "
+            "Load them with the posterior that they were fitted to."
+        )
+    return replace(family, start={name: start[name].to(value) for name, value in family.start.items()})
 
 
 def shared(lm: Any) -> Any:
@@ -198,7 +221,7 @@ def _own_copy(prior: Any, parameters: Any) -> Any:
     """Return the prior as a model whose parameters may be replaced."""
     from bayes_klrl.models.torch_lm import TorchLM
 
-    known = isinstance(parameters, str) and parameters in ("bias", "all")
+    known = _known(parameters)
     if isinstance(prior, TorchLM):
         return shared(prior) if known else prior.with_adapter(parameters)
     if not known:
@@ -214,6 +237,11 @@ def _own_copy(prior: Any, parameters: Any) -> Any:
             f"a torch module); got a {type(prior).__name__}."
         )
     return copy.deepcopy(prior)
+
+
+def _known(parameters: Any) -> bool:
+    """Return whether these are parameters of the prior's own."""
+    return isinstance(parameters, str) and parameters in ("bias", "all")
 
 
 def _alternatives(prior: Any) -> str:
