@@ -99,7 +99,10 @@ class RewardUncertainty:
         """
         if callable(values):
             values = [values(texts) for texts in self.draws.texts()]
-        f = np.asarray(values, dtype=np.float64)
+        try:
+            f = np.asarray(values, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise BayesKLRLError(f"values must be numbers, one a draw: {error}.") from error
         f = f[None] if f.ndim == 1 and len(self.ess) == 1 else f
         if f.shape != self.draws.shape or not np.isfinite(f).all():
             raise BayesKLRLError(
@@ -140,6 +143,11 @@ def reward_uncertainty(posterior: Posterior, draws: Draws) -> RewardUncertainty:
     if draws.prompts != posterior.prompts or not np.isclose(draws.alpha, posterior.alpha, rtol=1e-12):
         raise BayesKLRLError("These draws are of another posterior: their prompts or their alpha differ.")
     sequences = posterior.sequences(draws)
+    if not np.allclose(draws.reward, posterior.reward(sequences), rtol=1e-6, atol=1e-6 * posterior.alpha):
+        raise BayesKLRLError(
+            "These draws are of another posterior: their rewards are not what its likelihood, target included, gives them."
+            " Give the posterior that they were drawn for."
+        )
     rewards = ensemble.rewards(sequences)
     own = ensemble.values(posterior_batch(posterior, sequences)).reshape(draws.shape) / ensemble.alpha
     log_weights = draws.log_weights[:, None] + rewards / ensemble.alpha - own[:, None]

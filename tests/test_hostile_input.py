@@ -86,6 +86,37 @@ def test_features_whose_variance_overflows_are_named() -> None:
         FeatureMap.fitted(features, raw)
 
 
+def exact_reward(lm: bk.LanguageModel, features: Any, *, components: int | None = None) -> bk.RewardPosterior:
+    """A reward model of two draws, which no chain made: enough to be asked."""
+    pairs = bk.Preferences([1], [[1, 1], [0], [1, 2]], [[0], [1, 2], [1, 1, 2]])
+    model = bk.RewardModel(features, num_draws=2, num_warmup=2, num_chains=1, num_components=components)
+    return model.fit(lm, pairs, seed=0, accept_unconverged=True)
+
+
+def test_the_uncertainty_of_draws_of_another_likelihood_is_refused() -> None:
+    known = exact_reward(COIN, TokenFeatures(lambda tokens, lengths: np.stack([lengths, tokens[:, 0]], axis=1)))
+    cut, plug_in = (
+        bk.Posterior(COIN, known.reward(alpha=0.5, num_thetas=2, target=target), prompts=[[1]], max_new_tokens=2)
+        for target in ("cut", "plug-in")
+    )
+    draws = bk.ImportanceSampling(50).run(cut, seed=0)
+    told = bk.reward_uncertainty(cut, draws)
+    with pytest.raises(bk.BayesKLRLError, match="their rewards are not what its likelihood"):
+        bk.reward_uncertainty(plug_in, draws)
+    with pytest.raises(bk.BayesKLRLError, match="values must be numbers"):
+        told.decompose(["a"] * 50)  # type: ignore[arg-type]
+
+
+def test_hidden_states_need_room_for_one_more_token() -> None:
+    from tests.tiny_models import tiny_gpt2
+
+    lm = bk.TorchLM(tiny_gpt2(4, n_layer=1, n_positions=8))
+    reward = exact_reward(lm, bk.HiddenStates(), components=1).reward(alpha=1.0, num_thetas=2)
+    bk.Exact().run(bk.Posterior(lm, reward, prompts=[[1] * 5], max_new_tokens=2), seed=0)
+    with pytest.raises(bk.BayesKLRLError, match="and one more token"):
+        bk.Posterior(lm, reward, prompts=[[1] * 6], max_new_tokens=2)
+
+
 # --- rewards and token ids --------------------------------------------------------------------------------------
 
 

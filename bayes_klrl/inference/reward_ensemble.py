@@ -23,6 +23,7 @@ from bayes_klrl.checks import check_count, check_finite
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.reward_anchors import Anchors, measured_anchors, posterior_batch
 from bayes_klrl.likelihood import Factor, Likelihood, TokenReward, check_alpha_and_bounds, product
+from bayes_klrl.models.reward_features import HiddenStates
 from bayes_klrl.models.reward_posterior import RewardPosterior
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
@@ -208,6 +209,9 @@ class EnsembleReward(Factor):
                 "A likelihood takes one EnsembleReward: of two, the cut posterior would be a mixture over pairs of thetas. "
                 "Fit one reward model with the features of both."
             )
+        features = self.model.features.features
+        if isinstance(features, HiddenStates):
+            features.check_room(posterior.prompt_ids, posterior.max_new_tokens, posterior.prior)
         base = Posterior(
             posterior.prior,
             product(others) if others else TokenReward(_no_reward, alpha=1.0),

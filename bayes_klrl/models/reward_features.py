@@ -6,7 +6,7 @@ all weights, and means the same whatever units the features have.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError, RewardError, TextRewardError
 from bayes_klrl.posterior import encoded_prompts
 from bayes_klrl.sequences import Sequences, pad_token
-from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, TokenIds
 
 __all__ = ["FeatureMap", "Features", "HiddenStates", "TextFeatures", "TokenFeatures", "as_features"]
 
@@ -123,6 +123,17 @@ class HiddenStates:
             raise BayesKLRLError(
                 f"The hidden states are those of a model of {lm.vocab_size} tokens, and the prior has {prior.vocab_size}: "
                 "they must share their tokens."
+            )
+
+    def check_room(self, prompt_ids: Sequence[TokenIds], max_new_tokens: int, prior: LanguageModel) -> None:
+        """Refuse completions that leave no room: the state after T tokens is read as what predicts token T + 1."""
+        lm = prior if self.lm is None else self.lm
+        context, longest, read = getattr(lm, "context_length", None), max(map(len, prompt_ids)), max_new_tokens + 1
+        needed = max(longest, read) if getattr(lm, "prompt_apart", False) else longest + read
+        if context is not None and needed > context:
+            raise BayesKLRLError(
+                f"A prompt of {longest} tokens, max_new_tokens = {max_new_tokens} and one more token, which hidden states are "
+                f"read before, exceed the model's context of {context} tokens. Shorten one of them."
             )
 
     def __call__(self, batch: Batch) -> FloatArray:
