@@ -31,3 +31,11 @@ def check_fraction(name: str, value: object) -> None:
     """Refuse what is not a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
         raise BayesKLRLError(f"{name} must be a number from 0 to 1; got {value!r}.")
+
+
+def check_prompts_per_step(prompts_per_step: int | None, num_prompts: int) -> None:
+    """Refuse to subsample no prompts, or more than there are; None means all of them."""
+    if prompts_per_step is not None:
+        check_count("prompts_per_step", prompts_per_step)
+        if prompts_per_step > num_prompts:
+            raise BayesKLRLError(f"prompts_per_step = {prompts_per_step}, but the posterior has {num_prompts} prompts.")

@@ -202,6 +202,8 @@ def check_language_model(what: str, lm: object) -> None:
     """Refuse what has not every attribute and method of the `LanguageModel` protocol."""
     missing = [name for name in vars(LanguageModel) if not name.startswith("_") and not hasattr(lm, name)]
     if missing:
+        if hasattr(lm, "guide"):
+            raise BayesKLRLError(f"{what} must be a language model; of a {type(lm).__name__} give its `guide`.")
         raise BayesKLRLError(
             f"{what} must be a language model, such as bk.TorchLM.from_pretrained(...); a {type(lm).__name__} has no "
             f"{', '.join(missing)}. See bk.LanguageModel."

@@ -184,3 +184,60 @@ def test_parameters_are_a_tree() -> None:
     for parameters in (None, [1], {"outer": 3}):
         with pytest.raises(bk.CheckpointError, match="Parameters are a tree of arrays by name"):
             lm.with_parameters(parameters)  # type: ignore[arg-type]
+
+
+# --- programs and checkpoints -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", ["pyro_model", "numpyro_model"])
+def test_a_program_cannot_subsample_more_prompts_than_there_are(make: str) -> None:
+    from bayes_klrl.models import numpyro_model, pyro_model
+
+    module: Any = pyro_model if make == "pyro_model" else numpyro_model
+    with pytest.raises(bk.BayesKLRLError, match="prompts_per_step = 5, but the posterior has 1 prompts"):
+        getattr(module, make)(POSTERIOR, 5)
+
+
+def test_completions_of_another_shape_are_named_in_a_numpyro_program() -> None:
+    from numpyro import handlers
+
+    model = handlers.seed(handlers.condition(POSTERIOR.numpyro_model(), {"x": np.array([[1, 0, 2]])}), 0)
+    with pytest.raises(bk.BayesKLRLError, match=r"shape \(\.\.\., P, T\) = \(\.\.\., 1, 2\).*got \(1, 3\)"):
+        model()
+
+
+def test_a_fit_is_not_a_proposal_but_its_guide_is() -> None:
+    fit = bk.SVI(1, 2).fit(POSTERIOR, seed=0)
+    with pytest.raises(bk.BayesKLRLError, match="of a Fit give its `guide`"):
+        bk.ImportanceSampling(5, proposal=fit).run(POSTERIOR, seed=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["TorchLM", "JaxLM"])
+def test_a_checkpoint_of_a_training_that_diverged(kind: str, tmp_path: Path) -> None:
+    from tests.tiny_models import tiny_gpt2
+
+    model = tiny_gpt2()
+    model.transformer.ln_f.bias.data[0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(bk.CheckpointError, match=r"ln_f\.bias in .* holds NaN"):
+        getattr(bk, kind).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        (None, {}, "A model is a folder or a shipped model's name; got None"),
+        ("austen", {"foo": 1}, "has no option 'foo'"),
+        ("austen", {"device": "abacus"}, "JAX has no device 'abacus' here; it has cpu"),
+    ],
+)
+def test_what_jax_cannot_load(name: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(bk.BayesKLRLError, match=message):
+        bk.JaxLM.from_pretrained(name, **options)
+
+
+def test_a_jax_platform_may_be_named() -> None:
+    import jax
+
+    lm = bk.JaxLM.from_pretrained("austen", device="cpu")
+    assert {place.platform for leaf in jax.tree.leaves(lm.parameters) for place in leaf.devices()} == {"cpu"}

@@ -208,7 +208,9 @@ def _kept_on_interrupt(name: str, history: dict[str, list[float]], interrupted: 
 def no_adapter(prior: LanguageModel, adapter: object) -> None:
     """Refuse an adapter for a model that has no place for it."""
     if adapter is not None:
-        raise BayesKLRLError(f"Adapters are for a bk.TorchLM; the prior is a {type(prior).__name__}. Use adapter=None.")
+        raise BayesKLRLError(
+            f"Adapters are for a bk.TorchLM; the prior is a {type(prior).__name__}. Leave the adapter out."
+        )
 
 
 def unbounded_loss(completion: str, what: str = "likelihood") -> UnboundedLossError:

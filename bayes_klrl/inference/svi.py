@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bayes_klrl.checks import check_count, check_positive
+from bayes_klrl.checks import check_count, check_positive, check_prompts_per_step
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, needs_jax
 from bayes_klrl.inference.drawing import draw
@@ -98,10 +98,7 @@ class SVI:
             If a draw has likelihood 0: names the completion and the cure. This and any other error of ours after the first
             step carries what was learned as its attribute `fit`.
         """
-        if self.prompts_per_step is not None and self.prompts_per_step > posterior.num_prompts:
-            raise BayesKLRLError(
-                f"prompts_per_step = {self.prompts_per_step}, but the posterior has {posterior.num_prompts} prompts."
-            )
+        check_prompts_per_step(self.prompts_per_step, posterior.num_prompts)
         if isinstance(posterior.prior, JaxModel):
             with needs_jax("SVI on a model on JAX"):
                 from bayes_klrl.inference.svi_numpyro import fit_guide

@@ -13,6 +13,7 @@ __all__ = [
     "OWN_ENTRY",
     "TOKENIZER_FILES",
     "check_has_weights",
+    "not_finite",
     "own_entries",
     "own_options",
     "shipped_folder",
@@ -78,3 +79,11 @@ def check_has_weights(folder: Path) -> None:
             "convert its pickled weights with save_pretrained of transformers" if old else "is the download complete?"
         )
         raise CheckpointError(f"{str(folder)!r} has no safetensors weights, the only kind that is read; {cure}")
+
+
+def not_finite(name: str, source: str) -> CheckpointError:
+    """Return the error about a tensor with NaN or infinite numbers."""
+    return CheckpointError(
+        f"{name} in {source!r} holds NaN or infinite numbers: the training that wrote it has diverged. Take an earlier "
+        "checkpoint."
+    )

@@ -22,6 +22,7 @@ from bayes_klrl.errors import CheckpointError
 from bayes_klrl.models.checkpoint_files import (
     TOKENIZER_FILES,
     check_has_weights,
+    not_finite,
     own_entries,
     shipped_folder,
     shipped_names,
@@ -37,11 +38,22 @@ BUFFERS = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
 
 def load(name_or_folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], Any | None]:
     """Return parameters (float32), configuration and tokenizer (None if the folder has none)."""
+    if not isinstance(name_or_folder, str | os.PathLike):
+        raise CheckpointError(f"A model is a folder or a shipped model's name; got {name_or_folder!r}.")
     folder = found_folder(os.fspath(name_or_folder))
     check_has_weights(folder)
     config = read_object(folder / "config.json")
     architecture = architecture_of(config)
-    return parameter_tree(architecture, read_tensors(folder)), config, load_tokenizer(folder)
+    tensors = read_tensors(folder)
+    check_numbers(folder, tensors)
+    return parameter_tree(architecture, tensors), config, load_tokenizer(folder)
+
+
+def check_numbers(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Refuse NaN and infinite weights."""
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise not_finite(name, str(folder))
 
 
 def found_folder(name: str) -> Path:

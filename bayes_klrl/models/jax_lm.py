@@ -116,7 +116,7 @@ class JaxLM:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder: str | os.PathLike[str], device: jax.Device | None = None, **options: Any
+        cls, name_or_folder: str | os.PathLike[str], device: jax.Device | str | None = None, **options: Any
     ) -> JaxLM:
         """Load a folder or a model shipped with the package, as float32 whatever is stored; torch is not imported.
 
@@ -126,7 +126,7 @@ class JaxLM:
             An existing folder in Hugging Face's format (safetensors, tokenizer.json), else a shipped name such as
             "austen".
         device
-            Where the model lives; None: JAX's default.
+            Where the model lives: one of JAX's devices, or a platform's name such as "cpu"; None: JAX's default.
         options
             `eos_token_id` and `temperature`, see `JaxLM`; by default what `save_pretrained` was given.
 
@@ -135,12 +135,20 @@ class JaxLM:
         CheckpointError
             If there is no such model, weights are missing or left over, or the configuration is not on the list of what
             the forward computes; says what to do.
+        BayesKLRLError
+            For a device that is not there, or an unknown option.
         """
         from bayes_klrl.models.jax_checkpoint import load
 
+        unknown = options.keys() - {"eos_token_id", "temperature"}
+        if unknown:
+            raise BayesKLRLError(
+                f"from_pretrained has no option {min(unknown)!r}; there are eos_token_id and temperature."
+            )
+        place = named_device(device) if isinstance(device, str) else device
         parameters, config, tokenizer = load(name_or_folder)
-        if device is not None:
-            parameters = jax.device_put(parameters, device)
+        if place is not None:
+            parameters = jax.device_put(parameters, place)
         return cls(parameters, config, tokenizer, **{**own_options(config.get(OWN_ENTRY)), **options})
 
     @property
@@ -357,6 +365,15 @@ class JaxLM:
     def _check_prompts(self, prompts: Sequence[TokenIds], num_new: int) -> None:
         check_prompts(prompts, self.vocab_size, self.bos_token_id)
         check_length(max(map(len, prompts)) + num_new, self.context_length)
+
+
+def named_device(platform: str) -> jax.Device:
+    """Return the first device of a platform."""
+    try:
+        return jax.devices(platform)[0]
+    except RuntimeError as error:
+        present = sorted({device.platform for device in jax.devices()})
+        raise BayesKLRLError(f"JAX has no device {platform!r} here; it has {', '.join(present)}.") from error
 
 
 def inside_ids(tokens: np.ndarray, eos_token_ids: Collection[int]) -> IntArray:

@@ -18,6 +18,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpyro
 
+from bayes_klrl.checks import check_prompts_per_step
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.decoding import check_shares_vocabulary
 from bayes_klrl.models.jax_rewards import check_traceable, traced_reward
@@ -122,6 +123,7 @@ def numpyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> 
     >>> bool(np.isclose(float(log_joint), 2 + 2 * np.log(0.5)))
     True
     """
+    check_prompts_per_step(prompts_per_step, posterior.num_prompts)
     check_traceable(posterior)
     return NumpyroModel(posterior, prompts_per_step)
 
@@ -134,6 +136,7 @@ def numpyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int
     `prior.with_parameters(prior.parameters)`), and so is a model that is not on JAX.
     """
     check_shares_vocabulary("The guide", lm, posterior.prior)
+    check_prompts_per_step(prompts_per_step, posterior.num_prompts)
     return NumpyroGuide(posterior, lm, prompts_per_step)
 
 
@@ -149,6 +152,12 @@ def completion_distribution(posterior: Posterior, lm: LanguageModel, chosen: Arr
 
 def _reward(posterior: Posterior, x: Array, chosen: Array) -> Array:
     """Return r(x) of completions (..., P, T), shape (..., P)."""
+    expected = (len(chosen), posterior.max_new_tokens)
+    if jnp.shape(x)[-2:] != expected:
+        raise BayesKLRLError(
+            f'The site "x" holds completions of shape (..., P, T) = (..., {expected[0]}, {expected[1]}), past EOS anything; '
+            f"got {jnp.shape(x)}."
+        )
     tokens, lengths = padded_past_eos(jnp.asarray(x), posterior.prior)
     prompt_index = jnp.broadcast_to(chosen, lengths.shape).ravel()
     rows = tokens.reshape(-1, tokens.shape[-1])

@@ -30,6 +30,7 @@ from pyro.ops.provenance import detach_provenance, get_provenance, track_provena
 from torch import Tensor
 
 from bayes_klrl.arrays import to_host
+from bayes_klrl.checks import check_prompts_per_step
 from bayes_klrl.models.completion_features import host_features
 from bayes_klrl.models.decoding import check_shares_vocabulary, decode
 from bayes_klrl.posterior import Posterior
@@ -204,6 +205,7 @@ def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Cal
     >>> bool(np.isclose(float(trace.log_prob_sum()), 2 + 2 * np.log(0.5)))
     True
     """
+    check_prompts_per_step(prompts_per_step, posterior.num_prompts)
 
     def model() -> Tensor:
         with on_model_device(posterior.prior), _prompts(posterior, prompts_per_step) as chosen:
@@ -223,6 +225,7 @@ def pyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int | 
     prior itself as a guide is frozen: training it would move the target (train `prior.copy()` or `prior.with_adapter()`).
     """
     check_shares_vocabulary("The guide", lm, posterior.prior)
+    check_prompts_per_step(prompts_per_step, posterior.num_prompts)
     module = getattr(lm, "module", lm)
     is_prior = lm is posterior.prior
     name = _registered_name(module) if isinstance(module, torch.nn.Module) and not is_prior else None

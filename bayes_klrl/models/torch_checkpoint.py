@@ -24,6 +24,7 @@ from bayes_klrl.models.checkpoint_files import (
     OWN_ENTRY,
     TOKENIZER_FILES,
     check_has_weights,
+    not_finite,
     own_entries,
     shipped_folder,
     shipped_names,
@@ -101,6 +102,9 @@ def load_model(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, An
             f"{source!r} lacks {len(report['missing_keys'])} of the model's weights ({names}, ...); they would "
             "have been random. Is it a model without a language modelling head, or an incomplete download?"
         )
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise not_finite(name, source)
     return model, load_tokenizer(source, **options)
 
 
