@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,16 +14,11 @@ import pytest
 import bayes_klrl as bk
 from bayes_klrl.inference import svi_numpyro
 from tests.jax_table import JaxTable
-from tests.truth import Truth, chi_square_p, counts, full_table, random_posterior
+from tests.truth import Truth, full_table, random_posterior
+
+pytestmark = pytest.mark.usefixtures("quick_jax")
 
 HISTORY = {"elbo", "reward", "kl", "log_weight_sd", "gradient_norm", "learning_rate", "step_kl", "seconds"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def pairs(tokens: Any, lengths: Any) -> Any:
@@ -53,39 +46,6 @@ def policy(guide: Any) -> bk.NgramLM:
 # --- the answer is right ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def tabular_fit() -> bk.Fit:
-    return bk.SVI(1000, num_particles=64, learning_rate=0.1).fit(tabular_problem(), seed=0)
-
-
-def test_a_table_reaches_the_posterior(tabular_fit: bk.Fit) -> None:
-    truth = Truth(tabular_fit.posterior)
-    assert len(truth.xs) == 40
-    assert truth.kl(tabular_fit.posterior.prior)[0] > 0.5
-    assert truth.kl(policy(tabular_fit.guide))[0] < 0.01
-
-
-def test_history_says_what_happened(tabular_fit: bk.Fit) -> None:
-    history, truth = tabular_fit.history, Truth(tabular_fit.posterior)
-    assert set(history) == HISTORY
-    assert {len(values) for values in history.values()} == {1000}
-    np.testing.assert_allclose(
-        history["elbo"], history["reward"] / tabular_fit.posterior.alpha - history["kl"], rtol=0, atol=1e-5
-    )
-    assert history["elbo"][:10].mean() < truth.log_evidence[0] - 0.3
-    assert history["elbo"][-1] == pytest.approx(truth.log_evidence[0], abs=0.03)
-    assert history["log_weight_sd"][-1] < 0.1 < history["log_weight_sd"][0]
-    assert (np.diff(history["seconds"]) > 0).all()
-    rates = history["learning_rate"]
-    assert rates.max() == pytest.approx(0.1)
-    assert rates.argmax() < 100
-    assert rates[-1] < 0.001
-    assert not tabular_fit.interrupted
-    drawn = tabular_fit.training_tokens / 1000 / 64 / 3
-    assert 1 < drawn < 3  # tokens a completion, EOS included, thrice: one draw, two scores
-    assert tabular_fit.seconds >= history["seconds"][-1]
-
-
 def test_the_optimiser_is_torchs() -> None:
     """The same gradients, some too long, give the same parameters: clipping, Adam, learning rates one a step."""
     import torch
@@ -104,29 +64,6 @@ def test_the_optimiser_is_torchs() -> None:
         adam.param_groups[0]["lr"] = rate
         adam.step()
     np.testing.assert_allclose(ours, theirs.detach(), atol=1e-4)
-
-
-def test_draws_of_a_fit_follow_its_guide_and_importance_sampling_corrects_them(tabular_fit: bk.Fit) -> None:
-    posterior = tabular_fit.posterior
-    truth, draws = Truth(posterior), tabular_fit.run(2000, seed=1)
-    of_guide = bk.Posterior(policy(tabular_fit.guide), posterior.likelihood, max_new_tokens=3)
-    assert chi_square_p(counts(truth, draws.tokens[0]), np.exp(of_guide.log_prior(truth.sequences)[0])) > 0.001
-    assert draws.elbo[0] == pytest.approx(truth.log_evidence[0], abs=0.01)
-    assert draws.guide is tabular_fit.guide
-    assert draws.cost.training_tokens == tabular_fit.training_tokens
-    corrected = bk.ImportanceSampling(1000, proposal=tabular_fit.guide).run(posterior, seed=0)
-    assert corrected.ess[0] > 900
-    assert corrected.log_evidence[0] == pytest.approx(truth.log_evidence[0], abs=0.02)
-
-
-@pytest.mark.parametrize("options", [{"estimator": "rao_blackwell"}, {"prompts_per_step": 1}, {}], ids=str)
-def test_other_ways_to_the_same_posterior(options: dict[str, Any]) -> None:
-    posterior = tabular_problem(prompts=((0,), (1,)))
-    truth = Truth(posterior)
-    fit = bk.SVI(800, num_particles=64, learning_rate=0.15, **options).fit(posterior, seed=1)
-    assert (truth.kl(posterior.prior) > 0.3).all()
-    assert (truth.kl(policy(fit.guide)) < 0.1 * truth.kl(posterior.prior)).all()
-    assert fit.history["elbo"].shape == (800,)
 
 
 def test_a_step_is_shortened_to_what_the_trust_region_allows() -> None:
@@ -243,10 +180,6 @@ def test_a_likelihood_of_zero_is_refused_with_the_completion_and_the_cure() -> N
     never = lambda tokens, lengths: jnp.where((tokens[:, 0] == 1) & (lengths == 3), -jnp.inf, 0.0)  # noqa: E731
     with pytest.raises(bk.UnboundedLossError, match=r"with ids \[1, \d, \d\].*eps.*bk.SMC"):
         bk.SVI(5).fit(with_reward(never), seed=0)
-    prior = JaxTable(bk.NgramLM.fit(["abba", "baab", "aab"], order=2))
-    no_bb = bk.Constraint(lambda completions: ["bb" not in c for c in completions])
-    with pytest.raises(bk.UnboundedLossError, match=r"the completion '[ab]*bb[ab]*' \(ids \[.*eps.*bk\.SMC"):
-        bk.SVI(10).fit(bk.Posterior(prior, no_bb, max_new_tokens=5), seed=0)
 
 
 class Failing:
@@ -276,19 +209,6 @@ def test_errors_carry_what_was_learned() -> None:
     with pytest.raises(bk.RewardError) as at_once:
         svi.fit(with_reward(Failing(1, ArithmeticError), callback=True), seed=0)
     assert at_once.value.fit is None
-
-
-def test_ctrl_c_keeps_what_was_learned() -> None:
-    svi = bk.SVI(50, num_particles=16, learning_rate=0.1)
-    with pytest.warns(UserWarning, match=r"interrupted after 7 steps.*fit\.guide.*fit\.save"):
-        fit = svi.fit(with_reward(Failing(8, KeyboardInterrupt), callback=True), seed=0)
-    assert fit.interrupted
-    assert {len(values) for values in fit.history.values()} == {7}
-    whole = svi.fit(with_reward(Failing(1000, KeyboardInterrupt), callback=True), seed=0)
-    np.testing.assert_array_equal(whole.history["elbo"][:7], fit.history["elbo"])
-    assert fit.training_tokens > 0
-    with pytest.raises(KeyboardInterrupt):
-        svi.fit(with_reward(Failing(1, KeyboardInterrupt), callback=True), seed=0)
 
 
 def test_adapters_are_not_for_jax() -> None:
