@@ -26,9 +26,9 @@ class SequenceDistribution(Distribution):
     """A language model as a NumPyro distribution over completions: batch shape (..., P), event shape (T,).
 
     A draw is a row of int32 token ids, padded past EOS. `log_prob` sums the tokens' log-probs, in float32 or, if
-    `jax_enable_x64` is on, in float64; tokens past EOS are ignored. A model on JAX (`JaxLM`, or
-    another with the methods of `JaxModel`) is traced, and differentiable in parameters that it
-    was given by `with_parameters`; any other is called on the host and has no gradient.
+    `jax_enable_x64` is on, in float64; tokens past EOS are ignored. A model on JAX (`JaxLM`, or another with the methods of
+    `JaxModel`) is traced, and differentiable in parameters that it was given by `with_parameters`; any other is called on the
+    host and has no gradient.
 
     There is no reparametrisation. NumPyro would infer the contrary from an empty `arg_constraints`, and drop the
     score-function term of the gradient without a word.
