@@ -110,3 +110,9 @@ def test_hidden_states_as_features_agree(model: str) -> None:
     first, second = (bk.HiddenStates(p.prior)(posterior_batch(p, x)) for p in (on_torch, on_jax))
     assert first.shape[0] == 80
     np.testing.assert_allclose(first, second, rtol=0, atol=1e-5)
+
+
+def test_models_say_what_they_are() -> None:
+    on_torch, on_jax = both("llama")
+    assert repr(on_torch.prior) == "TorchLM(LlamaForCausalLM, V=5)"
+    assert repr(on_jax.prior) == "JaxLM(llama, 2 x 16, V=5)"

@@ -114,6 +114,10 @@ class JaxLM:
         self.temperature = float(temperature)
         self._eos_token_ids = resolved_eos(eos_token_id, config.get("eos_token_id"), tokenizer, self.vocab_size)
 
+    def __repr__(self) -> str:
+        shape = self._architecture
+        return f"JaxLM({self._config.get('model_type')}, {shape.num_layers} x {shape.hidden_size}, V={self.vocab_size})"
+
     @classmethod
     def from_pretrained(
         cls, name_or_folder: str | os.PathLike[str], device: jax.Device | str | None = None, **options: Any

@@ -95,6 +95,9 @@ class TorchLM:
         configured = getattr(self._config, "eos_token_id", None)
         self._eos_token_ids = resolved_eos(eos_token_id, configured, tokenizer, self._vocab_size)
 
+    def __repr__(self) -> str:
+        return f"TorchLM({type(base_model(self._module)).__name__}, V={self.vocab_size})"
+
     @classmethod
     def from_pretrained(
         cls,
