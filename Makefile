@@ -34,7 +34,7 @@ lint: $(STAMP)  ## ruff, its formatter, mypy
 	$(BIN)/mypy
 
 pytest: $(STAMP)  ## the tests and doctests; PYTEST_ARGS="-m 'not slow'" for the quick ones
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(strip $(WORKERS)) $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(strip $(WORKERS)) --dist loadfile $(PYTEST_ARGS)
 
 mutants: $(STAMP)  ## do the tests bite? mistakes put into a copy of the package, each of which they must find
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m tests.mutants
