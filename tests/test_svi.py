@@ -40,6 +40,11 @@ def trained_by(engine: str, posterior: bk.Posterior) -> bk.Posterior:
     return bk.Posterior(prior, likelihood, prompts=prompts, max_new_tokens=posterior.max_new_tokens)
 
 
+def exactly(engine: str, tolerance: float) -> float:
+    """Pyro's table is of float64; NumPyro's of float32."""
+    return tolerance if engine == "pyro" else 1e-5
+
+
 def policy(guide: Any) -> bk.NgramLM:
     """A trained table, whichever way, as an `NgramLM`."""
     found: bk.NgramLM = guide if isinstance(guide, bk.NgramLM) else guide.to_ngram()
@@ -68,22 +73,23 @@ def tabular_fit(engine: str) -> bk.Fit:
     return bk.SVI(500, num_particles=32, learning_rate=0.1).fit(tabular_problem(engine), seed=0)
 
 
-def test_a_table_reaches_the_posterior(tabular_fit: bk.Fit) -> None:
+def test_a_table_reaches_the_posterior(engine: str, tabular_fit: bk.Fit) -> None:
     """THEORY 9.16 asks for 1e-3 nats in 1500 steps of 32; this is a third of them."""
     truth = Truth(tabular_fit.posterior)
     assert len(truth.xs) == 40
     assert truth.kl(tabular_fit.posterior.prior)[0] > 1
-    assert truth.kl(policy(tabular_fit.guide))[0] < 1e-4
-    np.testing.assert_allclose(np.exp(policy(tabular_fit.guide).log_probs).sum(axis=-1), 1.0, atol=1e-6)
+    assert isinstance(tabular_fit.guide, bk.NgramLM if engine == "pyro" else JaxTable)
+    guide = policy(tabular_fit.guide)
+    assert truth.kl(guide)[0] < 1e-4
+    np.testing.assert_allclose(np.exp(guide.log_probs).sum(axis=-1), 1.0, atol=exactly(engine, 1e-12))
 
 
-def test_history_says_what_happened(tabular_fit: bk.Fit) -> None:
+def test_history_says_what_happened(engine: str, tabular_fit: bk.Fit) -> None:
     history, truth = tabular_fit.history, Truth(tabular_fit.posterior)
     assert set(history) >= HISTORY
     assert {len(values) for values in history.values()} == {500}
-    np.testing.assert_allclose(
-        history["elbo"], history["reward"] / tabular_fit.posterior.alpha - history["kl"], rtol=0, atol=1e-5
-    )
+    expected = history["reward"] / tabular_fit.posterior.alpha - history["kl"]
+    np.testing.assert_allclose(history["elbo"], expected, rtol=0, atol=exactly(engine, 1e-9))
     assert history["elbo"][:10].mean() < truth.log_evidence[0] - 0.5
     assert history["elbo"][-1] == pytest.approx(truth.log_evidence[0], abs=0.02)
     assert history["log_weight_sd"][-1] < 0.1 < history["log_weight_sd"][0]
@@ -93,17 +99,17 @@ def test_history_says_what_happened(tabular_fit: bk.Fit) -> None:
     assert rates.argmax() < 50
     assert rates[-1] < 0.001
     assert not tabular_fit.interrupted
-    assert tabular_fit.training_tokens > 500 * 32 * 3
+    assert 1 < tabular_fit.training_tokens / (500 * 32 * 3) < 3  # tokens a completion; one draw and two scores of it
     assert tabular_fit.seconds >= history["seconds"][-1]
 
 
-def test_draws_of_a_fit_follow_its_guide(tabular_fit: bk.Fit) -> None:
+def test_draws_of_a_fit_follow_its_guide(engine: str, tabular_fit: bk.Fit) -> None:
     posterior = tabular_fit.posterior
     truth, draws = Truth(posterior), tabular_fit.run(3000, seed=1)
     of_guide = bk.Posterior(policy(tabular_fit.guide), posterior.likelihood, max_new_tokens=3)
     assert chi_square_p(counts(truth, draws.tokens[0]), np.exp(of_guide.log_prior(truth.sequences)[0])) > 0.001
-    np.testing.assert_allclose(draws.log_proposal, of_guide.log_prior(draws), rtol=0, atol=1e-5)
-    np.testing.assert_allclose(draws.log_prior, posterior.log_prior(draws), rtol=0, atol=1e-5)
+    np.testing.assert_allclose(draws.log_proposal, of_guide.log_prior(draws), rtol=0, atol=exactly(engine, 1e-12))
+    np.testing.assert_allclose(draws.log_prior, posterior.log_prior(draws), rtol=0, atol=exactly(engine, 1e-12))
     np.testing.assert_array_equal(draws.log_weights, 0.0)
     assert np.isnan(draws.log_evidence).all()
     assert draws.elbo[0] == pytest.approx(truth.log_evidence[0], abs=1e-3)
@@ -256,7 +262,7 @@ class Interrupting:
         return 2.0 * (tokens == 0).sum(axis=1)
 
 
-def test_ctrl_c_keeps_what_was_learned(engine: str) -> None:
+def test_ctrl_c_keeps_what_was_learned(engine: str, tmp_path: Path) -> None:
     prior = tabular_problem().prior
 
     def posterior(call: int) -> bk.Posterior:
@@ -272,6 +278,8 @@ def test_ctrl_c_keeps_what_was_learned(engine: str) -> None:
     np.testing.assert_array_equal(whole.history["elbo"][:7], fit.history["elbo"])
     assert np.abs(policy(fit.guide).log_probs - prior.log_probs).max() > 0.01
     assert np.isfinite(fit.run(10, seed=0).elbo).all()
+    if engine == "pyro":  # a JaxTable belongs to the tests and has no file
+        assert (fit.save(tmp_path / "fit") / "ngram.npz").exists()
     assert fit.training_tokens > 0
 
 

@@ -19,7 +19,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.guide_training import completion_text, no_density, no_latent_site, undrawn_site
+from bayes_klrl.inference.guide_training import check_same_latents, completion_text, no_density
 from bayes_klrl.models.pyro_model import SequenceDistribution, to_sequences
 
 __all__ = ["SiteTerms", "check_bounded", "random_sites", "site_terms"]
@@ -117,12 +117,7 @@ def check_sites(model: dict[str, Any], guide: dict[str, Any]) -> None:
                 f"The guide's site {name!r} ({type(site['fn']).__name__}) has no reparametrisation, and this loss knows one "
                 "score-function site, 'x'. Use pyro.infer.TraceGraph_ELBO."
             )
-        latent = name in model and not model[name]["is_observed"]
-        if not latent and not site["infer"].get("is_auxiliary"):
-            raise no_latent_site(name)
-    for name, site in model.items():
-        if name not in guide and not site["is_observed"]:
-            raise undrawn_site(name)
+    check_same_latents(model, guide)
 
 
 @dataclass(frozen=True)

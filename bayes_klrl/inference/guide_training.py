@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -26,15 +26,14 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_GRADIENT_NORM",
     "StepLimit",
+    "check_same_latents",
     "completion_text",
     "learning_rate_schedule",
     "no_adapter",
     "no_density",
-    "no_latent_site",
     "run_training",
     "trained",
     "unbounded_loss",
-    "undrawn_site",
 ]
 
 MAX_GRADIENT_NORM = 1.0
@@ -233,20 +232,27 @@ def no_density(name: str, log_prob: float, completion: str) -> BayesKLRLError:
     )
 
 
-def no_latent_site(name: str) -> BayesKLRLError:
-    """Return the error about a site that only the guide has."""
-    return BayesKLRLError(
-        f"The guide draws {name!r}, which is no latent site of the model: its log-density would count for nothing. "
-        "Add it to the model, or mark it with infer={'is_auxiliary': True}."
-    )
+def check_same_latents(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
+    """Refuse programs that do not draw the same latents; sites by name, as Pyro's and NumPyro's traces have them alike.
 
-
-def undrawn_site(name: str) -> BayesKLRLError:
-    """Return the error about a latent site that only the model has."""
-    return BayesKLRLError(
-        f"The model has a latent site {name!r} that the guide does not draw, so there is no density to weigh it "
-        "with. Draw it in the guide too."
-    )
+    Raises
+    ------
+    BayesKLRLError
+        Names the site that only the guide draws, auxiliary ones apart, or that it leaves out.
+    """
+    for name, site in guide.items():
+        latent = name in model and not model[name]["is_observed"]
+        if not latent and not site["infer"].get("is_auxiliary"):
+            raise BayesKLRLError(
+                f"The guide draws {name!r}, which is no latent site of the model: its log-density would count for nothing. "
+                "Add it to the model, or mark it with infer={'is_auxiliary': True}."
+            )
+    for name, site in model.items():
+        if name not in guide and not site["is_observed"]:
+            raise BayesKLRLError(
+                f"The model has a latent site {name!r} that the guide does not draw, so there is no density to weigh it "
+                "with. Draw it in the guide too."
+            )
 
 
 def completion_text(lm: LanguageModel, ids: Sequence[int]) -> str:

@@ -33,7 +33,8 @@ from numpyro.infer import ELBO
 from numpyro.primitives import Messenger
 
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.svi_numpyro_sites import SiteLogProbs, check_guide, check_sites, is_concrete
+from bayes_klrl.inference.guide_training import check_same_latents
+from bayes_klrl.inference.svi_numpyro_sites import SiteLogProbs, check_guide, is_concrete, sample_sites
 from bayes_klrl.models.jax_rewards import float_type
 from bayes_klrl.models.numpyro_distribution import SequenceDistribution
 from bayes_klrl.models.numpyro_model import NumpyroGuide, NumpyroModel
@@ -233,7 +234,7 @@ def _traces(key: Any, params: Any, model: Any, guide: Any, args: Any, kwargs: An
     check_guide(guide_trace)
     model = handlers.substitute(handlers.replay(handlers.seed(model, model_key), guide_trace), data=params)
     model_trace = handlers.trace(model).get_trace(*args, **kwargs)
-    check_sites(model_trace, guide_trace)
+    check_same_latents(sample_sites(model_trace), sample_sites(guide_trace))
     return model_trace, guide_trace
 
 

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.guide_training import completion_text, no_density, no_latent_site, undrawn_site
+from bayes_klrl.inference.guide_training import completion_text, no_density
 from bayes_klrl.models.numpyro_distribution import SequenceDistribution
 from bayes_klrl.sequences import completion_lengths
 from bayes_klrl.typing import Array
 
-__all__ = ["SiteLogProbs", "check_guide", "check_sites", "is_concrete"]
+__all__ = ["SiteLogProbs", "check_guide", "is_concrete", "sample_sites"]
 
 SEQUENCE_SITE = "x"
 
@@ -30,18 +30,6 @@ def check_guide(guide_trace: Any) -> None:
                 f"The guide observes {name!r}. What is observed belongs into the model: move it there, or mark it with "
                 "infer={'is_auxiliary': True}."
             )
-
-
-def check_sites(model_trace: Any, guide_trace: Any) -> None:
-    """Refuse programs whose latent sites are not the same."""
-    model, guide = sample_sites(model_trace), sample_sites(guide_trace)
-    for name, site in guide.items():
-        latent = name in model and not model[name]["is_observed"]
-        if not latent and not site["infer"].get("is_auxiliary"):
-            raise no_latent_site(name)
-    for name, site in model.items():
-        if name not in guide and not site["is_observed"]:
-            raise undrawn_site(name)
 
 
 def sample_sites(trace: Any) -> dict[str, Any]:
