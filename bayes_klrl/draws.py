@@ -290,7 +290,7 @@ class Draws:
 
     def to_arviz(self) -> Any:
         """Return what the installed ArviZ summarises (InferenceData in 0.x, xarray DataTree in 1.x)."""
-        from bayes_klrl.arviz_export import draws_to_arviz
+        from bayes_klrl.export.datatree import draws_to_arviz
 
         return draws_to_arviz(self)
 
@@ -312,13 +312,13 @@ class Draws:
 
     def save(self, file: str | Path) -> Path:
         """Write everything but the guide to a netCDF file, texts included, and return its path."""
-        from bayes_klrl.arviz_export import save_draws
+        from bayes_klrl.export.datatree import save_draws
 
         return save_draws(self, Path(file))
 
     @classmethod
     def load(cls, file: str | Path) -> Draws:
         """Read what `save` wrote; texts are available without the model."""
-        from bayes_klrl.arviz_export import load_draws
+        from bayes_klrl.export.datatree import load_draws
 
         return load_draws(Path(file))

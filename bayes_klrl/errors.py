@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bayes_klrl.draws import Draws
-    from bayes_klrl.inference.svi import Fit
-    from bayes_klrl.models.reward_posterior import RewardPosterior
+    from bayes_klrl.inference.svi.svi import Fit
+    from bayes_klrl.reward_models.posterior import RewardPosterior
 
 __all__ = [
     "BayesKLRLError",

@@ -24,7 +24,7 @@ from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
 if TYPE_CHECKING:
     from bayes_klrl.draws import Draws
-    from bayes_klrl.models.numpyro_model import NumpyroGuide, NumpyroModel
+    from bayes_klrl.models.programs.numpyro_program import NumpyroGuide, NumpyroModel
 
 __all__ = ["Posterior", "check_context", "check_language_model", "completion_log_probs", "encoded_prompts"]
 
@@ -172,28 +172,28 @@ class Posterior:
         return self.log_prior(x) + self.log_likelihood(x)
 
     def pyro_model(self) -> Callable[[], Any]:
-        """Return the posterior as a Pyro program; see `bayes_klrl.models.pyro_model.pyro_model`."""
-        from bayes_klrl.models.pyro_model import pyro_model
+        """Return the posterior as a Pyro program; see `bayes_klrl.models.programs.pyro_program.pyro_model`."""
+        from bayes_klrl.models.programs.pyro_program import pyro_model
 
         return pyro_model(self)
 
     def pyro_guide(self, lm: LanguageModel) -> Callable[[], Any]:
-        """Return a language model as a Pyro guide; see `bayes_klrl.models.pyro_model.pyro_guide`."""
-        from bayes_klrl.models.pyro_model import pyro_guide
+        """Return a language model as a Pyro guide; see `bayes_klrl.models.programs.pyro_program.pyro_guide`."""
+        from bayes_klrl.models.programs.pyro_program import pyro_guide
 
         return pyro_guide(self, lm)
 
     def numpyro_model(self) -> NumpyroModel:
-        """Return the posterior as a NumPyro program; see `bayes_klrl.models.numpyro_model.numpyro_model`."""
+        """Return the posterior as a NumPyro program; see `bayes_klrl.models.programs.numpyro_program.numpyro_model`."""
         with needs_jax("posterior.numpyro_model()"):
-            from bayes_klrl.models.numpyro_model import numpyro_model
+            from bayes_klrl.models.programs.numpyro_program import numpyro_model
 
         return numpyro_model(self)
 
     def numpyro_guide(self, lm: LanguageModel) -> NumpyroGuide:
-        """Return a language model as a NumPyro guide; see `bayes_klrl.models.numpyro_model.numpyro_guide`."""
+        """Return a language model as a NumPyro guide; see `bayes_klrl.models.programs.numpyro_program.numpyro_guide`."""
         with needs_jax("posterior.numpyro_guide(lm)"):
-            from bayes_klrl.models.numpyro_model import numpyro_guide
+            from bayes_klrl.models.programs.numpyro_program import numpyro_guide
 
         return numpyro_guide(self, lm)
 

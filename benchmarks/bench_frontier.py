@@ -15,9 +15,9 @@ import time
 import numpy as np
 
 import bayes_klrl as bk
-from bayes_klrl.frontier_grid import default_grid, pool_cut
+from bayes_klrl.analysis.frontier.grid import default_grid, pool_cut
+from bayes_klrl.analysis.frontier.path import QUANTITIES, RewardPool, curves
 from bayes_klrl.problems import gold_posterior
-from bayes_klrl.reward_path import QUANTITIES, RewardPool, curves
 
 _CHUNK = 1_000_000  # draws at once
 _SHOWN = 200  # pools of a kind below which no coverage is printed

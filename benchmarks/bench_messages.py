@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import bayes_klrl as bk
-from bayes_klrl.inference.messages import backward_messages
+from bayes_klrl.inference.exact.messages import backward_messages
 
 VOCABULARY = 2000
 EOS = VOCABULARY - 1

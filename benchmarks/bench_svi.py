@@ -88,7 +88,7 @@ def bench_step(num_steps: int, backend: str) -> None:
             svi.fit(posterior, seed=0)
             print(f"{label:>14}: {(time.process_time() - start) / (num_steps + 2):.3f} CPU s a step")
             continue
-        from bayes_klrl.inference.svi_numpyro import Training, jax_key
+        from bayes_klrl.inference.svi.numpyro_backend.training import Training, jax_key
 
         steps = Training(svi, posterior, jax_key(0)).steps()
         next(steps)

@@ -7,7 +7,7 @@ policy on a problem of 40 completions, trains until nothing moves, and says what
 import torch
 
 import bayes_klrl as bk
-from bayes_klrl.models import torch_losses as losses
+from bayes_klrl.inference.svi import losses
 
 GROUP = 8
 

@@ -26,8 +26,8 @@ import optax
 from numpyro.infer import SVI, Predictive
 
 import bayes_klrl as bk
-from bayes_klrl.inference.svi_numpyro_elbo import LeaveOneOutELBO
-from bayes_klrl.models.numpyro_model import SequenceDistribution
+from bayes_klrl.inference.svi.numpyro_backend.elbo import LeaveOneOutELBO
+from bayes_klrl.models.programs.numpyro_program import SequenceDistribution
 from bayes_klrl.problems import joint_truth
 
 WORDS = ["please", "wait", "now", "<end>"]

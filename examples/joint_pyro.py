@@ -24,9 +24,9 @@ import torch
 from pyro.infer import SVI, Predictive
 
 import bayes_klrl as bk
-from bayes_klrl.inference.elbo import LeaveOneOutELBO
-from bayes_klrl.models.pyro_model import SequenceDistribution
-from bayes_klrl.models.torch_table import TableLM
+from bayes_klrl.inference.svi.pyro_backend.elbo import LeaveOneOutELBO
+from bayes_klrl.models.programs.pyro_program import SequenceDistribution
+from bayes_klrl.models.torch_lm.table import TableLM
 from bayes_klrl.problems import joint_truth
 
 WORDS = ["please", "wait", "now", "<end>"]

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.backends import BACKENDS, quick_compilation
+from tests.helpers.backends import BACKENDS, quick_compilation
 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
@@ -38,7 +38,7 @@ def one_torch_thread() -> None:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """On which backend the prior of a test is; see `tests.backends.on`."""
+    """On which backend the prior of a test is; see `tests.helpers.backends.on`."""
     if request.param != "jax":
         yield request.param
         return

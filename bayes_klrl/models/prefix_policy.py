@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.models.ngram_lm import NgramLM
+from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray

@@ -1,0 +1,311 @@
+"""What does a trainer's loss converge to? Plug it into a table that can be any policy, and look.
+
+    print(bk.audit(lambda batch: ...))
+
+KL-regularised RL has one right answer, the posterior p0 exp(r / alpha) / Z, and most placements of the KL in a loss do not
+have it as their optimum (THEORY 2.5): some follow the myopic policy, some solve for another alpha, some for nothing.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from bayes_klrl.analysis.audit.objectives import cosine_and_ratio, probe, regulariser_gradients, return_gradient
+from bayes_klrl.analysis.audit.training import SETTLED, LossGradient, train
+from bayes_klrl.analysis.audit.verdict import Findings, Target, is_best
+from bayes_klrl.checks import check_count, check_positive
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.exact.oracles import Enumerated
+from bayes_klrl.inference.svi.losses import Loss
+from bayes_klrl.models.prefix_policy import PrefixPolicy
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.problems import audit_posterior
+from bayes_klrl.randomness import generator
+
+__all__ = ["Audit", "audit"]
+
+_NUM_DRAWS = 4096
+_NUM_STEPS = 400
+_NUM_PROBES = 8  # batches that a gradient of draws is averaged over
+_NOISY_TOLERANCE = 0.01  # nats that chance may move the policy by between two quarters of the training
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """What a loss converged to, and how its gradient compares; printing it shows one screen, the verdict first.
+
+    Parameters
+    ----------
+    verdict
+        "posterior", "myopic" or "forward myopic", each also "... at another alpha"; "collapsed" (onto the best, or worst,
+        reward), "prior" (nothing was learned), or "nothing" (none of these, or it never settled).
+    explanation
+        A sentence or two on it.
+    loss
+        The loss's name.
+    alpha
+        The posterior's, which the loss was told.
+    targets, implied
+        Distances to the three families, at this alpha and at the alpha that fits each best.
+    kl_to_prior, forward_kl
+        KL(q || p0), and KL(p* || q), which is large when the policy has dropped a part of the posterior.
+    reward, reward_sd
+        Mean and standard deviation of the reward under the policy.
+    best_reward_mass
+        The policy's probability of the largest reward.
+    gradient
+        At a policy away from the prior: the cosine of the loss's expected gradient with the exact gradient of -alpha x ELBO =
+        -E[r] + alpha KL(q || p0), and the ratio of their lengths.
+    kl_gradients
+        There, the part of the loss's gradient that grows with alpha against the exact gradient of each of
+        `inference.loss_objectives.REGULARISERS`: cosine and ratio of lengths. (NaN, 0) for a part that is 0 on average, or
+        a loss that does not read `batch.alpha`.
+    num_draws
+        Draws a step; None: every completion with its probability, the exact expectation.
+    num_steps, ending
+        How many steps were taken, and why no more: that it settled, or what else.
+    noise
+        What the policy still moved by, or chance moved it by, between quarters of the training, in nats; it widens the
+        tolerance. With draws it grows with (completions of the problem) / (draws of all steps), so small problems are best.
+    policy
+        What it converged to: `policy.log_probs`, `policy.language_model()`.
+    """
+
+    verdict: str
+    explanation: str
+    loss: str
+    alpha: float
+    targets: tuple[Target, ...]
+    implied: tuple[Target, ...]
+    kl_to_prior: float
+    forward_kl: float
+    reward: float
+    reward_sd: float
+    best_reward_mass: float
+    gradient: tuple[float, float]
+    kl_gradients: Mapping[str, tuple[float, float]]
+    num_draws: int | None
+    num_steps: int
+    ending: str
+    noise: float
+    policy: PrefixPolicy
+
+    @property
+    def settled(self) -> bool:
+        """Whether the policy stopped moving."""
+        return self.ending == SETTLED
+
+    @property
+    def implied_alpha(self) -> float:
+        """The alpha of the nearest posterior: R(alpha) = E_q[r] (THEORY 1.6); negative below the prior's reward."""
+        return self.implied[0].alpha
+
+    @property
+    def kl_to_posterior(self) -> float:
+        """KL(q || p*), in nats."""
+        return self.targets[0].kl
+
+    @property
+    def kl_to_implied_posterior(self) -> float:
+        """KL(q || p* at `implied_alpha`), the least over alpha."""
+        return self.implied[0].kl
+
+    @property
+    def kl_to_myopic(self) -> float:
+        """KL(q || `myopic_policy`)."""
+        return self.targets[1].kl
+
+    @property
+    def kl_to_forward_myopic(self) -> float:
+        """KL(q || `myopic_policy(forward=True)`)."""
+        return self.targets[2].kl
+
+    @property
+    def gradient_cosine(self) -> float:
+        """The cosine with the exact gradient of -alpha x ELBO, minus the KL-regularised return."""
+        return self.gradient[0]
+
+    @property
+    def gradient_norm_ratio(self) -> float:
+        """The length relative to the exact gradient of -alpha x ELBO."""
+        return self.gradient[1]
+
+    def __str__(self) -> str:
+        distances = [
+            f"  {at.name:<38} {at.kl:>12.4f} {best.kl:>12.4f}   (alpha {best.alpha:.4g})"
+            for at, best in zip(self.targets, self.implied, strict=True)
+        ]
+        slopes = [_slope_row(f"its KL part, of {name}", *pair) for name, pair in self.kl_gradients.items()]
+        drawn = "every completion, weighted" if self.num_draws is None else f"{self.num_draws} draws a step"
+        return "\n".join(
+            [
+                f"{self.verdict.upper()}: {self.loss} at alpha {self.alpha:g}",
+                *textwrap.wrap(self.explanation, 110),
+                "",
+                f"{'KL of what it converged to, in nats, to':<40} {f'alpha {self.alpha:g}':>12} {'best alpha':>12}",
+                *distances,
+                f"  {'prior':<38} {self.kl_to_prior:>12.4f}",
+                f"E[r] {self.reward:.4f}, sd {self.reward_sd:.4f}; probability of the best reward "
+                f"{self.best_reward_mass:.4f}; KL(p*||q) {self.forward_kl:.4f}",
+                "",
+                f"{'its gradient away from the prior, against the exact one':<56} {'cosine':>8} {'length':>9}",
+                _slope_row("of -E[r] + alpha KL(q||p0)", *self.gradient),
+                *slopes,
+                "",
+                f"{self.num_steps} steps on {drawn}, then {self.ending} (to {self.noise:.1g} nats).",
+            ]
+        )
+
+
+def _slope_row(name: str, cosine: float, ratio: float) -> str:
+    """Return one row of the table of gradients."""
+    return f"  {name:<54} {'' if np.isnan(cosine) else f'{cosine:.4f}':>8} {ratio:>9.4f}"
+
+
+def audit(
+    loss: Loss,
+    posterior: Posterior | None = None,
+    *,
+    seed: int = 0,
+    num_draws: int | None = None,
+    num_steps: int = _NUM_STEPS,
+    tolerance: float = 1e-3,
+) -> Audit:
+    """Return what a trainer's loss converges to: the posterior, a posterior at another alpha, a myopic policy, or nothing.
+
+    The loss trains a policy with free next-token distributions after every prefix, from the prior, by its gradient on
+    thousands of completions a step that are spread as evenly as the policy allows (`inference.loss_training` says how and
+    why), so that neither the network nor chance has a part in the answer. A few seconds.
+
+    Parameters
+    ----------
+    loss
+        `loss(batch) -> scalar` to be minimised; `batch` is a `LossInputs`: log-probs (N, T) of policy, old policy and
+        reference, mask, rewards (N,), alpha. Reference losses are in `bayes_klrl.inference.svi.losses`.
+    posterior
+        A problem of one prompt that can be enumerated; None: `problems.audit_posterior()`, where the answers are far apart.
+    seed
+        Of the draws.
+    num_draws
+        Completions a step; a multiple of the loss's group size if it makes groups. None: 4096, or the exact expectation if
+        the loss has an attribute `exact = True`.
+    num_steps
+        The most steps.
+    tolerance
+        How near a target the policy must come, in nats; 4 x `Audit.noise` is added: measured on four problems,
+        what is left to the target is 0.2 to 4 times it.
+
+    Raises
+    ------
+    BayesKLRLError
+        If the loss is not one (no scalar, no gradient, not finite), or the posterior is too large to enumerate.
+
+    Examples
+    --------
+    The bare policy gradient with k1 in the reward, as RLOO has it, and with k1 in the loss, whose gradient is 0 on average.
+
+    >>> def k1_in_reward(batch):
+    ...     kl = (batch.log_probs.detach() - batch.ref_log_probs).sum(1)
+    ...     returns = batch.rewards - batch.alpha * kl
+    ...     return -((returns - returns.mean()) * batch.log_probs.sum(1)).mean()
+    >>> audit(k1_in_reward).verdict
+    'posterior'
+    >>> def k1_in_loss(batch):
+    ...     kl = (batch.log_probs - batch.ref_log_probs).sum(1)
+    ...     advantages = batch.rewards - batch.rewards.mean()
+    ...     return (batch.alpha * kl - advantages * batch.log_probs.sum(1)).mean()
+    >>> audit(k1_in_loss).verdict
+    'collapsed'
+    """
+    if not callable(loss):
+        raise BayesKLRLError(f"The loss is a function of LossInputs that returns a scalar; got {loss!r}.")
+    check_count("num_steps", num_steps, least=4)
+    check_positive("tolerance", tolerance)
+    problem = _one_prompt(audit_posterior() if posterior is None else posterior)
+    if num_draws is None and not getattr(loss, "exact", False):
+        num_draws = _NUM_DRAWS
+    if num_draws is not None:
+        check_count("num_draws", num_draws, least=2)
+    gradient = LossGradient(
+        loss,
+        problem,
+        alpha=problem.posterior.alpha,
+        num_draws=num_draws,
+        draw_from_prior=_draws_from_prior(loss),
+        rng=generator(seed),
+    )
+    slope, kl_slope = _slopes(gradient, seed)
+    still = _NOISY_TOLERANCE if gradient.noisy else tolerance / 10
+    trained = train(gradient, problem.prior_table[0], num_steps=num_steps, tolerance=still)
+    found = Findings(problem, problem.policy(trained.table[None]), trained.ending, tolerance + 4 * trained.noise)
+    verdict, explanation = found.verdict()
+    return Audit(
+        verdict=verdict,
+        explanation=explanation,
+        loss=str(getattr(loss, "__name__", loss)),
+        alpha=problem.posterior.alpha,
+        targets=found.targets,
+        implied=found.implied,
+        kl_to_prior=found.kl_to_prior,
+        forward_kl=found.forward_kl,
+        reward=found.reward,
+        reward_sd=found.reward_sd,
+        best_reward_mass=found.mass(is_best(problem.reward[0])),
+        gradient=slope,
+        kl_gradients=kl_slope,
+        num_draws=num_draws,
+        num_steps=trained.num_steps,
+        ending=trained.ending,
+        noise=trained.noise,
+        policy=found.policy,
+    )
+
+
+def _one_prompt(posterior: Posterior) -> Enumerated:
+    """Return the enumerated problem, refusing more than one prompt and completions that cannot be drawn."""
+    if not isinstance(posterior, Posterior):
+        raise BayesKLRLError(f"posterior must be a bk.Posterior, or None for the built-in problem; got {posterior!r}.")
+    if posterior.num_prompts != 1:
+        raise BayesKLRLError(
+            f"An audit is of one prompt, as a loss's groups are; this posterior has {posterior.num_prompts}. Audit them one "
+            "by one."
+        )
+    problem = Enumerated.of(posterior)
+    if np.isneginf(problem.prior_table).any():
+        raise BayesKLRLError(
+            "The prior gives some tokens probability 0, whose log-ratios are not numbers. Give them a small probability."
+        )
+    return problem
+
+
+def _draws_from_prior(loss: Loss) -> bool:
+    """Return whether a loss asks for completions of the prior."""
+    draw_from = getattr(loss, "draw_from", "policy")
+    if draw_from not in ("policy", "prior"):
+        raise BayesKLRLError(f'The loss\'s attribute draw_from must be "policy" or "prior"; got {draw_from!r}.')
+    return bool(draw_from == "prior")
+
+
+def _slopes(gradient: LossGradient, seed: int) -> tuple[tuple[float, float], Mapping[str, tuple[float, float]]]:
+    """Return how the loss's expected gradient, and its part that grows with alpha, compare with the exact ones.
+
+    The part is the difference of the gradients at 2 alpha and at alpha, on the same draws, over alpha: a reward that is much
+    larger than the KL would hide it otherwise.
+    """
+    problem, alpha = gradient.problem, gradient.problem.posterior.alpha
+    logits = probe(problem)
+
+    def expected(told: float) -> torch.Tensor:
+        batches = gradient.told(alpha=told, rng=generator(seed, 1))
+        return torch.stack([batches(logits) for _ in range(_NUM_PROBES if gradient.noisy else 1)]).mean(dim=0)
+
+    at_alpha, at_twice = expected(alpha), expected(2 * alpha)
+    exact = regulariser_gradients(problem, logits)
+    kl_part = {name: cosine_and_ratio((at_twice - at_alpha) / alpha, reference) for name, reference in exact.items()}
+    return cosine_and_ratio(at_alpha, return_gradient(problem, logits, alpha)), MappingProxyType(kl_part)

@@ -1,0 +1,315 @@
+"""How far a policy is from the posterior, with bounds on both KLs: `certify`.
+
+With [Lo, Up] around log Z, draws x of the policy and exact posterior draws x* (THEORY 3.6),
+
+    KL(q || p*) = log Z - ELBO(q),    ELBO(q) = E_q[log w(x)],     w(x) = p0(x) exp(r(x) / alpha) / q(x)
+    KL(p* || q) = EUBO(q) - log Z,    EUBO(q) = E_p*[log w(x*)]
+
+Lo comes from SMC and from importance sampling, Up from their conditional forms, with the prior and the policy as proposals.
+A good policy certifies itself cheaply, and one that dropped a mode cannot hide it, since no bound assumes anything of its
+proposal. Where log Z can be had exactly (enumeration, backward messages), Lo = Up.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bayes_klrl.analysis.certificate.alpha import frontier_point
+from bayes_klrl.analysis.certificate.coverage import Coverage, Feature, coverage, labels_of
+from bayes_klrl.analysis.certificate.evidence import (
+    Evidence,
+    Settings,
+    by_enumeration,
+    by_sampling,
+    can_enumerate,
+    exact_or_given,
+)
+from bayes_klrl.analysis.certificate.intervals import Intervals
+from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.errors import BayesKLRLError, BudgetError
+from bayes_klrl.inference.exact.message_lm import PosteriorPolicy
+from bayes_klrl.inference.policies import as_policy, covers_prior, policy_draws
+from bayes_klrl.inference.sampling.importance import ImportanceSampling
+from bayes_klrl.inference.smc.conditional import retainable
+from bayes_klrl.inference.smc.smc import SMC
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.randomness import generator
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import FloatArray, LanguageModel, Twist, TwistRecipe
+
+__all__ = ["Certificate", "certify"]
+
+_WORST_GAP = 1e-2  # nats a completion between decoding and scoring, past which a bound is not about one distribution
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """What is known of a policy's distance to the posterior, in nats; `print` shows it, verdict first.
+
+    Parameters
+    ----------
+    elbo, log_evidence_bounds, reverse_kl, forward_kl
+        Intervals (low, high) of each prompt, shape (P, 2); see `Intervals`.
+    pooled
+        The same of the mean over prompts, shape (2,) each.
+    grade
+        "A": two-sided, from exact posterior draws or the exact evidence. "B": one-sided, upper ends are inf. "C": the models'
+        arithmetic is too coarse for a bound; read the numbers as estimates.
+    failure_probability
+        How often intervals may miss, by prompt (and pooled): guaranteed for `log_evidence_bounds`, half of it; nominal for
+        the Monte Carlo error of ELBO and EUBO, the other half. 0 where all completions were enumerated.
+    implied_alpha, implied_alpha_interval
+        The alpha whose posterior has the policy's mean reward, one for all prompts, and its 95 % interval, up to inf where the
+        reward cannot be told from the prior's; negative below that; NaN where there is none.
+    frontier_gap, frontier_gap_se
+        KL(q || p0) less the least KL that buys this reward, in nats, mean over prompts, and its standard error.
+    alpha
+        The posterior's own.
+    reward, kl_prior
+        E_q[r] and KL(q || p0), means over prompts.
+    evidence_source
+        What the bounds on log Z rest on.
+    coverage
+        Masses of a feature's cells, if one was given.
+    notes
+        What could not be said, and why.
+    draws, exact_draws
+        The policy's completions, and exact ones of the posterior (None if there are none).
+    cost
+        Of all of it.
+    """
+
+    elbo: FloatArray
+    log_evidence_bounds: FloatArray
+    reverse_kl: FloatArray
+    forward_kl: FloatArray
+    pooled: Intervals
+    grade: str
+    failure_probability: float
+    implied_alpha: float
+    implied_alpha_interval: tuple[float, float]
+    frontier_gap: float
+    frontier_gap_se: float
+    alpha: float
+    reward: float
+    kl_prior: float
+    evidence_source: str
+    coverage: Coverage | None
+    notes: tuple[str, ...]
+    draws: Draws = field(repr=False)
+    exact_draws: Draws | None = field(repr=False)
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def verdict(self) -> str:
+        """One sentence: how far from the posterior, and what the reward cost too much."""
+        from bayes_klrl.analysis.certificate.text import verdict
+
+        return verdict(self)
+
+    def __str__(self) -> str:
+        from bayes_klrl.analysis.certificate.text import certificate_text
+
+        return certificate_text(self)
+
+    def table(self) -> Any:
+        """Return one row a prompt, and one of the mean over prompts, as a pandas DataFrame."""
+        from bayes_klrl.analysis.certificate.text import certificate_table
+
+        return certificate_table(self)
+
+    def plot(self, file: str | Path) -> Path:
+        """Draw the bounds on log Z with ELBO, both KLs, and the feature's cells into a PNG, and return the file."""
+        from bayes_klrl.analysis.certificate.picture import plot_certificate
+
+        return plot_certificate(self, file)
+
+
+def certify(
+    posterior: Posterior,
+    policy: Any,
+    *,
+    seed: int,
+    num_draws: int = 1024,
+    num_particles: int = 64,
+    num_runs: int = 24,
+    failure_probability: float = 0.05,
+    twist: Twist | TwistRecipe | float | None = None,
+    exact: Sequences | Draws | None = None,
+    feature: Feature | None = None,
+    max_sequences: int = 200_000,
+    max_proposals: int = 20_000,
+    sampling_only: bool = False,
+    progress: bool = False,
+) -> Certificate:
+    """Return bounds on a policy's distance to the posterior, in both directions, and what its reward should have cost.
+
+    Parameters
+    ----------
+    posterior
+        The question: prior, likelihood, prompts.
+    policy
+        A language model, an SVI `Fit`, or a folder (Hugging Face, PEFT adapter, TRL output); see `policies.as_policy`.
+    seed
+        Of everything.
+    num_draws
+        N draws of the policy for each prompt, and as many of the prior for the frontier.
+    num_particles, num_runs
+        M independent SMC runs of K particles, and M conditional ones, each with a fresh exact draw. Bounds lose at least
+        log(16 / failure_probability) / M nats a side, more where weights vary.
+    failure_probability
+        See `Certificate`.
+    twist
+        Of the SMC runs, which then draw by it one token ahead where it can; see `SMC`. A better one makes narrower bounds,
+        none makes them wrong.
+    exact
+        Independent exact posterior draws of yours, (P, N, T), where the package knows no way to them: for infilling, draw
+        (x, suffix) from the prior and condition on that suffix. Conditioned on draws that are not exact, nothing is bounded:
+        `Draws` of a method that is not exact are refused, for `Sequences` it is you who says so.
+    feature
+        A partition to look for dropped modes in: takes a list of texts, or (tokens, lengths), and returns one label each.
+    max_sequences, max_proposals
+        The most completions to enumerate, and to propose for exact draws by rejection, for each prompt.
+    sampling_only
+        Bound log Z by sampling even where it is known exactly: to try the bounds themselves.
+    progress
+        Show what is running.
+
+    Raises
+    ------
+    CheckpointError
+        If the policy is no model, or not on the prior's vocabulary.
+    SupportError
+        If there is no posterior at all.
+    BayesKLRLError
+        For budgets too small for any statement, and other arguments that cannot be right.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0, bounds=(1, 3))
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> certificate = bk.certify(posterior, bk.NgramLM(np.log([0.8, 0.2]), eos_token_id=1), seed=0)
+    >>> certificate.grade, certificate.reverse_kl.shape, bool(np.ptp(certificate.reverse_kl) < 1e-6)
+    ('A', (1, 2), True)
+    """
+    settings = Settings(
+        seed=seed,
+        num_draws=num_draws,
+        num_particles=num_particles,
+        num_runs=num_runs,
+        failure_probability=failure_probability,
+        max_sequences=max_sequences,
+        max_proposals=max_proposals,
+        sampling_only=sampling_only,
+        progress=progress,
+    )
+    if not isinstance(posterior, Posterior):
+        raise BayesKLRLError(f"A certificate is against a bk.Posterior; got {posterior!r}.")
+    start = time.perf_counter()
+    smc = SMC(num_particles, twist=twist)
+    lm = as_policy(policy, posterior)
+    given = None if exact is None else retainable(posterior, exact)
+    ours = policy_draws(posterior, lm, num_draws, generator(settings.stream("policy")), progress=progress)
+    if feature is not None:
+        labels_of(feature, ours)  # a feature that cannot be is refused before the long part
+    evidence = _evidence(posterior, lm, ours, given, smc, settings)
+    prior_draws = _prior_draws(posterior, settings)
+    point = frontier_point(ours, prior_draws, has_alpha=posterior.likelihood.alpha is not None)
+    cells, cell_notes = _coverage(feature, ours, evidence.draws, prior_draws)
+    return Certificate(
+        elbo=evidence.intervals.elbo,
+        log_evidence_bounds=evidence.intervals.log_evidence_bounds,
+        reverse_kl=evidence.intervals.reverse_kl,
+        forward_kl=evidence.intervals.forward_kl,
+        pooled=evidence.pooled,
+        grade=evidence.grade,
+        failure_probability=evidence.failure_probability,
+        implied_alpha=point.implied_alpha,
+        implied_alpha_interval=point.implied_alpha_interval,
+        frontier_gap=point.gap,
+        frontier_gap_se=point.gap_se,
+        alpha=posterior.alpha,
+        reward=float(ours.reward.mean()),
+        kl_prior=float((ours.log_proposal - ours.log_prior).mean()),
+        evidence_source=evidence.source,
+        coverage=cells,
+        notes=(*evidence.notes, *point.notes, *cell_notes),
+        draws=ours,
+        exact_draws=evidence.draws,
+        cost=replace(ours.cost + evidence.cost + prior_draws.cost, seconds=time.perf_counter() - start),
+    )
+
+
+def _prior_draws(posterior: Posterior, settings: Settings) -> Draws:
+    """Return weighted draws of the prior; all of weight 0 where it met nothing possible, which is no reason to stop."""
+    try:
+        return ImportanceSampling(settings.num_draws).run(
+            posterior, seed=settings.stream("frontier"), progress=settings.progress
+        )
+    except BudgetError as error:
+        if error.draws is None:
+            raise
+        return error.draws
+
+
+def _coverage(
+    feature: Feature | None, ours: Draws, exact: Draws | None, prior_draws: Draws
+) -> tuple[Coverage | None, tuple[str, ...]]:
+    """Return the feature's cells, the posterior's masses from exact draws or else weighted ones; why there are none."""
+    if feature is None:
+        return None, ()
+    if exact is None and not np.isfinite(prior_draws.log_weights).any(axis=1).all():
+        return None, ("no coverage of the feature: the prior's draws met nothing possible",)
+    try:
+        if exact is not None:
+            return coverage(feature, ours, exact, "exact draws"), ()
+        source = f"weighted prior draws, ESS {prior_draws.ess.min():.0f}"
+        return coverage(feature, ours, prior_draws, source), ()
+    except BayesKLRLError as error:  # the bounds are there, and are not lost to a feature that fails on the other draws
+        return None, (f"no coverage of the feature: {error}",)
+
+
+def _evidence(
+    posterior: Posterior, policy: LanguageModel, ours: Draws, given: Sequences | None, smc: SMC, settings: Settings
+) -> Evidence:
+    """Return the intervals, by enumeration where that can be had, and what limits them."""
+    if given is None and not settings.sampling_only and can_enumerate(posterior, settings.max_sequences):
+        return by_enumeration(posterior, policy, settings)
+    found = by_sampling(posterior, policy, ours, exact_or_given(posterior, given, settings), smc, settings)
+    is_solved = isinstance(policy, PosteriorPolicy) and policy.posterior is posterior
+    if not (is_solved or covers_prior(policy, posterior.prior)):
+        found = _without_forward_upper_end(found)
+    gap = float(ours.info["scoring_gap"].max()) if "scoring_gap" in ours.info else 0.0
+    if gap > _WORST_GAP:
+        note = (
+            f"grade C: decoded and scored log-probs differ by up to {gap:.2g} nats a completion in this precision; load the "
+            "models in float32 for bounds"
+        )
+        found = replace(found, grade="C", notes=(*found.notes, note))
+    return found
+
+
+def _without_forward_upper_end(evidence: Evidence) -> Evidence:
+    """Return the evidence for a policy not known to cover the prior: what it cannot draw may be missing all samples."""
+    note = (
+        "no upper end for KL(p*||q): the policy gives probability 0 to tokens, perhaps to some that the prior can draw"
+    )
+
+    def open_ended(found: Intervals) -> Intervals:
+        forward = found.forward_kl.copy()
+        forward[..., 1] = np.inf
+        return replace(found, forward_kl=forward)
+
+    return replace(
+        evidence,
+        intervals=open_ended(evidence.intervals),
+        pooled=open_ended(evidence.pooled),
+        notes=(*evidence.notes, note),
+    )

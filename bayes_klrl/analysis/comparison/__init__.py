@@ -1,0 +1,4 @@
+"""Several algorithms on one posterior, side by side.
+
+Read `compare` first, then `table` (the numbers) and `picture`.
+"""

@@ -1,0 +1,276 @@
+"""Several algorithms on one posterior, side by side: `compare` and the `Comparison` it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bayes_klrl.analysis.comparison.table import ComparisonTable, method_row, reference_log_evidence
+from bayes_klrl.checks import check_count
+from bayes_klrl.draws import Draws
+from bayes_klrl.errors import BayesKLRLError, BudgetError
+from bayes_klrl.export.output_folder import prepare_output
+from bayes_klrl.inference.sampling.proposals import GuideRecipe
+from bayes_klrl.inference.svi.svi import Fit
+from bayes_klrl.models.decoding import check_proposal
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.progress import progress_display, track
+from bayes_klrl.randomness import stream_seed
+from bayes_klrl.typing import Algorithm
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+__all__ = ["Comparison", "compare"]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What several algorithms made of one posterior.
+
+    Parameters
+    ----------
+    posterior
+        The question.
+    algorithms
+        Who answered, by name.
+    draws
+        The answers, one `Draws` a repeat, by name.
+    fits
+        The guides that were trained, by the name of the first row that used them.
+    failures
+        What went wrong, by name; such a row has the answers of the repeats that went well, if any.
+    """
+
+    posterior: Posterior
+    algorithms: Mapping[str, Algorithm]
+    draws: Mapping[str, tuple[Draws, ...]]
+    fits: Mapping[str, Fit] = field(default_factory=dict, repr=False)
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Draws:
+        """The draws of a method; of the first repeat."""
+        return self.draws[name][0]
+
+    def table(self) -> ComparisonTable:
+        """Return one row a method as a pandas DataFrame that prints as a table.
+
+        Columns, in nats, means over prompts: `log_evidence` with `log_evidence_se`; `elbo`; `reward` (E[r], in its own
+        units); `kl_prior`, KL(answer || prior); `kl_posterior`, KL(answer || posterior), and in `kl_posterior_sign` whether
+        it is the value ("=", where the log evidence is exact), a bound (">=", "<=") or an approximation ("~"); `ess` and
+        `pareto_k`, the worst prompt's; `distinct`, the number of distinct completions; `model_tokens`,
+        `training_tokens`, `seconds`, `training_seconds`; `note`.
+        """
+        reference = reference_log_evidence(self.algorithms, self.draws)
+        rows: dict[str, dict[str, Any]] = {}
+        for name, algorithm in self.algorithms.items():
+            rows[name] = method_row(algorithm, self.draws[name], reference) if name in self.draws else {"note": ""}
+            notes = [rows[name]["note"], *self._notes(name)]
+            rows[name]["note"] = "; ".join(note for note in notes if note)
+        return ComparisonTable.of(rows)
+
+    def _notes(self, name: str) -> list[str]:
+        """Return what went wrong with a row beside its numbers."""
+        notes = [f"failed: {self.failures[name]}"] if name in self.failures else []
+        fit = self.fits.get(name)
+        if fit is not None and fit.interrupted:
+            notes.append(f"training was interrupted after {len(fit.history['elbo'])} steps")
+        return notes
+
+    def samples(self, num: int = 3, seed: int = 0) -> dict[str, list[list[str]]]:
+        """Return `num` completions of each prompt, drawn with their weights, by method (those with any positive weight)."""
+        alive = {
+            name: draws[0] for name, draws in self.draws.items() if np.isfinite(draws[0].log_weights).any(axis=1).all()
+        }
+        return {name: draws.resample(num, seed).texts() for name, draws in alive.items()}
+
+    def to_arviz(self) -> xr.DataTree:
+        """Return an xarray DataTree with one child a method (and repeat), whatever ArviZ is installed."""
+        from bayes_klrl.export.datatree import comparison_to_datatree
+
+        return comparison_to_datatree(self._named_draws())
+
+    def plot(self, file: str | Path) -> Path:
+        """Draw evidence, reward against KL, effective sample sizes and rewards into one image."""
+        from bayes_klrl.export.pictures import plot_comparison
+
+        table = self.table()
+        kl = {name: float(table.loc[name, "kl_prior"]) for name in self.draws}
+        return plot_comparison({name: draws[0] for name, draws in self.draws.items()}, file, kl=kl)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write draws.nc, table.csv, PNG plots and every trained policy into a folder, and return it.
+
+        Raises
+        ------
+        BayesKLRLError
+            If the folder exists and holds something that is not ours.
+        """
+        from bayes_klrl.export.pictures import plot_history
+
+        out = prepare_output(folder)
+        self.to_arviz().to_netcdf(out / "draws.nc", engine="h5netcdf")
+        self.table().to_csv(out / "table.csv")
+        self.plot(out / "comparison.png")
+        for number, (name, fit) in enumerate(self.fits.items()):
+            suffix = "" if number == 0 else f"-{number + 1}"
+            plot_history(fit.history, out / f"training{suffix}.png", title=name)
+            if hasattr(fit.guide, "save_pretrained"):
+                fit.save(out / f"policy{suffix}")
+        return out
+
+    def _named_draws(self) -> dict[str, Draws]:
+        """Return the draws by method, numbered from the second repeat on."""
+        return {
+            name if repeat == 0 else f"{name} #{repeat + 1}": draws
+            for name, repeats in self.draws.items()
+            for repeat, draws in enumerate(repeats)
+        }
+
+
+def compare(
+    posterior: Posterior,
+    algorithms: Mapping[str, Algorithm],
+    *,
+    seed: int,
+    repeats: int = 1,
+    progress: bool = False,
+) -> Comparison:
+    """Run several algorithms on one posterior.
+
+    Equal `SVI`s, alone or as proposals, are fitted once a repeat and shared; their training tokens stand in a column of
+    their own. A row's random stream depends on (seed, repeat, name), not on the other rows or their order. A method that
+    fails leaves a note in its row and the others their answers.
+
+    Parameters
+    ----------
+    posterior
+        The question.
+    algorithms
+        By name, in the order of the table.
+    seed
+        Of everything.
+    repeats
+        How often each method is run; the table then averages, evidences on the natural scale.
+    progress
+        Show a live display on standard error.
+
+    Raises
+    ------
+    BayesKLRLError
+        If an argument or a proposal cannot be right, before anything is run; the first error, if every method failed.
+    """
+    check_count("repeats", repeats)
+    stream_seed(seed, 0, "")
+    _check_algorithms(algorithms, posterior)
+    draws: dict[str, list[Draws]] = {}
+    fits: dict[str, Fit] = {}
+    failures: dict[str, BayesKLRLError] = {}
+    with progress_display(progress), track("all methods", len(algorithms) * repeats, progress) as advance:
+        for repeat in range(repeats):
+            shared: list[tuple[GuideRecipe, Fit | BayesKLRLError]] = []
+            for name, algorithm in algorithms.items():
+                try:
+                    ready, trained = _with_fit(algorithm, posterior, shared, stream_seed(seed, repeat, "SVI"), progress)
+                    if trained is not None and repeat == 0:
+                        fits[name] = trained
+                    outcome = ready.run(posterior, seed=stream_seed(seed, repeat, name), progress=progress)
+                    draws.setdefault(name, []).append(outcome)
+                except BudgetError as error:
+                    failures[name] = error
+                    if error.draws is not None:
+                        draws.setdefault(name, []).append(error.draws)
+                except BayesKLRLError as error:
+                    failures[name] = error
+                advance(status=name)
+    if not draws:
+        raise next(iter(failures.values()))
+    return Comparison(
+        posterior,
+        dict(algorithms),
+        {name: tuple(draws[name]) for name in algorithms if name in draws},
+        fits,
+        {name: str(error) for name, error in failures.items()},
+    )
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """An SVI whose guide is already trained, as an algorithm that only draws."""
+
+    fit: Fit
+    num_draws: int
+
+    def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
+        """See `Algorithm.run`."""
+        return self.fit.run(self.num_draws, seed, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Amortised:
+    """An algorithm with a trained guide as its proposal, whose training is put on its bill."""
+
+    algorithm: Algorithm
+    fit: Fit
+
+    def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
+        """See `Algorithm.run`."""
+        draws = self.algorithm.run(posterior, seed=seed, progress=progress)
+        bill = replace(self.fit.training, seconds=draws.seconds, model_tokens=draws.model_tokens)
+        return replace(draws, cost=bill)
+
+
+def _with_fit(
+    algorithm: Algorithm,
+    posterior: Posterior,
+    shared: list[tuple[GuideRecipe, Fit | BayesKLRLError]],
+    seed: int,
+    progress: bool,
+) -> tuple[Algorithm, Fit | None]:
+    """Return the algorithm with its SVI replaced by a trained guide, and the fit if it was made just now.
+
+    A training that failed is not tried again for the next row: its error is raised there, too.
+    """
+    proposal: Any = getattr(algorithm, "proposal", None)
+    svi = algorithm if isinstance(algorithm, GuideRecipe) else proposal
+    if not isinstance(svi, GuideRecipe):
+        return algorithm, None
+    recipe = replace(svi, num_draws=1)  # how many are drawn later does not change the training
+    known = next((outcome for other, outcome in shared if other == recipe), None)
+    outcome = known or _fit_or_error(svi, posterior, seed, progress)
+    if known is None:
+        shared.append((recipe, outcome))
+    if isinstance(outcome, BayesKLRLError):
+        raise outcome
+    trained = outcome if known is None else None
+    if isinstance(algorithm, GuideRecipe):
+        return _Fitted(outcome, algorithm.num_draws), trained
+    return _Amortised(replace(algorithm, proposal=outcome.guide), outcome), trained  # type: ignore[type-var]
+
+
+def _fit_or_error(svi: GuideRecipe, posterior: Posterior, seed: int, progress: bool) -> Fit | BayesKLRLError:
+    """Return the trained guide, or the error that ended its training."""
+    try:
+        return svi.fit(posterior, seed=seed, progress=progress)
+    except BayesKLRLError as error:
+        return error
+
+
+def _check_algorithms(algorithms: Mapping[str, Algorithm], posterior: Posterior) -> None:
+    """Refuse what no run could make right, before the first one starts."""
+    if not isinstance(algorithms, Mapping) or not algorithms:
+        raise BayesKLRLError('algorithms must be a non-empty mapping from names, such as {"SMC": bk.SMC(256)}.')
+    for name, algorithm in algorithms.items():
+        if not isinstance(name, str) or not name or "/" in name:
+            raise BayesKLRLError(
+                f"A method's name is a text without '/', for it names a group in draws.nc; got {name!r}."
+            )
+        if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
+            raise BayesKLRLError(f"{name!r} is not an algorithm: {algorithm!r} has no run(posterior, seed=...).")
+        proposal = getattr(algorithm, "proposal", None)
+        if proposal is not None and not isinstance(proposal, GuideRecipe):
+            check_proposal(proposal, posterior.prior)

@@ -1,0 +1,393 @@
+"""The reward-KL frontier of a posterior over all alphas, from prior draws alone, before any training: `frontier`.
+
+The frontier max{E_q[r] : KL(q || p0) <= K} is traced by the posteriors p*_alpha themselves, with slope dR/dK = alpha; no
+policy is above it (THEORY 1.6). One pool of prior draws, weighted by exp(r / alpha), gives log Z, E[r], KL and ESS at every
+alpha; `reward_path` has the formulas and the errors. The file is not called like its function, which `import
+bayes_klrl.frontier` would otherwise replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayes_klrl.analysis.frontier.best_of_n_curve import BestOfNCurve, best_of_n_curve
+from bayes_klrl.analysis.frontier.draws import drawn_or_given, pool_of
+from bayes_klrl.analysis.frontier.extension import annealed_points
+from bayes_klrl.analysis.frontier.grid import default_grid, pool_cut
+from bayes_klrl.analysis.frontier.implied_alpha import Gap, Implied, gap_at, implied, monotone_root
+from bayes_klrl.analysis.frontier.path import MIN_ESS, QUANTITIES, Curves, RewardPool, curves
+from bayes_klrl.analysis.frontier.path_points import PathPoints
+from bayes_klrl.analysis.frontier.table import frontier_table, frontier_text
+from bayes_klrl.checks import check_finite
+from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.typing import Algorithm, FloatArray
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Frontier", "frontier"]
+
+_FAR = 2.0**40  # times the own 1 / alpha: as good as infinitely cold
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Frontier:
+    """log Z, E[r], KL to the prior and ESS of the posterior at every alpha, with intervals and where they end.
+
+    The arrays `alphas`, `log_evidence`, `reward`, `kl` and `ess`, shape (A,), alphas falling, are means over the prompts,
+    which are a fixed set: errors are those of the draws. `lower` and `upper` are 95 % intervals and `valid` says where these
+    can be relied on, each by the quantity's name. `print` shows a table.
+
+    Parameters
+    ----------
+    mean
+        The curves of the mean over prompts.
+    per_prompt
+        The same of each prompt, arrays (P, A).
+    cut
+        The least alpha that the draws reach: ESS >= 100 for every prompt, so KL < log N - 4.6. What is below is extrapolation,
+        unless an `extension` covers it. 0: they reach everywhere, as for a reward of few levels; inf: nowhere.
+    alpha
+        The posterior's own.
+    best_of_n
+        What best-of-n would reach, from the same draws.
+    pool
+        The draws, as weights and rewards.
+    extension
+        Points from elsewhere that go on below `cut`.
+    cost
+        Seconds and model tokens of the draws.
+    """
+
+    mean: Curves
+    per_prompt: Curves
+    cut: float
+    alpha: float
+    best_of_n: BestOfNCurve
+    pool: RewardPool
+    extension: PathPoints | None = None
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def alphas(self) -> FloatArray:
+        """Units of reward per nat, falling, shape (A,)."""
+        return self.mean.alphas
+
+    @property
+    def log_evidence(self) -> FloatArray:
+        """The log evidence log Z, mean over prompts, shape (A,)."""
+        return self.mean.log_evidence
+
+    @property
+    def reward(self) -> FloatArray:
+        """E[r] of the posterior, mean over prompts, shape (A,)."""
+        return self.mean.reward
+
+    @property
+    def kl(self) -> FloatArray:
+        """KL of the posterior to the prior in nats, mean over prompts, shape (A,)."""
+        return self.mean.kl
+
+    @property
+    def ess(self) -> FloatArray:
+        """How many draws from the posterior the pool is worth, mean over prompts, shape (A,)."""
+        return self.mean.ess
+
+    @property
+    def lower(self) -> dict[str, FloatArray]:
+        """Lower ends of the 95 % intervals, by name, shape (A,) each."""
+        return self.mean.lower
+
+    @property
+    def upper(self) -> dict[str, FloatArray]:
+        """Upper ends of the 95 % intervals, by name, shape (A,) each."""
+        return self.mean.upper
+
+    @property
+    def valid(self) -> Mapping[str, np.ndarray]:
+        """Where the intervals can be relied on, by name, shape (A,) each; see `Curves`."""
+        return self.mean.valid
+
+    @property
+    def within(self) -> np.ndarray:
+        """Where the numbers are no extrapolation, shape (A,)."""
+        return self.mean.within
+
+    def at(self, alphas: ArrayLike) -> Curves:
+        """Return the curves of the mean over prompts at other alphas, in the order given."""
+        return self._curves(1.0 / np.atleast_1d(_checked_alphas(alphas)))[0]
+
+    def alpha_for(self, *, kl: float | None = None, reward: float | None = None, ess: float | None = None) -> float:
+        """Return the alpha whose posterior has a given KL to the prior, or mean reward, or effective sample size.
+
+        Exactly one is given; means over prompts. KL and reward rise and ESS falls as alpha falls, so there is one answer.
+        ESS is Kish's of these very draws, for prior draws the same as N exp(2 log Z(b) - log Z(2b)). It is what importance
+        sampling with them reports at that alpha, and from few draws it is too high where it is low.
+
+        Raises
+        ------
+        BayesKLRLError
+            If no alpha does, or only one below what the draws reach; names the range that can be had.
+        """
+        given = {name: value for name, value in (("kl", kl), ("reward", reward), ("ess", ess)) if value is not None}
+        if len(given) != 1:
+            raise BayesKLRLError(f"alpha_for takes exactly one of kl=, reward= and ess=; got {given or 'none'}.")
+        ((name, target),) = given.items()
+        check_finite(name, target)
+        b = self._solve(name, target)
+        if b is None or not self._reaches(name, b):
+            raise BayesKLRLError(self._unreachable(name, target, known=b is not None))
+        return 1.0 / b
+
+    def implied_alpha(self, reward: float, *, reward_se: float = 0.0) -> Implied:
+        """Return the posterior on the path that has a policy's mean reward; see `implied_alpha.implied`.
+
+        Below `cut` it is found on the extension, if there is one.
+        """
+        if self.extension is not None and np.isfinite(self.cut):
+            check_finite("reward", reward)
+            b = self._solve("reward", reward)
+            if b is not None and b * self.cut > 1:
+                return self._implied_beyond(b, reward, reward_se)
+        return implied(self.pool, reward, reward_se=reward_se)
+
+    def gap(
+        self, reward: float, kl: float, *, reward_se: float = 0.0, kl_se: float = 0.0, covariance: float = 0.0
+    ) -> Gap:
+        """Return how many nats a policy paid beyond what its reward costs; see `implied_alpha.gap`."""
+        at = self.implied_alpha(reward, reward_se=reward_se)
+        return gap_at(at, kl, kl_se=kl_se, covariance=covariance)
+
+    def extended(self, points: PathPoints) -> Frontier:
+        """Return the frontier that goes on below `cut` by points from elsewhere, where these reach.
+
+        Parameters
+        ----------
+        points
+            log Z and E[r] of all P prompts at temperatures from `cut` or above it downwards, by annealed SMC say.
+        """
+        num_prompts = len(self.pool.reward)
+        if len(points.reward) != num_prompts:
+            raise BayesKLRLError(f"The points are of {len(points.reward)} prompts, the frontier of {num_prompts}.")
+        if points.first * self.cut > 1:
+            raise BayesKLRLError(
+                f"The points begin at alpha = {1 / points.first:.4g}, below the cut at {self.cut:.4g}, and leave a hole. "
+                "Begin at the cut or above it."
+            )
+        longer = replace(self, extension=points)
+        mean, per_prompt = longer._curves(self.mean.inverse_alpha)
+        return replace(longer, mean=mean, per_prompt=per_prompt)
+
+    def table(self) -> pd.DataFrame:
+        """Return one row an alpha: each quantity with the ends of its interval and its validity, and `within`."""
+        return frontier_table(self)
+
+    def __repr__(self) -> str:
+        (num_prompts, num_draws), alphas = self.pool.reward.shape, self.alphas
+        return (
+            f"Frontier({alphas.size} alphas from {alphas[0]:.4g} to {alphas[-1]:.4g}, cut at {self.cut:.4g}: "
+            f"{num_draws} draws x {num_prompts} prompts)"
+        )
+
+    def __str__(self) -> str:
+        return frontier_text(self)
+
+    def plot(self, file: str | Path, policies: Mapping[str, Any] | None = None) -> Path:
+        """Draw reward against KL with intervals, best-of-n and trained policies into a PNG, and return the file.
+
+        Parameters
+        ----------
+        file
+            The PNG to write.
+        policies
+            By name: a pair (KL to the prior, reward), or the `Draws` of any method with a density.
+        """
+        from bayes_klrl.analysis.frontier.picture import plot_frontier
+
+        return plot_frontier(self, file, policies=policies)
+
+    def _curves(self, inverse_alpha: FloatArray) -> tuple[Curves, Curves]:
+        """Return the curves of the mean and of each prompt: from the pool, and below `cut` from the extension."""
+        mean, per_prompt = curves(self.pool, inverse_alpha)
+        if self.extension is None:
+            return mean, per_prompt
+        points = self.extension.at(inverse_alpha)
+        points["ess"] = self._planned_ess(inverse_alpha, points["log_evidence"])
+        points["ess_se"] = np.full_like(points["ess"], np.nan)
+        beyond = (inverse_alpha * self.cut > 1) & np.isfinite(points["log_evidence"]).all(axis=0)
+        averaged = {name: array.mean(axis=0) for name, array in points.items() if not name.endswith("_se")}
+        for name in QUANTITIES:
+            averaged[f"{name}_se"] = np.sqrt(np.square(points[f"{name}_se"]).sum(axis=0)) / len(points["kl"])
+        return _joined(mean, averaged, beyond), _joined(per_prompt, points, beyond)
+
+    def _planned_ess(self, inverse_alpha: FloatArray, log_evidence: FloatArray) -> FloatArray:
+        """Return N Z(b)^2 / Z(2b) by the extension, (P, A); NaN where it does not reach 2b, or for draws not of the prior."""
+        if self.extension is None or self.pool.log_weights.any():
+            return np.full(log_evidence.shape, np.nan)
+        log_square = self.extension.at(2 * inverse_alpha)["log_evidence"]
+        result: FloatArray = self.pool.num_draws * np.exp(2 * log_evidence - log_square)
+        return result
+
+    def _value(self, name: str, b: float) -> float:
+        """Return a quantity, mean over prompts, at one b; NaN where an extension does not tell."""
+        return float(getattr(self._curves(np.array([b]))[0], name)[0])
+
+    def _solve(self, name: str, target: float) -> float | None:
+        """Return the b > 0 at which a quantity has a value, None if there is none."""
+        sign = -1.0 if name == "ess" else 1.0
+
+        def excess(b: float) -> float:
+            value = self._value(name, b)
+            return np.inf if np.isnan(value) else sign * (value - target)
+
+        return monotone_root(excess, start=1.0 / self.alpha, low=0.0) if excess(0.0) < 0 else None
+
+    def _reaches(self, name: str, b: float) -> bool:
+        """Return whether a quantity at b is known and no extrapolation."""
+        at = self._curves(np.array([b]))[0]
+        return bool(at.within[0] and np.isfinite(getattr(at, name)[0]))
+
+    def _implied_beyond(self, b: float, reward: float, reward_se: float) -> Implied:
+        """Return the implied posterior at a b of the extension, where R is linear between points."""
+        at = self._curves(np.array([b]))[0]
+        step = 1e-6 * b
+        slope = (self._value("reward", b) - self._value("reward", b - step)) / step
+        log_evidence = float(at.log_evidence[0])
+        return Implied(
+            inverse_alpha=b,
+            inverse_alpha_se=float(np.hypot(at.se["reward"][0], reward_se)) / slope,
+            kl=b * reward - log_evidence,
+            kl_se=float(np.hypot(at.se["log_evidence"][0], b * reward_se)),
+            log_evidence=log_evidence,
+            valid=bool(at.valid["reward"][0] and at.valid["log_evidence"][0]),
+        )
+
+    def _unreachable(self, name: str, target: float, *, known: bool) -> str:
+        """Return the error of `alpha_for`: what was asked for, why it cannot be had, what can, and the cure."""
+        label = {"kl": "A KL to the prior", "reward": "A mean reward", "ess": "An effective sample size"}[name]
+        num = self.pool.num_draws
+        nothing = f"{num:,} draws say nothing (ESS below {MIN_ESS})"
+        if np.isinf(self.cut):
+            return f"{label} of {target:.6g} cannot be had: at every alpha {nothing}. Draw more (`num_draws`)."
+        last = _FAR / self.alpha if self.cut == 0 else 1 / self.cut
+        beyond = self.extension.last if self.extension is not None else 0.0
+        if beyond > last and np.isfinite(self._value(name, beyond)):
+            last = beyond
+        limit, end = self._value(name, 0.0), self._value(name, last)
+        why = f"it lies where {nothing}" if known else "no positive alpha that they know of has it"
+        low, high = sorted((limit, end))
+        return (
+            f"{label} of {target:.6g} cannot be had: {why}. What can be had is from {low:.6g} to {high:.6g}; {limit:.6g} "
+            "itself, the prior's, is at alpha = inf. Ask for that, draw more (`num_draws`), or extend the frontier (`extend`)."
+        )
+
+
+def frontier(
+    posterior: Posterior,
+    *,
+    num_draws: int | None = None,
+    seed: int | None = None,
+    alphas: ArrayLike | None = None,
+    extend: PathPoints | Algorithm | None = None,
+    draws: Draws | None = None,
+    progress: bool = False,
+) -> Frontier:
+    """Return the reward-KL frontier of a posterior over alpha, from draws of its prior.
+
+    Constraints, and rewards of -inf, are untouched by alpha: the curve then starts at the constrained prior, with
+    log Z = log p0(A) and KL = -log p0(A), for KL is to the prior itself.
+
+    Parameters
+    ----------
+    posterior
+        The prior and the reward; its own alpha is marked, and in the default grid.
+    num_draws
+        N for each prompt. The frontier is known up to log N - 4.6 nats at best.
+    seed
+        Of the draws.
+    alphas
+        Where to evaluate; they come back sorted, falling. None: about 40 on a log grid from near the prior to past the cut.
+    extend
+        What goes on below the cut: points, or an algorithm that passes them on its way, such as `AnnealedSMC`, which is then
+        run `frontier_extension.NUM_RUNS` times for the coldest alpha of the grid, with seeds made from `seed` (0 if `draws`
+        were given).
+    draws
+        Importance-sampling draws to use in place of new ones, from the prior or from a proposal such as a tuned policy
+        (then without `num_draws` and `seed`).
+    progress
+        Show a progress bar.
+
+    Raises
+    ------
+    BayesKLRLError
+        For arguments that cannot be right, and a likelihood of constraints alone, which has no alpha.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> curve = bk.frontier(bk.Posterior(coin, longer, max_new_tokens=8), num_draws=4000, seed=0)
+    >>> bool(0.3 < curve.alpha_for(kl=0.5) < 3), curve.alphas.shape == curve.kl.shape
+    (True, True)
+    """
+    if not isinstance(posterior, Posterior):
+        raise BayesKLRLError(f"A frontier is of a bk.Posterior; got {posterior!r}.")
+    if not (extend is None or isinstance(extend, PathPoints | Algorithm)):
+        raise BayesKLRLError(f"extend is a PathPoints or an algorithm such as bk.AnnealedSMC(256); got {extend!r}.")
+    if posterior.likelihood.alpha is None:
+        raise BayesKLRLError(
+            "A likelihood of constraints alone has no alpha: its frontier is the one point KL = -log p0(A) = -log Z. Multiply "
+            "it by a bk.Reward, or estimate log Z by bk.ImportanceSampling."
+        )
+    if posterior.likelihood.depends_on_alpha:
+        raise BayesKLRLError(
+            f"The reward {posterior.likelihood.name or 'of this posterior'!r} itself changes with alpha, through every "
+            "log Z_theta, so that no frontier is of one reward. Take bk.frontier of the plug-in or conservative target, or "
+            "make a posterior at each alpha and ask its draws."
+        )
+    grid = None if alphas is None else np.unique(_checked_alphas(alphas))[::-1]
+    used = drawn_or_given(posterior, draws, num_draws, seed, progress)
+    pool = pool_of(used)
+    cut = pool_cut(pool, posterior.alpha)
+    inverse = default_grid(pool, posterior.alpha, cut) if grid is None else 1.0 / grid
+    mean, per_prompt = curves(pool, inverse)
+    result = Frontier(mean, per_prompt, cut, posterior.alpha, best_of_n_curve(pool), pool, cost=used.cost)
+    if extend is None or isinstance(extend, PathPoints):
+        return result if extend is None else result.extended(extend)
+    coldest = float(result.alphas[-1])
+    return result.extended(annealed_points(posterior, extend, coldest, seed=seed or 0, progress=progress))
+
+
+def _checked_alphas(alphas: ArrayLike) -> FloatArray:
+    """Return alphas as float64, refusing what is not positive and finite."""
+    try:
+        values = np.asarray(alphas, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.empty((0, 0))
+    if values.ndim > 1 or not values.size or not (np.isfinite(values) & (values > 0)).all():
+        raise BayesKLRLError(f"alphas must be positive finite numbers, one or a list; got {alphas!r}.")
+    return values
+
+
+def _joined(pool: Curves, points: Mapping[str, FloatArray], beyond: np.ndarray) -> Curves:
+    """Return curves that are those of the points where `beyond`, (A,), says so."""
+
+    def join(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.where(beyond, other, own)
+
+    return replace(
+        pool,
+        **{name: join(getattr(pool, name), points[name]) for name in QUANTITIES},
+        se={name: join(pool.se[name], points[f"{name}_se"]) for name in QUANTITIES},
+        within=pool.within | beyond,
+        valid={name: join(pool.valid[name], np.isfinite(points[f"{name}_se"])) for name in QUANTITIES},
+    )

@@ -1,0 +1,89 @@
+"""`bayes-klrl compare`: several inference methods on one posterior, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bayes_klrl.cli.application import PosteriorFile, Quiet, Seed, app, errors_as_messages, escaped, load, out_console
+from bayes_klrl.cli.methods import DEFAULT_METHODS, DEFAULT_STEPS, METHOD_HELP, METHODS, algorithm_of, check_methods
+from bayes_klrl.errors import BayesKLRLError
+
+if TYPE_CHECKING:
+    from bayes_klrl.analysis.comparison.compare import Comparison
+    from bayes_klrl.posterior import Posterior
+    from bayes_klrl.typing import Algorithm
+
+__all__ = ["compare"]
+
+
+@app.command()
+@errors_as_messages
+def compare(
+    file: PosteriorFile = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help=METHOD_HELP + "; may be given several times. Default: all but exact.")
+    ] = None,
+    policy: Annotated[
+        list[Path] | None, typer.Option(help="A Hugging Face folder to add as a proposal; may be given several times.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="SVI steps.", min=1)] = DEFAULT_STEPS,
+    out: Annotated[Path, typer.Option(help="Folder for draws.nc, table.csv, PNG plots and the tuned policy.")] = Path(
+        "bayes-klrl-out"
+    ),
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Run several inference methods on one posterior, side by side."""
+    from bayes_klrl.export.output_folder import check_output
+
+    check_methods(method)
+    check_output(out)
+    for folder in policy or []:
+        if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+            raise BayesKLRLError(
+                f"--policy {str(folder)!r} lies in the output folder and would be overwritten; use --out."
+            )
+    import bayes_klrl as bk
+
+    posterior, defined = load(file, quiet)
+    algorithms = _algorithms(method, defined.get("algorithms"), posterior, policy or [], steps)
+    comparison = bk.compare(posterior, algorithms, seed=seed, progress=not quiet)
+    folder = comparison.save(out)
+    _show(comparison, folder)
+
+
+def _algorithms(
+    methods: list[str] | None,
+    defined: dict[str, Algorithm] | None,
+    posterior: Posterior,
+    policies: list[Path],
+    num_steps: int,
+) -> dict[str, Algorithm]:
+    """Return what to compare: the methods asked for, else the file's own, else the demo's; and the policies."""
+    import bayes_klrl as bk
+    from bayes_klrl.inference.policies import as_policy
+
+    if methods is None and defined is not None:
+        chosen = dict(defined)
+    else:
+        chosen = {METHODS[name]: algorithm_of(name, num_steps) for name in methods or DEFAULT_METHODS}
+    for folder in policies:
+        label = f"{str(folder).replace('/', ' ').strip()}, then IS"  # '/' separates groups in draws.nc
+        chosen[label] = bk.ImportanceSampling(1000, proposal=as_policy(folder, posterior))
+    return chosen
+
+
+def _show(comparison: Comparison, folder: Path) -> None:
+    """Print the table, three completions of every method, and where everything is."""
+    console = out_console()
+    console.print()
+    console.print(str(comparison.table()), markup=False, highlight=False, soft_wrap=True)
+    if comparison.posterior.prior.tokenizer is not None:
+        console.print(f"\n[bold]{escaped(str(comparison.posterior.prompts[0]))}[/] ...")
+        for name, texts in comparison.samples(3).items():
+            for text in texts[0]:
+                console.print(f"  {name:>14}  {text.strip()}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\nWrote {folder}: " + ", ".join(sorted(p.name for p in folder.iterdir() if p.name[0] != ".")))

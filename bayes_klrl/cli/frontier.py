@@ -1,0 +1,58 @@
+"""`bayes-klrl frontier`: reward against KL over all alphas, before any training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bayes_klrl.cli.application import PosteriorFile, Quiet, Seed, app, errors_as_messages, load, out_console
+
+__all__ = ["frontier"]
+
+_OUT = Path("bayes-klrl-out")
+
+
+@app.command()
+@errors_as_messages
+def frontier(
+    file: PosteriorFile = None,
+    num_draws: Annotated[int, typer.Option(help="Prior draws for each prompt.", min=2)] = 4096,
+    kl: Annotated[float | None, typer.Option(help="Print the alpha whose posterior has this KL, in nats.")] = None,
+    reward: Annotated[float | None, typer.Option(help="Print the alpha whose posterior has this mean reward.")] = None,
+    policy: Annotated[
+        list[Path] | None, typer.Option(help="Folder of a policy to draw into the picture; several times for several.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for frontier.csv and frontier.png.")] = _OUT,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Show reward against KL over all alphas, from prior draws alone, before any training."""
+    from bayes_klrl.checks import check_finite
+    from bayes_klrl.export.output_folder import check_output, prepare_output
+
+    for name, target in (("kl", kl), ("reward", reward)):
+        if target is not None:
+            check_finite(f"--{name}", target)
+
+    check_output(out)
+    import bayes_klrl as bk
+    from bayes_klrl.inference.policies import as_policy, policy_draws
+    from bayes_klrl.randomness import generator
+
+    posterior, _ = load(file, quiet)
+    policies = {str(folder): as_policy(folder, posterior) for folder in policy or []}
+    curve = bk.frontier(posterior, num_draws=num_draws, seed=seed, progress=not quiet)
+    out_console().print(str(curve), markup=False, highlight=False, soft_wrap=True)
+    points = {
+        name: policy_draws(posterior, lm, 512, generator(seed, 1 + number), progress=not quiet)
+        for number, (name, lm) in enumerate(policies.items())
+    }
+    folder = prepare_output(out)
+    curve.table().to_csv(folder / "frontier.csv")
+    curve.plot(folder / "frontier.png", policies=points)
+    out_console().print(f"\nWrote {folder}", markup=False, highlight=False)
+    for name, target in (("kl", kl), ("reward", reward)):
+        if target is not None:
+            out_console().print(f"alpha = {curve.alpha_for(**{name: target}):.4g} for {name} = {target:g}")

@@ -1,0 +1,42 @@
+"""`bayes-klrl suite`: methods on problems with known truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bayes_klrl.cli.application import Quiet, Seed, app, errors_as_messages, out_console
+
+__all__ = ["suite"]
+
+
+@app.command()
+@errors_as_messages
+def suite(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(help="Problems, such as P1 or P3-long, or all; default: eight that take a minute or two."),
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as prior-is, smc or svi-is; may be given several times. Default: all."),
+    ] = None,
+    budget: Annotated[int, typer.Option(help="Model tokens of one answer, training included.", min=1)] = 100_000,
+    repeats: Annotated[int, typer.Option(help="Answers of each method to each problem.", min=1)] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for table.csv and suite.png.")] = Path("bayes-klrl-suite"),
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Run methods on problems with known truth, at the same number of model tokens."""
+    from bayes_klrl.export.output_folder import check_output
+
+    check_output(out)
+    from bayes_klrl.problems.suite.run import run_suite
+
+    chosen = "all" if names == ["all"] else names
+    result = run_suite(chosen, method, budget=budget, seed=seed, repeats=repeats, progress=not quiet)
+    out_console().print(str(result), markup=False, highlight=False, soft_wrap=True)
+    folder = result.save(out)
+    out_console().print(f"\nWrote {folder}: suite.png, table.csv")

@@ -1,0 +1,70 @@
+"""`bayes-klrl tune`: a policy trained by SVI, written as a Hugging Face folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bayes_klrl.cli.application import PosteriorFile, Quiet, Seed, app, err, errors_as_messages, load, out_console
+from bayes_klrl.cli.methods import DEFAULT_STEPS
+from bayes_klrl.errors import BayesKLRLError
+
+__all__ = ["tune"]
+
+
+@app.command()
+@errors_as_messages
+def tune(
+    file: PosteriorFile = None,
+    steps: Annotated[int, typer.Option(help="Gradient steps.", min=1)] = DEFAULT_STEPS,
+    particles: Annotated[int, typer.Option(help="Completions a prompt and step.", min=2)] = 64,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Of Adam, at its highest. Default: 2e-3, LoRA 5e-3.")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help='"lora": train adapters over the frozen prior; default: a full copy.')
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the policy, its draws and its training curve.")] = Path(
+        "bayes-klrl-out"
+    ),
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Tune a policy by SVI and write it as a Hugging Face folder. Ctrl-C keeps what was learned."""
+    from bayes_klrl.export.output_folder import check_output, prepare_output
+
+    check_output(out)
+    if adapter not in (None, "lora"):
+        raise typer.BadParameter(f'must be "lora" or left out; got {adapter!r}', param_hint="--adapter")
+    import bayes_klrl as bk
+    from bayes_klrl.export.pictures import plot_history
+
+    svi = bk.SVI(steps, particles, learning_rate=learning_rate, adapter=adapter)
+    posterior, _ = load(file, quiet)
+    if not hasattr(posterior.prior, "save_pretrained"):
+        raise BayesKLRLError(
+            f"A {type(posterior.prior).__name__} has no save_pretrained, so its policy could not be saved."
+        )
+    try:
+        fit = svi.fit(posterior, seed=seed, progress=not quiet)
+    except BayesKLRLError as error:
+        if error.fit is not None:
+            err().print(f"What was learned so far is in {error.fit.save(prepare_output(out) / 'policy')}.")
+        raise
+    folder = prepare_output(out)
+    fit.save(folder / "policy")
+    plot_history(fit.history, folder / "training.png")
+    if fit.interrupted:
+        out_console().print(
+            f"Interrupted after {len(fit.history['elbo'])} steps; the policy so far is in {folder / 'policy'}."
+        )
+    corrected = bk.ImportanceSampling(1000, proposal=fit.guide).run(posterior, seed=seed, progress=not quiet)
+    corrected.save(folder / "draws.nc")
+    gap = float((corrected.log_evidence - corrected.elbo).mean())
+    out_console().print(
+        f"ELBO {corrected.elbo.mean():.3f} nats, log evidence {corrected.log_evidence.mean():.3f} ± "
+        f"{corrected.log_evidence_se.max():.3f} (ESS {corrected.ess.min():.0f} of 1000): the policy is about {gap:.3f} "
+        f"nats from the posterior.\nWrote {folder / 'policy'}"
+    )

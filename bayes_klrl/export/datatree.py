@@ -1,0 +1,306 @@
+"""Draws as labelled arrays: for ArviZ, and as netCDF files that hold everything.
+
+Everything ArviZ is here, for 0.2x (`InferenceData`) and 1.x (`xarray.DataTree`) alike. The groups of a tree of draws:
+
+    posterior       reward, length, log_prior, log_likelihood: equally weighted, (chain, draw, prompt)
+    log_likelihood  r / alpha of the same draws; log_prior: log p0 of them (what power-scaling reads)
+    sample_stats    log_proposal of the same draws
+    weighted        the draws as they are: tokens, lengths, texts, log-weights, (prompt, draw[, position])
+    evidence        log evidence, its standard error, ELBO, ESS, Pareto k, (prompt,)
+    constant_data   prompts, alpha, max_new_tokens, method
+    info            what the algorithm reports beside its draws, for SMC its ancestors
+
+ArviZ has no weighted draws, so `posterior` is made for it: draws that weigh equally are taken as they are, weighted
+ones resampled. Token ids are not in it: their mean and R-hat say nothing. Systematic resampling keeps the order, so
+copies of a draw stand side by side and ArviZ's effective sample size, which sees them as autocorrelation, comes out
+near Kish's 1 / sum(W^2); shuffled, it would claim N. Such draws are no Markov chain: R-hat says nothing of them, and the
+numbers to judge by are in `evidence`. A prompt whose weights are all 0 has no posterior: NaN. Draws of Markov chains, which
+say so in `info["chain"]`, keep their chains, and R-hat its meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+import bayes_klrl
+from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.resampling import systematic
+from bayes_klrl.typing import FloatArray, IntArray
+from bayes_klrl.weights import normalised
+
+__all__ = [
+    "as_installed",
+    "comparison_to_datatree",
+    "draws_to_arviz",
+    "draws_to_datatree",
+    "load_draws",
+    "numbered",
+    "save_draws",
+]
+
+_FORMAT = "bayes_klrl.Draws/1"
+_SEED = 0
+_PER_DRAW = ("reward", "log_prior", "log_likelihood", "log_proposal", "log_weights")
+_PER_PROMPT = ("log_evidence", "log_evidence_se", "elbo", "ess", "pareto_k")
+_INFO_DIMS = {"ancestors": ("prompt", "position", "draw"), "step_ess": ("prompt", "position"), "chain": ("draw",)}
+_INFO_DIMS |= dict.fromkeys(
+    ("schedule", "path_log_evidence", "path_reward", "path_kl", "path_ess"), ("prompt", "temperature")
+)
+_NO_HDF5_STRING = re.compile("[\x00\ud800-\udfff]")  # HDF5 ends strings at NUL, and UTF-8 has no lone surrogates
+
+
+def draws_to_arviz(draws: Draws) -> Any:
+    """Return what the installed ArviZ summarises: an InferenceData in 0.x, a DataTree in 1.x.
+
+    `az.summary(draws.to_arviz())` then gives posterior means and their Monte Carlo errors; its R-hat says nothing about
+    draws that are no Markov chain (`kind="stats"` leaves it out); those of `SuffixMH` are.
+    """
+    return as_installed(draws_to_datatree(draws))
+
+
+def as_installed(tree: xr.DataTree) -> Any:
+    """Return a tree as what the installed ArviZ takes: an InferenceData in 0.x, itself in 1.x."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "\nArviZ is undergoing a major refactor", FutureWarning)
+        import arviz
+    if not arviz.__version__.startswith("0."):
+        return tree
+    with warnings.catch_warnings():  # groups of our own are legal
+        warnings.filterwarnings("ignore", ".*not defined in the InferenceData scheme", UserWarning)
+        return arviz.InferenceData.from_datatree(tree)
+
+
+def draws_to_datatree(draws: Draws) -> xr.DataTree:
+    """Return the draws as an xarray DataTree with the groups that this file describes.
+
+    The resample is of a fixed seed: the same draws give the same tree.
+    """
+    equal = _equally_weighted(draws)
+    scalars = {name: equal[name] for name in ("reward", "length", "log_prior", "log_likelihood")}
+    num_chains = int(np.max(draws.info["chain"])) + 1 if "chain" in draws.info else 1
+    groups = {
+        "/": xr.Dataset(attrs=_root_attrs(draws)),
+        "/posterior": _chains(scalars, num_chains),
+        "/log_likelihood": _chains({"likelihood": equal["log_likelihood"]}, num_chains),
+        "/log_prior": _chains({"x": equal["log_prior"]}, num_chains),
+        "/sample_stats": _chains({"log_proposal": equal["log_proposal"]}, num_chains),
+        "/weighted": _weighted(draws),
+        "/evidence": numbered(xr.Dataset({name: ("prompt", getattr(draws, name)) for name in _PER_PROMPT})),
+        "/constant_data": _constant_data(draws),
+    }
+    if draws.info:
+        groups["/info"] = numbered(xr.Dataset({name: _info_array(name, draws) for name in draws.info}))
+    return xr.DataTree.from_dict(groups)
+
+
+def comparison_to_datatree(results: Mapping[str, Draws]) -> xr.DataTree:
+    """Return one tree with the draws of each method as a child, whatever ArviZ is installed.
+
+    A child has the method's name, with "-" for "/", which separates groups; its attribute `name` is the name as given.
+
+    Raises
+    ------
+    BayesKLRLError
+        If two names are the same after that.
+    """
+    children: dict[str, xr.DataTree] = {}
+    for name, draws in results.items():
+        child = name.replace("/", "-")
+        if child in children:
+            raise BayesKLRLError(f"Two methods would be stored as {child!r} ('/' becomes '-'); rename {name!r}.")
+        children[child] = draws_to_datatree(draws)
+        children[child].attrs["name"] = name
+    common = {"convention": "absorb", "units": "nats", "bayes_klrl_version": bayes_klrl.__version__}
+    return xr.DataTree(xr.Dataset(attrs=common), children=children)
+
+
+def save_draws(draws: Draws, path: Path) -> Path:
+    """Write the draws to a netCDF file and return its path; everything but the guide, bit by bit.
+
+    ArviZ and xarray open the file too: it is `draws_to_datatree`.
+    """
+    small = {"zlib": True, "complevel": 1, "shuffle": True}
+    encoding = {"/weighted": {"tokens": small, "lengths": small}}
+    draws_to_datatree(draws).to_netcdf(path, engine="h5netcdf", encoding=encoding)
+    return path
+
+
+def load_draws(path: Path) -> Draws:
+    """Read what `save_draws` wrote. Texts come from the file, without the model.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file, or it is not one of ours.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {str(path)!r}.")
+    try:
+        opened = xr.open_datatree(path, engine="h5netcdf")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(path)!r} is no netCDF file, as Draws.save writes it: {error}") from error
+    with opened as tree:  # read in here: DataTree.load() forgets variables that are called as a group is
+        if tree.attrs.get("format") != _FORMAT:
+            holds = (
+                f"it is a comparison of {sorted(tree.children)}" if _holds_methods(tree) else "it has another origin"
+            )
+            raise CheckpointError(f"{str(path)!r} is not a file of draws, as Draws.save writes it: {holds}.")
+        return _draws_of(tree)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTexts:
+    """The decoder of draws read from a file: knows the texts of their own completions, and no other."""
+
+    texts: Mapping[tuple[int, ...], str]
+
+    def __call__(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each completion."""
+        try:
+            return [self.texts[tuple(completion)] for completion in ids]
+        except KeyError as error:
+            raise BayesKLRLError(
+                f"The completion {list(error.args[0])} is not among these draws, which were read from a file and know "
+                "only their own texts. Decode it with the model."
+            ) from error
+
+
+def _equally_weighted(draws: Draws) -> dict[str, FloatArray]:
+    """Return arrays (P, N) of draws that weigh equally; NaN for prompts whose weights are all 0."""
+    values = {"length": draws.lengths} | {name: getattr(draws, name) for name in _PER_DRAW if name != "log_weights"}
+    alive = np.asarray(np.isfinite(draws.log_weights).any(axis=1))
+    chosen = np.tile(np.arange(draws.shape[1]), (draws.shape[0], 1))
+    rng = np.random.default_rng(_SEED)
+    for p in np.flatnonzero(alive):
+        chosen[p] = _resampled(draws, int(p), rng)
+    taken = {name: np.take_along_axis(array, chosen, axis=1) for name, array in values.items()}
+    if alive.all():
+        return taken
+    return {name: np.where(alive[:, None], array, np.nan) for name, array in taken.items()}
+
+
+def _resampled(draws: Draws, p: int, rng: np.random.Generator) -> IntArray:
+    """Return N indices of equally weighted draws of prompt p, in the order of the draws.
+
+    An enumeration is no sample: draws from it are made independent ones, in any order.
+    """
+    log_weights = draws.log_weights[p]
+    weights = normalised(log_weights)
+    if np.isnan(draws.ess[p]) and np.ptp(weights) > 0:
+        return rng.choice(weights.size, size=weights.size, p=weights)
+    return systematic(weights, rng)
+
+
+def _chains(arrays: Mapping[str, np.ndarray], num_chains: int) -> xr.Dataset:
+    """Return arrays (P, N), chain by chain, as (chains, N / chains, P), which is how ArviZ wants them."""
+    variables = {
+        name: (("chain", "draw", "prompt"), array.T.reshape(num_chains, -1, len(array)))
+        for name, array in arrays.items()
+    }
+    return numbered(xr.Dataset(variables))
+
+
+def numbered(dataset: xr.Dataset) -> xr.Dataset:
+    """Return the dataset with 0, 1, ... as the coordinate of every dimension."""
+    return dataset.assign_coords({str(name): np.arange(size) for name, size in dataset.sizes.items()})
+
+
+def _weighted(draws: Draws) -> xr.Dataset:
+    """Return the draws as they are."""
+    variables: dict[str, Any] = {name: (("prompt", "draw"), getattr(draws, name)) for name in _PER_DRAW}
+    variables["lengths"] = (("prompt", "draw"), draws.lengths)
+    variables["tokens"] = (("prompt", "draw", "position"), draws.tokens)
+    if draws.decoder is not None:
+        variables["text"] = _text_variable(draws.texts())
+    return numbered(xr.Dataset(variables))
+
+
+def _text_variable(texts: Sequence[Sequence[str]]) -> tuple[Any, ...]:
+    """Return texts as they are, or all of them as JSON if a file cannot hold one of them as it is."""
+    plain = not any(_NO_HDF5_STRING.search(text) for row in texts for text in row)
+    stored = [list(row) if plain else [json.dumps(text) for text in row] for row in texts]
+    return ("prompt", "draw"), np.array(stored, dtype=object), {"stored_as": "text" if plain else "json"}
+
+
+def _constant_data(draws: Draws) -> xr.Dataset:
+    """Return what was given: each prompt as JSON, a text or a list of token ids."""
+    prompts = np.array([json.dumps(prompt) for prompt in draws.prompts], dtype=object)
+    return numbered(
+        xr.Dataset(
+            {
+                "prompts": ("prompt", prompts),
+                "alpha": ((), draws.alpha),
+                "max_new_tokens": ((), draws.tokens.shape[2]),
+                "method": ((), draws.method),
+            }
+        )
+    )
+
+
+def _info_array(name: str, draws: Draws) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return one array of `Draws.info` with its dimensions named."""
+    array = np.asarray(draws.info[name])
+    return _INFO_DIMS.get(name, tuple(f"{name}_dim_{axis}" for axis in range(array.ndim))), array
+
+
+def _root_attrs(draws: Draws) -> dict[str, Any]:
+    """Return what holds for the tree as a whole."""
+    return {
+        "format": _FORMAT,
+        "convention": "absorb",
+        "units": "nats",
+        "method": draws.method,
+        "seconds": draws.seconds,
+        "model_tokens": draws.model_tokens,
+        "training_tokens": draws.training_tokens,
+        "training_seconds": draws.training_seconds,
+        "bayes_klrl_version": bayes_klrl.__version__,
+    }
+
+
+def _holds_methods(tree: xr.DataTree) -> bool:
+    """Whether the children are draws."""
+    return any(child.attrs.get("format") == _FORMAT for child in tree.children.values())
+
+
+def _draws_of(tree: xr.DataTree) -> Draws:
+    """Return the draws behind a tree."""
+    weighted, evidence, constant = (tree[name].to_dataset() for name in ("weighted", "evidence", "constant_data"))
+    prompts = [json.loads(prompt) for prompt in constant["prompts"].values]
+    draws = Draws(
+        tokens=weighted["tokens"].values,
+        lengths=weighted["lengths"].values,
+        **{name: weighted[name].values for name in _PER_DRAW},
+        **{name: evidence[name].values for name in _PER_PROMPT},
+        prompts=tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts),
+        method=str(constant["method"].item()),
+        alpha=float(constant["alpha"]),
+        cost=Cost(
+            float(tree.attrs["seconds"]),
+            int(tree.attrs["model_tokens"]),
+            int(tree.attrs["training_tokens"]),
+            float(tree.attrs["training_seconds"]),
+        ),
+        info={name: array.values for name, array in tree["info"].data_vars.items()} if "info" in tree else {},
+    )
+    if "text" not in weighted:
+        return draws
+    return _with_texts(draws, weighted["text"])
+
+
+def _with_texts(draws: Draws, text: xr.DataArray) -> Draws:
+    """Return the draws with a decoder that knows their texts."""
+    stored = text.values.ravel().tolist()
+    texts = [json.loads(each) for each in stored] if text.attrs["stored_as"] == "json" else stored
+    known = dict(zip(map(tuple, draws.sequences.lists()), texts, strict=True))
+    return replace(draws, decoder=StoredTexts(known))

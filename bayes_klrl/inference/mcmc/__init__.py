@@ -1,0 +1,5 @@
+"""Markov chains on completions.
+
+Read `suffix_moves` first (one Metropolis-Hastings step: cut a completion and draw its end anew), then `suffix_mh` (`SuffixMH`,
+the chains) and `diagnostics` (R-hat and effective sample sizes).
+"""

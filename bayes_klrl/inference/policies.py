@@ -1,0 +1,178 @@
+"""A policy as users have it, tuned here or elsewhere, as a `LanguageModel` on the prior's vocabulary."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.inference.sampling.drawing import draw
+from bayes_klrl.inference.sampling.proposals import GuideRecipe
+from bayes_klrl.inference.svi.bayesian.recipe import BayesianFit
+from bayes_klrl.inference.svi.svi import Fit
+from bayes_klrl.models.ngram_lm.lm import NgramLM
+from bayes_klrl.posterior import Posterior, check_context, check_language_model
+from bayes_klrl.typing import LanguageModel
+
+__all__ = ["as_policy", "covers_prior", "policy_draws"]
+
+_CONFIGS = ("config.json", "adapter_config.json")
+_MOST_ENTRIES = 10_000_000  # of n-gram tables whose zeros are compared
+_PROBE = "A quick test: 3 naïve foxes, isn't it?\n"
+
+
+def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
+    """Return a policy that draws and scores completions of this posterior's prompts.
+
+    Parameters
+    ----------
+    policy
+        A language model, a `Fit` (of a `BayesianFit` the predictive), or a folder: what a `BayesianFit` saved, a Hugging Face
+        model, a PEFT adapter, or what a trainer of TRL's wrote, whose last `checkpoint-N` is taken where the model itself was
+        not saved. A folder is loaded at the prior's temperature, with the prior's EOS ids and on its device: all three belong
+        to the question, not to the answer. An adapter that names no base model, as of a model that was trained from memory,
+        is put on the prior.
+    posterior
+        Whose prior it must share the vocabulary with.
+
+    Raises
+    ------
+    CheckpointError
+        If the folder is no model, or vocabulary, EOS ids or tokenizer are not the prior's.
+    BayesKLRLError
+        If it is none of these things.
+    """
+    if isinstance(policy, Fit):
+        policy = policy.guide
+    elif isinstance(policy, str | os.PathLike) and BayesianFit.is_saved_in(Path(policy)):
+        policy = BayesianFit.load(Path(policy), posterior).guide
+    elif isinstance(policy, str | os.PathLike):
+        policy = load_policy(Path(policy), posterior.prior)
+    elif isinstance(policy, GuideRecipe):
+        raise BayesKLRLError("An SVI is a way to a policy: fit it first, and give svi.fit(posterior, seed=...).")
+    check_language_model("The policy", policy)
+    check_same_vocabulary(policy, posterior.prior)
+    check_context(posterior.prompt_ids, posterior.max_new_tokens, policy)
+    return policy  # type: ignore[no-any-return]
+
+
+def policy_draws(
+    posterior: Posterior, policy: LanguageModel, num_draws: int, rng: np.random.Generator, *, progress: bool = False
+) -> Draws:
+    """Return N draws of a policy for each prompt, weighing equally, scored by policy and prior in lockstep."""
+    drawn = draw(
+        (policy, posterior.prior), posterior, num_draws, rng, description="drawing from the policy", progress=progress
+    )
+    draws = Draws.equally_weighted(
+        posterior,
+        drawn.sequences,
+        method="policy",
+        reward=drawn.reward,
+        log_prior=drawn.log_probs[1],
+        log_proposal=drawn.log_probs[0],
+        cost=Cost(0.0, drawn.model_tokens),
+    )
+    return replace(draws, info=drawn.info)
+
+
+def covers_prior(policy: LanguageModel, prior: LanguageModel) -> bool:
+    """Return whether a policy is known to give positive probability to all that the prior does.
+
+    It is if it has full support or is the prior; of two n-gram models the tables say it. Where nobody knows, it is not.
+    """
+    if policy is prior or policy.full_support:
+        return True
+    if prior.full_support or not (isinstance(policy, NgramLM) and isinstance(prior, NgramLM)):
+        return False
+    if policy.vocab_size ** max(policy.order, prior.order) > _MOST_ENTRIES:
+        return False
+    # a shorter context is any longer one that ends in it, and leading axes broadcast
+    return bool((np.isfinite(policy.log_probs) | np.isneginf(prior.log_probs)).all())
+
+
+def load_policy(folder: Path, prior: LanguageModel) -> LanguageModel:
+    """Return the model in a folder: an `NgramLM` of ours, or else a `TorchLM` at the prior's temperature.
+
+    The latter comes without a tokenizer, since the prior's reads all completions, and since trainers save one with a padding
+    token that the model has no logit for. What the ids mean is compared all the same.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {str(folder)!r} to load a policy from.")
+    if NgramLM.is_saved_in(folder):
+        return NgramLM.from_pretrained(folder)
+    from bayes_klrl.models.torch_lm.checkpoint import load
+    from bayes_klrl.models.torch_lm.lm import TorchLM, output_size
+
+    model, tokenizer = load(model_folder(folder), None, base=prior.module if isinstance(prior, TorchLM) else None)
+    check_same_size(output_size(model), prior)
+    check_same_tokens(tokenizer, prior.tokenizer)
+    return TorchLM(
+        model,
+        device=getattr(prior, "device", None),
+        eos_token_id=prior.eos_token_ids,
+        temperature=getattr(prior, "temperature", 1.0),
+    )
+
+
+def model_folder(folder: Path) -> Path:
+    """Return the folder itself if it holds a model, else its last `checkpoint-N`, as trainers leave them."""
+    if any((folder / name).is_file() for name in _CONFIGS) or any(folder.glob("*.gguf")):
+        return folder
+    checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    if not checkpoints:
+        raise CheckpointError(
+            f"{str(folder)!r} is not a model: it has neither a config.json or adapter_config.json nor a checkpoint-N in it."
+        )
+    return max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def check_same_vocabulary(policy: LanguageModel, prior: LanguageModel) -> None:
+    """Refuse a policy whose token ids mean something else than the prior's."""
+    check_same_size(policy.vocab_size, prior)
+    if policy.eos_token_ids != prior.eos_token_ids:
+        raise CheckpointError(
+            f"Completions of the policy end with EOS {sorted(policy.eos_token_ids)}, the prior's with "
+            f"{sorted(prior.eos_token_ids)}. They must share one vocabulary: give both the same eos_token_id."
+        )
+    check_same_tokens(policy.tokenizer, prior.tokenizer)
+
+
+def check_same_size(vocab_size: int, prior: LanguageModel) -> None:
+    """Refuse a policy with more or fewer tokens than the prior."""
+    if vocab_size != prior.vocab_size:
+        raise CheckpointError(
+            f"The policy has {vocab_size} tokens, the prior {prior.vocab_size}. They must share one vocabulary: certify "
+            "against the model that the policy was tuned from. If tokens were added for the tuning, that is the model with "
+            "them."
+        )
+
+
+def check_same_tokens(theirs: Any | None, ours: Any | None) -> None:
+    """Refuse tokenizers in which one id stands for two things; None is none, of which nothing is known."""
+    if theirs is None or ours is None or theirs is ours:
+        return
+    policy_tokens, prior_tokens = tokens_by_id(theirs), tokens_by_id(ours)
+    # an id that only one of them has is no conflict: trainers add a padding token
+    common = policy_tokens.keys() & prior_tokens.keys()
+    differing = sorted(i for i in common if policy_tokens[i] != prior_tokens[i])
+    if differing:
+        first = differing[0]
+        raise CheckpointError(
+            f"The policy's tokenizer is not the prior's: id {first} stands for {policy_tokens[first]!r} in the one and "
+            f"{prior_tokens[first]!r} in the other. Certify against the model that the policy was tuned from."
+        )
+
+
+def tokens_by_id(tokenizer: Any) -> dict[int, Any]:
+    """Return what every id of a tokenizer stands for; of one without a vocabulary, the ids of a probe text by position."""
+    get_vocab = getattr(tokenizer, "get_vocab", None)
+    if callable(get_vocab):
+        return {int(i): token for token, i in get_vocab().items()}
+    characters = getattr(tokenizer, "characters", None)
+    return dict(enumerate(characters if characters is not None else tokenizer.encode(_PROBE)))

@@ -1,0 +1,204 @@
+"""Propose, accept with a probability, until there are enough: what rejection, quasi-rejection and chain starts share.
+
+    x ~ q,   accept with probability min(1, w(x) / B),   w = p0(x) exp(r(x) / alpha) / q(x) or any other weight
+
+Proposals are drawn in blocks that adapt to the acceptance rate; each prompt's stream of proposals is read in order and
+ends with its N-th acceptance. So blocks leave no trace: what is accepted are independent draws of q min(1, w / B) over its
+sum, and the number of proposals has the negative binomial law.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bayes_klrl.checks import check_count
+from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.errors import BayesKLRLError, BudgetError
+from bayes_klrl.inference.sampling.drawing import Drawn, draw
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.progress import track
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
+from bayes_klrl.weights import logsumexp
+
+__all__ = ["Accepted", "accept_reject", "check_max_proposals"]
+
+_MAX_ROWS = 4096  # of one block, over all prompts
+_MARGIN = 1.2  # how many more than expected are proposed at once: a little waste against one block more
+
+LogWeights = Callable[[Drawn], FloatArray]
+
+
+@dataclass(eq=False)
+class Accepted:
+    """The first N accepted proposals of each of P prompts; fewer where a budget ended.
+
+    Parameters
+    ----------
+    tokens, lengths, log_probs, reward
+        Shapes (P, N, T), (P, N), (models, P, N) and (P, N); rows past `num_accepted` mean nothing.
+    num_accepted, num_proposals
+        Of each prompt, (P,); proposals up to and including the N-th acceptance.
+    num_drawn, log_sum_weights, log_sum_acceptance
+        Over every proposal drawn, those after the N-th acceptance included, (P,): their number, log sum of w, and log
+        sum of min(1, w / B).
+    model_tokens
+        Tokens that went through a model.
+    """
+
+    tokens: IntArray
+    lengths: IntArray
+    log_probs: FloatArray
+    reward: FloatArray
+    num_accepted: IntArray
+    num_proposals: IntArray
+    num_drawn: IntArray
+    log_sum_weights: FloatArray
+    log_sum_acceptance: FloatArray
+    model_tokens: int = 0
+
+    @classmethod
+    def none(cls, num_models: int, posterior: Posterior, num_draws: int) -> Accepted:
+        """Return what is there before the first block."""
+        shape = (posterior.num_prompts, num_draws)
+        zero, nothing = np.zeros(shape[0], dtype=np.int64), np.full(shape[0], -np.inf)
+        return cls(
+            tokens=np.full((*shape, posterior.max_new_tokens), posterior.pad_token, dtype=np.int64),
+            lengths=np.ones(shape, dtype=np.int64),
+            log_probs=np.full((num_models, *shape), -np.inf),
+            reward=np.full(shape, -np.inf),
+            num_accepted=zero.copy(),
+            num_proposals=zero.copy(),
+            num_drawn=zero.copy(),
+            log_sum_weights=nothing.copy(),
+            log_sum_acceptance=nothing.copy(),
+        )
+
+    @property
+    def log_mean_weight(self) -> FloatArray:
+        """Log mean of w over every proposal, (P,): the importance-sampling estimate of log Z."""
+        return self.log_sum_weights - np.log(self.num_drawn)
+
+    @property
+    def log_acceptance_rate(self) -> FloatArray:
+        """Log mean of min(1, w / B) over every proposal, (P,)."""
+        return self.log_sum_acceptance - np.log(self.num_drawn)
+
+    def open_prompts(self, max_proposals: int) -> IntArray:
+        """Return the prompts that lack draws and have budget left; all of them have proposed equally often."""
+        return np.flatnonzero((self.num_accepted < self.reward.shape[1]) & (self.num_proposals < max_proposals))
+
+    def next_block(self, prompts: IntArray, max_proposals: int) -> int:
+        """Return how many to propose next for each open prompt: what the neediest of them probably lacks."""
+        lacking, drawn = self.reward.shape[1] - self.num_accepted[prompts], self.num_drawn[prompts]
+        rate = np.maximum(np.exp(self.log_sum_acceptance[prompts]), 0.5) / np.maximum(drawn, 1)
+        needed = np.where(drawn == 0, lacking, _MARGIN * lacking / rate).max()
+        budget = max_proposals - int(self.num_proposals[prompts[0]])
+        return min(int(np.ceil(needed)), budget, max(1, _MAX_ROWS // prompts.size))
+
+    def add(
+        self, prompts: IntArray, drawn: Drawn, log_weights: FloatArray, log_acceptance: FloatArray, taken: np.ndarray
+    ) -> None:
+        """Take the accepted proposals of a block, in order, as many as are lacking."""
+        for row, p in enumerate(prompts):
+            start = self.num_accepted[p]
+            chosen = np.flatnonzero(taken[row])[: self.reward.shape[1] - start]
+            place = slice(start, start + chosen.size)
+            self.tokens[p, place], self.lengths[p, place] = (
+                drawn.sequences.tokens[row, chosen],
+                drawn.sequences.lengths[row, chosen],
+            )
+            self.log_probs[:, p, place], self.reward[p, place] = (
+                drawn.log_probs[:, row, chosen],
+                drawn.reward[row, chosen],
+            )
+            self.num_accepted[p] += chosen.size
+            complete = self.num_accepted[p] == self.reward.shape[1]
+            self.num_proposals[p] += chosen[-1] + 1 if complete else taken.shape[1]
+        self.num_drawn[prompts] += taken.shape[1]
+        self.log_sum_weights[prompts] = np.logaddexp(self.log_sum_weights[prompts], logsumexp(log_weights))
+        self.log_sum_acceptance[prompts] = np.logaddexp(self.log_sum_acceptance[prompts], logsumexp(log_acceptance))
+        self.model_tokens += drawn.model_tokens
+
+    def draws(self, posterior: Posterior, method: str, cost: Cost) -> Draws:
+        """Return what was accepted as draws that weigh equally: N of each prompt, or as many as each prompt has.
+
+        Raises
+        ------
+        BudgetError
+            If some prompt lacks draws. It carries those that every prompt has, the first ones; none if a prompt has none.
+        """
+        num_draws, least = self.reward.shape[1], int(self.num_accepted.min())
+        draws = None
+        if least:
+            draws = Draws.equally_weighted(
+                posterior,
+                Sequences(self.tokens[:, :least], self.lengths[:, :least]),
+                method=method,
+                reward=self.reward[:, :least],
+                log_prior=self.log_probs[-1][:, :least],
+                log_proposal=None,
+                cost=replace(cost, model_tokens=self.model_tokens),
+            )
+        if draws is None or least < num_draws:
+            p = int(self.num_accepted.argmin())
+            raise BudgetError(
+                f"{method}: {self.num_accepted[p]} of num_draws = {num_draws} draws of prompt {p} "
+                f"({posterior.prompts[p]!r}) were accepted in {self.num_proposals[p]} proposals. Raise max_proposals, use "
+                "a larger alpha, or bk.SMC, which needs no acceptance.",
+                draws,
+            )
+        return draws
+
+
+def accept_reject(
+    models: Sequence[LanguageModel],
+    posterior: Posterior,
+    log_weights: LogWeights,
+    log_bound: float,
+    num_draws: int,
+    max_proposals: int,
+    rng: np.random.Generator,
+    *,
+    description: str,
+    progress: bool,
+) -> Accepted:
+    """Propose until each prompt has N acceptances or has spent its budget.
+
+    Parameters
+    ----------
+    models, posterior
+        See `draw`: `models[0]` proposes.
+    log_weights
+        log w of drawn proposals, (P, N).
+    log_bound
+        log B.
+    num_draws, max_proposals
+        N, and the most proposals for each prompt.
+    rng, description, progress
+        See `draw`.
+    """
+    accepted = Accepted.none(len(models), posterior, num_draws)
+    with track(description, num_draws * posterior.num_prompts, progress) as advance:
+        while (prompts := accepted.open_prompts(max_proposals)).size:
+            before = int(accepted.num_accepted.sum())
+            size = accepted.next_block(prompts, max_proposals)
+            drawn = draw(models, posterior, size, rng, description=description, progress=False, prompts=prompts)
+            log_w = log_weights(drawn)
+            log_acceptance = np.minimum(log_w - log_bound, 0.0)
+            taken = -rng.standard_exponential(log_w.shape) < log_acceptance  # log u < log acceptance; never at -inf
+            accepted.add(prompts, drawn, log_w, log_acceptance, taken)
+            advance(int(accepted.num_accepted.sum()) - before)
+    return accepted
+
+
+def check_max_proposals(max_proposals: object, num_draws: int) -> None:
+    """Refuse a budget that could not hold as many acceptances as are wanted."""
+    check_count("max_proposals", max_proposals)
+    if max_proposals < num_draws:  # type: ignore[operator]
+        raise BayesKLRLError(
+            f"max_proposals = {max_proposals} for each prompt is less than num_draws = {num_draws}. Raise max_proposals."
+        )

@@ -1,0 +1,94 @@
+"""Importance sampling from the prior or from any proposal.
+
+    x_n ~ q,   log w_n = log p0(x_n) + r(x_n) / alpha - log q(x_n),   log Z-hat = logmeanexp_n log w_n
+
+E[Z-hat] = Z exactly, for any q that is positive where the posterior is. From the prior, log w = r / alpha, and ESS / N
+tends to Z(b)^2 / Z(2b): it takes exp(KL(p* || p0)) draws and more (Chatterjee and Diaconis 2018).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bayes_klrl.checks import check_count
+from bayes_klrl.draws import Draws
+from bayes_klrl.errors import BudgetError
+from bayes_klrl.inference.sampling.drawing import draw
+from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.randomness import generator
+
+__all__ = ["ImportanceSampling"]
+
+
+@dataclass(frozen=True)
+class ImportanceSampling:
+    """Weighted draws from a proposal; the reference beside which every other method is shown.
+
+    Parameters
+    ----------
+    num_draws
+        N for each prompt.
+    proposal
+        A language model on the prior's vocabulary; None: the prior; an `SVI`: fitted first, then corrected.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=1)
+    >>> bk.ImportanceSampling(10).run(posterior, seed=0).log_evidence
+    array([1.])
+    """
+
+    num_draws: int
+    proposal: Proposal = None
+
+    def __post_init__(self) -> None:
+        check_count("num_draws", self.num_draws)
+
+    def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
+        """See `Algorithm.run`.
+
+        Raises
+        ------
+        BudgetError
+            If no draw of some prompt has positive likelihood; it carries the draws.
+        """
+        proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
+        start = time.perf_counter()
+        drawn = draw(
+            (proposal, posterior.prior),
+            posterior,
+            self.num_draws,
+            generator(seed),
+            description="importance sampling",
+            progress=progress,
+        )
+        log_proposal, log_prior = drawn.log_probs
+        draws = Draws.weighted(
+            posterior,
+            drawn.sequences,
+            method=type(self).__name__,
+            reward=drawn.reward,
+            log_prior=log_prior,
+            log_proposal=log_proposal,
+            cost=replace(training, seconds=time.perf_counter() - start, model_tokens=drawn.model_tokens),
+        )
+        return require_positive_weight(replace(draws, info=drawn.info))
+
+
+def require_positive_weight(draws: Draws) -> Draws:
+    """Return the draws, or raise a `BudgetError` that carries them if some prompt has no positive weight."""
+    if np.isneginf(draws.log_evidence).any():
+        p = int(np.isneginf(draws.log_evidence).argmax())
+        raise BudgetError(
+            f"None of the {draws.shape[1]} draws of prompt {p} ({draws.prompts[p]!r}) has positive likelihood. Draw more, "
+            "use a proposal that knows the constraint, or relax it to log(eps). The draws are in this error's `draws`.",
+            draws,
+        )
+    return draws

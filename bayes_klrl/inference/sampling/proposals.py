@@ -1,0 +1,33 @@
+"""A proposal is a language model, or an `SVI` or `BayesianSVI` that is fitted first: amortise, then correct."""
+
+from __future__ import annotations
+
+from bayes_klrl.draws import Cost
+from bayes_klrl.inference.svi.bayesian.recipe import BayesianSVI
+from bayes_klrl.inference.svi.svi import SVI
+from bayes_klrl.models.decoding import check_proposal
+from bayes_klrl.posterior import Posterior, check_context
+from bayes_klrl.typing import LanguageModel
+
+__all__ = ["GuideRecipe", "Proposal", "resolve_proposal"]
+
+GuideRecipe = SVI | BayesianSVI
+"""What `fit` makes a guide of."""
+
+Proposal = LanguageModel | GuideRecipe | None
+
+
+def resolve_proposal(proposal: Proposal, posterior: Posterior, seed: int, progress: bool) -> tuple[LanguageModel, Cost]:
+    """Return the language model to draw from, and what it cost to train it.
+
+    None is the prior itself; an `SVI` or `BayesianSVI` is fitted under the same seed.
+    """
+    if isinstance(proposal, GuideRecipe):
+        fit = proposal.fit(posterior, seed=seed, progress=progress)
+        return fit.guide, fit.training
+    lm = posterior.prior if proposal is None else proposal
+    # a solved posterior leaves out only what has posterior probability 0: as its own proposal it misses nothing
+    covers = getattr(lm, "posterior", None) is posterior
+    check_proposal(lm, posterior.prior, covers=covers)
+    check_context(posterior.prompt_ids, posterior.max_new_tokens, lm)
+    return lm, Cost()

@@ -1,0 +1,174 @@
+"""Annealed SMC over alpha: from the prior to the posterior by tempering, with suffix moves (THEORY 3.7, 8b).
+
+    p_s(x) prop. p0(x) exp(s r(x) / alpha),   0 = s_0 < s_1 < ... < s_m = 1
+
+At each step weights gain (s_j - s_{j-1}) r / alpha by the particles before they move, log Z-hat collects the weights
+whenever they are spent on resampling, and every particle then makes suffix moves that leave p_{s_j} invariant (Neal 2001;
+Del Moral, Doucet and Jasra 2006). exp(log Z-hat) is unbiased for a schedule that is fixed beforehand: one chosen from the
+same particles would bias it, so the schedule comes from a pilot with a seed of its own and is then frozen.
+
+Where particles of `SMC` grow token by token and need a twist to see the reward coming, these are whole completions all
+along. On the way they estimate the whole frontier of reward against KL between the prior and alpha.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from bayes_klrl.checks import check_count, check_fraction
+from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.mcmc.suffix_moves import check_cut
+from bayes_klrl.inference.sampling.importance import require_positive_weight
+from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
+from bayes_klrl.inference.smc.swarm import Swarm, next_powers
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.progress import track
+from bayes_klrl.randomness import generator
+from bayes_klrl.resampling import resampling_scheme
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import FloatArray, LanguageModel
+from bayes_klrl.weights import grouped_ess, log_evidence_se, logmeanexp, psis
+
+__all__ = ["AnnealedSMC"]
+
+_MOST_STEPS = 100  # of a schedule that a pilot chooses
+_PILOT_STREAM = 1
+
+
+@dataclass(frozen=True)
+class AnnealedSMC:
+    """Particles that start as prior draws and follow the posterior as its reward is turned on.
+
+    Parameters
+    ----------
+    num_particles
+        N for each prompt; every prompt has a population of its own.
+    schedule
+        s_1 < ... < s_m = 1, the same for all prompts; or None: chosen for each prompt by a pilot.
+    conditional_ess
+        What the pilot holds the conditional ESS / N at, a number between 0 and 1: nearer 1, more and smaller steps.
+    num_pilot
+        Particles of the pilot for each prompt.
+    num_moves
+        Suffix moves of each particle at each step.
+    ess_threshold, resampling
+        See `SMC`. Nothing is resampled at the end.
+    proposal, cut
+        See `SuffixMH`.
+
+    Notes
+    -----
+    `Draws.info` holds the path, (P, m + 1) from s = 0 on, padded with s = 1 for prompts of fewer steps: `schedule`,
+    `path_log_evidence` (log Z(s)), `path_reward` (E[r] under p_s), `path_kl` (KL(p_s || p0) in nats), `path_ess`, and
+    `acceptance_rate` of the moves. At s = 0 stands the prior restricted to what has positive likelihood: its log evidence is
+    the log prior mass of the constraints. `Draws.ess` counts families, as that of `SMC`; moves make their members differ, so
+    it is on the safe side. `log_proposal` is NaN.
+    """
+
+    num_particles: int
+    schedule: Sequence[float] | None = field(default=None, kw_only=True)
+    conditional_ess: float = field(default=0.9, kw_only=True)
+    num_pilot: int = field(default=64, kw_only=True)
+    num_moves: int = field(default=1, kw_only=True)
+    ess_threshold: float = field(default=0.5, kw_only=True)
+    resampling: str = field(default="systematic", kw_only=True)
+    proposal: Proposal = field(default=None, kw_only=True)
+    cut: str = field(default="own_length", kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in ("num_particles", "num_pilot", "num_moves"):
+            check_count(name, getattr(self, name))
+        for name in ("ess_threshold", "conditional_ess"):
+            check_fraction(name, getattr(self, name))
+        if self.conditional_ess in (0, 1):
+            raise BayesKLRLError(f"conditional_ess must lie between 0 and 1; got {self.conditional_ess!r}.")
+        resampling_scheme(self.resampling)
+        check_cut(self.cut)
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
+
+    def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
+        """See `Algorithm.run`.
+
+        Raises
+        ------
+        BudgetError
+            If all particles of some prompt have likelihood 0; it carries the draws.
+        """
+        proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
+        models, start = (proposal, posterior.prior), time.perf_counter()
+        schedule, pilot_tokens = self._resolved_schedule(posterior, models, seed)
+        rng, scheme = generator(seed), resampling_scheme(self.resampling)
+        swarm = Swarm(posterior, models, self.num_particles, rng)
+        swarm.resample_where_degenerate(self.ess_threshold, scheme, rng)
+        num_steps = schedule.shape[1]
+        with track("annealing", num_steps, progress) as advance:
+            for step, power in enumerate(schedule.T, start=1):
+                swarm.temper(power)
+                if step < num_steps:
+                    swarm.resample_where_degenerate(self.ess_threshold, scheme, rng)
+                swarm.move(self.num_moves, self.cut, rng)
+                advance()
+        seconds = time.perf_counter() - start
+        cost = replace(training, seconds=seconds, model_tokens=swarm.model_tokens + pilot_tokens)
+        return require_positive_weight(self._draws(posterior, swarm, cost))
+
+    def _resolved_schedule(
+        self, posterior: Posterior, models: tuple[LanguageModel, LanguageModel], seed: int
+    ) -> tuple[FloatArray, int]:
+        """Return s_1 to s_m of each prompt, (P, m), and the model tokens it took to choose them."""
+        if self.schedule is not None:
+            return np.tile(np.array(self.schedule), (posterior.num_prompts, 1)), 0
+        rng, scheme = generator(seed, _PILOT_STREAM), resampling_scheme(self.resampling)
+        swarm = Swarm(posterior, models, self.num_pilot, rng)
+        steps: list[FloatArray] = []
+        swarm.resample_where_degenerate(self.ess_threshold, scheme, rng)
+        while (swarm.power < 1).any():
+            steps.append(next_powers(swarm, self.conditional_ess, 1 / (_MOST_STEPS - len(steps))))
+            swarm.temper(steps[-1])
+            if (swarm.power < 1).any():  # else there is no further step to choose
+                swarm.resample_where_degenerate(self.ess_threshold, scheme, rng)
+                swarm.move(self.num_moves, self.cut, rng)
+        return np.stack(steps, axis=1), swarm.model_tokens
+
+    def _draws(self, posterior: Posterior, swarm: Swarm, cost: Cost) -> Draws:
+        """Return the particles with their final weights and the accumulated log evidence in them."""
+        states, shape = swarm.states, swarm.shape
+        draws = Draws.equally_weighted(
+            posterior,
+            Sequences(states.tokens.reshape(*shape, -1), states.lengths.reshape(shape)),
+            method=type(self).__name__,
+            reward=states.reward.reshape(shape),
+            log_prior=states.log_probs[1].reshape(shape),
+            log_proposal=None,
+            cost=cost,
+        )
+        log_weights = swarm.log_weights + swarm.log_evidence[:, None]
+        ess = np.array([grouped_ess(row, family) for row, family in zip(log_weights, swarm.family, strict=True)])
+        return replace(
+            draws,
+            log_weights=log_weights,
+            log_evidence=logmeanexp(log_weights),
+            log_evidence_se=log_evidence_se(ess, shape[1], swarm.num_resampled),
+            ess=ess,
+            pareto_k=psis(log_weights)[1],
+            info={name: np.stack(values, axis=1) for name, values in swarm.path.items()},
+        )
+
+
+def _checked_schedule(schedule: object) -> tuple[float, ...]:
+    """Return s_1 to s_m as floats, refusing what does not climb from above 0 to 1."""
+    try:
+        powers = tuple(float(power) for power in schedule)  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        powers = ()
+    if not powers or powers[-1] != 1 or not (np.diff((0.0, *powers)) > 0).all():
+        raise BayesKLRLError(
+            f"A schedule is numbers that climb from above 0 to exactly 1, such as (0.1, 0.3, 1.0); got {schedule!r}."
+        )
+    return powers

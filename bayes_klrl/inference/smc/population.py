@@ -1,0 +1,276 @@
+"""The particles of sequential Monte Carlo: how they grow, are weighted and resampled, for plain and conditional SMC."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
+
+import numpy as np
+
+from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.errors import BayesKLRLError, SupportError
+from bayes_klrl.models.decoding import Decoding, scoring_gap
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.progress import Advance, track
+from bayes_klrl.resampling import Scheme, conditional_multinomial, multinomial, resampling_scheme
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, Twist
+from bayes_klrl.weights import (
+    check_log_weights,
+    effective_sample_size,
+    grouped_ess,
+    log_evidence_se,
+    logmeanexp,
+    normalised,
+)
+
+if TYPE_CHECKING:
+    from bayes_klrl.inference.smc.smc import SMC
+
+__all__ = ["EvidenceRuns", "Population", "evidence_runs", "grown"]
+
+_MAX_ROWS = 8192  # of particles that are decoded together, where there is a choice
+
+
+@dataclass(frozen=True, eq=False)
+class EvidenceRuns:
+    """What M independent runs say of the evidence of each of P prompts.
+
+    Parameters
+    ----------
+    log_evidence
+        log Z-hat of each run, (P, M); -inf where a run died.
+    cost
+        Of all runs together.
+    """
+
+    log_evidence: FloatArray
+    cost: Cost
+
+
+class Population:
+    """The particles of all prompts with their weights, R = P * M * N rows: M independent runs a prompt, N particles a run.
+
+    Parameters
+    ----------
+    posterior
+        The posterior.
+    decoding
+        Of M * N rows a prompt, from (proposal, prior), not stepped yet.
+    twist
+        log psi of unfinished prefixes.
+    models
+        (proposal, prior).
+    num_runs
+        M; each has weights, resampling and evidence of its own, all of them share the decoding.
+    retained
+        Completions that particle 0 of every run is given instead of drawing, (P, M, T): conditional SMC.
+    """
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        decoding: Decoding,
+        twist: Twist,
+        models: tuple[LanguageModel, LanguageModel],
+        num_runs: int = 1,
+        retained: Sequences | None = None,
+    ) -> None:
+        self._models, self._num_runs, self._retained = models, num_runs, retained
+        num_rows, width = decoding.finished.size, posterior.max_new_tokens
+        self._posterior, self._decoding, self._twist = posterior, decoding, twist
+        num_populations = posterior.num_prompts * num_runs
+        self._shape = (num_populations, num_rows // num_populations)
+        self.reward: FloatArray = np.full(num_rows, -np.inf)
+        self.log_psi = self._log_twist(np.arange(num_rows))
+        # the first increment divides by psi_0, so the start value is where log Z begins
+        self.log_evidence = self.log_psi.reshape(self._shape)[:, 0].copy()
+        self.log_weights: FloatArray = np.zeros(num_rows)
+        self.family: IntArray = np.tile(np.arange(self._shape[1]), self._shape[0])
+        # multinomial ones only: corrected for noise that the even schemes do not add, the standard error would read 0
+        self.num_resampled = np.zeros(self._shape[0], dtype=np.int64)
+        self.step_ess = np.full((self._shape[0], width), np.nan)
+        self.ancestors = np.tile(np.arange(self._shape[1]), (self._shape[0], width, 1))
+
+    def grow(self, threshold: float, scheme: Scheme, rng: np.random.Generator, advance: Advance) -> None:
+        """Step and resample until every particle has finished."""
+        while not self._decoding.done:
+            self.step(rng)
+            if not self._decoding.done:
+                self.resample_where_degenerate(threshold, scheme, rng)
+            advance()
+
+    def step(self, rng: np.random.Generator) -> None:
+        """Draw one token for every unfinished particle and update its weight."""
+        decoding = self._decoding
+        live = ~decoding.finished
+        log_proposal, log_prior = decoding.log_probs.copy()
+        ended = decoding.step(rng.random(live.size), self._forced_tokens())
+        log_psi = self.log_psi.copy()
+        if ended.size:
+            self.reward[ended] = self._posterior.reward_of_rows(
+                decoding.tokens[ended], decoding.lengths[ended], decoding.prompt_index[ended]
+            )
+            log_psi[ended] = self._posterior.likelihood.log_likelihood(self.reward[ended])
+        growing = np.flatnonzero(~decoding.finished)
+        if growing.size:
+            log_psi[growing] = self._log_twist(growing)
+        with np.errstate(invalid="ignore"):  # a particle that was dead before stays dead: -inf - -inf
+            prior_term = decoding.log_probs[1] - log_prior
+            increment = prior_term - (decoding.log_probs[0] - log_proposal) + (log_psi - self.log_psi)
+            grown = np.where(live, self.log_weights + increment, self.log_weights)
+        dead = np.isneginf(self.log_weights) | np.isneginf(self.log_psi)
+        self.log_weights = np.where(dead, -np.inf, grown)
+        self.log_psi = log_psi
+        self.step_ess[:, decoding.step_count - 1] = effective_sample_size(self.log_weights.reshape(self._shape))
+
+    def resample_where_degenerate(self, threshold: float, scheme: Scheme, rng: np.random.Generator) -> None:
+        """Resample each run whose ESS is below the threshold and which has an unfinished particle."""
+        num_populations, num_particles = self._shape
+        log_weights = self.log_weights.reshape(self._shape)
+        unfinished = ~self._decoding.finished.reshape(self._shape).all(axis=1)
+        ess = self.step_ess[:, self._decoding.step_count - 1]
+        chosen = np.flatnonzero(unfinished & (ess < threshold * num_particles) & (ess > 0))
+        if not chosen.size:
+            return
+        local = np.tile(np.arange(num_particles), (num_populations, 1))
+        for p in chosen:
+            local[p] = scheme(normalised(log_weights[p]), rng)
+            self.log_evidence[p] += logmeanexp(log_weights[p])
+            log_weights[p] = 0.0
+        self.ancestors[:, self._decoding.step_count - 1] = local
+        self.num_resampled[chosen] += scheme is multinomial
+        ancestors = (local + num_particles * np.arange(num_populations)[:, None]).ravel()
+        self.reward, self.log_psi = self.reward[ancestors], self.log_psi[ancestors]
+        self.family = self.family[ancestors]
+        self._decoding.reorder(ancestors)
+
+    def log_evidences(self) -> FloatArray:
+        """Return log Z-hat of every run, (P, M)."""
+        log_mean: FloatArray = logmeanexp(self.log_weights.reshape(self._shape)) + self.log_evidence
+        return log_mean.reshape(-1, self._num_runs)
+
+    def draws(self, method: str, cost: Cost) -> Draws:
+        """Return the particles of one run a prompt, with the accumulated log evidence in their final weights."""
+        log_proposal, log_prior = self._decoding.log_probs.reshape(2, *self._shape)
+        log_weights = self.log_weights.reshape(self._shape)
+        draws = Draws.weighted(
+            self._posterior,
+            self._decoding.sequences(),
+            method=method,
+            reward=self.reward.reshape(self._shape),
+            log_prior=log_prior,
+            log_proposal=log_proposal,
+            cost=cost,
+        )
+        families = self.family.reshape(self._shape)
+        ess = np.array([grouped_ess(row, family) for row, family in zip(log_weights, families, strict=True)])
+        log_weights = log_weights + self.log_evidence[:, None]
+        return replace(
+            draws,
+            log_weights=log_weights,
+            log_evidence=logmeanexp(log_weights),
+            log_evidence_se=log_evidence_se(ess, self._shape[1], self.num_resampled),
+            elbo=np.full(self._shape[0], np.nan),
+            ess=ess,
+            info={"ancestors": self.ancestors, "step_ess": self.step_ess, **self._decoding_gap()},
+        )
+
+    def retained_log_weights(self) -> FloatArray:
+        """Return the final log-weight of particle 0 of every run, (P, M)."""
+        return self.log_weights.reshape(self._shape)[:, 0].reshape(-1, self._num_runs)
+
+    def _forced_tokens(self) -> IntArray | None:
+        """Return the next token of the retained particles, -1 for all others; None if there are none."""
+        if self._retained is None:
+            return None
+        forced = np.full(self._shape, -1)
+        forced[:, 0] = self._retained.tokens[:, :, self._decoding.step_count].ravel()
+        return forced.ravel()
+
+    def _decoding_gap(self) -> dict[str, FloatArray]:
+        """Return `scoring_gap` for models in half precision."""
+        models = self._models
+        if not any(getattr(model, "half_precision", False) for model in models):
+            return {}
+        return {"scoring_gap": scoring_gap(self._decoding, models, self._posterior.prompt_ids)}
+
+    def _log_twist(self, rows: IntArray) -> FloatArray:
+        """Return log psi of unfinished rows, checked."""
+        decoding = self._decoding
+        prefixes = decoding.tokens[rows, : decoding.step_count]
+        values = check_log_weights(self._twist(self._posterior, decoding.prompt_index[rows], prefixes))
+        if values.shape != rows.shape:
+            raise BayesKLRLError(
+                f"The twist returned shape {values.shape} for {rows.size} prefixes; it must return one log psi a prefix."
+            )
+        return values
+
+
+def grown(
+    ready: SMC,
+    posterior: Posterior,
+    num_runs: int,
+    retained: Sequences | None,
+    rng: np.random.Generator,
+    progress: bool,
+) -> tuple[Population, int]:
+    """Return the finished particles of M runs of a prepared `SMC`, and the model tokens they took.
+
+    With `retained` (P, M, T), particle 0 of every run is given these tokens, and resampling is conditional multinomial.
+    """
+    assert callable(ready.twist), "an SMC that was not prepared"
+    models = (cast("LanguageModel", ready.proposal), posterior.prior)
+    num_rows = num_runs * ready.num_particles
+    read_before = getattr(ready.twist, "model_tokens", 0)
+    decoding = Decoding(models, posterior.prompt_ids, num_rows, posterior.max_new_tokens)
+    scheme = resampling_scheme(ready.resampling) if retained is None else conditional_multinomial
+    population = Population(posterior, decoding, ready.twist, models, num_runs, retained)
+    with track("SMC", posterior.max_new_tokens, progress) as advance:
+        population.grow(ready.ess_threshold, scheme, rng, advance)
+    if retained is not None:
+        _require_alive(population.retained_log_weights(), posterior)
+    read_by_twist = getattr(ready.twist, "model_tokens", 0) - read_before
+    return population, decoding.model_tokens + read_by_twist
+
+
+def evidence_runs(
+    ready: SMC,
+    posterior: Posterior,
+    num_runs: int,
+    retained: Sequences | None,
+    rng: np.random.Generator,
+    training: Cost,
+    progress: bool,
+) -> EvidenceRuns:
+    """Return log Z-hat of M runs of a prepared `SMC`, conditional on `retained` (P, M, T) if given, block by block."""
+    start, tokens, first = time.perf_counter(), 0, 0
+    blocks = []
+    for num in _runs_per_block(num_runs, posterior.num_prompts * ready.num_particles):
+        runs = slice(first, first + num)
+        part = None if retained is None else Sequences(retained.tokens[:, runs], retained.lengths[:, runs])
+        population, used = grown(ready, posterior, num, part, rng, progress)
+        blocks.append(population.log_evidences())
+        tokens, first = tokens + used, first + num
+    cost = replace(
+        training, seconds=training.seconds + time.perf_counter() - start, model_tokens=training.model_tokens + tokens
+    )
+    return EvidenceRuns(np.concatenate(blocks, axis=1), cost)
+
+
+def _require_alive(log_weights: FloatArray, posterior: Posterior) -> None:
+    """Refuse retained completions that the posterior, the proposal or the twist says are impossible."""
+    if np.isneginf(log_weights).any():
+        p, run = np.argwhere(np.isneginf(log_weights))[0]
+        raise SupportError(
+            f"Retained completion {run} of prompt {p} ({posterior.prompts[p]!r}) has weight 0: its likelihood or prior is 0, "
+            "so it is no posterior draw, or the twist is -inf on a prefix of it. Retain an exact draw, such as "
+            "bk.RejectionSampling gives."
+        )
+
+
+def _runs_per_block(num_runs: int, num_rows: int) -> list[int]:
+    """Return how many runs to decode together, block by block, `num_rows` particles a run over all prompts."""
+    most = max(1, _MAX_ROWS // num_rows)
+    return [min(most, num_runs - start) for start in range(0, num_runs, most)]

@@ -1,0 +1,242 @@
+"""The training loop of `SVI` on JAX: a NumPyro model, a NumPyro guide, our ELBO, Adam from optax.
+
+A step is one compiled program: draw, score, differentiate, update. What it saw comes back to the host, where rewards are
+checked as on every other path before anything of the step is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import optax
+from jax import random
+
+from bayes_klrl.errors import RewardError
+from bayes_klrl.inference.svi.loop import (
+    MAX_GRADIENT_NORM,
+    StepLimit,
+    completion_text,
+    learning_rate_schedule,
+    no_adapter,
+    trained,
+    unbounded_loss,
+)
+from bayes_klrl.inference.svi.numpyro_backend.elbo import STEP, LeaveOneOutELBO, RaoBlackwellELBO
+from bayes_klrl.models.programs.numpyro_program import (
+    NumpyroGuide,
+    completion_distribution,
+    numpyro_guide,
+    numpyro_model,
+)
+from bayes_klrl.models.programs.traced_rewards import check_traceable, host_errors, is_traced
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.randomness import generator
+from bayes_klrl.sequences import completion_lengths
+from bayes_klrl.typing import FloatArray, IntArray
+
+if TYPE_CHECKING:
+    from bayes_klrl.inference.svi.svi import SVI, Fit
+
+__all__ = ["Completions", "Training", "fit_guide", "jax_key", "optimiser"]
+
+_ELBOS = {"leave_one_out": LeaveOneOutELBO, "rao_blackwell": RaoBlackwellELBO}
+_LEARNING_RATE = 2e-3
+_TRACING_TOLERANCE = 1e-3
+"""By how much a traced reward may differ from the same function on the host, relative to the largest: float32 and sums."""
+
+
+def fit_guide(svi: SVI, posterior: Posterior, *, seed: int, progress: bool) -> Fit:
+    """Return the guide after `svi.num_steps` steps; see `SVI.fit`."""
+    start = time.perf_counter()
+    no_adapter(posterior.prior, svi.adapter)
+    check_traceable(posterior)
+    training = Training(svi, posterior, jax_key(seed))
+    return trained(svi, posterior, training.steps(), training.guide_so_far, start=start, progress=progress)
+
+
+def jax_key(seed: object) -> Any:
+    """Return the JAX key of one of our seeds, which may be larger than JAX takes."""
+    first, second = generator(seed).integers(2**32, size=2, dtype=np.uint32)
+    return random.fold_in(random.key(first), second)
+
+
+class Training:
+    """An SVI of NumPyro's and its newest state.
+
+    Parameters
+    ----------
+    svi, posterior
+        What is done to what.
+    key
+        Where its randomness starts.
+
+    Attributes
+    ----------
+    state
+        NumPyro's, after the newest step; what that step drew is in its `mutable_state`.
+    """
+
+    def __init__(self, svi: SVI, posterior: Posterior, key: Any) -> None:
+        prior: Any = posterior.prior
+        self.posterior = posterior
+        self.guide: NumpyroGuide = numpyro_guide(
+            posterior, prior.with_parameters(prior.parameters), svi.prompts_per_step
+        )
+        model = numpyro_model(posterior, svi.prompts_per_step)
+        elbo = _ELBOS[svi.estimator](svi.num_particles)
+        schedule = learning_rate_schedule(svi.num_steps)
+        highest = svi.learning_rate or _LEARNING_RATE
+        self.learning_rates = highest * np.array([schedule(step) for step in range(svi.num_steps)])
+        self.svi = numpyro.infer.SVI(model, self.guide, optimiser(self.learning_rates), elbo)
+        self.state = jax.jit(self.svi.init)(key)
+        said = jax.eval_shape(
+            lambda params: elbo.loss_with_mutable_state(key, {**params, STEP: None}, model, self.guide),
+            self.svi.get_params(self.state),
+        )
+        blank = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), said["mutable_state"])
+        self.state = self.state._replace(mutable_state=blank)
+        self.limit = StepLimit(svi.max_step_kl)
+
+    def steps(self) -> Iterator[dict[str, float]]:
+        """Take one gradient step an item; each item says what the step saw, in nats."""
+        update, change = jax.jit(self.svi.update), jax.jit(self._change)
+        for number, learning_rate in enumerate(self.learning_rates.tolist()):
+            with host_errors(self.posterior):
+                state, _ = update(self.state)
+                said = jax.device_get(state.mutable_state[STEP])
+            completions = Completions(self.posterior, said)
+            completions.check(against_host=number == 0)
+            if self.limit.is_due():
+                share = self.limit.share(float(change(state)))
+                state = state if share == 1 else _shortened(self.state, state, share)
+            self.state = state
+            yield {
+                **completions.history,
+                "gradient_norm": float(_optax_state(state)[0]),
+                "learning_rate": learning_rate,
+                "step_kl": self.limit.last_kl,
+                "tokens": completions.model_tokens,
+            }
+
+    def guide_so_far(self) -> Any:
+        """Return the guide as a language model."""
+        return self.guide.language_model(self.svi.get_params(self.state))
+
+    def _change(self, state: Any) -> Any:
+        """Return how far the guide has moved since the step's draws x, in nats: 1/2 mean (log q_now(x) - log q(x))^2."""
+        said = state.mutable_state[STEP]
+        lm = self.guide.language_model(self.svi.get_params(state))
+        now = completion_distribution(self.posterior, lm, said["prompt_index"]).log_prob(said["tokens"])
+        return jnp.square(now - said["log_guide"]).mean() / 2
+
+
+def optimiser(learning_rates: FloatArray) -> Any:
+    """Return Adam with these learning rates, one a step, on gradients of bounded norm; its first state is the norm."""
+    rates = jnp.asarray(learning_rates, dtype=jnp.float32)
+    noted = optax.GradientTransformation(
+        lambda params: jnp.zeros(()), lambda updates, state, params=None: (updates, optax.tree.norm(updates))
+    )
+    return optax.chain(
+        noted,
+        optax.clip_by_global_norm(MAX_GRADIENT_NORM),
+        optax.adam(lambda step: rates[jnp.minimum(step, len(rates) - 1)]),
+    )
+
+
+def _optax_state(state: Any) -> Any:
+    """Return optax's state of NumPyro's (steps, (parameters, optax's))."""
+    return state.optim_state[1][1]
+
+
+def _shortened(before: Any, after: Any, share: float) -> Any:
+    """Return the state after a step, of which the parameters went a share of the way only."""
+    number, (parameters, rest) = after.optim_state
+    start = before.optim_state[1][0]
+    part = jax.tree.map(lambda old, new: jnp.where(old == new, old, old + share * (new - old)), start, parameters)
+    return after._replace(optim_state=(number, (part, rest)))
+
+
+class Completions:
+    """What a step drew, on the host: N completions of each of its P prompts.
+
+    Parameters
+    ----------
+    posterior
+        Whose.
+    said
+        What the loss says of its draws, see `svi_numpyro_elbo.STEP`.
+    """
+
+    def __init__(self, posterior: Posterior, said: dict[str, np.ndarray]) -> None:
+        self.posterior = posterior
+        self.log_weights: FloatArray = said["log_weights"].astype(np.float64)
+        self.log_likelihood: FloatArray = said["log_likelihood"].astype(np.float64)
+        self.lengths = completion_lengths(said["tokens"], posterior.prior.eos_token_ids)
+        inside = np.arange(said["tokens"].shape[-1]) < self.lengths[..., None]
+        self.tokens: IntArray = np.where(inside, said["tokens"], posterior.pad_token).astype(np.int64)
+        self.prompt_index = said["prompt_index"].astype(np.int64)
+
+    @property
+    def history(self) -> dict[str, float]:
+        """The step's means, see `Fit.history`."""
+        return {
+            "elbo": float(self.log_weights.mean()),
+            "reward": float(self.log_likelihood.mean()) * self.posterior.alpha,
+            "kl": float((self.log_likelihood - self.log_weights).mean()),
+            "log_weight_sd": float(self.log_weights.std(axis=0, ddof=1).mean()),
+        }
+
+    @property
+    def model_tokens(self) -> int:
+        """Tokens of the step: every completion is drawn once and scored twice, with its prompt each time."""
+        return 3 * (int(self.lengths.sum()) + sum(len(self.posterior.prompt_ids[p]) for p in self.prompt_index))
+
+    def check(self, *, against_host: bool) -> None:
+        """Refuse rewards that are none, a likelihood of 0, and, if asked, a reward that means something else when traced.
+
+        Raises
+        ------
+        RewardError
+            As the reward does on the host, or if it is another there: an index past the end of a table, which JAX moves to
+            its last entry, or a function that changes from call to call.
+        UnboundedLossError
+            If a completion has likelihood 0.
+        """
+        likelihood = self.posterior.likelihood
+        traced = any(map(is_traced, likelihood.factors))
+        reward = self.log_likelihood * self.posterior.alpha
+        low, high = likelihood.bounds or (-np.inf, np.inf)
+        slack = _TRACING_TOLERANCE * (1 + np.abs(reward[np.isfinite(reward)]).max(initial=0.0))
+        fine = (reward < np.inf) & (reward >= low - slack) & (reward <= high + slack)  # NaN is not
+        if traced and (against_host or not fine.all()):
+            on_host = self._host_reward()
+            with np.errstate(invalid="ignore"):
+                same = (reward == on_host) | (np.abs(reward - on_host) <= slack)
+            if not same.all():
+                n, p = np.argwhere(~same)[0]
+                raise RewardError(
+                    f"The reward of the completion with ids {self._ids(n, p)} is {reward[n, p]:.6g} when JAX traces it, and "
+                    f"{on_host[n, p]:.6g} on the host. Is an index outside of a table, which JAX takes for its last entry, "
+                    "or does the function change from call to call? Or use bk.TokenReward(..., callback=True)."
+                )
+        impossible = np.isneginf(reward)
+        if impossible.any():
+            raise unbounded_loss(completion_text(self.posterior.prior, self._ids(*np.argwhere(impossible)[0])))
+
+    def _ids(self, n: int, p: int) -> list[int]:
+        """Return one completion's ids."""
+        ids: list[int] = self.tokens[n, p, : self.lengths[n, p]].tolist()
+        return ids
+
+    def _host_reward(self) -> FloatArray:
+        """Return the reward as every other algorithm computes it, (N, P)."""
+        num_tokens = self.tokens.shape[-1]
+        prompts = np.broadcast_to(self.prompt_index, self.lengths.shape).ravel()
+        rows = self.posterior.reward_of_rows(self.tokens.reshape(-1, num_tokens), self.lengths.ravel(), prompts)
+        return rows.reshape(self.lengths.shape)

@@ -1,0 +1,271 @@
+"""The training loop of `LearnedTwist`: draw from prior and twisted prior, one loss, Adam; then set the scale.
+
+    q_mix(x_1:t) = (p0(x_1:t) + q_psi(x_1:t)) / 2,     q_psi prop. to p0 psi token by token
+
+A draw's weight is that of a draw from the mixture (Veach and Guibas 1995), so no weight exceeds twice the likelihood however
+wrong the twist still is.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayes_klrl.draws import Cost
+from bayes_klrl.errors import UnboundedLossError
+from bayes_klrl.inference.twists.losses import ctl_loss, ctl_weights, fudge_loss, soft_q_loss
+from bayes_klrl.models.decoding import decode
+from bayes_klrl.models.twists.neural import LMFeatures, NeuralTwist, TwistHead, features_for
+from bayes_klrl.models.twists.simple import log_evidence_of_pilot, prior_pilot
+from bayes_klrl.models.twists.twisted_lm import TwistedLM
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.progress import track
+from bayes_klrl.randomness import check_seed, generator
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import Array, FloatArray, LanguageModel
+
+if TYPE_CHECKING:
+    from bayes_klrl.inference.twists.learned import LearnedTwist
+
+__all__ = ["train_twist"]
+
+_STREAM = 35  # of the seed: training draws are not those of the run that uses the twist
+_PILOT_DRAWS = 256
+_CALIBRATION_DRAWS = 512
+_LEAST_LABEL = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Draws of one step, P prompts and N draws."""
+
+    sequences: Sequences
+    log_likelihood: Tensor  # (P, N) float64
+    inside: Tensor  # (P, N, T)
+    tokens: Tensor  # (P, N, T), legal ones past the length
+    model_tokens: int
+
+    @property
+    def log_base(self) -> Tensor:
+        """Draws weigh equally before their weights."""
+        return torch.zeros_like(self.log_likelihood)
+
+
+def train_twist(recipe: LearnedTwist, posterior: Posterior, *, seed: int, progress: bool) -> NeuralTwist:
+    """Return the twist after `recipe.num_steps` steps; see `LearnedTwist.fit`."""
+    start, rng = time.perf_counter(), generator(seed, _STREAM)
+    losses: list[float] = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(check_seed(seed))
+        twist, model_tokens = untrained(recipe, posterior, rng)
+    parameters = [p for net in (twist.features, twist.head) for p in getattr(net, "parameters", list)()]
+    optimiser = torch.optim.Adam(parameters, lr=recipe.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0 - step / recipe.num_steps)
+    with track(f"twist ({recipe.loss})", recipe.num_steps, progress) as advance:
+        for _ in range(recipe.num_steps):
+            batch = draw_batch(posterior, replace(twist), recipe.num_draws, rng, from_twist=recipe.loss != "fudge")
+            loss = loss_of(recipe.loss, posterior, twist, batch)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+            losses.append(float(loss.detach()))
+            model_tokens += batch.model_tokens
+            advance(status=f"loss {losses[-1]:.3f}")
+    twist, calibration_tokens = calibrated(replace(twist), posterior, recipe.num_draws, rng)
+    cost = Cost(training_tokens=model_tokens + calibration_tokens, training_seconds=time.perf_counter() - start)
+    return replace(twist, training=cost, history=np.array(losses))
+
+
+def untrained(recipe: LearnedTwist, posterior: Posterior, rng: np.random.Generator) -> tuple[NeuralTwist, int]:
+    """Return the constant twist log Z-hat of a pilot as a network, and the tokens that took."""
+    pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, rng)
+    log_evidence, offsets, log_bound = log_evidence_of_pilot(log_likelihood), None, None
+    if recipe.loss == "fudge":
+        assert posterior.likelihood.bounds is not None
+        log_bound = posterior.likelihood.bounds[1] / posterior.alpha
+        mean_label = np.clip(np.exp(log_evidence - log_bound), _LEAST_LABEL, 1 - _LEAST_LABEL)
+        offsets = np.log(mean_label) - np.log1p(-mean_label)
+    features = features_for(posterior.prior, recipe.hidden)
+    embedding = token_embedding(features, posterior.prior, recipe.hidden)
+    frozen = isinstance(features, LMFeatures)
+    head = TwistHead(features.width, posterior.max_new_tokens, recipe.hidden, embedding, frozen=frozen)
+    if isinstance(features, LMFeatures):
+        head = head.to(features.lm.device)
+        sequences = pilot.sequences()
+        inside = torch.as_tensor(sequences.mask, device=features.lm.device)
+        head.standardise(features.everywhere(posterior.prompt_ids, sequences)[inside])
+    twist = NeuralTwist(
+        features,
+        head,
+        posterior.max_new_tokens,
+        posterior.prompt_ids,
+        log_evidence,
+        log_evidence if offsets is None else offsets,
+        np.zeros((posterior.num_prompts, posterior.max_new_tokens)),
+        log_bound,
+    )
+    return twist, pilot.model_tokens
+
+
+def token_embedding(features: Any, prior: LanguageModel, hidden: int) -> Tensor:
+    """Return where the head's token embedding starts: the prior's own, else one axis a token, else random."""
+    if isinstance(features, LMFeatures):
+        embedding: Tensor = features.token_embedding()
+        return embedding
+    if prior.vocab_size <= hidden:
+        axes: Tensor = torch.eye(prior.vocab_size) * prior.vocab_size**0.5
+        return axes
+    return torch.randn(prior.vocab_size, hidden)
+
+
+def draw_batch(
+    posterior: Posterior, twist: NeuralTwist, num_draws: int, rng: np.random.Generator, *, from_twist: bool
+) -> Batch:
+    """Return N draws a prompt (N even): half from the prior and half from the twisted prior, or all from the prior."""
+    shares: list[tuple[LanguageModel, int]] = [(posterior.prior, num_draws)]
+    if from_twist:
+        shares = [(posterior.prior, num_draws // 2), (TwistedLM(posterior, twist), num_draws // 2)]
+    tokens, lengths, rewards, model_tokens = [], [], [], 0
+    for model, count in shares:
+        drawn = decode((model,), posterior.prompt_ids, count, posterior.max_new_tokens, rng)
+        sequences, shape = drawn.sequences(), (posterior.num_prompts, count)
+        rewards.append(posterior.reward_of_rows(drawn.tokens, drawn.lengths, drawn.prompt_index).reshape(shape))
+        tokens.append(sequences.tokens)
+        lengths.append(sequences.lengths)
+        model_tokens += drawn.model_tokens
+    together = Sequences(np.concatenate(tokens, axis=1), np.concatenate(lengths, axis=1))
+    device = twist.head.first.weight.device
+    log_likelihood = posterior.likelihood.log_likelihood(np.concatenate(rewards, axis=1))
+    model_tokens += int(together.lengths.sum()) + together.lengths.shape[1] * sum(map(len, posterior.prompt_ids))
+    return Batch(
+        together,
+        torch.as_tensor(log_likelihood, device=device),
+        torch.as_tensor(together.mask, device=device),
+        torch.as_tensor(np.where(together.mask, together.tokens, 0), device=device),
+        model_tokens,
+    )
+
+
+def loss_of(name: str, posterior: Posterior, twist: NeuralTwist, batch: Batch) -> Tensor:
+    """Return one of the losses on a batch, differentiable in the twist."""
+    features, outputs = outputs_of(posterior, twist, batch)
+    if name == "fudge":
+        assert twist.log_bound is not None
+        offsets = torch.as_tensor(twist.offsets, device=outputs.device)[:, None, None]
+        logits = taken(outputs, batch.tokens) + offsets
+        return fudge_loss(logits, batch.log_likelihood, twist.log_bound, batch.inside, batch.log_base)
+    log_psi_next = scaled(twist, outputs)
+    log_psi = taken(log_psi_next, batch.tokens)
+    log_prior_next = prior_log_probs(posterior, twist, batch, features)
+    scores = log_prior_next + log_psi_next.detach()
+    soft_values = scores.logsumexp(dim=-1).double()
+    if name == "soft_q":
+        check_finite_likelihood(posterior, batch)
+        return soft_q_loss(log_psi, soft_values, batch.log_likelihood, batch.inside, batch.log_base)
+    log_prior, log_proposal = mixture(log_prior_next, scores, soft_values, batch)
+    return ctl_loss(log_psi, log_prior, log_proposal, batch.log_likelihood, batch.inside, batch.log_base)
+
+
+@torch.no_grad()
+def calibrated(
+    twist: NeuralTwist, posterior: Posterior, num_draws: int, rng: np.random.Generator
+) -> tuple[NeuralTwist, int]:
+    """Return the twist with constants by which psi_t has, on average over prefixes, the scale of the likelihood.
+
+        exp(constant_{c,t}) = E_p0[exp(r / alpha) 1(|x| >= t)] / E_p0[psi_t(x_1:t) 1(|x| >= t)]
+
+    Contrastive learning leaves them open, and finished particles weigh their likelihood (THEORY 3.1).
+    """
+    weights, model_tokens = [], 0
+    for _ in range(-(-_CALIBRATION_DRAWS // num_draws)):
+        batch = draw_batch(posterior, twist, num_draws, rng, from_twist=True)
+        features, outputs = outputs_of(posterior, twist, batch)
+        log_psi_next = scaled(twist, outputs)
+        log_prior_next = prior_log_probs(posterior, twist, batch, features)
+        scores = log_prior_next + log_psi_next
+        log_prior, log_proposal = mixture(log_prior_next, scores, scores.logsumexp(dim=-1).double(), batch)
+        log_psi = taken(log_psi_next, batch.tokens)
+        weights.append(
+            ctl_weights(log_psi, log_prior, log_proposal, batch.log_likelihood, batch.inside, batch.log_base)
+        )
+        model_tokens += batch.model_tokens
+    positive, negative = (torch.cat(parts, dim=1) for parts in zip(*weights, strict=True))
+    shift = (positive.logsumexp(dim=1) - negative.logsumexp(dim=1)).cpu().numpy()
+    log_evidence = (positive[..., 0].logsumexp(dim=1) - np.log(positive.shape[1])).cpu().numpy()
+    constants = np.where(np.isfinite(shift), shift, 0.0)
+    log_evidence = np.where(np.isfinite(log_evidence), log_evidence, twist.log_evidence)
+    return replace(twist, constants=constants, log_evidence=log_evidence), model_tokens
+
+
+def outputs_of(posterior: Posterior, twist: NeuralTwist, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the features of every position, (P, N, T, F), and the head's outputs, (P, N, T, V)."""
+    features = twist.features.everywhere(posterior.prompt_ids, batch.sequences)
+    positions = torch.arange(posterior.max_new_tokens, device=features.device)
+    return features, twist.head(features, positions)
+
+
+def scaled(twist: NeuralTwist, outputs: Tensor) -> Tensor:
+    """Return log psi from outputs of the P prompts that are trained on, (P, N, T, V)."""
+    offsets = torch.as_tensor(twist.offsets, device=outputs.device).to(outputs)[:, None, None, None]
+    constants = torch.as_tensor(twist.constants, device=outputs.device).to(outputs)[:, None, :, None]
+    return twist.log_psi(outputs, offsets, constants)
+
+
+@torch.no_grad()
+def prior_log_probs(posterior: Posterior, twist: NeuralTwist, batch: Batch, features: Tensor) -> Tensor:
+    """Return log p0(. | x_<t) at every position, (P, N, T, V), float32; from the features where they are the prior's."""
+    prior, everywhere = posterior.prior, getattr(posterior.prior, "position_log_probs", None)
+    if isinstance(twist.features, LMFeatures):
+        log_probs: Array = twist.features.lm.log_probs_from(features)
+    elif everywhere is not None:
+        log_probs = everywhere(posterior.prompt_ids, batch.sequences)
+    else:
+        log_probs = stepped_log_probs(prior, posterior, batch)
+    return torch.as_tensor(log_probs, device=features.device).float()
+
+
+def stepped_log_probs(prior: LanguageModel, posterior: Posterior, batch: Batch) -> FloatArray:
+    """Return log p0(. | x_<t) at every position of a model that only steps, (P, N, T, V)."""
+    shape = batch.sequences.tokens.shape
+    tokens = batch.tokens.cpu().numpy().reshape(-1, shape[2])
+    state = prior.select(prior.prefill(posterior.prompt_ids), np.repeat(np.arange(shape[0]), shape[1]))
+    rows = []
+    for t in range(shape[2]):
+        if t:
+            state = prior.append(state, tokens[:, t - 1])
+        rows.append(torch.as_tensor(prior.next_log_probs(state)).float())
+    stacked: FloatArray = torch.stack(rows, dim=1).reshape(*shape, -1).numpy()
+    return stacked
+
+
+def taken(values: Tensor, tokens: Tensor) -> Tensor:
+    """Return the entries of the drawn tokens, (P, N, T), float64."""
+    return values.gather(-1, tokens[..., None])[..., 0].double()
+
+
+def mixture(log_prior_next: Tensor, scores: Tensor, soft_values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return log p0(x_1:t) and log q_mix(x_1:t) of every prefix, (P, N, T), constant past each length."""
+    drawn_prior = taken(log_prior_next, batch.tokens)
+    drawn_twisted = taken(scores, batch.tokens) - soft_values
+    log_prior = torch.where(batch.inside, drawn_prior, 0.0).cumsum(dim=-1)
+    log_twisted = torch.where(batch.inside, drawn_twisted, 0.0).cumsum(dim=-1)
+    return log_prior, torch.logaddexp(log_prior, log_twisted) - np.log(2.0)
+
+
+def check_finite_likelihood(posterior: Posterior, batch: Batch) -> None:
+    """Refuse to regress on log 0."""
+    impossible = batch.log_likelihood.isneginf()
+    if impossible.any():
+        p, n = impossible.nonzero()[0].tolist()
+        ids = batch.sequences.tokens[p, n, : batch.sequences.lengths[p, n]].tolist()
+        raise UnboundedLossError(
+            f"The loss 'soft_q' regresses the log-likelihood, and the completion of ids {ids} of prompt "
+            f"{posterior.prompts[p]!r} has likelihood 0. Use loss='ctl' or 'fudge', or relax the constraint to log(eps)."
+        )

@@ -1,0 +1,293 @@
+"""Checkpoints for JAX: safetensors to a parameter tree and back, without torch.
+
+Every tensor must be there, in its shape, and no other: a checkpoint with missing weights is an error, not a model with
+random ones, and one with more weights than expected is another model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from bayes_klrl.errors import CheckpointError
+from bayes_klrl.models.checkpoint_files import (
+    TOKENIZER_FILES,
+    check_has_weights,
+    not_finite,
+    own_entries,
+    shipped_folder,
+    shipped_names,
+)
+from bayes_klrl.models.jax_lm.config import architecture_of
+from bayes_klrl.models.jax_lm.forward import Architecture, Parameters
+
+__all__ = ["check_parameters", "load", "save"]
+
+BUFFERS = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
+"""Constants that old versions wrote beside the weights: causal masks and rotary frequencies."""
+
+
+def load(name_or_folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], Any | None]:
+    """Return parameters (float32), configuration and tokenizer (None if the folder has none)."""
+    if not isinstance(name_or_folder, str | os.PathLike):
+        raise CheckpointError(f"A model is a folder or a shipped model's name; got {name_or_folder!r}.")
+    folder = found_folder(os.fspath(name_or_folder))
+    check_has_weights(folder)
+    config = read_object(folder / "config.json")
+    architecture = architecture_of(config)
+    tensors = read_tensors(folder)
+    check_numbers(folder, tensors)
+    return parameter_tree(architecture, tensors), config, load_tokenizer(folder)
+
+
+def check_numbers(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Refuse NaN and infinite weights."""
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise not_finite(name, str(folder))
+
+
+def found_folder(name: str) -> Path:
+    """Return the folder of that name, else of the shipped model of that name. Nothing is ever downloaded."""
+    if Path(name).is_dir():
+        return Path(name)
+    if name in shipped_names():
+        return shipped_folder() / name
+    raise CheckpointError(
+        f"No folder and no shipped model is called {name!r}. Shipped: {', '.join(shipped_names())}. JaxLM downloads "
+        "nothing: for a hub id, bk.TorchLM.from_pretrained(id).save_pretrained(folder) first, and load the folder."
+    )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object."""
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"The {path.name} in {str(path.parent)!r} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"The {path.name} in {str(path.parent)!r} must hold an object; got {content!r}.")
+    return content
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Return every tensor of a folder's safetensors files as float32."""
+    tensors: dict[str, np.ndarray] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="flax") as file:
+                tensors |= {name: np.asarray(file.get_tensor(name), dtype=np.float32) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # SafetensorError and whatever else a broken file causes
+            raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
+    return tensors
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the model: those of the index, else the one of the usual name, else all."""
+    index, usual = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file():
+        return [folder / name for name in sorted(set(read_object(index).get("weight_map", {}).values()))]
+    return [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def parameter_tree(architecture: Architecture, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return a checkpoint's tensors as a parameter tree, layers stacked.
+
+    Raises
+    ------
+    CheckpointError
+        If a tensor is missing, left over, or of another shape than the configuration says.
+    """
+    prefix = "transformer." if architecture.rope is None else "model."
+    given = {name.removeprefix(prefix): array for name, array in tensors.items() if not BUFFERS.fullmatch(name)}
+    expected = expected_shapes(architecture)
+    drop_tied_head(architecture, given)
+    if missing := sorted(expected.keys() - given.keys()):
+        raise CheckpointError(
+            f"{len(missing)} of the model's weights are missing ({', '.join(missing[:3])}, ...). Is the download "
+            "complete, and does config.json belong to it?"
+        )
+    if extra := sorted(given.keys() - expected.keys()):
+        raise CheckpointError(
+            f"There are {len(extra)} weights that a model of this configuration has not ({', '.join(extra[:3])}, ...). "
+            "Is config.json that of another model, or is this an adapter's folder?"
+        )
+    for name, shape in expected.items():
+        if given[name].shape != shape:
+            raise CheckpointError(f"{name} has shape {given[name].shape}; the configuration says {shape}.")
+    outer = {name: jnp.asarray(given[stored]) for name, stored in outer_names(architecture).items()}
+    layers = {
+        name: jnp.asarray(np.stack([given[layer_name(architecture, i, name)] for i in range(architecture.num_layers)]))
+        for name in layer_shapes(architecture)
+    }
+    return {"outer": outer, "layers": layers}
+
+
+def drop_tied_head(architecture: Architecture, given: dict[str, np.ndarray]) -> None:
+    """Take the second copy of the embedding out, refusing one that is no copy."""
+    if architecture.tied and "lm_head.weight" in given:
+        head, embedding = given.pop("lm_head.weight"), given.get(outer_names(architecture)["tokens"])
+        if embedding is not None and not np.array_equal(head, embedding):
+            raise CheckpointError(
+                "The configuration has tie_word_embeddings = True but lm_head.weight differs from the embedding; "
+                "supported: equal ones, or tie_word_embeddings = False."
+            )
+
+
+def check_parameters(architecture: Architecture, parameters: Parameters) -> None:
+    """Refuse a parameter tree that is not of this architecture; its arrays may be traced."""
+    shapes = {"outer": outer_shapes(architecture), "layers": {}}
+    shapes["layers"] = {name: (architecture.num_layers, *shape) for name, shape in layer_shapes(architecture).items()}
+    if not isinstance(parameters, Mapping) or not all(isinstance(part, Mapping) for part in parameters.values()):
+        raise CheckpointError(
+            f"Parameters are a tree of arrays by name, as a loaded JaxLM's `parameters` is; got a {type(parameters).__name__}."
+        )
+    given = {part: {name: tuple(array.shape) for name, array in dict(parameters[part]).items()} for part in parameters}
+    if given != shapes:
+        differing = [
+            f"{part}: {name}"
+            for part in given.keys() | shapes.keys()
+            for name in given.get(part, {}).keys() | shapes.get(part, {}).keys()
+            if given.get(part, {}).get(name) != shapes.get(part, {}).get(name)
+        ]
+        raise CheckpointError(
+            f"The parameters do not fit the configuration: {', '.join(sorted(differing)[:3])} are missing, left over, "
+            "or of another shape."
+        )
+
+
+def named_tensors(architecture: Architecture, parameters: Parameters) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield each tensor under the name that transformers has for it."""
+    prefix = "transformer." if architecture.rope is None else "model."
+    for name, stored in outer_names(architecture).items():
+        yield stored if stored == "lm_head.weight" else prefix + stored, np.asarray(parameters["outer"][name])
+    for name in layer_shapes(architecture):
+        for index, array in enumerate(np.asarray(parameters["layers"][name])):
+            yield prefix + layer_name(architecture, index, name), np.ascontiguousarray(array)
+
+
+def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor, by its name in the checkpoint without the prefix."""
+    names, shapes = outer_names(architecture), outer_shapes(architecture)
+    layers = layer_shapes(architecture)
+    return {names[name]: shape for name, shape in shapes.items()} | {
+        layer_name(architecture, index, name): shape
+        for index in range(architecture.num_layers)
+        for name, shape in layers.items()
+    }
+
+
+def outer_names(architecture: Architecture) -> dict[str, str]:
+    """Return what each tensor outside the layers is called in the checkpoint, without the prefix."""
+    if architecture.rope is None:
+        names = {"tokens": "wte.weight", "positions": "wpe.weight"}
+        names |= {"final_norm.weight": "ln_f.weight", "final_norm.bias": "ln_f.bias"}
+    else:
+        names = {"tokens": "embed_tokens.weight", "final_norm.weight": "norm.weight"}
+    return names if architecture.tied else names | {"head.weight": "lm_head.weight"}
+
+
+def outer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors outside the layers."""
+    width = architecture.hidden_size
+    special: dict[str, tuple[int, ...]] = {
+        "tokens": (architecture.vocab_size, width),
+        "positions": (architecture.context_length, width),
+        "head.weight": (architecture.vocab_size, width),
+    }
+    return {name: special.get(name, (width,)) for name in outer_names(architecture)}
+
+
+def layer_name(architecture: Architecture, index: int, name: str) -> str:
+    """Return what one layer's tensor is called in the checkpoint, without the prefix."""
+    return f"{'h' if architecture.rope is None else 'layers'}.{index}.{name}"
+
+
+def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of one layer's tensors, by their names within the layer."""
+    width, inner = architecture.hidden_size, architecture.inner_size
+    if architecture.rope is None:
+        matrices: dict[str, tuple[int, ...]] = {
+            "attn.c_attn": (width, 3 * width),
+            "attn.c_proj": (width, width),
+            "mlp.c_fc": (width, inner),
+            "mlp.c_proj": (inner, width),
+        }
+        biases: dict[str, tuple[int, ...]] = {f"{name}.bias": (shape[1],) for name, shape in matrices.items()}
+        norms: dict[str, tuple[int, ...]] = {
+            f"{name}.{part}": (width,) for name in ("ln_1", "ln_2") for part in ("weight", "bias")
+        }
+        return {f"{name}.weight": shape for name, shape in matrices.items()} | biases | norms
+    size = architecture.head_size
+    rows = {"q": architecture.num_heads * size, "k": architecture.num_key_heads * size}
+    rows["v"] = rows["k"]
+    linears = {f"self_attn.{name}_proj": (rows[name], width, architecture.input_bias) for name in "qkv"}
+    linears["self_attn.o_proj"] = (width, rows["q"], architecture.output_bias)
+    linears |= {f"mlp.{name}_proj": (inner, width, architecture.mlp_bias) for name in ("gate", "up")}
+    linears["mlp.down_proj"] = (width, inner, architecture.mlp_bias)
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": linear[:2] for name, linear in linears.items()}
+    shapes |= {f"{name}.bias": linear[:1] for name, linear in linears.items() if linear[2]}
+    shapes |= {f"{name}.weight": (width,) for name in ("input_layernorm", "post_attention_layernorm")}
+    if architecture.head_norm:
+        shapes |= {f"self_attn.{name}_norm.weight": (size,) for name in "qk"}
+    return shapes
+
+
+def load_tokenizer(folder: Path) -> Any | None:
+    """Return the tokenizer, or None if the folder has no file of one.
+
+    Through the one class of transformers that reads tokenizer.json and does not import torch, as AutoTokenizer does.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    if not (folder / "tokenizer.json").is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} has a tokenizer, but no tokenizer.json, the only kind that is read without torch; write "
+            "one with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
+        )
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # tokenizers raise bare Exceptions, too
+        raise CheckpointError(f"The tokenizer of {str(folder)!r} cannot be loaded: {error}") from error
+
+
+def save(
+    parameters: Parameters,
+    config: Mapping[str, Any],
+    tokenizer: Any | None,
+    folder: Path,
+    eos_token_ids: frozenset[int],
+    temperature: float,
+) -> None:
+    """Write a folder in Hugging Face's format; see `JaxLM.save_pretrained`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = own_entries(eos_token_ids, temperature)
+    for stale in folder.glob("model*.safetensors*"):  # the index of an earlier model would lead to its shards
+        stale.unlink()
+    tensors = dict(named_tensors(architecture_of(config), parameters))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    kept = {key: value for key, value in config.items() if key != "torch_dtype"}
+    write_json(folder / "config.json", kept | {"dtype": "float32"} | entries)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    sampling |= {key: config.get(key) for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
+    if entries["eos_token_id"] is not None:
+        sampling["eos_token_id"] = entries["eos_token_id"]
+    write_json(folder / "generation_config.json", sampling)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write what `json` can, sorted."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,150 @@
+"""Independent completions continued on the device: the step loop of `models/decoding.py` without its way to the host.
+
+A step of that loop goes to the device and back for its log-probs; for small models the way costs more than the step.
+Here a `lax.while_loop` draws until every row has ended, or half of them: then the others go on in a smaller batch. It
+takes the same uniforms and draws the same tokens, up to rounding: it cumulates in float32, the host in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bayes_klrl.models.jax_lm.decoding import Kinds, Rows, Weights, next_token
+from bayes_klrl.models.jax_lm.forward import Cache
+from bayes_klrl.models.jax_lm.rows import LEAST, JaxState, padded_to
+from bayes_klrl.models.jax_lm.steps import bucket, gather_rows
+from bayes_klrl.models.token_ids import check_length
+from bayes_klrl.typing import Array, FloatArray, IntArray
+
+__all__ = ["JaxLockstep"]
+
+GROWTH = 128
+"""Buffers of up to as many slots are made at once, longer ones are doubled as they fill."""
+
+SHARED = 4
+"""The loop of steps computes a prefix once, whoever shares it; this one goes on when fewer than as many do."""
+
+CHEAP = 2**24
+"""Rows x parameters up to which a step costs no more than the way to the host: sharing does not pay then."""
+
+
+@dataclass(frozen=True, eq=False)
+class JaxLockstep:
+    """See `Lockstep`."""
+
+    kinds: Kinds
+    weights: Weights
+
+    def pays(self, num_rows: int, num_prefixes: int) -> bool:
+        """See `Lockstep`."""
+        num_parameters = sum(array.size for array in jax.tree.leaves(self.weights.parameters))
+        return num_rows <= SHARED * num_prefixes or num_rows * num_parameters <= CHEAP
+
+    def __call__(
+        self, states: Sequence[JaxState], state_rows: IntArray, newest: IntArray, uniforms: FloatArray
+    ) -> tuple[IntArray, FloatArray, int]:
+        """See `Lockstep`."""
+        num_tokens, num_rows = uniforms.shape
+        for architecture in self.kinds.architectures:
+            check_length(int(states[0].num_tokens[state_rows].max()) + num_tokens, architecture.context_length)
+        taken = start = states[0].length
+        needed = start + num_tokens
+        index = np.arange(num_rows)  # the row that each row of the batch is, those that only fill its bucket left out
+        caches = [state.buffer.arrays for state in states]
+        rows, padding = batch(caches, newest, states[0].padding, state_rows, capacity(taken, needed))
+        tokens = np.zeros((num_tokens, num_rows), dtype=np.int64)
+        log_probs, model_tokens = np.zeros((len(caches), num_rows)), 0
+        while taken < needed and (going := ~np.asarray(rows.finished)[: len(index)]).any():
+            if bucket(int(going.sum()), LEAST) < len(padding) or taken == capacity_of(rows):
+                kept = np.flatnonzero(going)
+                newest = np.asarray(rows.newest)[kept]
+                rows, padding = batch(rows.caches, newest, padding, kept, capacity(taken, needed))
+                index = index[kept]
+            steps = slice(taken - start, min(needed, capacity_of(rows)) - start)
+            drawn, scores, rows = self.drawn(rows, padding, uniforms[steps, index], num_tokens, taken)
+            steps = slice(steps.start, steps.start + len(drawn))
+            tokens[steps, index] = drawn
+            log_probs[:, index] += scores
+            model_tokens += len(caches) * drawn.size
+            taken += len(drawn)
+        return tokens.T, log_probs, model_tokens
+
+    def drawn(
+        self, rows: Rows, padding: np.ndarray, uniforms: FloatArray, num_tokens: int, taken: int
+    ) -> tuple[IntArray, FloatArray, Rows]:
+        """Return some more tokens (at most as many as uniforms) of the M rows, their log-probs in sum (models, M)."""
+        most, num_rows = uniforms.shape
+        columns = np.zeros((bucket(num_tokens, LEAST), len(padding)), dtype=np.float32)
+        columns[:most, :num_rows] = uniforms
+        enough = len(padding) // 2 if len(padding) > LEAST else 0
+        limits = np.int32(taken), np.int32(most), np.int32(enough)
+        rows, tokens, log_probs, count = draw_until(self.kinds, self.weights, rows, padding, columns, *limits)
+        num_steps = int(count)
+        scores = np.asarray(log_probs, dtype=np.float64)[:num_steps, :, :num_rows].sum(axis=0)
+        return np.asarray(tokens)[:num_steps, :num_rows], scores, rows
+
+
+def capacity(taken: int, needed: int) -> int:
+    """Return how many slots a buffer has with one more than `taken` in use, of which `needed` will be."""
+    rounded = -(-needed // LEAST) * LEAST  # prompts are rounded up already: powers of two would be a third too long
+    return min(rounded, bucket(taken + 1, GROWTH))
+
+
+def capacity_of(rows: Rows) -> int:
+    """Return how many slots the rows have."""
+    return int(rows.caches[0].keys.shape[3])
+
+
+def batch(
+    caches: Sequence[Cache], newest: Array, padding: np.ndarray, chosen: IntArray, num_slots: int
+) -> tuple[Rows, np.ndarray]:
+    """Return a batch of chosen rows of the caches, with so many slots, and its padding; `newest` is theirs already."""
+    size = bucket(len(chosen), LEAST)
+    picked = padded_to(chosen, size)
+    copies = tuple(gather_rows(picked, cache, picked, num_slots)[1] for cache in caches)
+    return Rows(copies, padded_to(newest, size), np.arange(size) >= len(chosen)), padding[picked]
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def draw_until(
+    kinds: Kinds, weights: Weights, rows: Rows, padding: Any, uniforms: Any, taken: Any, most: Any, enough: Any
+) -> tuple[Rows, Any, Any, Any]:
+    """Return the rows after `most` more tokens, or once no more than `enough` of them go on.
+
+    Parameters
+    ----------
+    kinds, weights, rows, padding
+        The models and the R rows; the caches are given away.
+    uniforms
+        Shape (T, R), T >= most.
+    taken
+        How many slots of the caches are in use.
+    most, enough
+        When to stop.
+
+    Returns
+    -------
+    The rows, the tokens (T, R), their log-probs (T, models, R), and how many of the T there are.
+    """
+
+    def not_yet(carried: Any) -> Any:
+        count, rows, _, _ = carried
+        return (count < most) & ((~rows.finished).sum() > enough)
+
+    def one_more(carried: Any) -> Any:
+        count, rows, tokens, log_probs = carried
+        rows, (newest, scores) = next_token(kinds, weights, rows, padding, uniforms[count], taken + count)
+        return count + 1, rows, tokens.at[count].set(newest), log_probs.at[count].set(scores)
+
+    tokens = jnp.zeros(uniforms.shape, dtype=jnp.int32)
+    log_probs = jnp.zeros((len(uniforms), len(kinds.architectures), uniforms.shape[1]), dtype=jnp.float32)
+    count, rows, tokens, log_probs = lax.while_loop(not_yet, one_more, (jnp.zeros_like(most), rows, tokens, log_probs))
+    return rows, tokens, log_probs, count

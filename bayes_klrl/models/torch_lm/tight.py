@@ -1,0 +1,238 @@
+"""A forward without ceremony for the GPT-2 and Llama families: the model's own modules, our own loop and cache.
+
+Every Linear, LayerNorm and embedding is called as the module that it is, so LoRA adapters work unmerged and gradients
+flow. What is left out is what Hugging Face's `generate` spends most of its time on for a small model: masks rebuilt at
+every step, caches grown by concatenation, outputs wrapped. Left padding with explicit positions; a row that needs no
+mask gets none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayes_klrl.models.torch_lm.families import Family, family_of
+from bayes_klrl.models.torch_lm.network import left_padded
+from bayes_klrl.typing import TokenIds
+
+__all__ = ["TightNetwork", "tight_network"]
+
+GROWTH = 32
+"""Positions added when a buffer is full: copying it then costs a small part of attending to it GROWTH times."""
+
+SHORT = 96
+"""Up to so many positions, keys and values lie position by position in memory and attention streams over them, which
+takes two thirds of the time of the library's kernel; past it that kernel and head by head are faster (measured)."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """Each layer's keys and values, shape (2, R, heads, capacity, head size); `filled` positions are taken."""
+
+    layers: list[Tensor]
+    filled: int
+
+
+@dataclass(frozen=True, eq=False)
+class Cache:
+    """The first `length` positions of a buffer. Caches share buffers; who would write to a taken position copies."""
+
+    buffer: Buffer
+    length: int
+    padding: Tensor | None  # (R,) unused positions on the left; None if no row has any
+
+    def writable(self) -> Buffer:
+        """Return a buffer with these positions and a free one after them: this one, or a copy."""
+        full = self.buffer.layers[0].shape[3] == self.length
+        if self.buffer.filled == self.length and not full:
+            return self.buffer
+        return Buffer([with_room(stored[..., : self.length, :]) for stored in self.buffer.layers], self.length)
+
+
+def with_room(stored: Tensor) -> Tensor:
+    """Return a copy of one layer's keys and values with free positions at the end."""
+    length = stored.shape[3]
+    copy = empty_layer(stored, stored.shape[1], length + GROWTH)
+    copy[..., :length, :] = stored
+    return copy
+
+
+def picked(stored: Tensor, length: int, rows: Tensor) -> Tensor:
+    """Return a copy of some rows of one layer's first `length` positions, with free positions at the end."""
+    copy = empty_layer(stored, len(rows), length + GROWTH)
+    # in the order (position, row, head, size), in which short buffers lie: whole positions are picked at once
+    for source, target in zip(stored.permute(0, 3, 1, 2, 4), copy.permute(0, 3, 1, 2, 4), strict=True):
+        torch.index_select(source[:length], 1, rows, out=target[:length])
+    return copy
+
+
+def empty_layer(like: Tensor, num_rows: int, capacity: int) -> Tensor:
+    """Return room for keys and values, shape (2, R, heads, capacity, size), in time order while it is short."""
+    _, _, num_heads, _, size = like.shape
+    if capacity <= SHORT:
+        return like.new_empty((2, capacity, num_rows, num_heads, size)).permute(0, 2, 3, 1, 4)
+    return like.new_empty((2, num_rows, num_heads, capacity, size))
+
+
+class Memory(Protocol):
+    """Where attention finds the keys and values of earlier positions."""
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return one layer's keys and values (R, heads, positions, head size), the given ones last."""
+
+
+@dataclass(frozen=True, eq=False)
+class WrittenMemory:
+    """Decoding: new keys and values are written into a buffer in place."""
+
+    buffer: Buffer
+    length: int
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        end = self.length + keys.shape[2]
+        stored_keys, stored_values = self.buffer.layers[layer][..., :end, :].unbind(0)
+        stored_keys[:, :, self.length :] = keys
+        stored_values[:, :, self.length :] = values
+        return stored_keys, stored_values
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedMemory:
+    """Scoring: new keys and values are concatenated to the past's, so that gradients flow through both."""
+
+    past: Sequence[tuple[Tensor, Tensor]]  # one pair a layer; empty at the start
+    joined: list[tuple[Tensor, Tensor]]
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.past:
+            keys = torch.cat([self.past[layer][0], keys], dim=2)
+            values = torch.cat([self.past[layer][1], values], dim=2)
+        self.joined.append((keys, values))
+        return keys, values
+
+
+def attention_mask(num_queries: int, num_keys: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return which keys each query may see, shape (R or 1, 1, queries, keys); None if all may see all.
+
+    A query on a padded position sees itself: nobody reads its output, but it must not be NaN.
+    """
+    if num_queries == 1 and padding is None:
+        return None
+    keys = torch.arange(num_keys, device=device)
+    queries = keys[num_keys - num_queries :, None]
+    if padding is None:
+        return (keys <= queries)[None, None]
+    real = keys >= padding[:, None, None, None]
+    return ((keys <= queries) & real) | (keys == queries)
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return softmax(q k' scale) v of queries (R, H, S, d), keys and values (R, H / G, L, d), shape (R S, H d).
+
+    The G query heads that share a key head are laid out as further queries: keys and values are never repeated.
+    """
+    num_rows, num_heads, num_queries, size = queries.shape
+    groups = num_heads // keys.shape[1]
+    if num_queries == 1 and groups == 1 and keys.shape[2] <= SHORT:
+        return stream(queries, keys, values, mask, scale)
+    if groups > 1:
+        queries = queries.reshape(num_rows, -1, groups * num_queries, size)
+        mask = None if mask is None else mask.repeat(1, 1, groups, 1)
+    attended = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    if groups > 1:
+        attended = attended.reshape(num_rows, num_heads, num_queries, size)
+    return attended.transpose(1, 2).reshape(num_rows * num_queries, num_heads * size)
+
+
+def stream(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Return the same as `attend` for one query a head, by products and sums in the order of memory."""
+    keys, values = keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)  # (L, R, H, d), as they lie in memory
+    scores = (keys * queries[:, :, 0]).sum(-1) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, 0].permute(2, 0, 1), float("-inf"))
+    return (scores.softmax(0).unsqueeze(-1) * values).sum(0).flatten(1)
+
+
+class TightNetwork:
+    """See `Network`. Features are the hidden states after the final norm."""
+
+    def __init__(self, family: Family, vocab_size: int) -> None:
+        self.family, self.vocab_size, self.width = family, vocab_size, family.width
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, Cache]:
+        """See `Network.prefill`."""
+        tokens, padding = self._padded(prompts)
+        memory = JoinedMemory([], [])
+        hidden = self._forward(tokens, 0, padding, memory)
+        length = tokens.shape[1]
+        layers = [torch.stack(pair) for pair in memory.joined]
+        return hidden[:, -1], Cache(Buffer(layers, length), length, padding)
+
+    @torch.no_grad()
+    def step(self, cache: Cache, tokens: Tensor) -> tuple[Tensor, Cache]:
+        """See `Network.step`."""
+        buffer, length = cache.writable(), cache.length
+        buffer.filled = length + 1  # taken from here on, even if the forward below fails
+        hidden = self._forward(tokens[:, None], length, cache.padding, WrittenMemory(buffer, length))
+        return hidden[:, -1], Cache(buffer, length + 1, cache.padding)
+
+    def select(self, cache: Cache, rows: Tensor) -> Cache:
+        """See `Network.select`."""
+        layers = [picked(stored, cache.length, rows) for stored in cache.buffer.layers]
+        padding = None if cache.padding is None else cache.padding[rows]
+        return Cache(Buffer(layers, cache.length), cache.length, padding)
+
+    def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
+        """See `Network.features`: each prompt is read once, then all its completions follow it in one go."""
+        prompt_tokens, padding = self._padded(prompts)
+        prefix = JoinedMemory([], [])
+        first = self._forward(prompt_tokens, 0, padding, prefix)[:, -1:].index_select(0, owners)
+        if tokens.shape[1] == 1:
+            return first
+        past = [(keys.index_select(0, owners), values.index_select(0, owners)) for keys, values in prefix.joined]
+        padding = None if padding is None else padding[owners]
+        rest = self._forward(tokens[:, :-1], prompt_tokens.shape[1], padding, JoinedMemory(past, []))
+        return torch.cat([first, rest], dim=1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """See `Network.logits`."""
+        return self.family.head(features).float()
+
+    def _padded(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, Tensor | None]:
+        tokens, padding = left_padded(prompts, self.family.device)
+        return tokens, padding if len(set(map(len, prompts))) > 1 else None
+
+    def _forward(self, tokens: Tensor, start: int, padding: Tensor | None, memory: Memory) -> Tensor:
+        """Return the hidden states of `tokens` (R, S), which stand at positions `start` and on, shape (R, S, D)."""
+        family, num_new = self.family, tokens.shape[1]
+        positions = torch.arange(start, start + num_new, device=tokens.device)[None]
+        if padding is not None:
+            positions = (positions - padding[:, None]).clamp(min=0)
+        mask = attention_mask(num_new, start + num_new, padding, tokens.device)
+        hidden, rotation = family.embed(tokens, positions)
+        by_row = hidden.shape[:2]
+        hidden = hidden.flatten(0, 1)
+        for index, layer in enumerate(family.layers):
+            queries, keys, values = (by_head(part, *by_row) for part in layer.heads(hidden, rotation))
+            keys, values = memory.extend(index, keys, values)
+            hidden = layer.finish(hidden, attend(queries, keys, values, mask, layer.scale))
+        return family.final_norm(hidden).view(*by_row, -1)
+
+
+def by_head(flat: Tensor, num_rows: int, num_new: int) -> Tensor:
+    """Return heads (R S, H, d) as (R, H, S, d)."""
+    if num_new == 1:
+        return flat.unsqueeze(2)
+    return flat.view(num_rows, num_new, *flat.shape[1:]).transpose(1, 2)
+
+
+def tight_network(module: nn.Module, vocab_size: int) -> TightNetwork | None:
+    """Return the tight network of a model whose architecture and configuration are on the allow-list, else None."""
+    family = family_of(module)
+    return None if family is None else TightNetwork(family, vocab_size)

@@ -1,0 +1,227 @@
+"""`TwistedLM`: the prior steered by a twist one token ahead, the locally optimal proposal of SMC.
+
+    q(a | x_<t) = (1 - epsilon) p0(a | x_<t) psi_t(x_<t a) / sum_b p0(b | x_<t) psi_t(x_<t b) + epsilon p0(a | x_<t)
+
+With epsilon = 0 the weight of a particle does not depend on the token drawn (THEORY 3.2), and with the exact twist q is the
+posterior: every weight is the evidence, and one particle is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bayes_klrl.arrays import to_host
+from bayes_klrl.checks import check_count, check_fraction
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.twists.simple import next_log_psi
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, State, TokenIds, Twist
+from bayes_klrl.weights import check_log_weights, logsumexp
+
+__all__ = ["TwistedLM"]
+
+_DEFAULT_EPSILON = 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class TwistedState:
+    """R rows: the prior's state, and what the twist is asked about."""
+
+    base: State
+    prompt_index: IntArray  # (R,)
+    prefixes: IntArray  # (R, t)
+
+
+class TwistedLM:
+    """A `LanguageModel` that draws from prior x twist; for `SMC(proposal=...)` and `ImportanceSampling(proposal=...)`.
+
+    The prior is run once, not twice, when this and the prior are decoded in lockstep.
+
+    Parameters
+    ----------
+    posterior
+        Whose prior is steered; its prompts are the only ones that this model continues.
+    twist
+        A `Twist` (fitted, no recipe). It must be positive wherever the posterior is, as for SMC.
+    top_k
+        Apply the twist only to the k tokens of highest prior probability, the others keep what `epsilon` leaves them: for
+        twists that must be asked token by token, and vocabularies that are large. None: to all.
+    epsilon
+        The share of unmodified prior. None: 0, with `top_k` 0.05. With `top_k` it must be positive: proposals that lose
+        tokens make log Z-hat too low, without a trace.
+
+    Examples
+    --------
+    >>> from bayes_klrl.problems import gold_posterior
+    >>> posterior = gold_posterior(max_new_tokens=2)
+    >>> likes_0 = lambda posterior, prompt_index, prefixes: 9.0 * (prefixes[:, -1:] == 0).sum(axis=1)
+    >>> lm = TwistedLM(posterior, likes_0)
+    >>> lm.next_log_probs(lm.prefill([[]])).argmax(axis=1)
+    array([0])
+    """
+
+    def __init__(
+        self, posterior: Posterior, twist: Twist, *, top_k: int | None = None, epsilon: float | None = None
+    ) -> None:
+        if not callable(twist):
+            raise BayesKLRLError(
+                f"A twisted model needs a twist that can be asked; got {twist!r}. A recipe is fitted first: "
+                "recipe.fit(posterior, seed=...)."
+            )
+        if top_k is not None:
+            check_count("top_k", top_k)
+        if epsilon is None:
+            epsilon = 0.0 if top_k is None else _DEFAULT_EPSILON
+        check_fraction("epsilon", epsilon)
+        if top_k is not None and top_k < posterior.prior.vocab_size and epsilon == 0:
+            raise BayesKLRLError(
+                "With top_k, epsilon must be positive: tokens outside the k would never be drawn, and the evidence would "
+                "be too low without a trace."
+            )
+        self._posterior, self._twist = posterior, twist
+        self._top_k = min(top_k or posterior.prior.vocab_size, posterior.prior.vocab_size)
+        self._epsilon = float(epsilon)
+        self._eos = np.array(sorted(self.eos_token_ids), dtype=np.int64)
+
+    @property
+    def base(self) -> LanguageModel:
+        """The prior, whose state is part of this model's own."""
+        return self._posterior.prior
+
+    @property
+    def twist(self) -> Twist:
+        """What steers it."""
+        return self._twist
+
+    @property
+    def vocab_size(self) -> int:
+        """See `LanguageModel`."""
+        return self.base.vocab_size
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """See `LanguageModel`."""
+        return self.base.eos_token_ids
+
+    @property
+    def full_support(self) -> bool:
+        """The prior's: a twist is positive wherever the posterior is, and nothing else is ever missed."""
+        return self.base.full_support
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """See `LanguageModel`."""
+        return self.base.tokenizer
+
+    @property
+    def context_length(self) -> int | None:
+        """See `LanguageModel`."""
+        return getattr(self.base, "context_length", None)
+
+    @property
+    def prompt_apart(self) -> bool:
+        """See `LanguageModel`."""
+        return bool(getattr(self.base, "prompt_apart", False))
+
+    @property
+    def accepts_empty_prompt(self) -> bool:
+        """See `LanguageModel`."""
+        return bool(getattr(self.base, "accepts_empty_prompt", False))
+
+    @property
+    def half_precision(self) -> bool:
+        """Whether the prior has fewer bits than float32."""
+        return bool(getattr(self.base, "half_precision", False))
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """See `LanguageModel`."""
+        return self.base.encode(texts)
+
+    def decode(self, ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        return self.base.decode(ids)
+
+    def prefill(self, prompts: Sequence[TokenIds]) -> TwistedState:
+        """See `LanguageModel`; the prompts must be the posterior's."""
+        index = self._prompt_index(prompts)
+        return TwistedState(self.base.prefill(prompts), index, np.empty((len(index), 0), dtype=np.int64))
+
+    def next_log_probs(self, state: TwistedState) -> FloatArray:
+        """See `LanguageModel`. Shape (R, V), float64 on the host."""
+        return self.log_probs_with_base(state)[0]
+
+    def log_probs_with_base(self, state: TwistedState) -> tuple[FloatArray, Any]:
+        """Return the next-token log-probs of this model and of the prior, from one run of the prior."""
+        of_base = self.base.next_log_probs(state.base)
+        log_prior = to_host(of_base).astype(np.float64)
+        log_probs = log_prior.copy()
+        rows = np.flatnonzero(~np.isin(state.prefixes, self._eos).any(axis=1))
+        if state.prefixes.shape[1] < self._posterior.max_new_tokens and rows.size:
+            about = (self._twist, self._posterior, state.prompt_index[rows], state.prefixes[rows])
+            log_psi_of = partial(next_log_psi, *about, prior_rows=(state.base, rows))
+            log_probs[rows] = self._steered(log_prior[rows], log_psi_of)
+        return log_probs, of_base
+
+    def append(self, state: TwistedState, tokens: IntArray) -> TwistedState:
+        """See `LanguageModel`."""
+        tokens = np.asarray(tokens, dtype=np.int64)
+        prefixes = np.concatenate([state.prefixes, tokens[:, None]], axis=1)
+        return TwistedState(self.base.append(state.base, tokens), state.prompt_index, prefixes)
+
+    def select(self, state: TwistedState, rows: IntArray) -> TwistedState:
+        """See `LanguageModel`."""
+        return TwistedState(self.base.select(state.base, rows), state.prompt_index[rows], state.prefixes[rows])
+
+    def token_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> FloatArray:
+        """See `LanguageModel`; not differentiable: it steps through the tokens as decoding does."""
+        num_prompts, num_draws, num_tokens = sequences.tokens.shape
+        tokens = np.where(sequences.mask, sequences.tokens, self._posterior.pad_token).reshape(-1, num_tokens)
+        state = self.select(self.prefill(prompts), np.repeat(np.arange(num_prompts), num_draws))
+        log_probs = np.zeros(tokens.shape)
+        longest = int(sequences.lengths.max(initial=0))
+        for t in range(longest):
+            log_probs[:, t] = self.next_log_probs(state)[np.arange(len(tokens)), tokens[:, t]]
+            if t + 1 < longest:
+                state = self.append(state, tokens[:, t])
+        return np.where(sequences.mask, log_probs.reshape(sequences.tokens.shape), 0.0)
+
+    def _steered(self, log_prior: FloatArray, log_psi_of: Callable[[IntArray | None], FloatArray]) -> FloatArray:
+        """Return log q of unfinished rows, (R, V); where the twist is 0 throughout, the prior."""
+        if self._top_k < log_prior.shape[1]:
+            likely = np.argpartition(-log_prior, self._top_k - 1, axis=1)[:, : self._top_k]
+            scores = np.full(log_prior.shape, -np.inf)
+            kept = np.take_along_axis(log_prior, likely, axis=1) + check_log_weights(log_psi_of(likely))
+            np.put_along_axis(scores, likely, kept, axis=1)
+        else:
+            scores = log_prior + check_log_weights(log_psi_of(None))
+        total = logsumexp(scores)[:, None]
+        hopeless = np.isneginf(total)
+        twisted = np.where(hopeless, log_prior, scores - np.where(hopeless, 0.0, total))
+        if self._epsilon in (0.0, 1.0):
+            return twisted if self._epsilon == 0 else log_prior
+        mixed: FloatArray = np.logaddexp(np.log1p(-self._epsilon) + twisted, np.log(self._epsilon) + log_prior)
+        return mixed
+
+    def _prompt_index(self, prompts: Sequence[TokenIds]) -> IntArray:
+        """Return which prompt of the posterior each one is."""
+        own, given = self._posterior.prompt_ids, [tuple(int(i) for i in prompt) for prompt in prompts]
+        if given == list(own):
+            return np.arange(len(own))
+        for prompt in given:
+            if prompt not in own:
+                raise BayesKLRLError(
+                    f"A TwistedLM continues the prompts of its own posterior only; got the ids {list(prompt)}. Make one for "
+                    "the posterior that has this prompt."
+                )
+            if own.count(prompt) > 1 and self._posterior.columns:
+                raise BayesKLRLError(
+                    f"The prompt of ids {list(prompt)} stands more than once in the posterior, with different columns: "
+                    "which is meant? Give all prompts, in the posterior's order."
+                )
+        return np.array([own.index(prompt) for prompt in given], dtype=np.int64)

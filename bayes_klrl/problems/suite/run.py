@@ -1,0 +1,294 @@
+"""Methods against problems with known truth, at the same number of model tokens: `run_suite`.
+
+Every method answers every problem `repeats` times; a number is a mean over repeats +- 1.96 sd / sqrt(repeats). What fails
+leaves a note in its cell, and all others their answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bayes_klrl.checks import check_count
+from bayes_klrl.draws import Draws
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.export.output_folder import prepare_output
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.problems.record import Problem, Truth
+from bayes_klrl.problems.suite.catalogue import SUITE, problem_names
+from bayes_klrl.problems.suite.methods import METHODS, Recipe, run_or_partial, tokens_per_completion
+from bayes_klrl.progress import progress_display, track
+from bayes_klrl.randomness import check_seed, stream_seed
+from bayes_klrl.typing import Algorithm
+
+if TYPE_CHECKING:
+    from bayes_klrl.problems.suite.table import SuiteTable
+
+__all__ = ["DEFAULT_PROBLEMS", "SuiteCell", "SuiteResult", "run_suite"]
+
+DEFAULT_PROBLEMS = ("P1", "P3", "P4", "P5", "P6", "P8", "P11", "P13")
+"""What is run when nothing is named: one size each, all on small tables, in a minute or two."""
+_LEAST_COMPLETIONS = 64
+
+
+@dataclass(frozen=True)
+class SuiteCell:
+    """One method's answer to one problem in one repeat; NaN where there is no such number.
+
+    Parameters
+    ----------
+    problem, method, repeat
+        Which.
+    log_evidence_error
+        log Z-hat - log Z, mean over prompts, in nats; to the nearer bound where there are only bounds, 0 between them.
+    kl_posterior
+        Of the law of what it returns to the posterior, see `kl_sign`.
+    kl_sign
+        "=" the value, "<=" a bound that holds on average over repeats (log Z - E log Z-hat, by data processing), "~" an
+        estimate.
+    reward_error
+        E[r] as answered less the posterior's, in units of reward.
+    ess
+        Effective sample size, of the worst prompt.
+    model_tokens, training_tokens, seconds
+        What it cost; training apart, its seconds included.
+    note
+        What went wrong.
+    """
+
+    problem: str
+    method: str
+    repeat: int
+    log_evidence_error: float = np.nan
+    kl_posterior: float = np.nan
+    kl_sign: str = ""
+    reward_error: float = np.nan
+    ess: float = np.nan
+    model_tokens: float = np.nan
+    training_tokens: float = np.nan
+    seconds: float = np.nan
+    note: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class SuiteResult:
+    """All cells of a run, and what they were run with.
+
+    Parameters
+    ----------
+    cells
+        One for each problem, method and repeat, in that order.
+    purposes
+        What each problem is for.
+    budget, repeats, seed
+        As asked for.
+    """
+
+    cells: tuple[SuiteCell, ...]
+    purposes: Mapping[str, str]
+    budget: int
+    repeats: int
+    seed: int
+
+    def table(self) -> SuiteTable:
+        """Return one row a problem and method as a pandas DataFrame that prints as a table.
+
+        Columns: `log_evidence_error`, mean over repeats, with `..._ci`, 1.96 sd / sqrt(repeats), and `abs_log_evidence_error`;
+        `kl_posterior` with its `_ci` and `kl_sign`; `reward_error` with `_ci`; `ess`, `model_tokens`, `training_tokens`,
+        `seconds`, means; `answers`, how many repeats gave one; `note`.
+        """
+        from bayes_klrl.problems.suite.table import suite_table
+
+        return suite_table(self.cells, self.purposes)
+
+    def __str__(self) -> str:
+        head = f"{self.budget:,} model tokens a method, mean +- 1.96 sd / sqrt({self.repeats}), seed {self.seed}; nats"
+        return f"{head}\n{self.table()}"
+
+    def to_csv(self, file: str | Path) -> Path:
+        """Write the table as CSV, and return the file."""
+        self.table().to_csv(file)
+        return Path(file)
+
+    def plot(self, file: str | Path) -> Path:
+        """Draw a panel for each problem, the error of log Z by method, into a PNG, and return the file."""
+        from bayes_klrl.problems.suite.picture import plot_suite
+
+        return plot_suite(self, file)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write table.csv and suite.png into a folder, and return it; refused where something is that is not ours."""
+        out = prepare_output(folder)
+        self.to_csv(out / "table.csv")
+        self.plot(out / "suite.png")
+        return out
+
+
+def run_suite(
+    names: Sequence[str] | str | None = None,
+    methods: Sequence[str] | Mapping[str, Recipe] | None = None,
+    *,
+    budget: int = 100_000,
+    seed: int = 0,
+    repeats: int = 3,
+    progress: bool = False,
+) -> SuiteResult:
+    """Run methods on problems with known truth, each at the same number of model tokens.
+
+    Parameters
+    ----------
+    names
+        Of `bayes_klrl.problems.SUITE`, or "all"; None: `DEFAULT_PROBLEMS`.
+    methods
+        Names among `problems.suite.methods.METHODS`; None: all of them. Or methods of your own beside them: a mapping from
+        names to functions `(posterior, size) -> Algorithm` that pass `size` completions of each prompt through a model.
+    budget
+        Model tokens of one answer, for all prompts together: drawing, scoring and training, as if no prefix were shared (see
+        `problems.suite.methods`) and completions were as long as the prior's. The table shows what went through the models
+        in fact, less where prefixes are shared.
+    seed
+        Of everything; each cell's stream depends on (seed, repeat, problem, method), not on what else is run.
+    repeats
+        Answers of each method to each problem.
+    progress
+        Show a live display on standard error.
+
+    Raises
+    ------
+    BayesKLRLError
+        For unknown names, and budgets that would not pay 64 completions of some problem, before anything is run.
+
+    Examples
+    --------
+    >>> result = run_suite(["P6"], ["prior-is", "smc-exact-twist"], budget=2000, repeats=2)
+    >>> bool(abs(result.table().loc[("P6", "smc-exact-twist"), "log_evidence_error"]) < 1e-9)
+    True
+    """
+    check_count("budget", budget)
+    check_count("repeats", repeats)
+    check_seed(seed)
+    chosen = problem_names(tuple(SUITE) if names == "all" else names, DEFAULT_PROBLEMS)
+    recipes = _recipes(methods)
+    problems = [SUITE[name] for name in chosen]
+    for problem in problems:
+        _check_budget(problem, budget)
+    cells: list[SuiteCell] = []
+    total = len(problems) * len(recipes)
+    with progress_display(progress), track("suite", total, progress) as advance:
+        for problem in problems:
+            advance(0, status=f"{problem.name}: {problem.purpose}")
+            per_completion = tokens_per_completion(problem.posterior, seed)
+            for method, recipe in recipes.items():
+                advance(0, status=f"{problem.name}: {method}")
+                cells += _answers(problem, method, recipe, budget, seed, repeats, per_completion)
+                advance()
+    return SuiteResult(tuple(cells), {each.name: each.purpose for each in problems}, budget, repeats, seed)
+
+
+def _recipes(methods: Sequence[str] | Mapping[str, Recipe] | None) -> dict[str, Recipe]:
+    """Return the methods to run, or say which there are."""
+    if methods is None:
+        return dict(METHODS)
+    if isinstance(methods, Mapping):
+        recipes = dict(methods)
+        for name, recipe in recipes.items():
+            if not isinstance(name, str) or not callable(recipe):
+                raise BayesKLRLError(
+                    f"A method of your own is a name with a function (posterior, size) -> Algorithm; got {name!r}: "
+                    f"{recipe!r}."
+                )
+    else:
+        asked = [methods] if isinstance(methods, str) else list(methods)
+        for name in asked:
+            if name not in METHODS:
+                raise BayesKLRLError(f"There is no method {name!r} in the suite; choose from {', '.join(METHODS)}.")
+        recipes = {name: METHODS[name] for name in asked}
+    if not recipes:
+        raise BayesKLRLError(f"methods is empty; choose from {', '.join(METHODS)}, or leave it out for all.")
+    return recipes
+
+
+def _check_budget(problem: Problem, budget: int) -> None:
+    """Refuse a budget that is not worth running."""
+    posterior = problem.posterior
+    least = _LEAST_COMPLETIONS * posterior.num_prompts * posterior.max_new_tokens
+    if budget < least:
+        raise BayesKLRLError(
+            f"A budget of {budget:,} model tokens is too small for {problem.name}, with {posterior.num_prompts} prompt(s) and "
+            f"up to {posterior.max_new_tokens} tokens: give at least {least:,} ({_LEAST_COMPLETIONS} completions each), or "
+            "leave the problem out."
+        )
+
+
+def _answers(
+    problem: Problem, method: str, recipe: Recipe, budget: int, seed: int, repeats: int, per_completion: float
+) -> list[SuiteCell]:
+    """Return a method's cells for one problem; whatever it raises becomes a note, for the others must not suffer."""
+    posterior, stream = problem.posterior, f"{problem.name} {method}"
+    try:
+        algorithm = recipe(posterior, int(budget / per_completion))
+    except Exception as error:  # the same for every repeat
+        return [SuiteCell(problem.name, method, repeat, note=_described(error)) for repeat in range(repeats)]
+    return [_cell(problem, method, repeat, algorithm, stream_seed(seed, repeat, stream)) for repeat in range(repeats)]
+
+
+def _cell(problem: Problem, method: str, repeat: int, algorithm: Algorithm, seed: int) -> SuiteCell:
+    """Return one answer, judged."""
+    try:
+        draws, note = run_or_partial(algorithm, problem.posterior, seed)
+    except Exception as error:  # see `_answers`
+        return SuiteCell(problem.name, method, repeat, note=_described(error))
+    kl_sign, kl = _kl_posterior(draws, problem.truth)
+    return SuiteCell(
+        problem.name,
+        method,
+        repeat,
+        log_evidence_error=evidence_error(draws, problem.truth),
+        kl_posterior=kl,
+        kl_sign=kl_sign,
+        reward_error=_reward_error(draws, problem.posterior, problem.truth),
+        ess=float(draws.ess.min()),
+        model_tokens=float(draws.model_tokens),
+        training_tokens=float(draws.training_tokens),
+        seconds=float(draws.seconds + draws.training_seconds),
+        note=note,
+    )
+
+
+def evidence_error(draws: Draws, truth: Truth) -> float:
+    """Return log Z-hat less the nearest value that the truth allows, of the means over prompts."""
+    estimate = float(draws.log_evidence.mean())
+    return estimate - float(np.clip(estimate, *truth.mean_bounds)) if not np.isneginf(estimate) else -np.inf
+
+
+def _kl_posterior(draws: Draws, truth: Truth) -> tuple[str, float]:
+    """Return KL(answer || posterior), mean over prompts, and what kind of number it is.
+
+    Rejection: 0. Weighted draws, one of them drawn by weight: at most log Z - E log Z-hat (THEORY 3.6), which the mean over
+    repeats estimates. Best-of-n: KL(. || prior) - E[r] / alpha + log Z. Markov chains: unknown.
+    """
+    log_evidence = float(truth.mean_bounds[1])
+    if draws.method == "RejectionSampling":
+        return ("=", 0.0) if draws.shape[1] else ("", np.nan)
+    if not np.isnan(draws.log_evidence).any():
+        return "<=", log_evidence - float(draws.log_evidence.mean())
+    if "kl_prior" in draws.info:
+        return "~", float((draws.info["kl_prior"] - draws.mean(draws.log_likelihood)).mean()) + log_evidence
+    return "", np.nan
+
+
+def _reward_error(draws: Draws, posterior: Posterior, truth: Truth) -> float:
+    """Return E[r] - its true value, mean over prompts; NaN for constraints, whose reward says nothing, and without draws."""
+    alive = draws.shape[1] > 0 and bool(np.isfinite(draws.log_weights).any(axis=1).all())
+    if posterior.likelihood.alpha is None or not alive:
+        return np.nan
+    return float((draws.mean(draws.reward) - truth.reward).mean())
+
+
+def _described(error: Exception) -> str:
+    """Return an error as a note."""
+    return str(error) if isinstance(error, BayesKLRLError) else f"{type(error).__name__}: {error}"

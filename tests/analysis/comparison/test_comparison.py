@@ -1,0 +1,186 @@
+"""`compare`: one row a method, honest notes, shared trainings, streams of their own."""
+
+import numpy as np
+import pytest
+
+import bayes_klrl as bk
+from bayes_klrl.inference.sampling.order_statistics import best_of_n_log_probs
+from bayes_klrl.inference.svi.svi import Fit
+from bayes_klrl.problems import gold_posterior
+
+POSTERIOR = gold_posterior(alpha=0.5, max_new_tokens=3)
+METHODS = {"prior IS": bk.ImportanceSampling(500), "SMC": bk.SMC(200), "best of 4": bk.BestOfN(4, 50)}
+
+
+class Failing:
+    """An algorithm whose runs fail from the second on."""
+
+    def __init__(self) -> None:
+        self.num_runs = 0
+
+    def run(self, posterior: bk.Posterior, *, seed: int, progress: bool = False) -> bk.Draws:
+        self.num_runs += 1
+        if self.num_runs > 1:
+            raise bk.BayesKLRLError("out of luck")
+        return bk.ImportanceSampling(200).run(posterior, seed=seed)
+
+
+def test_the_exact_row_makes_the_others_exact() -> None:
+    table = bk.compare(
+        POSTERIOR, {**METHODS, "exact": bk.Exact(), "SVI": bk.SVI(5, 16, num_draws=4000)}, seed=0
+    ).table()
+    truth = bk.Exact().run(POSTERIOR, seed=0)
+    assert table.loc["exact", "log_evidence"] == pytest.approx(truth.log_evidence[0])
+    assert table.loc["exact", "kl_prior"] == pytest.approx(
+        float((truth.mean(truth.log_likelihood) - truth.log_evidence)[0])
+    )
+    assert table.loc["SVI", "kl_posterior_sign"] == "="
+    assert table.loc["SVI", "kl_posterior"] == pytest.approx(truth.log_evidence[0] - table.loc["SVI", "elbo"])
+    for name in ("prior IS", "SMC"):
+        z = (table.loc[name, "log_evidence"] - truth.log_evidence[0]) / table.loc[name, "log_evidence_se"]
+        assert abs(z) < 4
+    assert "nan" not in str(table)
+
+
+def test_divergences_of_methods_that_have_no_evidence() -> None:
+    """Best-of-n's KLs by order statistics, close to the exact ones; of exact draws E[r] / alpha - log Z and 0."""
+    rows = {
+        "exact": bk.Exact(),
+        "best of 16": bk.BestOfN(16, 2000),
+        "rejection": bk.RejectionSampling(2000),
+        "quasi-rejection": bk.QuasiRejection(2000, bound=1.0),
+    }
+    table = bk.compare(POSTERIOR, rows, seed=0).table()
+    exact = bk.Exact().run(POSTERIOR, seed=0)
+    log_law = best_of_n_log_probs(exact, 16)
+    law, log_posterior = np.exp(log_law), exact.log_prior + exact.log_likelihood - exact.log_evidence[:, None]
+    some = law > 0
+    for column, other in (("kl_prior", exact.log_prior), ("kl_posterior", log_posterior)):
+        truth = (law[some] * (log_law[some] - other[some])).sum()
+        assert table.loc["best of 16", column] == pytest.approx(truth, abs=0.02)
+    assert table.loc["best of 16", "kl_prior"] < np.log(16) - 15 / 16 - 0.03  # what the bound alone would say
+    assert table.loc["rejection", "kl_prior"] == pytest.approx(table.loc["exact", "kl_prior"], abs=0.05)
+    assert (table.loc["rejection", "kl_posterior_sign"], table.loc["rejection", "kl_posterior"]) == ("=", 0.0)
+    assert table.loc["quasi-rejection", "kl_posterior_sign"] == "~"
+    assert table.loc["quasi-rejection", "kl_posterior"] > 0.1
+    alone = bk.compare(POSTERIOR, {"rejection": rows["rejection"]}, seed=0).table()
+    assert np.isnan(alone.loc["rejection", "kl_prior"])  # nobody knows log Z
+
+
+def test_chains_that_have_not_mixed_say_so() -> None:
+    rows = {
+        "exact": bk.Exact(),
+        "short": bk.SuffixMH(4, 20, num_warmup=0),
+        "long": bk.SuffixMH(8, 4000),
+        "annealed": bk.AnnealedSMC(500),
+    }
+    table = bk.compare(POSTERIOR, rows, seed=0).table()
+    assert "R-hat" in table.loc["short", "note"]
+    assert "R-hat" not in table.loc["long", "note"]
+    for name in ("long", "annealed"):
+        assert table.loc[name, "kl_prior"] == pytest.approx(table.loc["exact", "kl_prior"], abs=0.1)
+    assert np.isnan(table.loc["long", "kl_posterior"])  # nobody can say how far chains are
+    assert table.loc["annealed", "kl_posterior_sign"] == "~"
+    assert "nan" not in str(table)
+
+
+def test_a_row_does_not_depend_on_the_others_or_their_order() -> None:
+    alone = bk.compare(POSTERIOR, {"SMC": METHODS["SMC"]}, seed=3)["SMC"]
+    among = bk.compare(POSTERIOR, dict(reversed(METHODS.items())), seed=3)["SMC"]
+    other = bk.compare(POSTERIOR, {"SMC": METHODS["SMC"]}, seed=4)["SMC"]
+    assert np.array_equal(alone.tokens, among.tokens)
+    assert not np.array_equal(alone.tokens, other.tokens)
+
+
+def test_equal_trainings_are_shared_and_billed_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[Fit] = []
+    train = bk.SVI.fit
+    monkeypatch.setattr(
+        bk.SVI, "fit", lambda self, *args, **kwargs: fits.append(train(self, *args, **kwargs)) or fits[-1]
+    )
+    svi = bk.SVI(3, 8, num_draws=20)
+    rows = {"SVI": svi, "SVI, then IS": bk.ImportanceSampling(30, proposal=bk.SVI(3, 8)), "other": bk.SVI(4, 8)}
+    result = bk.compare(POSTERIOR, rows, seed=0, repeats=2)
+    assert len(fits) == 4  # two recipes, two repeats
+    assert set(result.fits) == {"SVI", "other"}
+    table = result.table()
+    assert table.loc["SVI", "training_tokens"] == table.loc["SVI, then IS", "training_tokens"] > 0
+    assert table.loc["SVI", "training_seconds"] == pytest.approx(table.loc["SVI, then IS", "training_seconds"])
+    assert result["SVI"].guide is not None
+
+
+def test_a_training_that_fails_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fail(self: bk.SVI, *args: object, **kwargs: object) -> Fit:
+        calls.append(self)
+        raise bk.UnboundedLossError("likelihood 0")
+
+    monkeypatch.setattr(bk.SVI, "fit", fail)
+    svi = bk.SVI(3, 8)
+    rows = {"SVI": svi, "SVI, then IS": bk.ImportanceSampling(30, proposal=svi), "SMC": METHODS["SMC"]}
+    result = bk.compare(POSTERIOR, rows, seed=0)
+    assert len(calls) == 1
+    assert set(result.failures) == {"SVI", "SVI, then IS"}
+    assert "likelihood 0" in result.table().loc["SVI", "note"]
+    assert np.isfinite(result.table().loc["SMC", "log_evidence"])
+
+
+def test_a_repeat_that_fails_is_not_hidden() -> None:
+    table = bk.compare(POSTERIOR, {"unlucky": Failing()}, seed=0, repeats=3).table()
+    assert "out of luck" in table.loc["unlucky", "note"]
+    assert np.isfinite(table.loc["unlucky", "log_evidence"])
+
+
+def test_it_raises_if_nothing_succeeds() -> None:
+    failing = Failing()
+    failing.num_runs = 1
+    with pytest.raises(bk.BayesKLRLError, match="out of luck"):
+        bk.compare(POSTERIOR, {"unlucky": failing}, seed=0)
+
+
+def test_a_missed_mode_neither_sets_the_reference_nor_goes_unnoted() -> None:
+    """A proposal that hardly reaches half of the posterior has a fine ESS and a log evidence far too low."""
+    flat = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+    posterior = bk.Posterior(
+        flat, bk.TokenReward(lambda tokens, lengths: 6.0 * tokens[:, 0], alpha=1.0), max_new_tokens=4
+    )
+    blind = bk.NgramLM(np.log([1 - 1e-9, 1e-9]), eos_token_id=None)
+    rows = {"blind": bk.ImportanceSampling(2000, proposal=blind), "prior IS": bk.ImportanceSampling(2000)}
+    table = bk.compare(posterior, {**rows, "SVI": bk.SVI(2, 8, num_draws=500)}, seed=0).table()
+    assert table.loc["blind", "ess"] > 1000
+    assert "too low" in table.loc["blind", "note"]
+    assert not table.loc["prior IS", "note"]
+    assert table.loc["SVI", "kl_posterior"] > 0
+
+
+def test_dead_rows_say_so() -> None:
+    never = bk.TokenReward(lambda tokens, lengths: np.where(lengths > 0, -np.inf, 0.0), alpha=1.0)
+    posterior = bk.Posterior(POSTERIOR.prior, never, max_new_tokens=2)
+    table = bk.compare(
+        posterior, {"prior IS": bk.ImportanceSampling(20), "best of 2": bk.BestOfN(2, 5)}, seed=0
+    ).table()
+    assert (table["note"].str.contains("no draw has positive likelihood")).all()
+
+
+@pytest.mark.parametrize(
+    "algorithms",
+    [{}, [bk.SMC(4)], {"x": bk.SMC}, {"x": 3}, {"a/b": bk.SMC(4)}, {"x": bk.ImportanceSampling(4, proposal="austen")}],
+    ids=["none", "list", "class", "number", "slash", "name for a proposal"],
+)
+def test_what_no_run_could_make_right_is_refused_first(algorithms: object) -> None:
+    with pytest.raises(bk.BayesKLRLError):
+        bk.compare(POSTERIOR, algorithms, seed=0)
+
+
+def test_everything_is_saved_and_only_over_what_is_ours(tmp_path) -> None:
+    result = bk.compare(POSTERIOR, {**METHODS, "SVI": bk.SVI(3, 8, num_draws=50)}, seed=0)
+    folder = result.save(tmp_path / "out")
+    assert {"draws.nc", "table.csv", "comparison.png", "training.png", "policy"} <= {p.name for p in folder.iterdir()}
+    assert bk.NgramLM.from_pretrained(folder / "policy").order == POSTERIOR.prior.order
+    bk.compare(POSTERIOR, METHODS, seed=0).save(folder)
+    assert not (folder / "policy").exists()  # nothing of the earlier run stays beside the new table
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "thesis.tex").write_text("x")
+    with pytest.raises(bk.BayesKLRLError, match="not written by bayes-klrl"):
+        result.save(tmp_path / "theirs")

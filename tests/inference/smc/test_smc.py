@@ -1,0 +1,464 @@
+"""SMC against enumeration: unbiased evidence, exactness with the optimal twist, and the traps of THEORY 3.
+
+Runs are repeated by giving the same prompt many times: every prompt has a population, a pilot and random numbers of its
+own, so that P prompts are P independent runs in one vectorised pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import bayes_klrl as bk
+from bayes_klrl import problems
+from bayes_klrl.resampling import RESAMPLING
+from tests.helpers.backends import on, precision
+from tests.helpers.truth import Truth, full_table, random_posterior, z_score
+
+SCHEMES = sorted(RESAMPLING)
+NUM_RUNS = 200
+
+
+def repeated(posterior: bk.Posterior, num_runs: int) -> bk.Posterior:
+    """The first prompt of a posterior, as often as there are runs."""
+    return bk.Posterior(
+        posterior.prior,
+        posterior.likelihood,
+        prompts=[list(posterior.prompt_ids[0])] * num_runs,
+        max_new_tokens=posterior.max_new_tokens,
+    )
+
+
+# --- the evidence is unbiased -------------------------------------------------------------------------------
+
+PROBLEMS = {
+    "lopsided": {"seed": 11, "num_tokens": 4},
+    "early EOS": {"seed": 12, "num_tokens": 6, "vocab_size": 3, "eos": (2,), "eos_logit": 1.5},
+}
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.0, 0.0])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_evidence_is_unbiased(backend: str, problem: str, scheme: str, threshold: float) -> None:
+    posterior = on(backend, random_posterior(**PROBLEMS[problem]))
+    truth = Truth(posterior).log_evidence[0]
+    smc = bk.SMC(8, resampling=scheme, ess_threshold=threshold)
+    draws = smc.run(repeated(posterior, NUM_RUNS), seed=1)
+    assert abs(z_score(np.exp(draws.log_evidence - truth), 1.0)) < 3
+    resampled = (draws.info["ancestors"] != np.arange(8)).any()
+    assert resampled == (threshold > 0)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_evidence_is_unbiased_over_seeds(backend: str, scheme: str) -> None:
+    """One run a seed, two different prompts in it, a proposal that is not the prior, and a twist that is wrong."""
+    posterior = on(backend, random_posterior(13, num_tokens=4, prompts=((0,), (1, 2)), prompt_shift=0.7))
+    truth = Truth(posterior).log_evidence
+    proposal = full_table(posterior.prior, 3, noise=0.5, seed=3)
+
+    def twist(posterior: bk.Posterior, prompt_index: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
+        return 0.8 * (prefixes == 1).sum(axis=1) - 0.3 * prefixes.shape[1] + 2.0 * prompt_index
+
+    smc = bk.SMC(6, proposal=proposal, twist=twist, resampling=scheme)
+    log_evidence = np.array([smc.run(posterior, seed=seed).log_evidence for seed in range(NUM_RUNS)])
+    for p in range(2):
+        assert abs(z_score(np.exp(log_evidence[:, p] - truth[p]), 1.0)) < 3
+
+
+def test_evidence_is_unbiased_where_particles_die() -> None:
+    """Most completions have likelihood 0, some prefixes are known to, and the prior forbids a token."""
+    table = np.array([[0.5, 0.3, 0.2], [0.6, 0.2, 0.2], [0.7, 0.3, 0.0]])
+    with np.errstate(divide="ignore"):
+        prior = bk.NgramLM(np.log(table), eos_token_id=2)
+    reward = bk.TokenReward(
+        lambda tokens, lengths: np.where((tokens[:, :2] == 1).any(axis=1), 0.7 * lengths, -np.inf), alpha=1.0
+    )
+    posterior = bk.Posterior(prior, reward, max_new_tokens=4)
+    truth = Truth(posterior).log_evidence[0]
+    proposal = bk.NgramLM(np.log(np.full((3, 3), 1 / 3)), eos_token_id=2)
+
+    def twist(posterior: bk.Posterior, prompt_index: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
+        if prefixes.shape[1] < 2:
+            return np.zeros(len(prefixes))
+        return np.where((prefixes[:, :2] == 1).any(axis=1), 0.5, -np.inf)
+
+    many = repeated(posterior, 400)
+    for smc in (
+        bk.SMC(64),
+        bk.SMC(64, ess_threshold=1.0),
+        bk.SMC(64, proposal=proposal, resampling="residual"),
+        bk.SMC(64, twist=twist, resampling="multinomial"),
+    ):
+        draws = smc.run(many, seed=2)
+        assert abs(z_score(np.exp(draws.log_evidence - truth), 1.0)) < 3
+        alive = draws.log_weights > -np.inf
+        assert np.isfinite(draws.reward[alive]).all()
+
+
+def test_all_particles_dead_is_an_error_that_carries_them() -> None:
+    prior = bk.NgramLM(problems.gold_table(0.0), eos_token_id=3)
+    never = bk.TokenReward(lambda tokens, lengths: np.full(len(tokens), -np.inf), alpha=1.0)
+    with pytest.raises(bk.BudgetError) as caught:
+        bk.SMC(8).run(bk.Posterior(prior, never, max_new_tokens=3), seed=0)
+    assert caught.value.draws.shape == (1, 8)
+
+
+def test_averaging_log_evidence_would_be_a_lower_bound(backend: str) -> None:
+    """What the unbiasedness tests would miss if they averaged logs: E log Z-hat < log Z by about half the variance."""
+    posterior = on(backend, random_posterior(11, num_tokens=4))
+    draws = bk.SMC(8).run(repeated(posterior, 1000), seed=3)
+    assert z_score(draws.log_evidence, Truth(posterior).log_evidence[0]) < -3
+
+
+# --- twists -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"prompts": ((0,), (2,)), "prompt_shift": -3.0}, {"eos": (), "prompts": ((1,),)}], ids=str
+)
+def test_optimal_twist_and_policy_make_one_particle_exact(backend: str, options: dict[str, Any]) -> None:
+    posterior = on(backend, random_posterior(4, num_tokens=4, **options))
+    truth = Truth(posterior)
+    smc = bk.SMC(1, proposal=truth.policy(), twist=truth.twist())
+    for seed in range(5):
+        draws = smc.run(posterior, seed=seed)
+        np.testing.assert_allclose(draws.log_evidence, truth.log_evidence, rtol=0, atol=precision(backend, 1e-10))
+
+
+def test_optimal_twist_and_policy_give_equal_weights_at_every_step(backend: str) -> None:
+    posterior = on(backend, problems.gold_posterior())
+    truth = Truth(posterior)
+    draws = bk.SMC(32, proposal=truth.policy(), twist=truth.twist(), ess_threshold=0.99).run(posterior, seed=0)
+    assert (draws.info["ancestors"] == np.arange(32)).all()
+    seen = draws.info["step_ess"][~np.isnan(draws.info["step_ess"])]
+    np.testing.assert_allclose(seen, 32, rtol=precision(backend, 1e-9))
+    np.testing.assert_allclose(draws.log_weights, 1.65238447, rtol=0, atol=precision(backend, 1e-8))
+
+
+def test_optimal_twist_with_the_prior_as_proposal_still_has_variance(backend: str) -> None:
+    posterior = on(backend, problems.gold_posterior(alpha=0.25))
+    truth = Truth(posterior)
+    look_up = truth.twist()
+
+    def twist(posterior: bk.Posterior, prompt_index: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
+        return look_up(posterior, 0 * prompt_index, prefixes)
+
+    draws = bk.SMC(8, twist=twist).run(repeated(posterior, 400), seed=0)
+    assert abs(z_score(np.exp(draws.log_evidence - truth.log_evidence[0]), 1.0)) < 3
+    assert (draws.log_evidence - truth.log_evidence[0]).std() > 0.1
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.0])
+def test_constant_twists_are_all_one_for_fixed_lengths(backend: str, threshold: float) -> None:
+    """Without EOS every particle ends at T, and a constant psi cancels: same draws, same evidence."""
+    posterior = on(backend, random_posterior(5, eos=(), num_tokens=5))
+
+    def run(twist: float | None) -> bk.Draws:
+        return bk.SMC(64, twist=twist, ess_threshold=threshold).run(posterior, seed=4)
+
+    first = run(0.0)
+    for twist in (-7.0, 3.5, None):
+        other = run(twist)
+        np.testing.assert_array_equal(first.tokens, other.tokens)
+        np.testing.assert_allclose(other.log_evidence, first.log_evidence, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(other.log_weights, first.log_weights, rtol=0, atol=1e-12)
+
+
+def test_shifting_reward_and_twist_together_changes_nothing_but_the_evidence(backend: str) -> None:
+    base = on(backend, random_posterior(6, num_tokens=5))
+    shifted = bk.Posterior(
+        base.prior,
+        base.likelihood * bk.TokenReward(lambda tokens, lengths: np.full(len(tokens), 2.0), alpha=0.5),
+        prompts=[[]],
+        max_new_tokens=5,
+    )
+    for first, second in ((0.3, 4.3), (None, None)):
+        a = bk.SMC(64, twist=first, ess_threshold=0.8).run(base, seed=8)
+        b = bk.SMC(64, twist=second, ess_threshold=0.8).run(shifted, seed=8)
+        np.testing.assert_array_equal(a.tokens, b.tokens)
+        np.testing.assert_allclose(a.log_evidence + 4.0, b.log_evidence, rtol=0, atol=1e-10)
+
+
+def test_whoever_ends_first_does_not_take_the_population(backend: str) -> None:
+    """GOLD at b = 4, K = 32: psi = 1 beside exp(b r) loses more than a nat; the default twist does not."""
+    posterior = repeated(on(backend, problems.gold_posterior(alpha=0.25)), 400)
+    exact = 5.87342935
+
+    def mean_error(smc: bk.SMC) -> float:
+        log_evidence = smc.run(posterior, seed=7).log_evidence
+        return float(log_evidence.mean() - exact)
+
+    naive, default = mean_error(bk.SMC(32, twist=0.0)), mean_error(bk.SMC(32))
+    plain = mean_error(bk.SMC(32, ess_threshold=0.0))
+    assert -1.6 < naive < -0.9
+    assert -0.12 < default < 0.02
+    assert -0.12 < plain < 0.02
+    assert mean_error(bk.SMC(32, twist=exact)) > -0.1
+
+
+def test_twists_that_are_no_twists_are_refused() -> None:
+    posterior = random_posterior(6)
+    with pytest.raises(bk.BayesKLRLError, match="shape"):
+        bk.SMC(8, twist=lambda posterior, index, prefixes: np.zeros(1)).run(posterior, seed=0)
+    with pytest.raises(bk.BayesKLRLError, match="nan"):
+        bk.SMC(8, twist=lambda posterior, index, prefixes: np.full(len(index), np.nan)).run(posterior, seed=0)
+
+
+# --- the loop, against a loop written in the plainest way ------------------------------------------------------
+
+
+def naive_smc(
+    posterior: bk.Posterior,
+    num_particles: int,
+    twist: Any,
+    threshold: float,
+    seed: int,
+    proposal: bk.LanguageModel,
+) -> tuple[list[list[int]], np.ndarray, float]:
+    """One prompt, systematic resampling, one list of tokens a particle, everything rescored from the start."""
+    rng, width = np.random.default_rng(seed), posterior.max_new_tokens
+    prompt, eos = list(posterior.prompt_ids[0]), posterior.prior.eos_token_ids
+    xs: list[list[int]] = [[] for _ in range(num_particles)]
+    log_w = np.zeros(num_particles)
+    log_z = log_psi_0 = twist(())
+
+    def next_probs(lm: bk.LanguageModel, x: list[int]) -> np.ndarray:
+        return lm.next_log_probs(lm.prefill([[*prompt, *x]]))[0]
+
+    def finished(x: list[int]) -> bool:
+        return len(x) == width or bool(x and x[-1] in eos)
+
+    def log_psi(x: list[int]) -> float:
+        if not x:
+            return float(log_psi_0)
+        return float(posterior.log_likelihood([x])[0, 0] if finished(x) else twist(tuple(x)))
+
+    while not all(map(finished, xs)):
+        uniforms = rng.random(num_particles)
+        for k, u in enumerate(uniforms):
+            if finished(xs[k]):
+                continue
+            log_q, log_p = next_probs(proposal, xs[k]), next_probs(posterior.prior, xs[k])
+            token = int((np.exp(log_q).cumsum() <= u).sum())
+            grown = [*xs[k], token]
+            log_w[k] += log_p[token] + log_psi(grown) - log_psi(xs[k]) - log_q[token]
+            xs[k] = grown
+        weights = np.exp(log_w - log_w.max())
+        ess = weights.sum() ** 2 / (weights**2).sum()
+        if not all(map(finished, xs)) and ess < threshold * num_particles:
+            positions = (np.arange(num_particles) + rng.random()) / num_particles
+            cumulative = (weights / weights.sum()).cumsum()
+            chosen = [int((cumulative <= position).sum()) for position in positions]
+            log_z += np.log(np.exp(log_w).mean())
+            xs, log_w = [list(xs[k]) for k in chosen], np.zeros(num_particles)
+    return xs, log_w, log_z
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.9])
+@pytest.mark.parametrize("seed", range(3))
+def test_smc_is_the_plain_loop(seed: int, threshold: float) -> None:
+    posterior = random_posterior(20 + seed, num_tokens=5, order=3, prompts=((1, 0),))
+    proposal = full_table(posterior.prior, 3, noise=0.7, seed=seed)
+
+    def log_psi(prefix: tuple[int, ...]) -> float:
+        return 0.5 + 0.4 * prefix.count(0) - 0.2 * len(prefix)
+
+    def twist(posterior: bk.Posterior, prompt_index: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
+        return np.array([log_psi(tuple(prefix)) for prefix in prefixes.tolist()])
+
+    smc = bk.SMC(24, proposal=proposal, twist=twist, ess_threshold=threshold)
+    draws = smc.run(posterior, seed=seed)
+    xs, log_w, log_z = naive_smc(posterior, 24, log_psi, threshold, seed, proposal)
+    assert draws.sequences.lists() == xs
+    np.testing.assert_allclose(draws.log_weights[0], log_w + log_z, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(draws.log_prior, posterior.log_prior(draws), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(draws.reward, posterior.reward(draws), rtol=0, atol=1e-12)
+
+
+# --- what a run records ------------------------------------------------------------------------------------
+
+
+def test_weights_of_an_unresampled_run_are_importance_weights(backend: str) -> None:
+    posterior = on(backend, random_posterior(7, prompts=((0,), (1,))))
+    proposal = full_table(posterior.prior, 2, noise=0.6)
+    draws = bk.SMC(50, proposal=proposal, twist=1.7, ess_threshold=0.0).run(posterior, seed=1)
+    np.testing.assert_allclose(
+        draws.log_weights, draws.log_prior + draws.log_likelihood - draws.log_proposal, rtol=0, atol=1e-12
+    )
+    plain = bk.ImportanceSampling(50, proposal=proposal).run(posterior, seed=1)
+    np.testing.assert_array_equal(plain.tokens, draws.tokens)
+    np.testing.assert_allclose(plain.log_weights, draws.log_weights, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(plain.log_evidence_se, draws.log_evidence_se, rtol=1e-9)
+    np.testing.assert_allclose(plain.ess, draws.ess, rtol=1e-9)
+
+
+def test_evidence_is_the_mean_weight_and_records_have_their_shapes(backend: str) -> None:
+    posterior = on(backend, random_posterior(8, num_tokens=6, prompts=((0,), (1, 2), (2,))))
+    draws = bk.SMC(40, ess_threshold=0.9).run(posterior, seed=2)
+    np.testing.assert_allclose(draws.log_evidence, np.log(np.exp(draws.log_weights).mean(axis=1)), rtol=0, atol=1e-12)
+    ancestors, step_ess = draws.info["ancestors"], draws.info["step_ess"]
+    assert ancestors.shape == (3, 6, 40)
+    assert step_ess.shape == (3, 6)
+    assert ((0 <= ancestors) & (ancestors < 40)).all()
+    seen = step_ess[~np.isnan(step_ess)]
+    assert ((1 <= seen) & (seen <= 40 + 1e-9)).all()
+    # resampled exactly where the effective sample size was below the threshold and somebody was unfinished
+    moved = (ancestors != np.arange(40)).any(axis=2)
+    assert moved.any()
+    assert not moved[np.isnan(step_ess) | (step_ess >= 0.9 * 40)].any()
+    assert (draws.ess <= 40).all()
+    assert (draws.ess < 40).any()
+    assert np.isnan(draws.elbo).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_never_resampled_at_the_end(backend: str, scheme: str) -> None:
+    posterior = repeated(on(backend, random_posterior(9, num_tokens=4, eos_logit=1.0)), 100)
+    draws = bk.SMC(8, ess_threshold=1.0, resampling=scheme).run(posterior, seed=0)
+    ancestors = draws.info["ancestors"]
+    moved = (ancestors != np.arange(8)).any(axis=2)
+    assert moved[:, :-1].any()
+    assert not moved[:, -1].any()
+    # once all particles of a prompt have ended, it rests, while others go on
+    last = draws.lengths.max(axis=1)
+    assert (last < 4).any()
+    for p, end in enumerate(last):
+        assert not moved[p, end:].any()
+    assert (draws.log_weights.std(axis=1) > 1e-6).mean() > 0.5
+
+
+def test_a_prompt_that_has_ended_rests_while_another_goes_on() -> None:
+    table = np.full((4, 4), 0.25)
+    table[0] = [0.4, 0.3, 0.3, 0.0]  # after the first prompt every token is an EOS
+    with np.errstate(divide="ignore"):
+        prior = bk.NgramLM(np.log(table), eos_token_id={0, 1, 2})
+    reward = bk.TokenReward(lambda tokens, lengths: 2.0 * tokens[:, 0], alpha=1.0)
+    posterior = bk.Posterior(prior, reward, prompts=[[0], [3]], max_new_tokens=3)
+    draws = bk.SMC(32, ess_threshold=1.0).run(posterior, seed=0)
+    moved = (draws.info["ancestors"] != np.arange(32)).any(axis=2)
+    np.testing.assert_array_equal(moved, [[False, False, False], [True, True, False]])
+    np.testing.assert_allclose(draws.log_weights[0], 2.0 * draws.tokens[0, :, 0], rtol=0, atol=1e-12)
+
+
+def test_ancestors_lead_to_the_particles(backend: str) -> None:
+    """Following the ancestor table back, a particle's first token is its first ancestor's family."""
+    posterior = on(backend, random_posterior(10, eos=(), num_tokens=5, alpha=0.2))
+
+    def twist(posterior: bk.Posterior, prompt_index: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
+        return 1.5 * (prefixes == 1).sum(axis=1)
+
+    draws = bk.SMC(16, twist=twist).run(posterior, seed=1)
+    ancestors = draws.info["ancestors"][0]
+    assert (ancestors != np.arange(16)).any()
+    family = np.arange(16)
+    for step in ancestors:
+        family = family[step]
+    mass = np.bincount(family, weights=np.exp(draws.log_weights[0] - draws.log_weights[0].max()))
+    assert draws.ess[0] == pytest.approx(mass.sum() ** 2 / (mass**2).sum(), rel=1e-9)
+    for group in np.unique(family):
+        assert len(np.unique(draws.tokens[0, family == group, 0])) == 1
+
+
+def test_finished_particles_stay_and_cost_nothing(backend: str) -> None:
+    """A prior that mostly ends at once: what has ended keeps its tokens and reward through resampling."""
+    posterior = on(backend, random_posterior(12, vocab_size=3, eos=(2,), num_tokens=6, eos_logit=2.0))
+    draws = bk.SMC(200, ess_threshold=1.0).run(posterior, seed=0)
+    ended = draws.sequences.finished({2})
+    assert (draws.lengths[ended] < 6).any()
+    assert (draws.lengths[~ended] == 6).all()
+    padded = np.arange(6) >= draws.lengths[..., None]
+    assert (draws.tokens[padded] == 2).all()
+    np.testing.assert_allclose(draws.log_prior, posterior.log_prior(draws), rtol=0, atol=precision(backend, 1e-12))
+    np.testing.assert_allclose(draws.reward, posterior.reward(draws), rtol=0, atol=1e-12)
+    # 64 pilot draws and 200 particles through 6 steps would be 1584 tokens without sharing and dropping
+    assert draws.cost.model_tokens < 150
+
+
+CALIBRATION = {
+    "no resampling": bk.SMC(200, ess_threshold=0.0),
+    "adaptive": bk.SMC(200),
+    "multinomial": bk.SMC(200, resampling="multinomial", ess_threshold=0.8),
+}
+
+
+@pytest.mark.parametrize("name", CALIBRATION)
+def test_standard_error_is_calibrated(backend: str, name: str) -> None:
+    posterior = repeated(on(backend, random_posterior(14, num_tokens=5, alpha=0.35)), 400)
+    draws = CALIBRATION[name].run(posterior, seed=5)
+    spread = draws.log_evidence.std(ddof=1)
+    claimed = np.sqrt((draws.log_evidence_se**2).mean())
+    assert 0.75 < claimed / spread < 1.25
+
+
+# --- resampling schemes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_offspring_are_unbiased(scheme: str) -> None:
+    weights = np.array([0.0, 0.31, 0.02, 0.0, 0.26, 0.17, 0.1, 0.14, 0.0])
+    rng = np.random.default_rng(0)
+    offspring = np.array([np.bincount(RESAMPLING[scheme](weights, rng), minlength=9) for _ in range(4000)], dtype=float)
+    assert (offspring.sum(axis=1) == 9).all()
+    assert (offspring[:, weights == 0] == 0).all()
+    expected = 9 * weights
+    se = offspring.std(axis=0, ddof=1) / np.sqrt(4000)
+    positive = weights > 0
+    assert (np.abs(offspring.mean(axis=0) - expected)[positive] < 3.5 * se[positive]).all()
+    if scheme in ("systematic", "residual"):
+        assert (offspring >= np.floor(expected)).all()
+    if scheme == "systematic":
+        assert (offspring <= np.ceil(expected)).all()
+
+
+def test_schemes_differ_in_variance_as_they_should() -> None:
+    weights = np.random.default_rng(1).dirichlet(np.ones(12))
+    values = np.linspace(-1, 1, 12)
+    spread = {}
+    for name, scheme in RESAMPLING.items():
+        rng = np.random.default_rng(2)
+        spread[name] = np.std([values[scheme(weights, rng)].mean() for _ in range(2000)])
+    assert spread["stratified"] < 0.7 * spread["multinomial"]
+    assert spread["systematic"] < 0.7 * spread["multinomial"]
+    assert spread["residual"] < spread["multinomial"]
+
+
+class Fixed:
+    """A generator whose uniforms are all the same."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def random(self, size: int | None = None) -> Any:
+        return self.value if size is None else np.full(size, self.value)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, np.nextafter(1.0, 0.0)])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_cumulative_sums_that_round_badly(scheme: str, uniform: float) -> None:
+    rng: Any = Fixed(uniform)
+    tenths = np.full(10, 0.1)  # their running sum ends at 0.9999999999999999
+    tiny = np.array([0.0, 1.0 - 1e-16, 1e-300, 0.0])
+    one = np.array([0.0, 0.0, 1.0, 0.0])
+    thirds = np.array([0.0, 1 / 3, 0.0, 1 / 3, 1 / 3, 0.0])
+    for weights in (tenths, tiny, one, thirds):
+        ancestors = RESAMPLING[scheme](weights, rng)
+        assert ancestors.shape == weights.shape
+        assert (weights[ancestors] > 0).all()
+    assert (RESAMPLING[scheme](one, rng) == 2).all()
+    if scheme != "multinomial" and uniform == 0.5:
+        np.testing.assert_array_equal(np.sort(RESAMPLING[scheme](tenths, rng)), np.arange(10))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_equal_weights_and_one_particle(scheme: str) -> None:
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(RESAMPLING[scheme](np.ones(1), rng), [0])
+    weights = np.full(7, 1 / 7)
+    before = weights.copy()
+    ancestors = RESAMPLING[scheme](weights, rng)
+    np.testing.assert_array_equal(weights, before)
+    if scheme in ("stratified", "systematic"):
+        np.testing.assert_array_equal(ancestors, np.arange(7))

@@ -1,0 +1,443 @@
+"""Completions and continuous latents in one NumPyro program, against enumeration times quadrature."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from contextlib import nullcontext
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import pytest
+from numpyro import handlers
+from numpyro.infer import SVI, TraceGraph_ELBO
+from numpyro.infer.autoguide import AutoMultivariateNormal
+
+import bayes_klrl as bk
+from bayes_klrl.inference.svi.numpyro_backend import elbo as elbo_module
+from bayes_klrl.inference.svi.numpyro_backend.elbo import LeaveOneOutELBO
+from bayes_klrl.models.programs.numpyro_program import SequenceDistribution
+from tests.helpers.jax_table import JaxTable
+from tests.helpers.truth import completions, full_table, t_square_p
+
+pytestmark = pytest.mark.usefixtures("quick_jax")
+
+ALPHA = 0.7
+PREFERENCES = jnp.array([1.0, 1.0, -1.0, 2.0])  # f(winner) - f(loser)
+PROMPTS = ((0,), (1,))
+NODES, MASS = np.polynomial.hermite_e.hermegauss(40)
+EXAMPLE = Path(__file__).parents[3] / "examples" / "joint_numpyro.py"
+
+
+def count_of_0(tokens: Any, lengths: Any) -> Any:
+    return 1.0 * (tokens == 0).sum(axis=1)
+
+
+def random_prior() -> bk.NgramLM:
+    logits = np.random.default_rng(7).standard_normal((3, 3))
+    return bk.NgramLM(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)), eos_token_id=2)
+
+
+class Problem:
+    """theta ~ N(0, 1), preferences ~ Bernoulli(sigma(theta d)), x_p ~ p0(. | prompt p), factor theta f(x_p) / alpha.
+
+    Guides: q(theta) prod q(x_p); prod q(x_p) q(theta | x); q(theta) prod q(x_p | theta); and with a z_p for each prompt in
+    theta's place, prod q(x_p) q(z_p | x_p).
+    """
+
+    def __init__(self, order: str, num_prompts: int = 1, *, subsample: int | None = None, **options: bool) -> None:
+        self.order, self.num_prompts, self.subsample = order, num_prompts, subsample
+        self.callback, self.masked = options.get("callback", False), options.get("masked", False)
+        self.num_preferences = 4
+        self.prior = JaxTable(random_prior())
+        self.table = JaxTable(full_table(random_prior(), 3, noise=0.5, seed=2))
+        logits = self.table.parameters["logits"]
+        self.params = {"logits": logits, "loc": jnp.array(0.3), "log_sd": jnp.array(-0.5)}
+        if order in ("x, then theta", "z of each prompt"):
+            self.params["slope"] = jnp.array(0.4)
+        if order == "theta, then x":
+            self.params["tilt"] = 0.3 * jax.random.normal(jax.random.key(4), logits.shape)
+
+    # -- the programs ------------------------------------------------------------------------------------------
+
+    def _plate(self) -> Any:
+        return numpyro.plate("prompts", self.num_prompts, subsample_size=self.subsample, dim=-1)
+
+    def lm(self, params: Any, theta: Any) -> JaxTable:
+        tilt = params["tilt"] * theta if self.order == "theta, then x" else 0.0
+        return self.table.with_parameters({"logits": params["logits"] + tilt})
+
+    def _x(self, lm: SequenceDistribution) -> Any:
+        with handlers.mask(mask=jnp.array([False])) if self.masked else nullcontext():
+            return numpyro.sample("x", lm)
+
+    def model(self) -> None:
+        theta = None if self.order == "z of each prompt" else numpyro.sample("theta", dist.Normal(0.0, 1.0))
+        if theta is not None:
+            with numpyro.plate("preferences", 4, subsample_size=self.num_preferences, dim=-1) as some:
+                won = jnp.ones(self.num_preferences)
+                numpyro.sample("won", dist.Bernoulli(logits=theta * PREFERENCES[some]), obs=won)
+        with self._plate() as chosen:
+            prior = SequenceDistribution(self.prior, PROMPTS[: self.num_prompts], 2, chosen=chosen)  # type: ignore[arg-type]
+            x = self._x(prior)
+            weight = numpyro.sample("z", dist.Normal(0.0, 1.0)) if theta is None else theta
+            numpyro.factor("taste", weight * prior.features(count_of_0, x, callback=self.callback) / ALPHA)
+
+    def guide(self) -> None:
+        params = {name: numpyro.param(name, value) for name, value in self.params.items()}
+        sd = jnp.exp(params["log_sd"])
+        theta: Any = None
+        if self.order in ("independent", "theta, then x"):
+            theta = numpyro.sample("theta", dist.Normal(params["loc"], sd))
+        with self._plate() as chosen:
+            lm: Any = self.lm(params, theta)
+            family = SequenceDistribution(lm, PROMPTS[: self.num_prompts], 2, chosen=chosen)
+            f = family.features(count_of_0, self._x(family), callback=self.callback)
+            if self.order == "z of each prompt":
+                numpyro.sample("z", dist.Normal(params["loc"] + params["slope"] * f, sd))
+        if self.order == "x, then theta":
+            numpyro.sample("theta", dist.Normal(params["loc"] + params["slope"] * f.sum(-1), sd))
+
+    # -- the truth ---------------------------------------------------------------------------------------------
+
+    def minus_elbo(self, params: Any) -> Any:
+        """By enumeration and Gauss-Hermite quadrature, differentiable."""
+        prompts = list(range(self.num_prompts))
+        groups = [[p] for p in prompts] if self.order == "z of each prompt" else [prompts]
+        return sum(self._of_prompts(params, group) for group in groups)
+
+    def _of_prompts(self, params: Any, prompts: list[int]) -> Any:
+        xs = bk.Sequences.from_lists(completions(3, [2], 2), max_new_tokens=2, pad_token=2)
+        tokens = jnp.asarray(np.repeat(xs.tokens, len(prompts), axis=0))
+        f = count_of_0(xs.tokens[0], xs.lengths[0])
+        chosen = np.array(list(product(range(len(f)), repeat=len(prompts))))  # (C, P)
+        ids = [PROMPTS[p] for p in prompts]
+
+        def log_probs(lm: JaxTable) -> Any:  # of every choice (C,)
+            of_each = lm.score_tokens(lm.pad_prompts(ids), tokens).sum(axis=2)
+            return of_each[np.arange(len(prompts)), chosen].sum(axis=1)
+
+        f_sum, sd = f[chosen].sum(axis=1), jnp.exp(params["log_sd"])
+
+        def at(eps: Any) -> Any:
+            theta = params["loc"] + params.get("slope", 0.0) * f_sum + sd * eps  # (C,)
+            log_q = log_probs(self.lm(params, theta[0]))
+            log_p_theta = -0.5 * theta**2
+            if self.order != "z of each prompt":
+                log_p_theta += jax.nn.log_sigmoid(theta[:, None] * PREFERENCES).sum(axis=1)
+            of_x = 0.0 if self.masked else log_probs(self.prior) - log_q
+            log_w = of_x + theta * f_sum / ALPHA + log_p_theta + 0.5 * eps**2 + params["log_sd"]
+            return (jnp.exp(log_q) * log_w).sum()
+
+        return -(jax.vmap(at)(jnp.asarray(NODES)) @ jnp.asarray(MASS / MASS.sum()))
+
+    def exact(self) -> tuple[float, np.ndarray]:
+        """-ELBO and its gradient."""
+        value, gradient = jax.jit(jax.value_and_grad(self.minus_elbo))(self.params)
+        return float(value), flat(gradient)
+
+    def sampled(self, loss: Any, num_runs: int) -> tuple[np.ndarray, np.ndarray]:
+        """-ELBO and gradients of independent steps, (runs,) and (runs, parameters)."""
+        step = jax.value_and_grad(lambda params, key: loss.loss(key, params, self.model, self.guide))
+        keys = jax.random.split(jax.random.key(1), num_runs)
+        values, gradients = jax.jit(lambda params: jax.lax.map(lambda key: step(params, key), keys))(self.params)
+        return np.asarray(values), rows(gradients)
+
+
+def flat(tree: Any) -> np.ndarray:
+    return np.concatenate([np.asarray(leaf, dtype=np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+def rows(tree: Any) -> np.ndarray:
+    """The leaves of a tree of several gradients, one gradient a row."""
+    leaves = [np.asarray(leaf, dtype=np.float64) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+def agrees(runs: np.ndarray, exact: np.ndarray) -> bool:
+    """Whether the mean of runs is the exact gradient, in projections and in every coordinate."""
+    spread = runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
+    moving = spread > 1e-7
+    z = (runs.mean(axis=0) - exact)[moving] / spread[moving]
+    still = np.abs(exact[~moving]).max(initial=0.0) < 1e-6
+    noise = np.linalg.svd(runs - runs.mean(axis=0), compute_uv=False)
+    rank = int((noise > 1e-4 * noise[0]).sum())  # a table's rows sum to 0
+    return bool(t_square_p(runs, exact, min(8, rank)) > 0.005 and np.abs(z).max() < 4.2 and still)
+
+
+CASES = [
+    ("independent", 1),
+    ("independent", 2),
+    ("x, then theta", 1),
+    ("x, then theta", 2),
+    ("theta, then x", 1),
+    ("theta, then x", 2),
+    ("z of each prompt", 2),
+]
+
+
+@pytest.mark.parametrize("order,num_prompts", CASES)
+def test_value_and_gradient_are_those_of_enumeration_times_quadrature(order: str, num_prompts: int) -> None:
+    problem = Problem(order, num_prompts)
+    exact, gradient = problem.exact()
+    values, runs = problem.sampled(LeaveOneOutELBO(32), 300)
+    assert agrees(runs, gradient)
+    assert abs(values.mean() - exact) < 3.5 * values.std(ddof=1) / np.sqrt(len(values))
+    assert not agrees(1.25 * runs, gradient)  # the test bites
+
+
+def test_masked_completions_still_have_a_score() -> None:
+    """A mask takes prior and guide of x out of the log-weight; what x does to the factor stays."""
+    problem = Problem("x, then theta", masked=True)
+    exact, gradient = problem.exact()
+    values, runs = problem.sampled(LeaveOneOutELBO(32), 300)
+    assert agrees(runs, gradient)
+    assert abs(values.mean() - exact) < 3.5 * values.std(ddof=1) / np.sqrt(len(values))
+
+
+@pytest.mark.parametrize("order", ["independent", "z of each prompt"])
+def test_subsampled_prompts_are_scaled_up(order: str) -> None:
+    _, runs = Problem(order, 2, subsample=1).sampled(LeaveOneOutELBO(32), 400)
+    assert agrees(runs, Problem(order, 2).exact()[1])
+
+
+def test_subsampled_data_are_scaled_up() -> None:
+    problem = Problem("x, then theta")
+    _, gradient = problem.exact()
+    problem.num_preferences = 2
+    assert agrees(problem.sampled(LeaveOneOutELBO(32), 300)[1], gradient)
+
+
+def test_features_on_the_host_have_the_same_gradient() -> None:
+    """Key for key: a callback is no more than another way to compute the same numbers."""
+    traced, called = (
+        Problem("x, then theta", callback=callback).sampled(LeaveOneOutELBO(16), 5)[1] for callback in (False, True)
+    )
+    np.testing.assert_allclose(called, traced, atol=1e-5)
+    assert np.abs(traced).max() > 0.1
+
+
+@pytest.mark.parametrize("order,callback", [("independent", True), ("x, then theta", False), ("theta, then x", False)])
+def test_trace_graph_elbo_agrees_on_the_same_program(order: str, callback: bool) -> None:
+    """NumPyro's own loss sees what depends on x through traced features and through a callback."""
+    problem = Problem(order, callback=callback)
+    assert agrees(problem.sampled(TraceGraph_ELBO(32), 200)[1], problem.exact()[1])
+
+
+def test_completions_taken_for_reparametrised_lose_the_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What NumPyro infers of itself (TRAPS 2): the gradient tests bite."""
+    problem = Problem("independent")
+    _, gradient = problem.exact()
+    monkeypatch.setattr(SequenceDistribution, "has_rsample", True)
+    assert t_square_p(problem.sampled(LeaveOneOutELBO(32), 100)[1], gradient) < 1e-6
+
+
+def test_a_score_weight_without_the_other_sites_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weight of x's score forgets theta and its preferences, which come after x and depend on it."""
+    problem, whole = Problem("x, then theta"), elbo_module._sites
+    _, gradient = problem.exact()
+    forgotten = {"theta", "won"}
+    monkeypatch.setattr(
+        elbo_module, "_sites", lambda trace: [site for site in whole(trace) if site["name"] not in forgotten]
+    )
+    _, runs = problem.sampled(LeaveOneOutELBO(32), 200)
+    size = problem.params["logits"].size
+    order = sorted(problem.params).index("logits")
+    start = sum(problem.params[name].size for name in sorted(problem.params)[:order])
+    of_table = slice(start, start + size)  # its gradient is all score
+    assert t_square_p(runs[:, of_table], gradient[of_table]) < 1e-4
+
+
+def test_a_second_discrete_latent_has_a_score_of_its_own() -> None:
+    """Unlike Pyro's twin this loss takes it, weighted by the whole particle; by enumeration of coin and completions."""
+    problem = Problem("independent")
+    params = {"logits": problem.params["logits"], "tail": jnp.array(0.4)}
+
+    def model() -> None:
+        coin = numpyro.sample("coin", dist.Bernoulli(0.3))
+        with numpyro.plate("prompts", 1, dim=-1):
+            prior = SequenceDistribution(problem.prior, PROMPTS[:1], 2)  # type: ignore[arg-type]
+            x = numpyro.sample("x", prior)
+            numpyro.factor("taste", (2 * coin - 1) * prior.features(count_of_0, x) / ALPHA)
+
+    def guide() -> None:
+        logits, logit = (numpyro.param(name, params[name]) for name in ("logits", "tail"))
+        numpyro.sample("coin", dist.Bernoulli(logits=logit))
+        with numpyro.plate("prompts", 1, dim=-1):
+            lm: Any = problem.table.with_parameters({"logits": logits})
+            numpyro.sample("x", SequenceDistribution(lm, PROMPTS[:1], 2))
+
+    xs = bk.Sequences.from_lists(completions(3, [2], 2), max_new_tokens=2, pad_token=2)
+    f = count_of_0(xs.tokens[0], xs.lengths[0])
+
+    def minus_elbo(params: Any) -> Any:
+        log_p, log_q = (
+            lm.score_tokens(lm.pad_prompts(PROMPTS[:1]), jnp.asarray(xs.tokens)).sum(axis=2)[0]
+            for lm in (problem.prior, problem.table.with_parameters({"logits": params["logits"]}))
+        )
+        total = 0.0
+        for coin in (0.0, 1.0):
+            of_coin = dist.Bernoulli(logits=params["tail"]).log_prob(coin)
+            log_w = log_p + (2 * coin - 1) * f / ALPHA + dist.Bernoulli(0.3).log_prob(coin) - log_q - of_coin
+            total = total - (jnp.exp(log_q + of_coin) * log_w).sum()
+        return total
+
+    step = jax.grad(lambda params, key: LeaveOneOutELBO(32).loss(key, params, model, guide))
+    keys = jax.random.split(jax.random.key(1), 300)
+    found = jax.jit(lambda params: jax.lax.map(lambda key: step(params, key), keys))(params)
+    runs = rows(found)
+    assert agrees(runs, flat(jax.grad(minus_elbo)(params)))
+
+
+# --- the example --------------------------------------------------------------------------------------------
+
+
+def test_the_examples_language_model_is_its_table_and_needs_no_torch() -> None:
+    code = f"""
+import runpy, sys, numpy as np
+example = runpy.run_path({str(EXAMPLE)!r})
+lm = example["PRIOR"]
+rows = lm.next_log_probs(lm.prefill([[0], [0, 1], [3, 1, 2], [2, 3]]))
+print(np.abs(np.exp(rows) - example["NEXT_WORD"]).max(), "torch" in sys.modules, "pyro" in sys.modules)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    error, *imported = run.stdout.split()
+    assert float(error) < 1e-5
+    assert imported == ["False", "False"]
+
+
+# --- programs of other shapes -------------------------------------------------------------------------------
+
+
+def test_an_autoguide_for_the_continuous_part() -> None:
+    """It draws an auxiliary site and a Delta: both are understood."""
+    problem = Problem("independent")
+    auto = AutoMultivariateNormal(handlers.block(problem.model, hide=["x"]), init_scale=0.6)
+
+    def guide() -> None:
+        auto()
+        with numpyro.plate("prompts", 1, dim=-1):
+            lm: Any = problem.table
+            numpyro.sample("x", SequenceDistribution(lm, PROMPTS[:1], 2))
+
+    svi = SVI(problem.model, guide, optax.sgd(0.0), LeaveOneOutELBO(64))
+    state = svi.init(jax.random.key(0))
+    loc = float(auto.median(svi.get_params(state))["theta"])
+    problem.params |= {"loc": jnp.array(loc), "log_sd": jnp.log(0.6)}
+    step = jax.jit(lambda key: LeaveOneOutELBO(64).loss(key, svi.get_params(state), problem.model, guide))
+    losses = np.array([float(step(key)) for key in jax.random.split(jax.random.key(2), 60)])
+    assert abs(losses.mean() - problem.exact()[0]) < 4 * losses.std(ddof=1) / np.sqrt(60)
+
+
+def coin_posterior(likelihood: Any = None) -> bk.Posterior:
+    coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    longer = bk.TokenReward(lambda tokens, lengths: 1.0 * lengths, alpha=1.0)
+    return bk.Posterior(coin, likelihood or longer, prompts=[[], [0]], max_new_tokens=3)
+
+
+def test_a_posteriors_own_program_is_part_of_a_larger_one() -> None:
+    """`posterior.numpyro_model()` inside another program, its factor beside the user's own, outside the prompts' plate."""
+    posterior = coin_posterior()
+    inner, inner_guide = posterior.numpyro_model(), posterior.numpyro_guide(posterior.prior)
+    p = SequenceDistribution(posterior.prior, posterior.prompt_ids, 3)
+
+    def model() -> None:
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 0.5))
+        numpyro.factor("taste", -(scale * p.features(lambda tokens, lengths: lengths, inner())).sum(-1))
+
+    def guide() -> None:
+        numpyro.sample("scale", dist.LogNormal(numpyro.param("loc", jnp.array(0.0)), 0.3))
+        inner_guide()
+
+    keys = jax.random.split(jax.random.key(0), 20)
+    losses = [
+        np.asarray(jax.jit(jax.vmap(lambda key: loss.loss(key, {}, model, guide)))(keys))  # noqa: B023  (called at once)
+        for loss in (LeaveOneOutELBO(128), TraceGraph_ELBO(128))
+    ]
+    lengths = 2 * 1.75  # E of both prompts
+    kl = np.log(0.5 / 0.3) + 0.5 * (0.3 / 0.5) ** 2 - 0.5
+    exact = lengths * (np.exp(0.3**2 / 2) - 1) + kl
+    for values in losses:
+        assert abs(values.mean() - exact) < 4 * values.std(ddof=1) / np.sqrt(20)
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def with_sites(model_first: Any = None, guide_first: Any = None, likelihood: Any = None) -> tuple[Any, Any]:
+    """The coin's programs with something before them."""
+    posterior = coin_posterior(likelihood)
+    inner, inner_guide = posterior.numpyro_model(), posterior.numpyro_guide(posterior.prior)
+
+    def before(first: Any, program: Any) -> Any:
+        def both() -> None:
+            if first is not None:
+                first()
+            program()
+
+        return both
+
+    return before(model_first, inner), before(guide_first, inner_guide)
+
+
+def normal(name: str, **options: Any) -> Any:
+    return lambda: numpyro.sample(name, dist.Normal(0.0, 1.0), **options)
+
+
+@pytest.mark.parametrize(
+    "model_first,guide_first,message",
+    [
+        (normal("theta"), None, "'theta' that the guide does not draw"),
+        (None, normal("theta"), "guide draws 'theta', which is no latent site"),
+        (normal("theta", obs=0.0), normal("theta"), "guide draws 'theta', which is no latent site"),
+        (normal("theta"), normal("theta", obs=0.0), "guide observes 'theta'"),
+        (lambda: numpyro.factor("taste", -jnp.inf), None, r"with ids \[.*'taste' is 0.*eps"),
+        (lambda: numpyro.factor("taste", jnp.nan), None, "log-prob of site 'taste' is nan"),
+    ],
+)
+def test_what_would_be_lost_is_refused(model_first: Any, guide_first: Any, message: str) -> None:
+    """In the words of Pyro's twin."""
+    model, guide = with_sites(model_first, guide_first)
+    with pytest.raises(bk.BayesKLRLError, match=message):
+        LeaveOneOutELBO(4).loss(jax.random.key(0), {}, model, guide)
+
+
+def test_evaluate_names_what_made_a_compiled_step_nan() -> None:
+    """A compiled step cannot raise; `SVI.evaluate` of the state before it sees the same draws."""
+    short = bk.TokenReward(lambda tokens, lengths: jnp.where(lengths == 3, -jnp.inf, 0.0), alpha=1.0)
+    programs = with_sites(normal("theta"), normal("theta"), short)
+    svi = SVI(*programs, optax.adam(0.1), LeaveOneOutELBO(16))
+    state = jax.jit(svi.init)(jax.random.key(0))
+    _, loss = jax.jit(svi.update)(state)
+    assert not np.isfinite(loss)
+    with pytest.raises(bk.UnboundedLossError, match=r"with ids \[0, 0, [01]\], whose likelihood is 0.*eps"):
+        svi.evaluate(state)
+
+
+def test_features_that_are_none_are_refused() -> None:
+    x = jnp.zeros((5, 1, 3), dtype=jnp.int32)
+    p = SequenceDistribution(coin_posterior().prior, [()], 3)
+    for callback in (False, True):
+        assert p.features(lambda tokens, lengths: np.ones((len(tokens), 4)), x, callback=callback).shape == (5, 1, 4)
+        seen = p.features(lambda tokens, lengths: tokens, jnp.array([[0, 1, 0]]), callback=callback)
+        assert seen.tolist() == [[0, 1, 1]]  # EOS past the end, whatever stood there
+        for wrong in (np.ones(4), np.ones((5, 2, 2)), 1.0, np.full(5, np.nan)):
+            with pytest.raises(bk.RewardError, match="Features of 5 completions"):
+                p.features(lambda tokens, lengths: wrong, x, callback=callback)  # noqa: B023
+    by_text = lambda tokens, lengths: [float(max(x[:n], default=0)) for x, n in zip(tokens, lengths, strict=True)]  # noqa: E731
+    with pytest.raises(bk.RewardError, match=r"Features cannot be traced by JAX.*callback=True"):
+        jax.jit(lambda x: p.features(by_text, x))(x)
+    several = jnp.array([[[0, 0, 0]], [[0, 1, 0]]])
+    called = jax.jit(jax.vmap(lambda x: p.features(by_text, x, callback=True)))
+    assert called(several).tolist() == [[0.0], [1.0]]
+    with pytest.raises(bk.RewardError, match="Features of 2 completions"):  # seen before anything runs
+        jax.jit(lambda x: p.features(lambda tokens, lengths: np.ones((2, 2, 2)), x, callback=True))(x)
+    with pytest.raises(Exception, match="Features of 5 completions"):  # seen on the host, as it runs
+        jax.jit(lambda x: p.features(lambda tokens, lengths: np.ones(2), x, callback=True))(x).block_until_ready()

@@ -1,0 +1,473 @@
+"""Drawing and scoring in one traced program: against the host's loop, against enumeration, against torch."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+import bayes_klrl as bk
+from bayes_klrl.arrays import draw_tokens as draw_on_host
+from bayes_klrl.models.decoding import Decoding, decode
+from bayes_klrl.models.jax_lm import lm as jax_lm
+from bayes_klrl.models.jax_lm import lockstep as jax_lockstep
+from bayes_klrl.models.jax_lm.checkpoint import named_tensors
+from bayes_klrl.models.jax_lm.decoding import draw_tokens, first_beyond
+from bayes_klrl.models.jax_lm.lm import JaxLM
+from bayes_klrl.models.jax_lm.lockstep import JaxLockstep
+from bayes_klrl.sequences import Sequences, completion_lengths
+from tests.helpers.tiny_models import tiny_gpt2
+from tests.models.jax_lm.test_lm import (
+    PROMPTS,
+    cached_lm,
+    close,
+    counted_compilations,
+    jax_lm_of,
+    scored,
+    small_pair,
+    torch_model,
+)
+from tests.models.torch_lm.test_lm import all_completions, reference_scores
+
+pytestmark = pytest.mark.usefixtures("quick_jax")
+
+NAMES = ["gpt2", "llama, tied", "llama, untied", "mistral", "qwen2", "qwen3"]
+EOS = {"one": 0, "several": (0, 3, 4), "none": ()}
+
+
+@functools.cache
+def small(eos: str = "one", temperature: float = 1.0) -> JaxLM:
+    lm = small_pair()[0]
+    return JaxLM(lm.parameters, lm._config, eos_token_id=EOS[eos], temperature=temperature)
+
+
+def uniforms_of(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random(shape)
+
+
+def completed(lm: JaxLM, tokens: Any) -> Sequences:
+    tokens = np.asarray(tokens)
+    return Sequences(tokens, completion_lengths(tokens, lm.eos_token_ids))
+
+
+def host_loop(lm: JaxLM, prompts: list[list[int]], uniforms: np.ndarray) -> Decoding:
+    """What the host's loop draws with the same uniforms, (P, N, T)."""
+    num_tokens = uniforms.shape[2]
+    decoding = Decoding((lm,), prompts, uniforms.shape[1], num_tokens)
+    while not decoding.done:
+        decoding.step(uniforms.reshape(-1, num_tokens)[:, decoding.step_count])
+    return decoding
+
+
+def assert_one_distribution(lm: JaxLM, uniforms: np.ndarray) -> Sequences:
+    """Tokens are those of the host's loop, log-probs those of its loop and of both scorers."""
+    padded = lm.pad_prompts(PROMPTS, uniforms.shape[2])
+    tokens, log_probs = lm.sample_tokens(padded, uniforms)
+    assert (tokens.dtype, log_probs.dtype, tokens.shape) == (jnp.int32, jnp.float32, uniforms.shape)
+    loop, sequences = host_loop(lm, PROMPTS, uniforms), completed(lm, tokens)
+    assert np.array_equal(tokens, loop.tokens.reshape(uniforms.shape))
+    assert np.array_equal(sequences.lengths.ravel(), loop.lengths)
+    assert close(np.asarray(log_probs, dtype=np.float64).sum(2).ravel(), loop.log_probs[0], 1e-4)
+    for scores in (lm.score_tokens(padded, tokens), lm.token_log_probs(PROMPTS, sequences)):
+        assert scores.dtype == jnp.float32
+        assert close(scores, log_probs)
+        assert not np.asarray(scores)[~sequences.mask].any()
+    assert not np.asarray(log_probs)[~sequences.mask].any()
+    return sequences
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_draws_and_scores_are_those_of_the_host(name: str) -> None:
+    sequences = assert_one_distribution(cached_lm(name), uniforms_of(len(PROMPTS), 8, 12))
+    assert len(np.unique(sequences.lengths)) > 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+@pytest.mark.parametrize("eos", EOS)
+def test_ends_and_temperatures(eos: str, temperature: float) -> None:
+    sequences = assert_one_distribution(small(eos, temperature), uniforms_of(len(PROMPTS), 16, 5))
+    assert sequences.lengths.max() == 5
+    assert (sequences.lengths.min() == 5) == (eos == "none")
+
+
+def test_one_token_is_the_shortest_completion() -> None:
+    assert_one_distribution(small(), uniforms_of(len(PROMPTS), 6, 1))
+
+
+def test_frequencies_are_probabilities() -> None:
+    """Chi-square over all completions of a prompt beside a longer one, by enumeration."""
+    lm, prompts, num_draws = small(), [[1, 2, 3, 4], [4]], 20_000
+    everything = all_completions(lm, len(prompts), 3)  # type: ignore[arg-type]
+    expected = num_draws * np.exp(scored(lm, prompts, everything).sum(2, dtype=np.float64))
+    tokens, _ = lm.sample_tokens(lm.pad_prompts(prompts, 3), uniforms_of(2, num_draws, 3, seed=1))
+    place = {tuple(row): index for index, row in enumerate(everything.tokens[0].tolist())}
+    for drawn, counts in zip(np.asarray(tokens), expected, strict=True):
+        found = np.bincount([place[tuple(row)] for row in drawn.tolist()], minlength=len(place))
+        often = counts >= 5
+        observed, wanted = found[often], counts[often]
+        assert wanted.sum() > 0.99 * num_draws
+        assert scipy.stats.chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])
+def test_extreme_uniforms_draw_possible_tokens(u: float) -> None:
+    lm = small("none")
+    tokens, log_probs = lm.sample_tokens(lm.pad_prompts(PROMPTS, 4), np.full((3, 2, 4), u))
+    assert np.isfinite(log_probs).all()
+    assert set(np.asarray(tokens).ravel().tolist()) == {0 if u == 0.0 else 4}
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 5, 63, 64, 65, 1000])
+def test_no_token_of_probability_zero_is_drawn(vocab_size: int) -> None:
+    """Half the tokens are impossible, the first and last among them, and some blocks hold none that is possible."""
+    rng = np.random.default_rng(vocab_size)
+    logits = rng.normal(size=(200, vocab_size), scale=3).astype(np.float32)
+    logits[rng.random(logits.shape) < 0.5] = -np.inf
+    logits[:, vocab_size // 3 : vocab_size // 2] = -np.inf
+    logits[np.arange(200), rng.integers(vocab_size, size=200)] = 0.0
+    log_probs = jax.nn.log_softmax(logits)
+    for uniforms in (np.zeros(200), np.full(200, 1 - 2.0**-53), np.full(200, 1 - 2.0**-24), rng.random(200)):
+        tokens = np.asarray(draw_tokens(log_probs, uniforms.astype(np.float32)))
+        assert np.isfinite(np.asarray(log_probs)[np.arange(200), tokens]).all()
+    assert np.array_equal(tokens, draw_on_host(log_probs, np.arange(200), uniforms))
+
+
+def test_sums_that_do_not_ascend_draw_no_impossible_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As sums taken in parallel may come out on other devices: beyond an impossible token, a little more, or less."""
+    sums = jnp.array([[0.25, 0.75, 0.7500001], [0.25, 0.2500001, 0.75], [0.25, 0.75, 0.7499999]])
+    monkeypatch.setattr(jnp, "cumsum", lambda weights, axis: sums)
+    weights = jnp.array([[0.25, 0.5, 0.0], [0.25, 0.0, 0.5], [0.25, 0.5, 0.0]])
+    index, rest = first_beyond(weights, jnp.array([0.75, 0.25, 0.75]))
+    assert index.tolist() == [1, 2, 1]
+    assert ((rest >= 0) & (rest < 0.5)).all()
+
+
+def test_draws_are_exact_where_sums_taken_in_parallel_are_not() -> None:
+    """A grid of uniforms meets every token as often as its probability says, though each is a small one."""
+    log_probs = jax.nn.log_softmax(np.random.default_rng(0).normal(size=(1, 300)).astype(np.float32))
+    uniforms = (np.arange(2**16) + 0.5) / 2**16
+    tokens = np.asarray(draw_tokens(jnp.broadcast_to(log_probs, (2**16, 300)), uniforms.astype(np.float32)))
+    assert (np.diff(tokens) >= 0).all()
+    shares = np.bincount(tokens, minlength=300) / 2**16
+    assert np.abs(shares - np.exp(np.asarray(log_probs[0], dtype=np.float64))).max() <= 1.01 / 2**16
+
+
+# Traced
+
+
+def test_everything_may_be_traced() -> None:
+    """Parameters, uniforms, and which prompts are taken."""
+    lm = small()
+    padded, uniforms = lm.pad_prompts(PROMPTS, 5), uniforms_of(3, 7, 5)
+
+    @jax.jit
+    def traced(parameters: Any, index: Any, uniforms: Any) -> Any:
+        inner, chosen = lm.with_parameters(parameters), padded.take(index)
+        tokens, log_probs = inner.sample_tokens(chosen, uniforms)
+        everywhere = inner.score_positions(chosen, tokens)
+        return tokens, log_probs, inner.score_tokens(chosen, tokens), everywhere
+
+    index = np.array([2, 0])
+    halved = jax.tree.map(lambda array: 0.5 * array, lm.parameters)
+    tokens, log_probs, scores, everywhere = traced(halved, index, uniforms[index])
+    other = lm.with_parameters(halved)
+    expected, expected_log_probs = other.sample_tokens(padded.take(index), uniforms[index])
+    assert np.array_equal(tokens, expected)
+    assert close(log_probs, expected_log_probs)
+    assert close(scores, log_probs)
+    assert close(everywhere, other.position_log_probs([PROMPTS[i] for i in index], completed(lm, tokens)))
+    assert not np.array_equal(tokens, lm.sample_tokens(padded, uniforms)[0][index])
+
+
+def test_float64_mode_changes_nothing() -> None:
+    lm, uniforms = small(), uniforms_of(3, 7, 5)
+    padded = lm.pad_prompts(PROMPTS, 5)
+    tokens, log_probs = lm.sample_tokens(padded, uniforms)
+    with jax.enable_x64(True):
+        again, its_log_probs = lm.sample_tokens(lm.pad_prompts(PROMPTS, 5), uniforms)
+        assert (again.dtype, its_log_probs.dtype) == (jnp.int32, jnp.float32)
+        assert lm.score_tokens(padded, np.asarray(tokens, dtype=np.int64)).dtype == jnp.float32
+        drawn = decode((lm,), PROMPTS, 7, 5, np.random.default_rng(0))
+    assert np.array_equal(again, tokens)
+    assert close(its_log_probs, log_probs)
+    assert np.array_equal(drawn.tokens, decode((lm,), PROMPTS, 7, 5, np.random.default_rng(0)).tokens)
+
+
+def test_sampling_is_batched_by_vmap() -> None:
+    lm = small()
+    padded, uniforms = lm.pad_prompts(PROMPTS, 4), uniforms_of(2, 3, 5, 4)
+    tokens, log_probs = jax.vmap(lambda u: lm.sample_tokens(padded, u))(uniforms)
+    for index in range(2):
+        alone, its_log_probs = lm.sample_tokens(padded, uniforms[index])
+        assert np.array_equal(tokens[index], alone)
+        assert close(log_probs[index], its_log_probs)
+
+
+def test_sampling_has_no_gradient() -> None:
+    lm = small()
+    padded, uniforms = lm.pad_prompts(PROMPTS, 4), jnp.asarray(uniforms_of(3, 5, 4))
+
+    def total(parameters: Any, uniforms: Any) -> Any:
+        return lm.with_parameters(parameters).sample_tokens(padded, uniforms)[1].sum()
+
+    gradients = jax.grad(total, argnums=(0, 1))(lm.parameters, uniforms)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, rows_at_once", [("gpt2", 1000), ("gpt2", 4), ("qwen3", 1000)])
+def test_gradients_are_those_of_the_host_and_of_torch(
+    name: str, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one go and in chunks, which neither 3 prompts nor 5 draws fill."""
+    monkeypatch.setattr(jax_lm, "chunk_size", lambda floats: rows_at_once)
+    lm, model = cached_lm(name), copy.deepcopy(torch_model(name)).double()
+    padded = lm.pad_prompts(PROMPTS, 6)
+    tokens, log_probs = lm.sample_tokens(padded, uniforms_of(3, 5, 6))
+    sequences = completed(lm, tokens)
+    weights = np.random.default_rng(0).normal(size=(3, 5, 1))
+
+    def traced(parameters: Any) -> Any:
+        return (weights * lm.with_parameters(parameters).score_tokens(padded, tokens)).sum()
+
+    def on_host(parameters: Any) -> Any:
+        return (weights * lm.with_parameters(parameters).token_log_probs(PROMPTS, sequences)).sum()
+
+    assert close(lm.score_tokens(padded, tokens), log_probs)
+    ours, theirs = (jax.jit(jax.grad(score))(lm.parameters) for score in (traced, on_host))
+    (torch.as_tensor(weights) * reference_scores(model, PROMPTS, sequences)).sum().backward()
+    exact = {key: parameter.grad.numpy() for key, parameter in model.named_parameters()}
+    floor = 1e-3 * max(np.linalg.norm(gradient) for gradient in exact.values())  # key biases: 0 but for rounding
+    for gradients in (ours, theirs):
+        for key, gradient in named_tensors(lm._architecture, gradients):
+            assert np.linalg.norm(gradient - exact[key]) <= 1e-5 * max(np.linalg.norm(exact[key]), floor), key
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 7])
+def test_chunks_change_no_number(rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = small()
+    padded = lm.pad_prompts(PROMPTS, 3)
+    tokens, log_probs = lm.sample_tokens(padded, uniforms_of(3, 5, 3))
+    monkeypatch.setattr(jax_lm, "chunk_size", lambda floats: rows_at_once)
+    assert close(lm.score_tokens(padded, tokens), log_probs)
+    assert lm.score_tokens(padded, tokens[:, :0]).shape == (3, 0, 3)
+
+
+@pytest.mark.slow
+def test_chunks_bound_the_memory_of_a_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes that the compiled program needs beside its arguments, of 3 x 64 rows in one go and 12 at once."""
+    lm = cached_lm("gpt2")
+    padded, tokens = lm.pad_prompts(PROMPTS, 24), jnp.ones((3, 64, 24), dtype=jnp.int32)
+    needed = {}
+    for rows_at_once in (1000, 12):
+        monkeypatch.setattr(jax_lm, "chunk_size", lambda floats, rows=rows_at_once: rows)
+        gradient = jax.jit(jax.grad(lambda p: lm.with_parameters(p).score_tokens(padded, tokens).sum()))
+        needed[rows_at_once] = gradient.lower(lm.parameters).compile().memory_analysis().temp_size_in_bytes
+    assert needed[12] < needed[1000] / 8, needed
+
+
+# Positions and features
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
+def test_positions_and_features_are_torchs(name: str) -> None:
+    lm, theirs = (
+        JaxLM(cached_lm(name).parameters, cached_lm(name)._config, eos_token_id=range(9)),
+        bk.TorchLM(torch_model(name), eos_token_id=range(9)),
+    )
+    padded = lm.pad_prompts(PROMPTS, 6)
+    tokens, log_probs = lm.sample_tokens(padded, uniforms_of(3, 5, 6))
+    sequences = completed(lm, tokens)
+    assert sequences.lengths.min() < 6
+    with torch.no_grad():
+        positions, features = (
+            getattr(theirs, what)(PROMPTS, sequences).numpy() for what in ("position_log_probs", "features")
+        )
+    assert close(lm.position_log_probs(PROMPTS, sequences), positions)
+    assert close(lm.score_positions(padded, tokens), positions)
+    assert close(lm.features(PROMPTS, sequences), features)
+    drawn = np.take_along_axis(np.asarray(lm.score_positions(padded, tokens)), np.asarray(tokens)[..., None], 3)[..., 0]
+    assert close(drawn, log_probs)
+    assert not np.asarray(lm.features(PROMPTS, sequences))[~sequences.mask].any()
+    none = Sequences(np.zeros((3, 0, 6), int), np.zeros((3, 0), int))
+    assert lm.position_log_probs(PROMPTS, none).shape == (3, 0, 6, 40)
+
+
+def test_what_stands_past_the_first_eos_does_not_matter() -> None:
+    lm = small()
+    padded = lm.pad_prompts(PROMPTS, 5)
+    tokens, _ = lm.sample_tokens(padded, uniforms_of(3, 6, 5))
+    odd = np.where(completed(lm, tokens).mask, tokens, -7)
+    assert np.array_equal(lm.score_tokens(padded, odd), lm.score_tokens(padded, tokens))
+
+
+def test_a_copy_is_independent() -> None:
+    lm = small()
+    guide = lm.copy()
+    assert guide is not lm
+    assert (guide.eos_token_ids, guide.temperature) == (lm.eos_token_ids, lm.temperature)
+    jax.tree.map(lambda array: array.delete(), guide.parameters)  # what an optimiser that gives buffers away does
+    assert np.isfinite(lm.next_log_probs(lm.prefill([[1]]))).all()
+
+
+def test_refusals() -> None:
+    lm = small()
+    padded = lm.pad_prompts(PROMPTS, 28)
+    with pytest.raises(bk.BayesKLRLError, match="33 tokens; this model reads at most 32"):
+        lm.pad_prompts(PROMPTS, 29)
+    with pytest.raises(bk.BayesKLRLError, match=r"0..4.*from 7 to 7"):
+        lm.pad_prompts([[7]])
+    with pytest.raises(bk.BayesKLRLError, match=r"\(P, N, T\) = \(3, N, T\).*got \(2, 4, 5\)"):
+        lm.sample_tokens(padded, np.zeros((2, 4, 5)))
+    with pytest.raises(bk.BayesKLRLError, match=r"T >= 1; got \(3, 4, 0\)"):
+        lm.score_tokens(padded, np.zeros((3, 4, 0), int))
+    with pytest.raises(bk.BayesKLRLError, match=r"0..4.*from 9 to 9"):
+        lm.score_tokens(padded, np.full((3, 4, 2), 9))
+
+
+# In lockstep: what `decode` takes instead of steps
+
+
+def by_steps(
+    models: tuple[Any, ...], prompts: list[list[int]], num_draws: int, num_tokens: int, rng: np.random.Generator
+) -> Decoding:
+    decoding = Decoding(models, prompts, num_draws, num_tokens)
+    while not decoding.done:
+        decoding.step(rng.random(decoding.finished.size))
+    return decoding
+
+
+def guide_of(lm: JaxLM) -> JaxLM:
+    """Another distribution over the same completions."""
+    return lm.with_parameters(jax.tree.map(lambda array: 0.8 * array, lm.parameters))
+
+
+LOCKSTEP: dict[str, dict[str, Any]] = {
+    "all end early": {"eos": "several", "num_draws": 40, "num_tokens": 12},
+    "none ends": {"eos": "none", "num_draws": 5, "num_tokens": 12},
+    "a single row": {"eos": "one", "num_draws": 1, "num_tokens": 9, "prompts": [[4]]},
+    "one token": {"eos": "one", "num_draws": 7, "num_tokens": 1},
+    "short buffers": {"eos": "one", "num_draws": 30, "num_tokens": 20, "growth": 8},
+    "tempered": {"eos": "one", "num_draws": 30, "num_tokens": 6, "temperature": 1.7},
+}
+
+
+@pytest.mark.parametrize("case", LOCKSTEP)
+def test_lockstep_draws_what_steps_draw(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens, the same log-probs under both models, and the generator is left in the same place."""
+    options = {"temperature": 1.0, "prompts": PROMPTS, "growth": jax_lockstep.GROWTH} | LOCKSTEP[case]
+    monkeypatch.setattr(jax_lockstep, "GROWTH", options["growth"])
+    prior = small(options["eos"], options["temperature"])
+    models = guide_of(prior), prior, prior
+    first, second = np.random.default_rng(5), np.random.default_rng(5)
+    drawn = decode(models, options["prompts"], options["num_draws"], options["num_tokens"], first)
+    steps = by_steps(models, options["prompts"], options["num_draws"], options["num_tokens"], second)
+    assert np.array_equal(drawn.tokens, steps.tokens)
+    assert np.array_equal(drawn.lengths, steps.lengths)
+    assert np.array_equal(drawn.prompt_index, steps.prompt_index)
+    assert drawn.log_probs.shape == (3, len(drawn.tokens))
+    assert np.array_equal(drawn.log_probs[1], drawn.log_probs[2])
+    assert close(drawn.log_probs, steps.log_probs, 1e-4)
+    assert first.random() == second.random()
+    assert np.array_equal(drawn.sequences().tokens, steps.sequences().tokens)
+
+
+def test_rows_that_have_ended_are_dropped_and_counted_until_then() -> None:
+    """64 rows of which most end at once: model tokens are at least those needed, and far fewer than 64 a step."""
+    lm, prompts, num_tokens = small("several"), [[1, 2, 3]], 20
+    drawn = decode((lm,), prompts, 64, num_tokens, np.random.default_rng(0))
+    read = drawn.model_tokens - 3
+    needed = int((drawn.lengths - 1).sum())
+    assert needed <= read <= 2 * needed + 8 * num_tokens
+    assert read < 64 * (num_tokens - 1) / 2
+    never = decode((small("none"),), prompts, 64, num_tokens, np.random.default_rng(0))
+    assert never.model_tokens == 3 + 64 * (num_tokens - 1)
+    both = decode((small("none"), guide_of(small("none"))), prompts, 64, num_tokens, np.random.default_rng(0))
+    assert both.model_tokens == 2 * never.model_tokens
+
+
+@pytest.mark.parametrize("pays", [0, 1, 3])
+def test_steps_may_come_first(pays: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a state in which rows share prefixes, some have ended, and others have been dropped."""
+    monkeypatch.setattr(
+        JaxLockstep, "pays", lambda self, rows, prefixes: calls.append((rows, prefixes)) or len(calls) > pays
+    )
+    calls: list[tuple[int, int]] = []
+    models = guide_of(small()), small()
+    first, second = np.random.default_rng(1), np.random.default_rng(1)
+    drawn, steps = decode(models, PROMPTS, 40, 7, first), by_steps(models, PROMPTS, 40, 7, second)
+    assert len(calls) == pays + 1
+    assert all(prefixes < rows for rows, prefixes in calls)
+    assert np.array_equal(drawn.tokens, steps.tokens)
+    assert np.array_equal(drawn.lengths, steps.lengths)
+    assert close(drawn.log_probs, steps.log_probs, 1e-4)
+    assert drawn.step_count == steps.step_count == drawn.lengths.max()
+    assert first.random() == second.random()
+
+
+def test_it_pays_unless_many_rows_share_their_prefixes() -> None:
+    lm = cached_lm("gpt2")
+    together = lm.lockstep([lm])
+    assert together is not None
+    assert together.pays(64, 1)  # small enough for sharing not to matter
+    assert together.pays(4_000_000, 1_000_000)
+    assert not together.pays(4_000_000, 900_000)
+
+
+def test_a_copy_of_the_prior_as_proposal_weighs_by_the_likelihood_alone() -> None:
+    lm = small()
+    longer = bk.TokenReward(lambda tokens, lengths: lengths.astype(float), alpha=0.5)
+    posterior = bk.Posterior(lm, longer, prompts=PROMPTS, max_new_tokens=5)
+    for proposal in (None, lm, lm.copy()):
+        draws = bk.ImportanceSampling(50, proposal=proposal).run(posterior, seed=0)
+        assert np.array_equal(draws.log_weights, draws.log_likelihood)
+        assert np.array_equal(draws.log_prior, draws.log_proposal)
+
+
+def test_models_that_are_no_plain_jaxlms_go_by_steps() -> None:
+    class Sharper(JaxLM):
+        def next_log_probs(self, state: Any) -> Any:
+            return jax.nn.log_softmax(3 * super().next_log_probs(state))
+
+    lm = small()
+    sharper = Sharper(lm.parameters, lm._config)
+    assert lm.lockstep([lm]) is not None
+    assert lm.lockstep([lm, bk.TorchLM(small_pair()[1].module)]) is None
+    assert sharper.lockstep([sharper]) is None
+    drawn = decode((sharper, lm), PROMPTS, 20, 4, np.random.default_rng(0))
+    steps = by_steps((sharper, lm), PROMPTS, 20, 4, np.random.default_rng(0))
+    assert np.array_equal(drawn.tokens, steps.tokens)
+    assert np.array_equal(drawn.log_probs, steps.log_probs)
+
+
+def test_lockstep_refuses_what_steps_refuse() -> None:
+    with pytest.raises(bk.BayesKLRLError, match="33 tokens; this model reads at most 32"):
+        decode((small(),), PROMPTS, 2, 30, np.random.default_rng(0))
+    with pytest.raises(bk.BayesKLRLError, match=r"0..4.*from 9 to 9"):
+        decode((small(),), [[9]], 2, 3, np.random.default_rng(0))
+
+
+def test_other_numbers_of_draws_and_other_prompts_compile_nothing() -> None:
+    """Sampling and scoring: prompts of 9 to 16 tokens, and as many numbers of draws."""
+    lm = jax_lm_of(tiny_gpt2(n_layer=1, n_embd=12, n_positions=64), eos_token_id=())  # compiled for by no other test
+
+    def work(length: int, num_draws: int) -> None:
+        prompt = [1 + index % 4 for index in range(length)]
+        drawn = decode((lm,), [prompt], num_draws, 6, np.random.default_rng(length))
+        lm.token_log_probs([prompt], drawn.sequences())
+
+    with counted_compilations() as first:
+        work(16, 16)
+    assert 4 <= len(first) <= 8
+    with counted_compilations() as later:
+        for length in range(9, 17):
+            work(length, num_draws=25 - length)
+            work(length, num_draws=16)
+    assert not later

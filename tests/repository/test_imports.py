@@ -1,0 +1,89 @@
+"""What `import bayes_klrl` and `bayes-klrl --help` load, how long they take, and that the public names are one list."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bayes_klrl
+from tests.helpers.public_names import homes
+
+HEAVY = {
+    "arviz",
+    "jax",
+    "matplotlib",
+    "numpyro",
+    "pandas",
+    "peft",
+    "pyro",
+    "scipy",
+    "torch",
+    "transformers",
+    "xarray",
+}
+
+
+def run_python(*arguments: str) -> tuple[str, set[str], float]:
+    """What Python printed, the top-level packages it loaded, and the CPU seconds it took."""
+    before = os.times()
+    command = [sys.executable, "-X", "importtime", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    after = os.times()
+    lines = [line for line in run.stderr.splitlines() if line.startswith("import time:")]
+    assert run.returncode == 0, "\n".join(line for line in run.stderr.splitlines() if line not in lines)
+    loaded = {line.rsplit("|", 1)[1].strip().split(".")[0] for line in lines}
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    return run.stdout, loaded, seconds
+
+
+def test_importing_the_package_is_light(tmp_cwd: Path) -> None:
+    runs = [run_python("-c", "import bayes_klrl") for _ in range(3)]
+    loaded = runs[0][1]
+    assert "bayes_klrl" in loaded
+    assert not HEAVY & loaded
+    assert min(seconds for *_, seconds in runs) < 0.3
+
+
+def test_the_vocabulary_needs_numpy_only(tmp_cwd: Path) -> None:
+    names = "Posterior, Reward, TokenReward, Constraint, Sequences, Draws, BayesKLRLError"
+    assert not HEAVY & run_python("-c", f"from bayes_klrl import {names}")[1]
+
+
+def test_help_is_light(tmp_cwd: Path) -> None:
+    runs = [run_python("-m", "bayes_klrl.cli", "--help") for _ in range(3)]
+    printed, loaded, _ = runs[0]
+    assert "compare" in printed
+    assert not HEAVY & loaded
+    assert min(seconds for *_, seconds in runs) < 1.0
+
+
+HOMES = homes()
+
+
+def test_all_is_the_stub_sorted() -> None:
+    assert list(bayes_klrl.__all__) == sorted(HOMES)
+    assert set(bayes_klrl.__all__) <= set(dir(bayes_klrl))
+
+
+@pytest.mark.parametrize("name", sorted(HOMES))
+def test_every_public_name_is_there_and_documented(name: str) -> None:
+    value = getattr(bayes_klrl, name)
+    assert (value.__doc__ or "").strip()
+    assert value.__module__ == HOMES[name]
+    assert name in sys.modules[value.__module__].__all__
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = bayes_klrl.nonsense
+
+
+def test_a_missing_jax_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("bayes_klrl.models.jax_lm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(vars(bayes_klrl), "JaxLM", raising=False)
+    monkeypatch.setitem(sys.modules, "jax", None)
+    with pytest.raises(ImportError, match=r"pip install 'bayes_klrl\[jax\]'"):
+        bayes_klrl.JaxLM  # noqa: B018
