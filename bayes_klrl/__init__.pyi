@@ -33,9 +33,9 @@ from .inference.smc.conditional import ConditionalSMC as ConditionalSMC
 from .inference.smc.smc import SMC as SMC
 from .inference.svi.bayesian.recipe import BayesianFit as BayesianFit
 from .inference.svi.bayesian.recipe import BayesianSVI as BayesianSVI
+from .inference.svi.fit import Fit as Fit
 from .inference.svi.losses import LossInputs as LossInputs
 from .inference.svi.svi import SVI as SVI
-from .inference.svi.svi import Fit as Fit
 from .inference.twists.distilled import DistilledTwist as DistilledTwist
 from .inference.twists.learned import LearnedTwist as LearnedTwist
 from .likelihood import Constraint as Constraint

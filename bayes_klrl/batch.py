@@ -22,6 +22,7 @@ from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 __all__ = [
     "RESERVED_NAMES",
     "Batch",
+    "Setting",
     "TextCall",
     "accepts",
     "called_on_text",
@@ -35,6 +36,29 @@ _BATCH_NAMES = ("prompts", "completions", "completion_ids", "finished")
 RESERVED_NAMES = frozenset(
     {*_BATCH_NAMES, "tokens", "lengths", "prompt_index", "prior", "likelihood", "max_new_tokens"}
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """Everything of a posterior but its likelihood: what a factor may depend on, see `Likelihood.bind`.
+
+    Parameters
+    ----------
+    prior
+        The pretrained language model p0.
+    prompts, prompt_ids
+        The P prompts as the user gave them, and as token ids.
+    columns
+        Further data of the prompts, each of length P.
+    max_new_tokens
+        T, the most tokens of a completion, EOS included.
+    """
+
+    prior: LanguageModel
+    prompts: tuple[Any, ...]
+    prompt_ids: tuple[tuple[int, ...], ...]
+    columns: Mapping[str, tuple[Any, ...]]
+    max_new_tokens: int
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from bayes_klrl.draws import Draws
-    from bayes_klrl.inference.svi.svi import Fit
+    from bayes_klrl.inference.svi.fit import Fit
     from bayes_klrl.reward_models.posterior import RewardPosterior
 
 __all__ = [

@@ -10,16 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from bayes_klrl.batch import Batch, TextCall, accepts, called_on_text, called_on_tokens, parameters, to_floats
+from bayes_klrl.batch import Batch, Setting, TextCall, accepts, called_on_text, called_on_tokens, parameters, to_floats
 from bayes_klrl.errors import BayesKLRLError, RewardError, TextRewardError
 from bayes_klrl.typing import FloatArray, LanguageModel
-
-if TYPE_CHECKING:
-    from bayes_klrl.posterior import Posterior
 
 __all__ = ["Constraint", "Factor", "Likelihood", "Reward", "TokenReward", "check_alpha_and_bounds", "product"]
 
@@ -86,11 +83,14 @@ class Likelihood(ABC):
         """Whether the reward itself, not only its weight, changes with alpha: then no path over alpha is of one reward."""
         return any(factor.depends_on_alpha for factor in self.factors)
 
-    def bound(self, posterior: Posterior) -> Likelihood:
-        """Return the likelihood as this posterior needs it: itself, unless a factor depends on the prior and the prompts."""
+    def bind(self, setting: Setting) -> Likelihood:
+        """Return the likelihood for a prior and its prompts: itself, unless a factor depends on them.
+
+        `Posterior` calls it once, before it is complete, with all that it is made of but the likelihood.
+        """
         factors = self.factors
-        bound = tuple(factor.bound_to(posterior, factors[:i] + factors[i + 1 :]) for i, factor in enumerate(factors))
-        return self if all(a is b for a, b in zip(factors, bound, strict=True)) else product(bound)
+        ready = tuple(factor.bind_with(setting, factors[:i] + factors[i + 1 :]) for i, factor in enumerate(factors))
+        return self if all(a is b for a, b in zip(factors, ready, strict=True)) else product(ready)
 
     def check(self, prior: LanguageModel, columns: Iterable[str]) -> None:
         """Refuse, before any work, a function that asks for what this posterior cannot give it."""
@@ -148,8 +148,8 @@ class Factor(Likelihood):
         """See `Likelihood.depends_on_alpha`."""
         return False
 
-    def bound_to(self, posterior: Posterior, others: tuple[Factor, ...]) -> Factor:
-        """Return the factor as a posterior needs it that has `others` beside it."""
+    def bind_with(self, setting: Setting, others: tuple[Factor, ...]) -> Factor:
+        """Return the factor for a prior and its prompts, where the factors `others` stand beside it; see `Likelihood.bind`."""
         return self
 
     def scale_in(self, alpha: float | None) -> float:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayes_klrl.arrays import no_gradient, to_host
-from bayes_klrl.batch import RESERVED_NAMES, Batch
+from bayes_klrl.batch import RESERVED_NAMES, Batch, Setting
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError, needs_jax
 from bayes_klrl.likelihood import Likelihood
@@ -85,14 +85,15 @@ class Posterior:
             )
         check_count("max_new_tokens", max_new_tokens)
         self.prior = prior
-        self.likelihood = likelihood
         self.max_new_tokens = int(max_new_tokens)
         self.prompts = _prompt_list(prompts)
         self.columns = _checked_columns(columns, len(self.prompts))
         likelihood.check(prior, self.columns)
         self.prompt_ids = encoded_prompts(self.prompts, prior)
         check_context(self.prompt_ids, self.max_new_tokens, prior)
-        self.likelihood = likelihood.bound(self)
+        self.likelihood = likelihood.bind(
+            Setting(prior, self.prompts, self.prompt_ids, self.columns, self.max_new_tokens)
+        )
 
     def __repr__(self) -> str:
         return (

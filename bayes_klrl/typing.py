@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from bayes_klrl.draws import Draws
+    from bayes_klrl.inference.svi.fit import Fit
     from bayes_klrl.posterior import Posterior
     from bayes_klrl.sequences import Sequences
 
@@ -21,6 +22,7 @@ __all__ = [
     "Algorithm",
     "Array",
     "FloatArray",
+    "GuideRecipe",
     "IntArray",
     "JaxModel",
     "LanguageModel",
@@ -157,6 +159,21 @@ class Algorithm(Protocol):
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """Return draws from (an approximation of) the posterior; the same seed gives the same draws."""
+
+
+@runtime_checkable
+class GuideRecipe(Algorithm, Protocol):
+    """An algorithm that trains a guide and then draws from it: `SVI`, `BayesianSVI`. It may stand wherever a proposal may."""
+
+    @property
+    def num_draws(self) -> int:
+        """Completions per prompt that `run` draws."""
+
+    def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Fit:
+        """Return the trained guide with its history."""
+
+    def trains_like(self, other: object) -> bool:
+        """Return whether another recipe would train the same guide under one seed: all but `num_draws` is equal."""
 
 
 @runtime_checkable

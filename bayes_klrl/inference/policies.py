@@ -13,12 +13,11 @@ import numpy as np
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.inference.sampling.drawing import draw
-from bayes_klrl.inference.sampling.proposals import GuideRecipe
 from bayes_klrl.inference.svi.bayesian.recipe import BayesianFit
-from bayes_klrl.inference.svi.svi import Fit
+from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.posterior import Posterior, check_context, check_language_model
-from bayes_klrl.typing import LanguageModel
+from bayes_klrl.typing import GuideRecipe, LanguageModel
 
 __all__ = ["as_policy", "covers_prior", "policy_draws"]
 

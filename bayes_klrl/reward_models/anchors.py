@@ -19,7 +19,7 @@ from bayes_klrl.inference.exact.enumeration import all_sequences, num_sequences
 from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
-from bayes_klrl.reward_models.posterior import RewardPosterior
+from bayes_klrl.reward_models.features import FeatureMap
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray
 from bayes_klrl.weights import effective_sample_size, log_evidence_se, logsumexp
@@ -73,7 +73,7 @@ class Anchors:
 
 
 def measured_anchors(
-    base: Posterior, model: RewardPosterior, thetas: FloatArray, alpha: float, *, num_draws: int, seed: int, most: int
+    base: Posterior, features: FeatureMap, thetas: FloatArray, alpha: float, *, num_draws: int, seed: int, most: int
 ) -> Anchors:
     """Return the anchors of r_theta = theta . z, thetas (S, J).
 
@@ -81,6 +81,8 @@ def measured_anchors(
     ----------
     base
         Prior, prompts, and the other factors as its likelihood.
+    features
+        Completions to standardised features z.
     num_draws, seed
         Of the pool.
     most
@@ -101,7 +103,7 @@ def measured_anchors(
     shape = (base.num_prompts, len(thetas))
     log_z, ess, mean = np.empty(shape), np.empty(shape), np.empty(shape)
     for p in range(base.num_prompts):
-        rewards = thetas @ model.features(posterior_batch(base, pool, p)).T  # (S, N)
+        rewards = thetas @ features(posterior_batch(base, pool, p)).T  # (S, N)
         log_w = log_prior[p] + others[p] + rewards / alpha
         log_z[p], ess[p] = logsumexp(log_w), effective_sample_size(log_w)
         mean[p] = rewards @ np.exp(log_prior[p])

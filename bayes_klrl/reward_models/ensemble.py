@@ -12,33 +12,45 @@ the completion, and their joint posterior is the cut one; so every algorithm tha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
-from bayes_klrl.batch import Batch
+from bayes_klrl.batch import Batch, Setting
 from bayes_klrl.checks import check_count, check_finite
+from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.likelihood import Factor, Likelihood, TokenReward, check_alpha_and_bounds, product
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.reward_models.anchors import Anchors, measured_anchors, posterior_batch
-from bayes_klrl.reward_models.features import HiddenStates
-from bayes_klrl.reward_models.posterior import RewardPosterior
+from bayes_klrl.reward_models.features import FeatureMap, HiddenStates
+from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 from bayes_klrl.weights import logmeanexp
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from bayes_klrl.draws import Draws
-    from bayes_klrl.sequences import Sequences
 
 __all__ = ["EnsembleReward", "ensemble_of"]
 
 Target = Literal["cut", "joint", "plug-in", "conservative"]
 Anchor = Literal["mean", "none"]
+
+
+@runtime_checkable
+class UncertainWeights(Protocol):
+    """Draws of the weights theta of a linear reward r_theta(x) = theta . z(x); a `RewardPosterior` has them."""
+
+    @property
+    def features(self) -> FeatureMap:
+        """Completions to standardised features z."""
+
+    @property
+    def from_preferences(self) -> bool:
+        """Whether r_theta is known up to a constant per prompt only."""
+
+    def thetas(self, num: int | None = None) -> FloatArray:
+        """Return `num` draws of theta, shape (num, J); None: all of them."""
 
 
 def _no_reward(tokens: IntArray, lengths: IntArray) -> FloatArray:  # noqa: ARG001
@@ -85,7 +97,7 @@ class EnsembleReward(Factor):
         For bad arguments; for a joint or conservative target of a reward that is open to shifts without `anchor`.
     """
 
-    model: RewardPosterior
+    model: UncertainWeights
     alpha: float = field(kw_only=True)
     target: Target = field(default="cut", kw_only=True)
     anchor: Anchor | None = field(default=None, kw_only=True)
@@ -99,7 +111,7 @@ class EnsembleReward(Factor):
     bounds: None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, RewardPosterior):
+        if not isinstance(self.model, UncertainWeights):
             raise BayesKLRLError(
                 f"An ensemble is of a bk.RewardPosterior, as bk.RewardModel(...).fit returns it; got {self.model!r}."
             )
@@ -157,7 +169,7 @@ class EnsembleReward(Factor):
         """
         return measured_anchors(
             self._posterior,
-            self.model,
+            self.model.features,
             self.thetas,
             self.alpha,
             num_draws=self.num_draws,
@@ -202,8 +214,8 @@ class EnsembleReward(Factor):
         """See `Likelihood.check`."""
         self.model.features.features.check(prior, columns)
 
-    def bound_to(self, posterior: Posterior, others: tuple[Factor, ...]) -> EnsembleReward:
-        """See `Factor.bound_to`."""
+    def bind_with(self, setting: Setting, others: tuple[Factor, ...]) -> EnsembleReward:
+        """See `Factor.bind_with`."""
         if any(isinstance(other, EnsembleReward) for other in others):
             raise BayesKLRLError(
                 "A likelihood takes one EnsembleReward: of two, the cut posterior would be a mixture over pairs of thetas. "
@@ -211,13 +223,13 @@ class EnsembleReward(Factor):
             )
         features = self.model.features.features
         if isinstance(features, HiddenStates):
-            features.check_room(posterior.prompt_ids, posterior.max_new_tokens, posterior.prior)
+            features.check_room(setting.prompt_ids, setting.max_new_tokens, setting.prior)
         base = Posterior(
-            posterior.prior,
+            setting.prior,
             product(others) if others else TokenReward(_no_reward, alpha=1.0),
-            prompts=posterior.prompts,
-            max_new_tokens=posterior.max_new_tokens,
-            **posterior.columns,
+            prompts=setting.prompts,
+            max_new_tokens=setting.max_new_tokens,
+            **setting.columns,
         )
         return replace(self, base=base)
 

@@ -20,14 +20,13 @@ import numpy as np
 from bayes_klrl.batch import Batch
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.reward_models.ensemble import EnsembleReward
 from bayes_klrl.reward_models.features import FeatureMap
 from bayes_klrl.reward_models.preferences import Preferences, Scores
 from bayes_klrl.typing import FloatArray, LanguageModel
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from bayes_klrl.reward_models.ensemble import EnsembleReward
 
 __all__ = ["ChainDiagnostics", "RewardPosterior", "observed"]
 
@@ -189,8 +188,6 @@ class RewardPosterior:
 
     def reward(self, alpha: float, **options: Any) -> EnsembleReward:
         """Return the uncertain reward as a likelihood, `bk.EnsembleReward(self, alpha=alpha, **options)`."""
-        from bayes_klrl.reward_models.ensemble import EnsembleReward
-
         return EnsembleReward(self, alpha=alpha, **options)
 
     def to_arviz(self) -> Any:
@@ -199,7 +196,9 @@ class RewardPosterior:
         """
         from bayes_klrl.reward_models.datatree import reward_posterior_to_arviz
 
-        return reward_posterior_to_arviz(self)
+        return reward_posterior_to_arviz(
+            self.draws, self.scales, self.sample_stats, self.log_likelihood(), self.design, self.scores
+        )
 
     def __repr__(self) -> str:
         what = "preferences" if self.from_preferences else "scores"

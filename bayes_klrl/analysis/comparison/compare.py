@@ -14,13 +14,12 @@ from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
 from bayes_klrl.export.output_folder import prepare_output
-from bayes_klrl.inference.sampling.proposals import GuideRecipe
-from bayes_klrl.inference.svi.svi import Fit
+from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import progress_display, track
 from bayes_klrl.randomness import stream_seed
-from bayes_klrl.typing import Algorithm
+from bayes_klrl.typing import Algorithm, GuideRecipe
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -239,11 +238,10 @@ def _with_fit(
     svi = algorithm if isinstance(algorithm, GuideRecipe) else proposal
     if not isinstance(svi, GuideRecipe):
         return algorithm, None
-    recipe = replace(svi, num_draws=1)  # how many are drawn later does not change the training
-    known = next((outcome for other, outcome in shared if other == recipe), None)
+    known = next((outcome for other, outcome in shared if svi.trains_like(other)), None)
     outcome = known or _fit_or_error(svi, posterior, seed, progress)
     if known is None:
-        shared.append((recipe, outcome))
+        shared.append((svi, outcome))
     if isinstance(outcome, BayesKLRLError):
         raise outcome
     trained = outcome if known is None else None

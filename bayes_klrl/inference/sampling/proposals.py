@@ -1,18 +1,13 @@
-"""A proposal is a language model, or an `SVI` or `BayesianSVI` that is fitted first: amortise, then correct."""
+"""Proposals: a language model, or a recipe such as `SVI` that is fitted first (amortise, then correct)."""
 
 from __future__ import annotations
 
 from bayes_klrl.draws import Cost
-from bayes_klrl.inference.svi.bayesian.recipe import BayesianSVI
-from bayes_klrl.inference.svi.svi import SVI
 from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.posterior import Posterior, check_context
-from bayes_klrl.typing import LanguageModel
+from bayes_klrl.typing import GuideRecipe, LanguageModel
 
-__all__ = ["GuideRecipe", "Proposal", "resolve_proposal"]
-
-GuideRecipe = SVI | BayesianSVI
-"""What `fit` makes a guide of."""
+__all__ = ["Proposal", "resolve_proposal"]
 
 Proposal = LanguageModel | GuideRecipe | None
 
@@ -20,7 +15,7 @@ Proposal = LanguageModel | GuideRecipe | None
 def resolve_proposal(proposal: Proposal, posterior: Posterior, seed: int, progress: bool) -> tuple[LanguageModel, Cost]:
     """Return the language model to draw from, and what it cost to train it.
 
-    None is the prior itself; an `SVI` or `BayesianSVI` is fitted under the same seed.
+    None is the prior itself; a recipe such as `SVI` is fitted under the same seed.
     """
     if isinstance(proposal, GuideRecipe):
         fit = proposal.fit(posterior, seed=seed, progress=progress)

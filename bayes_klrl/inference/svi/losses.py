@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.svi.estimators import leave_one_out
 
 __all__ = ["DPO", "GRPO", "KLPenalty", "LeaveOneOut", "LogVariance", "Loss", "LossInputs", "RaoBlackwell"]
 
@@ -84,8 +85,7 @@ class LossInputs:
 
     def leave_one_out(self, values: Tensor) -> Tensor:
         """Return values minus the mean of the others, shape (N,); minus the expectation where that is known."""
-        num = len(values)
-        return (values - self.mean(values)) * (1.0 if self.weights is not None else num / (num - 1))
+        return leave_one_out(values) if self.weights is None else values - self.mean(values)
 
     def std(self, values: Tensor) -> Tensor:
         """Return the standard deviation of values (N,)."""

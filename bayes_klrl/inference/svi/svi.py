@@ -8,23 +8,19 @@ training itself is in `svi_pyro`, and for a `JaxLM` in `svi_numpyro`.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from bayes_klrl.checks import check_count, check_positive, check_prompts_per_step
-from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, needs_jax
-from bayes_klrl.inference.sampling.drawing import draw
+from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
-from bayes_klrl.typing import FloatArray, JaxModel, LanguageModel
+from bayes_klrl.typing import JaxModel
 
-__all__ = ["ESTIMATORS", "OBJECTIVES", "SVI", "Fit"]
+__all__ = ["ESTIMATORS", "OBJECTIVES", "SVI"]
 
 ESTIMATORS = ("leave_one_out", "rao_blackwell")
 OBJECTIVES = ("elbo",)
@@ -110,75 +106,6 @@ class SVI:
         """Return draws from the trained guide, with `Draws.guide` set; see `Fit.run`."""
         return self.fit(posterior, seed=seed, progress=progress).run(self.num_draws, seed, progress=progress)
 
-
-@dataclass(frozen=True, eq=False)
-class Fit:
-    """A trained guide.
-
-    Parameters
-    ----------
-    guide
-        The approximate posterior q.
-    history
-        Of every step, means over prompts in nats: "elbo", "reward" (in its own units), "kl" (to the prior),
-        "log_weight_sd", "gradient_norm", "learning_rate", "step_kl" (as taken; NaN where it was not looked at), "seconds".
-    posterior
-        What it approximates.
-    training
-        Seconds and tokens of the training.
-    interrupted
-        Whether Ctrl-C ended it early.
-    """
-
-    guide: LanguageModel
-    history: Mapping[str, FloatArray] = field(repr=False)
-    posterior: Posterior
-    training: Cost
-    interrupted: bool = False
-
-    method: ClassVar[str] = "SVI"
-
-    @property
-    def training_tokens(self) -> int:
-        """Tokens that went through a model in training."""
-        return self.training.training_tokens
-
-    @property
-    def seconds(self) -> float:
-        """Wall time of the training."""
-        return self.training.training_seconds
-
-    def save(self, folder: str | Path) -> Path:
-        """Write the guide as `from_pretrained` reads it, adapters merged, and return the folder."""
-        if not hasattr(self.guide, "save_pretrained"):
-            raise BayesKLRLError(f"A {type(self.guide).__name__} has no save_pretrained, so it cannot be saved.")
-        self.guide.save_pretrained(folder)
-        return Path(folder)
-
-    def run(self, num_draws: int, seed: int, *, progress: bool = False) -> Draws:
-        """Return draws from the guide, weighing equally; `elbo` is their mean log-weight, the log-weights are not used.
-
-        To correct them for what the guide got wrong, `ImportanceSampling(num_draws, proposal=fit.guide)`.
-        """
-        check_count("num_draws", num_draws)
-        start, posterior = time.perf_counter(), self.posterior
-        drawn = draw(
-            (self.guide, posterior.prior),
-            posterior,
-            num_draws,
-            generator(seed),
-            description="drawing from the guide",
-            progress=progress,
-        )
-        log_guide, log_prior = drawn.log_probs
-        draws = Draws.equally_weighted(
-            posterior,
-            drawn.sequences,
-            method=self.method,
-            reward=drawn.reward,
-            log_prior=log_prior,
-            log_proposal=log_guide,
-            cost=Cost(time.perf_counter() - start, drawn.model_tokens, self.training_tokens, self.seconds),
-        )
-        elbo = (log_prior + draws.log_likelihood - log_guide).mean(axis=1)
-        return replace(draws, elbo=elbo, guide=self.guide, info=drawn.info)
+    def trains_like(self, other: object) -> bool:
+        """Return whether another recipe would train the same guide under one seed: all but `num_draws` is equal."""
+        return isinstance(other, SVI) and replace(self, num_draws=other.num_draws) == other

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import UnboundedLossError
+from bayes_klrl.inference.svi.steps import MAX_GRADIENT_NORM, learning_rate_schedule
 from bayes_klrl.inference.twists.losses import ctl_loss, ctl_weights, fudge_loss, soft_q_loss
 from bayes_klrl.models.decoding import decode
 from bayes_klrl.models.twists.neural import LMFeatures, NeuralTwist, TwistHead, features_for
@@ -65,14 +66,14 @@ def train_twist(recipe: LearnedTwist, posterior: Posterior, *, seed: int, progre
         twist, model_tokens = untrained(recipe, posterior, rng)
     parameters = [p for net in (twist.features, twist.head) for p in getattr(net, "parameters", list)()]
     optimiser = torch.optim.Adam(parameters, lr=recipe.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0 - step / recipe.num_steps)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate_schedule(recipe.num_steps, warm_up=0))
     with track(f"twist ({recipe.loss})", recipe.num_steps, progress) as advance:
         for _ in range(recipe.num_steps):
             batch = draw_batch(posterior, replace(twist), recipe.num_draws, rng, from_twist=recipe.loss != "fudge")
             loss = loss_of(recipe.loss, posterior, twist, batch)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
             optimiser.step()
             schedule.step()
             losses.append(float(loss.detach()))

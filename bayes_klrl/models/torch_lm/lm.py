@@ -25,8 +25,9 @@ from bayes_klrl.models.token_ids import (
     require_tokenizer,
     resolved_eos,
 )
-from bayes_klrl.models.torch_lm.network import Network, base_model, choose_network, model_device, renewed
+from bayes_klrl.models.torch_lm.network import Network, base_model, model_device
 from bayes_klrl.models.torch_lm.scoring import full_features, full_log_probs, sequence_log_probs, tempered
+from bayes_klrl.models.torch_lm.tight import choose_network, renewed
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import IntArray, TokenIds
 

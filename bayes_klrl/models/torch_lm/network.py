@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bayes_klrl.typing import TokenIds
 
-__all__ = ["Network", "base_model", "choose_network", "left_padded", "model_device", "renewed"]
+__all__ = ["Network", "agree", "base_model", "left_padded", "model_device", "probe", "tolerance"]
 
 
 class Network(Protocol):
@@ -72,25 +72,6 @@ def left_padded(prompts: Sequence[TokenIds], device: torch.device) -> tuple[Tens
     padding = [length - len(prompt) for prompt in prompts]
     rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
     return torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(padding, device=device)
-
-
-def choose_network(module: nn.Module, vocab_size: int) -> Network:
-    """Return the tight network where it is known to be right and was seen to agree, else the general one."""
-    from bayes_klrl.models.torch_lm.general import general_network
-    from bayes_klrl.models.torch_lm.tight import tight_network
-
-    general = general_network(module, vocab_size)
-    tight = tight_network(module, vocab_size)
-    return tight if tight is not None and agree(tight, general, vocab_size) else general
-
-
-def renewed(network: Network | None, module: nn.Module) -> Network | None:
-    """Return the network chosen earlier, fitted to the model's present layers; None if it is time to choose again."""
-    from bayes_klrl.models.torch_lm.tight import TightNetwork, tight_network
-
-    if isinstance(network, TightNetwork):
-        return tight_network(module, network.vocab_size)
-    return network
 
 
 @torch.no_grad()

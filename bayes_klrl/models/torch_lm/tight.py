@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayes_klrl.models.torch_lm.families import Family, family_of
-from bayes_klrl.models.torch_lm.network import left_padded
+from bayes_klrl.models.torch_lm.general import general_network
+from bayes_klrl.models.torch_lm.network import Network, agree, left_padded
 from bayes_klrl.typing import TokenIds
 
-__all__ = ["TightNetwork", "tight_network"]
+__all__ = ["TightNetwork", "choose_network", "renewed", "tight_network"]
 
 GROWTH = 32
 """Positions added when a buffer is full: copying it then costs a small part of attending to it GROWTH times."""
@@ -236,3 +237,17 @@ def tight_network(module: nn.Module, vocab_size: int) -> TightNetwork | None:
     """Return the tight network of a model whose architecture and configuration are on the allow-list, else None."""
     family = family_of(module)
     return None if family is None else TightNetwork(family, vocab_size)
+
+
+def choose_network(module: nn.Module, vocab_size: int) -> Network:
+    """Return the tight network where it is known to be right and was seen to agree, else the general one."""
+    general = general_network(module, vocab_size)
+    tight = tight_network(module, vocab_size)
+    return tight if tight is not None and agree(tight, general, vocab_size) else general
+
+
+def renewed(network: Network | None, module: nn.Module) -> Network | None:
+    """Return the network chosen earlier, fitted to the model's present layers; None if it is time to choose again."""
+    if isinstance(network, TightNetwork):
+        return tight_network(module, network.vocab_size)
+    return network

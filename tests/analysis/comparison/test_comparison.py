@@ -5,7 +5,7 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl.inference.sampling.order_statistics import best_of_n_log_probs
-from bayes_klrl.inference.svi.svi import Fit
+from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.problems import gold_posterior
 
 POSTERIOR = gold_posterior(alpha=0.5, max_new_tokens=3)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import bayes_klrl as bk
 from bayes_klrl import problems
 from bayes_klrl.inference.policies import as_policy
-from bayes_klrl.inference.svi.bayesian.training import MeanField, PolicyELBO, policy_programs
+from bayes_klrl.inference.svi.bayesian.programs import MeanField, PolicyELBO, policy_programs
 from bayes_klrl.inference.svi.bayesian.uncertainty import policy_uncertainty
 from bayes_klrl.models.programs.pyro_program import to_sequences
 from bayes_klrl.models.torch_lm.offsets import offset_family

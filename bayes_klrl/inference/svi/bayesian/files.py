@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,27 +14,63 @@ from safetensors.torch import load_file, save_file
 
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import CheckpointError
-from bayes_klrl.inference.svi.bayesian.recipe import FIT_FILE, BayesianFit, BayesianSVI
-from bayes_klrl.inference.svi.bayesian.training import predictive
+from bayes_klrl.inference.svi.bayesian.programs import predictive
 from bayes_klrl.models.torch_lm.adapters import import_peft
 from bayes_klrl.models.torch_lm.offsets import restored_family
 from bayes_klrl.posterior import Posterior
 
-__all__ = ["load_fit", "save_fit"]
+__all__ = ["read_fit", "save_fit"]
 
 _FORMAT = "bayes_klrl.BayesianFit/1"
 _START = "start."
 _ARRAYS, _ADAPTER = "policies.safetensors", "adapter"
 
 
-def save_fit(fit: BayesianFit, folder: Path) -> Path:
-    """See `BayesianFit.save`."""
+class Saved(Protocol):
+    """What is written of a `BayesianFit`; see there."""
+
+    @property
+    def recipe(self) -> Any:
+        """The `BayesianSVI`, a dataclass."""
+
+    @property
+    def seed(self) -> int:
+        """Seed for all random numbers of the fit."""
+
+    @property
+    def family(self) -> Any:
+        """The policies at an offset."""
+
+    @property
+    def training(self) -> Cost:
+        """Seconds and tokens of the training."""
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the training was interrupted."""
+
+    @property
+    def history(self) -> Any:
+        """Arrays by name."""
+
+    @property
+    def mu(self) -> np.ndarray:
+        """Means, shape (D,)."""
+
+    @property
+    def sigma(self) -> np.ndarray:
+        """Standard deviations, shape (D,)."""
+
+
+def save_fit(fit: Saved, file: Path) -> None:
+    """Write a fit into the folder of `file`, its header into `file`; see `BayesianFit.save`."""
+    folder = file.parent
     folder.mkdir(parents=True, exist_ok=True)
     recipe = {f.name: getattr(fit.recipe, f.name) for f in dataclasses.fields(fit.recipe)}
     if not isinstance(recipe["parameters"], str):
         recipe["parameters"].save_pretrained(folder / _ADAPTER)
         recipe["parameters"] = None
-    said = {
+    header = {
         "format": _FORMAT,
         "recipe": recipe,
         "seed": fit.seed,
@@ -46,37 +82,39 @@ def save_fit(fit: BayesianFit, folder: Path) -> Path:
     arrays = {_START + name: value.detach().cpu().contiguous() for name, value in fit.family.start.items()}
     arrays |= {"mu": torch.as_tensor(fit.mu), "sigma": torch.as_tensor(fit.sigma)}
     save_file(arrays, folder / _ARRAYS)
-    (folder / FIT_FILE).write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-    return folder
+    file.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 
 
-def load_fit(folder: Path, posterior: Posterior) -> BayesianFit:
-    """See `BayesianFit.load`."""
+def read_fit(file: Path, posterior: Posterior) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of the recipe, and those of the `BayesianFit` but its recipe; see `BayesianFit.load`."""
+    folder = file.parent
     try:
-        said: dict[str, Any] = json.loads((folder / FIT_FILE).read_text(encoding="utf-8"))
-        if said["format"] != _FORMAT:
-            raise CheckpointError(f"{folder} is of format {said['format']!r}, not {_FORMAT!r}.")
+        header: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if header["format"] != _FORMAT:
+            raise CheckpointError(f"{folder} is of format {header['format']!r}, not {_FORMAT!r}.")
         arrays = load_file(folder / _ARRAYS)
         mu, sigma = arrays.pop("mu").numpy(), arrays.pop("sigma").numpy()
-        if said["recipe"]["parameters"] is None:
-            said["recipe"]["parameters"] = import_peft().PeftConfig.from_pretrained(str(folder / _ADAPTER))
-        prior_digest = str(said["prior"])
-        recipe, training = BayesianSVI(**said["recipe"]), Cost(**said["training"])
+        recipe = dict(header["recipe"])
+        if recipe["parameters"] is None:
+            recipe["parameters"] = import_peft().PeftConfig.from_pretrained(str(folder / _ADAPTER))
+        prior_digest, seed = str(header["prior"]), header["seed"]
+        num_predictive, training = recipe["num_predictive"], Cost(**header["training"])
+        history = {name: np.array(values) for name, values in header["history"].items()}
+        interrupted = header["interrupted"]
     except CheckpointError:
         raise
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} does not hold a readable BayesianFit: {error}") from error
     start = {name.removeprefix(_START): value for name, value in arrays.items()}
-    family = restored_family(posterior.prior, recipe.parameters, start, prior_digest)
-    return BayesianFit(
-        guide=predictive(family, mu, sigma, recipe.num_predictive, said["seed"]),
-        history={name: np.array(values) for name, values in said["history"].items()},
-        posterior=posterior,
-        training=training,
-        interrupted=said["interrupted"],
-        mu=mu,
-        sigma=sigma,
-        recipe=recipe,
-        seed=said["seed"],
-        family=family,
-    )
+    family = restored_family(posterior.prior, recipe["parameters"], start, prior_digest)
+    return recipe, {
+        "guide": predictive(family, mu, sigma, num_predictive, seed),
+        "history": history,
+        "posterior": posterior,
+        "training": training,
+        "interrupted": interrupted,
+        "mu": mu,
+        "sigma": sigma,
+        "seed": seed,
+        "family": family,
+    }

@@ -1,5 +1,7 @@
 """A tuned policy with epistemic uncertainty: SVI over the policy's parameters, not only over completions.
 
+Experimental: names, defaults and results may change in any version.
+
     phi ~ Normal(0, prior_scale^2),  x ~ p0,  factor exp(r(x) / alpha)        the model; phi does not touch x
     phi ~ q(phi) = Normal(mu, sigma^2),  x ~ p_phi                            the guide; p_0 is the prior
 
@@ -22,7 +24,8 @@ Gaussian was trained with.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,23 +33,23 @@ import numpy as np
 
 from bayes_klrl.checks import check_count, check_positive
 from bayes_klrl.draws import Draws
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.inference.svi.bayesian.uncertainty import PolicyUncertainty, policy_uncertainty
-from bayes_klrl.inference.svi.svi import Fit
+from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.models.mixture import MixtureLM
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.typing import FloatArray, LanguageModel
 
-__all__ = ["FIT_FILE", "PARAMETERS", "BayesianFit", "BayesianSVI"]
+__all__ = ["PARAMETERS", "BayesianFit", "BayesianSVI"]
 
 PARAMETERS = ("lora", "bias", "all")
-FIT_FILE = "bayesian_fit.json"
+_FILE = "bayesian_fit.json"
 
 
 @dataclass(frozen=True)
 class BayesianSVI:
-    """Train a Gaussian over a policy's parameters on the ELBO; see the module's formulas.
+    """Train a Gaussian over a policy's parameters on the ELBO; see the module's formulas. Experimental.
 
     Parameters
     ----------
@@ -126,16 +129,23 @@ class BayesianSVI:
         """
         from bayes_klrl.inference.svi.bayesian.training import fit_policies
 
-        return fit_policies(self, posterior, seed=seed, progress=progress)
+        made = partial(BayesianFit, recipe=self)
+        return fit_policies(self, posterior, made, seed=seed, progress=progress)
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """Return draws from the predictive, with `Draws.guide` set; see `Fit.run`."""
         return self.fit(posterior, seed=seed, progress=progress).run(self.num_draws, seed, progress=progress)
 
+    def trains_like(self, other: object) -> bool:
+        """Return whether another recipe would train the same guide under one seed: all but `num_draws` is equal."""
+        return isinstance(other, BayesianSVI) and replace(self, num_draws=other.num_draws) == other
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BayesianFit(Fit):
-    """A Gaussian over policies. `guide` is its predictive, a `MixtureLM` of `num_predictive` draws; the rest is as in `Fit`.
+    """A Gaussian over policies, as `BayesianSVI` trains it. Experimental.
+
+    Its `guide` is the predictive, a `MixtureLM` of `num_predictive` drawn policies; the rest is as in `Fit`.
 
     Parameters
     ----------
@@ -193,9 +203,9 @@ class BayesianFit(Fit):
     def programs(self) -> tuple[Callable[[], None], Callable[[], None]]:
         """Return model and guide as Pyro programs, sites "phi" (D,) and "x" (num_particles, P, T), trained further by any SVI.
 
-        Their loss is `bayes_klrl.inference.svi.bayesian.training.PolicyELBO`; `TraceGraph_ELBO` and `Predictive` work too.
+        Their loss is `bayesian.programs.PolicyELBO`; `TraceGraph_ELBO` and `Predictive` work too.
         """
-        from bayes_klrl.inference.svi.bayesian.training import MeanField, policy_programs
+        from bayes_klrl.inference.svi.bayesian.programs import MeanField, policy_programs
 
         mean_field = MeanField.of(self.mu, self.sigma, self.family.device)
         return policy_programs(self.recipe, self.posterior, self.family, mean_field)
@@ -207,12 +217,13 @@ class BayesianFit(Fit):
         """
         from bayes_klrl.inference.svi.bayesian.files import save_fit
 
-        return save_fit(self, Path(folder))
+        save_fit(self, Path(folder) / _FILE)
+        return Path(folder)
 
     @staticmethod
     def is_saved_in(folder: str | Path) -> bool:
         """Return whether `save` wrote this folder."""
-        return (Path(folder) / FIT_FILE).is_file()
+        return (Path(folder) / _FILE).is_file()
 
     @classmethod
     def load(cls, folder: str | Path, posterior: Posterior) -> BayesianFit:
@@ -223,6 +234,10 @@ class BayesianFit(Fit):
         CheckpointError
             If the folder holds no such fit, or one of another prior.
         """
-        from bayes_klrl.inference.svi.bayesian.files import load_fit
+        from bayes_klrl.inference.svi.bayesian.files import read_fit
 
-        return load_fit(Path(folder), posterior)
+        recipe, fitted = read_fit(Path(folder) / _FILE, posterior)
+        try:
+            return cls(recipe=BayesianSVI(**recipe), **fitted)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{folder} does not hold a readable BayesianFit: {error}") from error

@@ -33,26 +33,18 @@ from numpyro.infer import ELBO
 from numpyro.primitives import Messenger
 
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.svi.loop import check_same_latents
+from bayes_klrl.inference.svi.estimators import leave_one_out
 from bayes_klrl.inference.svi.numpyro_backend.sites import SiteLogProbs, check_guide, is_concrete, sample_sites
+from bayes_klrl.inference.svi.refusals import check_same_latents
 from bayes_klrl.models.programs.numpyro_distribution import SequenceDistribution
 from bayes_klrl.models.programs.numpyro_program import NumpyroGuide, NumpyroModel
 from bayes_klrl.models.programs.traced_rewards import float_type
 from bayes_klrl.typing import Array
 
-__all__ = ["STEP", "LeaveOneOutELBO", "Parts", "RaoBlackwellELBO", "leave_one_out"]
+__all__ = ["STEP", "LeaveOneOutELBO", "Parts", "RaoBlackwellELBO"]
 
 STEP = "bayes_klrl_step"
 """The name under which a loss returns what its draws say, as NumPyro's mutable state, where a state of that name goes in."""
-
-
-def leave_one_out(values: Array) -> Array:
-    """Return values minus the mean of the others, along axis 0; zero in sum.
-
-    N / (N - 1) (v_n - mean v) = v_n - mean_{m != n} v_m.
-    """
-    num = values.shape[0]
-    return (values - values.mean(axis=0)) * (num / (num - 1))
 
 
 class Parts(NamedTuple):

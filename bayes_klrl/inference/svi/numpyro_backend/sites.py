@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.svi.loop import completion_text, no_density
+from bayes_klrl.inference.svi.refusals import completion_text, no_density
 from bayes_klrl.models.programs.numpyro_distribution import SequenceDistribution
 from bayes_klrl.sequences import completion_lengths
 from bayes_klrl.typing import Array

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,11 @@ import optax
 from jax import random
 
 from bayes_klrl.errors import RewardError
-from bayes_klrl.inference.svi.loop import (
-    MAX_GRADIENT_NORM,
-    StepLimit,
-    completion_text,
-    learning_rate_schedule,
-    no_adapter,
-    trained,
-    unbounded_loss,
-)
+from bayes_klrl.inference.svi.fit import Fit
+from bayes_klrl.inference.svi.loop import TrainingPlan, trained
 from bayes_klrl.inference.svi.numpyro_backend.elbo import STEP, LeaveOneOutELBO, RaoBlackwellELBO
+from bayes_klrl.inference.svi.refusals import completion_text, no_adapter, unbounded_loss
+from bayes_klrl.inference.svi.steps import MAX_GRADIENT_NORM, StepLimit, learning_rate_schedule
 from bayes_klrl.models.programs.numpyro_program import (
     NumpyroGuide,
     completion_distribution,
@@ -40,9 +35,6 @@ from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import completion_lengths
 from bayes_klrl.typing import FloatArray, IntArray
 
-if TYPE_CHECKING:
-    from bayes_klrl.inference.svi.svi import SVI, Fit
-
 __all__ = ["Completions", "Training", "fit_guide", "jax_key", "optimiser"]
 
 _ELBOS = {"leave_one_out": LeaveOneOutELBO, "rao_blackwell": RaoBlackwellELBO}
@@ -51,13 +43,13 @@ _TRACING_TOLERANCE = 1e-3
 """By how much a traced reward may differ from the same function on the host, relative to the largest: float32 and sums."""
 
 
-def fit_guide(svi: SVI, posterior: Posterior, *, seed: int, progress: bool) -> Fit:
-    """Return the guide after `svi.num_steps` steps; see `SVI.fit`."""
+def fit_guide(plan: TrainingPlan, posterior: Posterior, *, seed: int, progress: bool) -> Fit:
+    """Return the guide after `plan.num_steps` steps; see `SVI.fit`."""
     start = time.perf_counter()
-    no_adapter(posterior.prior, svi.adapter)
+    no_adapter(posterior.prior, plan.adapter)
     check_traceable(posterior)
-    training = Training(svi, posterior, jax_key(seed))
-    return trained(svi, posterior, training.steps(), training.guide_so_far, start=start, progress=progress)
+    training = Training(plan, posterior, jax_key(seed))
+    return trained(plan, posterior, training.steps(), training.guide_so_far, start=start, progress=progress)
 
 
 def jax_key(seed: object) -> Any:
@@ -71,7 +63,7 @@ class Training:
 
     Parameters
     ----------
-    svi, posterior
+    plan, posterior
         What is done to what.
     key
         Where its randomness starts.
@@ -82,26 +74,26 @@ class Training:
         NumPyro's, after the newest step; what that step drew is in its `mutable_state`.
     """
 
-    def __init__(self, svi: SVI, posterior: Posterior, key: Any) -> None:
+    def __init__(self, plan: TrainingPlan, posterior: Posterior, key: Any) -> None:
         prior: Any = posterior.prior
         self.posterior = posterior
         self.guide: NumpyroGuide = numpyro_guide(
-            posterior, prior.with_parameters(prior.parameters), svi.prompts_per_step
+            posterior, prior.with_parameters(prior.parameters), plan.prompts_per_step
         )
-        model = numpyro_model(posterior, svi.prompts_per_step)
-        elbo = _ELBOS[svi.estimator](svi.num_particles)
-        schedule = learning_rate_schedule(svi.num_steps)
-        highest = svi.learning_rate or _LEARNING_RATE
-        self.learning_rates = highest * np.array([schedule(step) for step in range(svi.num_steps)])
+        model = numpyro_model(posterior, plan.prompts_per_step)
+        elbo = _ELBOS[plan.estimator](plan.num_particles)
+        schedule = learning_rate_schedule(plan.num_steps)
+        highest = plan.learning_rate or _LEARNING_RATE
+        self.learning_rates = highest * np.array([schedule(step) for step in range(plan.num_steps)])
         self.svi = numpyro.infer.SVI(model, self.guide, optimiser(self.learning_rates), elbo)
         self.state = jax.jit(self.svi.init)(key)
-        said = jax.eval_shape(
+        shapes = jax.eval_shape(
             lambda params: elbo.loss_with_mutable_state(key, {**params, STEP: None}, model, self.guide),
             self.svi.get_params(self.state),
         )
-        blank = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), said["mutable_state"])
+        blank = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), shapes["mutable_state"])
         self.state = self.state._replace(mutable_state=blank)
-        self.limit = StepLimit(svi.max_step_kl)
+        self.limit = StepLimit(plan.max_step_kl)
 
     def steps(self) -> Iterator[dict[str, float]]:
         """Take one gradient step an item; each item says what the step saw, in nats."""
@@ -109,8 +101,8 @@ class Training:
         for number, learning_rate in enumerate(self.learning_rates.tolist()):
             with host_errors(self.posterior):
                 state, _ = update(self.state)
-                said = jax.device_get(state.mutable_state[STEP])
-            completions = Completions(self.posterior, said)
+                record = jax.device_get(state.mutable_state[STEP])
+            completions = Completions(self.posterior, record)
             completions.check(against_host=number == 0)
             if self.limit.is_due():
                 share = self.limit.share(float(change(state)))
@@ -130,10 +122,10 @@ class Training:
 
     def _change(self, state: Any) -> Any:
         """Return how far the guide has moved since the step's draws x, in nats: 1/2 mean (log q_now(x) - log q(x))^2."""
-        said = state.mutable_state[STEP]
+        record = state.mutable_state[STEP]
         lm = self.guide.language_model(self.svi.get_params(state))
-        now = completion_distribution(self.posterior, lm, said["prompt_index"]).log_prob(said["tokens"])
-        return jnp.square(now - said["log_guide"]).mean() / 2
+        now = completion_distribution(self.posterior, lm, record["prompt_index"]).log_prob(record["tokens"])
+        return jnp.square(now - record["log_guide"]).mean() / 2
 
 
 def optimiser(learning_rates: FloatArray) -> Any:
@@ -169,18 +161,18 @@ class Completions:
     ----------
     posterior
         Whose.
-    said
-        What the loss says of its draws, see `svi_numpyro_elbo.STEP`.
+    record
+        What the loss says of its draws, see `numpyro_backend.elbo.STEP`.
     """
 
-    def __init__(self, posterior: Posterior, said: dict[str, np.ndarray]) -> None:
+    def __init__(self, posterior: Posterior, record: dict[str, np.ndarray]) -> None:
         self.posterior = posterior
-        self.log_weights: FloatArray = said["log_weights"].astype(np.float64)
-        self.log_likelihood: FloatArray = said["log_likelihood"].astype(np.float64)
-        self.lengths = completion_lengths(said["tokens"], posterior.prior.eos_token_ids)
-        inside = np.arange(said["tokens"].shape[-1]) < self.lengths[..., None]
-        self.tokens: IntArray = np.where(inside, said["tokens"], posterior.pad_token).astype(np.int64)
-        self.prompt_index = said["prompt_index"].astype(np.int64)
+        self.log_weights: FloatArray = record["log_weights"].astype(np.float64)
+        self.log_likelihood: FloatArray = record["log_likelihood"].astype(np.float64)
+        self.lengths = completion_lengths(record["tokens"], posterior.prior.eos_token_ids)
+        inside = np.arange(record["tokens"].shape[-1]) < self.lengths[..., None]
+        self.tokens: IntArray = np.where(inside, record["tokens"], posterior.pad_token).astype(np.int64)
+        self.prompt_index = record["prompt_index"].astype(np.int64)
 
     @property
     def history(self) -> dict[str, float]:

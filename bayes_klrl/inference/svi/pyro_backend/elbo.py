@@ -39,19 +39,11 @@ from torch import Tensor
 
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.svi.estimators import leave_one_out
 from bayes_klrl.inference.svi.pyro_backend.sites import check_bounded, random_sites, site_terms
 from bayes_klrl.models.programs.pyro_program import SequenceDistribution, to_sequences
 
-__all__ = ["LeaveOneOutELBO", "RaoBlackwellELBO", "leave_one_out"]
-
-
-def leave_one_out(values: Tensor) -> Tensor:
-    """Return values minus the mean of the others, along axis 0, shape (N, P); zero in sum.
-
-    N / (N - 1) (v_n - mean v) = v_n - mean_{m != n} v_m.
-    """
-    num = values.shape[0]
-    return (values - values.mean(dim=0)) * (num / (num - 1))
+__all__ = ["LeaveOneOutELBO", "RaoBlackwellELBO"]
 
 
 @dataclass(frozen=True)
@@ -201,7 +193,8 @@ class RaoBlackwellELBO(_SequenceELBO):
 
 def leave_one_out_by_prompt(values: Tensor) -> Tensor:
     """Return `leave_one_out` of values (P, N, T) along N."""
-    return leave_one_out(values.transpose(0, 1)).transpose(0, 1)
+    by_particle: Tensor = leave_one_out(values.transpose(0, 1))
+    return by_particle.transpose(0, 1)
 
 
 def _own_likelihood(model_trace: Any, guide_trace: Any) -> Tensor:

@@ -19,7 +19,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.svi.loop import check_same_latents, completion_text, no_density
+from bayes_klrl.inference.svi.refusals import check_same_latents, completion_text, no_density
 from bayes_klrl.models.programs.pyro_program import SequenceDistribution, to_sequences
 
 __all__ = ["SiteTerms", "check_bounded", "random_sites", "site_terms"]

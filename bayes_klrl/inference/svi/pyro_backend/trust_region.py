@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from bayes_klrl.inference.svi.loop import StepLimit
+from bayes_klrl.inference.svi.steps import StepLimit
 
 __all__ = ["TrustRegion"]
 

@@ -1,0 +1,67 @@
+"""The refusals that SVI makes on every backend: no place for an adapter, an unbounded loss, programs that do not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bayes_klrl.errors import BayesKLRLError, UnboundedLossError
+from bayes_klrl.typing import LanguageModel
+
+__all__ = ["check_same_latents", "completion_text", "no_adapter", "no_density", "unbounded_loss"]
+
+
+def no_adapter(prior: LanguageModel, adapter: object) -> None:
+    """Refuse an adapter for a model that has no place for it."""
+    if adapter is not None:
+        raise BayesKLRLError(
+            f"Adapters are for a bk.TorchLM; the prior is a {type(prior).__name__}. Leave the adapter out."
+        )
+
+
+def unbounded_loss(completion: str, what: str = "likelihood") -> UnboundedLossError:
+    """Return the error about a completion of likelihood 0 (or of another probability 0) that the guide drew."""
+    cure = "Relax the constraint: a reward of alpha * log(eps) instead of -inf (say eps = 1e-3), or use bk.SMC."
+    if what == "prior probability":
+        cure = "Start the guide as a copy of the prior, which never draws what the prior cannot."
+    return UnboundedLossError(
+        f"The guide drew the completion {completion}, whose {what} is 0, so its ELBO is -inf and has no gradient. {cure}"
+    )
+
+
+def no_density(name: str, log_prob: float, completion: str) -> BayesKLRLError:
+    """Return the error about a log-prob of site `name` that is -inf, inf or NaN where the guide drew a completion."""
+    if log_prob == float("-inf"):
+        names = {"likelihood": "likelihood", "x": "prior probability"}
+        return unbounded_loss(completion, names.get(name, f"probability at the site {name!r}"))
+    return BayesKLRLError(
+        f"The log-prob of site {name!r} is {log_prob} for the completion {completion}; a log-density is finite or -inf."
+    )
+
+
+def check_same_latents(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
+    """Refuse programs that do not draw the same latents; sites by name, as Pyro's and NumPyro's traces have them alike.
+
+    Raises
+    ------
+    BayesKLRLError
+        Names the site that only the guide draws, auxiliary ones apart, or that it leaves out.
+    """
+    for name, site in guide.items():
+        latent = name in model and not model[name]["is_observed"]
+        if not latent and not site["infer"].get("is_auxiliary"):
+            raise BayesKLRLError(
+                f"The guide draws {name!r}, which is no latent site of the model: its log-density would count for nothing. "
+                "Add it to the model, or mark it with infer={'is_auxiliary': True}."
+            )
+    for name, site in model.items():
+        if name not in guide and not site["is_observed"]:
+            raise BayesKLRLError(
+                f"The model has a latent site {name!r} that the guide does not draw, so there is no density to weigh it "
+                "with. Draw it in the guide too."
+            )
+
+
+def completion_text(lm: LanguageModel, ids: Sequence[int]) -> str:
+    """Return how to call a completion: its text, if there is one, and its ids."""
+    return f"{lm.decode([ids])[0]!r} (ids {ids})" if lm.tokenizer is not None else f"with ids {ids}"
