@@ -1,12 +1,31 @@
-"""Explicit seeds: every draw comes from a NumPy generator made here."""
+"""Random numbers from explicit seeds, in streams that do not depend on how the work is split.
+
+Every number comes from a NumPy generator on the host, for every backend. The draws of a method come in blocks, and each block
+has a seed of its own: (seed, repeat, method, prompt, block). `stream_seed` makes one number of (seed, repeat, method), and
+`Streams` adds the prompt and the block. So the first N draws of a prompt are the same whatever N is asked for, whichever other
+prompts the posterior has, and however draws are spread over batches or processes.
+"""
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from bayes_klrl.checks import check_count
+from bayes_klrl.typing import FloatArray, TokenIds
 
-__all__ = ["check_seed", "generator", "stream_seed"]
+__all__ = ["DRAWS_PER_BLOCK", "Generators", "PromptKey", "Streams", "check_seed", "generator", "prompt_keys", "stream_seed"]
+
+DRAWS_PER_BLOCK = 256
+"""Draws of one prompt that share a generator."""
+
+PromptKey = tuple[int, ...]
+
+Generators = Sequence[np.random.Generator]
+"""One generator for each prompt, or for each run of each prompt, so that none depends on the others."""
 
 
 def check_seed(seed: object) -> int:
@@ -30,3 +49,89 @@ def stream_seed(seed: object, repeat: int, name: str) -> int:
     """
     entropy = np.random.SeedSequence([check_seed(seed), repeat, *name.encode()])
     return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def prompt_keys(prompt_ids: Sequence[TokenIds]) -> list[PromptKey]:
+    """Return what names each prompt in the seed of a block: how many equal ones stand before it, and its token ids.
+
+    A prompt keeps its key, and so its draws, when other prompts are added, removed or moved.
+
+    Examples
+    --------
+    >>> prompt_keys([[5], [7, 8], [5]])
+    [(0, 5), (0, 7, 8), (1, 5)]
+    """
+    seen: Counter[tuple[int, ...]] = Counter()
+    keys = []
+    for ids in prompt_ids:
+        content = tuple(int(token) for token in ids)
+        keys.append((seen[content], *content))
+        seen[content] += 1
+    return keys
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The random numbers of one method, a stream for each prompt.
+
+    Parameters
+    ----------
+    entropy
+        The seed, and numbers that tell the method's own streams apart; see `of`.
+
+    Examples
+    --------
+    >>> streams, keys = Streams.of(0), prompt_keys([[5], [7, 8]])
+    >>> few, many = streams.uniforms(keys, 0, 2, 3), streams.uniforms(keys[1:], 0, 300, 3)
+    >>> few.shape, bool((few[:, 2:] == many[:, :2]).all())
+    ((3, 4), True)
+    """
+
+    entropy: tuple[int, ...]
+
+    @classmethod
+    def of(cls, seed: object, *stream: int) -> Streams:
+        """Return the streams of a seed; numbered ones beside them, if numbers are given."""
+        return cls((check_seed(seed), *stream))
+
+    def beside(self, *stream: int) -> Streams:
+        """Return other streams of the same seed, for another purpose."""
+        return Streams((*self.entropy, *stream))
+
+    def generator(self, key: PromptKey, block: int) -> np.random.Generator:
+        """Return the generator of one block of one prompt."""
+        # lengths first, so that no two lists of parts make the same list of numbers
+        return np.random.default_rng([len(self.entropy), *self.entropy, block, *key])
+
+    def generators(self, prompt_ids: Sequence[TokenIds], runs: Sequence[int] = (0,)) -> list[np.random.Generator]:
+        """Return a generator for each run of each prompt, prompt by prompt, for methods whose draws depend on one another."""
+        return [self.generator(key, run) for key in prompt_keys(prompt_ids) for run in runs]
+
+    def uniforms(self, keys: Sequence[PromptKey], first: int, num_draws: int, width: int) -> FloatArray:
+        """Return numbers from [0, 1) for draws first, first + 1, ... of some prompts.
+
+        Parameters
+        ----------
+        keys
+            The prompts, see `prompt_keys`.
+        first, num_draws
+            Number of the first draw, and N.
+        width
+            Numbers per draw: T for completions of at most T tokens.
+
+        Returns
+        -------
+        Shape (width, P * N), prompt by prompt.
+        """
+        rows = np.concatenate([self._of_prompt(key, first, num_draws, width) for key in keys])
+        return np.ascontiguousarray(rows.T)
+
+    def _of_prompt(self, key: PromptKey, first: int, num_draws: int, width: int) -> FloatArray:
+        """Return the numbers of draws first, ..., first + N - 1 of one prompt, shape (N, width)."""
+        start, stop = first // DRAWS_PER_BLOCK, -(-(first + num_draws) // DRAWS_PER_BLOCK)
+        last = first + num_draws - start * DRAWS_PER_BLOCK
+        blocks = []
+        for block in range(start, stop):
+            rows = min(DRAWS_PER_BLOCK, first + num_draws - block * DRAWS_PER_BLOCK)
+            blocks.append(self.generator(key, block).random((rows, width)))
+        return np.concatenate(blocks)[first - start * DRAWS_PER_BLOCK : last]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bayes_klrl.cli.application import PosteriorFile, Quiet, Seed, app, errors_as_messages, escaped, load, out_console
-from bayes_klrl.cli.methods import DEFAULT_METHODS, DEFAULT_STEPS, METHOD_HELP, METHODS, algorithm_of, check_methods
+from bayes_klrl.cli.methods import DEFAULT_METHODS, DEFAULT_STEPS, METHOD_HELP, algorithms_of
 from bayes_klrl.errors import BayesKLRLError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def compare(
     """Run several inference methods on one posterior, side by side."""
     from bayes_klrl.export.output_folder import check_output
 
-    check_methods(method)
+    asked = None if method is None else algorithms_of(method, steps)
     check_output(out)
     for folder in policy or []:
         if out.resolve() in (folder.resolve(), *folder.resolve().parents):
@@ -49,31 +50,36 @@ def compare(
     import bayes_klrl as bk
 
     posterior, defined = load(file, quiet)
-    algorithms = _algorithms(method, defined.get("algorithms"), posterior, policy or [], steps)
+    rows = _own(defined, file) if asked is None else asked
+    if rows is None:
+        rows = algorithms_of(DEFAULT_METHODS, steps)
+    algorithms = {**rows, **_proposals(policy or [], posterior)}
     comparison = bk.compare(posterior, algorithms, seed=seed, progress=not quiet)
     folder = comparison.save(out)
     _show(comparison, folder)
 
 
-def _algorithms(
-    methods: list[str] | None,
-    defined: dict[str, Algorithm] | None,
-    posterior: Posterior,
-    policies: list[Path],
-    num_steps: int,
-) -> dict[str, Algorithm]:
-    """Return what to compare: the methods asked for, else the file's own, else the demo's; and the policies."""
+def _own(defined: dict[str, Any], file: Path | None) -> Mapping[str, Algorithm] | None:
+    """Return the algorithms that the file defines, None if it defines none."""
+    algorithms = defined.get("algorithms")
+    if algorithms is not None and not isinstance(algorithms, Mapping):
+        raise BayesKLRLError(
+            f"`algorithms` of {str(file)!r} must be a dict from names to algorithms, such as "
+            f'{{"SMC": bk.SMC(256)}}; it is {algorithms!r}.'
+        )
+    return algorithms
+
+
+def _proposals(folders: list[Path], posterior: Posterior) -> dict[str, Algorithm]:
+    """Return importance sampling from each policy, by the name of its row."""
     import bayes_klrl as bk
     from bayes_klrl.inference.policies import as_policy
 
-    if methods is None and defined is not None:
-        chosen = dict(defined)
-    else:
-        chosen = {METHODS[name]: algorithm_of(name, num_steps) for name in methods or DEFAULT_METHODS}
-    for folder in policies:
-        label = f"{str(folder).replace('/', ' ').strip()}, then IS"  # '/' separates groups in draws.nc
-        chosen[label] = bk.ImportanceSampling(1000, proposal=as_policy(folder, posterior))
-    return chosen
+    rows: dict[str, Algorithm] = {}
+    for folder in folders:
+        row = f"{str(folder).replace('/', ' ').strip()}, then IS"  # "/" separates groups in draws.nc
+        rows[row] = bk.ImportanceSampling(1000, proposal=as_policy(folder, posterior))
+    return rows
 
 
 def _show(comparison: Comparison, folder: Path) -> None:

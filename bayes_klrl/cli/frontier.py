@@ -39,14 +39,14 @@ def frontier(
     check_output(out)
     import bayes_klrl as bk
     from bayes_klrl.inference.policies import as_policy, policy_draws
-    from bayes_klrl.randomness import generator
+    from bayes_klrl.randomness import Streams
 
     posterior, _ = load(file, quiet)
     policies = {str(folder): as_policy(folder, posterior) for folder in policy or []}
     curve = bk.frontier(posterior, num_draws=num_draws, seed=seed, progress=not quiet)
     out_console().print(str(curve), markup=False, highlight=False, soft_wrap=True)
     points = {
-        name: policy_draws(posterior, lm, 512, generator(seed, 1 + number), progress=not quiet)
+        name: policy_draws(posterior, lm, 512, Streams.of(seed, 1 + number), progress=not quiet)
         for number, (name, lm) in enumerate(policies.items())
     }
     folder = prepare_output(out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,10 +18,7 @@ from bayes_klrl.cli.application import (
     load,
     out_console,
 )
-from bayes_klrl.cli.methods import DEFAULT_STEPS, METHOD_HELP, algorithm_of, check_methods
-
-if TYPE_CHECKING:
-    from bayes_klrl.typing import Algorithm
+from bayes_klrl.cli.methods import DEFAULT_STEPS, METHOD_HELP, algorithms_of
 
 __all__ = ["sample"]
 
@@ -41,7 +38,7 @@ def sample(
     """Print completions drawn from the posterior, one a line."""
     from bayes_klrl.export.output_folder import check_output, prepare_output
 
-    check_methods([method])
+    (algorithm,) = algorithms_of([method], steps).values()
     if out is not None:
         check_output(out)
     import bayes_klrl as bk
@@ -49,9 +46,7 @@ def sample(
 
     posterior, _ = load(file, quiet)
     if policy is not None:
-        algorithm: Algorithm = bk.ImportanceSampling(1000, proposal=as_policy(policy, posterior))
-    else:
-        algorithm = algorithm_of(method, steps)
+        algorithm = bk.ImportanceSampling(1000, proposal=as_policy(policy, posterior))
     draws = algorithm.run(posterior, seed=seed, progress=not quiet)
     chosen = draws.resample(num, seed)
     for prompt, texts in zip(posterior.prompts, _texts(chosen), strict=True):

@@ -17,6 +17,7 @@ from bayes_klrl.inference.svi.bayesian.recipe import BayesianFit
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.posterior import Posterior, check_context, check_language_model
+from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import GuideRecipe, LanguageModel
 
 __all__ = ["as_policy", "covers_prior", "policy_draws"]
@@ -62,11 +63,11 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
 
 
 def policy_draws(
-    posterior: Posterior, policy: LanguageModel, num_draws: int, rng: np.random.Generator, *, progress: bool = False
+    posterior: Posterior, policy: LanguageModel, num_draws: int, streams: Streams, *, progress: bool = False
 ) -> Draws:
     """Return N draws of a policy for each prompt, weighing equally, scored by policy and prior in lockstep."""
     drawn = draw(
-        (policy, posterior.prior), posterior, num_draws, rng, description="drawing from the policy", progress=progress
+        (policy, posterior.prior), posterior, num_draws, streams, description="drawing from the policy", progress=progress
     )
     draws = Draws.equally_weighted(
         posterior,

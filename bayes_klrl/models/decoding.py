@@ -14,10 +14,11 @@ import numpy as np
 from bayes_klrl.arrays import draw_tokens, is_identity, take_tokens
 from bayes_klrl.errors import CheckpointError, SupportError
 from bayes_klrl.posterior import check_language_model, completion_log_probs
+from bayes_klrl.randomness import PromptKey, Streams, prompt_keys
 from bayes_klrl.sequences import Sequences, completion_lengths, pad_token
 from bayes_klrl.typing import Array, FloatArray, IntArray, LanguageModel, Lockstep, State, TokenIds
 
-__all__ = ["Decoding", "check_proposal", "decode", "draw_blocks", "scoring_gap"]
+__all__ = ["Decoding", "check_proposal", "decode", "decode_by", "draw_blocks", "scoring_gap"]
 
 _ROWS_PER_BLOCK = 512
 _COMPACT_BELOW = 0.8
@@ -206,13 +207,12 @@ class Decoding:
         newest = self.tokens[rows, self.step_count - 1]
         return rows.size, np.unique(self._state_row[rows] * (int(newest.max(initial=0)) + 1) + newest).size
 
-    def finish(self, together: Lockstep, rng: np.random.Generator) -> None:
-        """Draw all that is missing in one go, by the uniforms that steps would have taken, and no more of them."""
+    def finish(self, together: Lockstep, uniforms: FloatArray) -> None:
+        """Draw all that is missing in one go, by the uniforms (T, R) that steps would have taken."""
         rows = np.flatnonzero(~self.finished)
-        before, done = rng.bit_generator.state, self.step_count
-        uniforms = rng.random((self.max_new_tokens - done, self.finished.size))[:, rows]
+        done = self.step_count
         newest = self.tokens[rows, done - 1]
-        tokens, log_probs, model_tokens = together(self._states, self._state_row[rows], newest, uniforms)
+        tokens, log_probs, model_tokens = together(self._states, self._state_row[rows], newest, uniforms[done:, rows])
         lengths = completion_lengths(tokens, self._eos)
         self.tokens[rows, done:] = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, self._filler)
         self.lengths[rows] += lengths
@@ -220,10 +220,7 @@ class Decoding:
         self.log_probs[:, rows] += log_probs[[keys.index(key) for key in self._keys]]
         self.finished[rows] = True
         self.model_tokens += model_tokens
-        num_steps = int(lengths.max())
-        self.step_count += num_steps
-        rng.bit_generator.state = before
-        rng.random((num_steps, self.finished.size))
+        self.step_count += int(lengths.max())
 
     def sequences(self) -> Sequences:
         """Return the completions, shape (P, N, T)."""
@@ -271,17 +268,37 @@ def decode(
     max_new_tokens: int,
     rng: np.random.Generator,
 ) -> Decoding:
-    """Return N completions a prompt, drawn independently from `models[0]` and scored by all.
+    """Return N completions per prompt, drawn independently from `models[0]` and scored by all, by one generator.
 
-    Step by step, until the models can do the rest in one go and that pays: from the same uniforms, and the generator is
-    left in the same place.
+    The generator is left where the steps that were needed leave it. See `decode_by` for draws that belong to a seed.
     """
+    before, num_rows = rng.bit_generator.state, len(prompt_ids) * num_draws
+    decoding = decode_by(models, prompt_ids, rng.random((max_new_tokens, num_rows)))
+    rng.bit_generator.state = before
+    rng.random((decoding.step_count, num_rows))
+    return decoding
+
+
+def decode_by(models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds], uniforms: FloatArray) -> Decoding:
+    """Return N completions per prompt, drawn independently from `models[0]` and scored by all.
+
+    Step by step, until the models can do the rest in one go and that is faster: from the same uniforms.
+
+    Parameters
+    ----------
+    models, prompt_ids
+        See `Decoding`.
+    uniforms
+        From [0, 1), shape (T, P * N), prompt by prompt.
+    """
+    max_new_tokens, num_rows = uniforms.shape
+    num_draws = num_rows // len(prompt_ids)
     decoding = Decoding(models, prompt_ids, num_draws, max_new_tokens)
     together = decoding.lockstep()
     while not decoding.done:
-        decoding.step(rng.random(decoding.finished.size))
+        decoding.step(uniforms[decoding.step_count])
         if together is not None and not decoding.done and together.pays(*decoding.num_unfinished()):
-            decoding.finish(together, rng)
+            decoding.finish(together, uniforms)
     return decoding
 
 
@@ -290,9 +307,26 @@ def draw_blocks(
     prompt_ids: Sequence[TokenIds],
     num_draws: int,
     max_new_tokens: int,
-    rng: np.random.Generator,
+    streams: Streams,
+    *,
+    keys: Sequence[PromptKey] | None = None,
+    first: int = 0,
 ) -> Iterator[Decoding]:
-    """Yield finished decodings that together hold N completions a prompt, each small enough to be held in memory."""
+    """Yield finished decodings that together hold N completions per prompt, each small enough to be held in memory.
+
+    Parameters
+    ----------
+    models, prompt_ids, num_draws, max_new_tokens
+        See `Decoding`.
+    streams
+        The random numbers. How draws are spread over decodings does not change them.
+    keys
+        What names the prompts in their streams; None: `prompt_keys` of them.
+    first
+        Number of the first draw.
+    """
+    keys = prompt_keys(prompt_ids) if keys is None else keys
     most = max(1, _ROWS_PER_BLOCK // len(prompt_ids))
     for start in range(0, num_draws, most):
-        yield decode(models, prompt_ids, min(most, num_draws - start), max_new_tokens, rng)
+        uniforms = streams.uniforms(keys, first + start, min(most, num_draws - start), max_new_tokens)
+        yield decode_by(models, prompt_ids, uniforms)

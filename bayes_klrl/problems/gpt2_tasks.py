@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,11 +15,8 @@ from bayes_klrl.likelihood import TokenReward
 from bayes_klrl.posterior import Posterior, completion_log_probs
 from bayes_klrl.problems.gold import BOUNDS_SLACK
 from bayes_klrl.sequences import Sequences
-from bayes_klrl.typing import FloatArray, IntArray
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 from bayes_klrl.weights import logsumexp, normalised
-
-if TYPE_CHECKING:
-    from bayes_klrl.models.torch_lm.lm import TorchLM
 
 __all__ = ["GPT2_TASKS", "gpt2_task", "random_gpt2_task"]
 
@@ -164,7 +161,7 @@ def _scale_for(target_kl: float, log_prior: FloatArray, values: FloatArray) -> f
     return high
 
 
-def _random_gpt2(seed: int, *, vocab_size: int, hidden: int, layers: int) -> TorchLM:
+def _random_gpt2(seed: int, *, vocab_size: int, hidden: int, layers: int) -> LanguageModel:
     """Return a GPT-2 with random weights, without touching torch's global generator; EOS is the last id."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel

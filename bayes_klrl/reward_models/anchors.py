@@ -18,7 +18,7 @@ from bayes_klrl.errors import BayesKLRLError, SupportError
 from bayes_klrl.inference.exact.enumeration import all_sequences, num_sequences
 from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.reward_models.features import FeatureMap
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray
@@ -97,7 +97,7 @@ def measured_anchors(
         )
         log_prior, others = base.log_prior(pool), base.log_likelihood(pool)
     else:
-        drawn = draw((prior,), base, num_draws, generator(seed, _STREAM), description="pool", progress=False)
+        drawn = draw((prior,), base, num_draws, Streams.of(seed, _STREAM), description="pool", progress=False)
         pool, others = drawn.sequences, base.likelihood.log_likelihood(drawn.reward)
         log_prior = np.full(others.shape, -np.log(num_draws))
     shape = (base.num_prompts, len(thetas))

@@ -181,11 +181,11 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "resampled at the end",
         "inference/smc/population.py",
-        "            if not self._decoding.done:\n                self.resample_where_degenerate(threshold, scheme, rng)",
+        "            if not self._decoding.done:\n                self.resample_where_degenerate(threshold, scheme, rngs)",
         "            done = self._decoding.done\n"
         "            if done:\n"
         "                self._decoding.finished[:] = False\n"
-        "            self.resample_where_degenerate(threshold, scheme, rng)\n"
+        "            self.resample_where_degenerate(threshold, scheme, rngs)\n"
         "            if done:\n"
         "                self._decoding.finished[:] = True",
         ("tests/inference/smc/test_smc.py::test_never_resampled_at_the_end[ngram-systematic]",),
@@ -227,14 +227,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "inference/smc/annealing.py",
         "                swarm.temper(power)\n"
         "                if step < num_steps:\n"
-        "                    swarm.resample_where_degenerate(self.ess_threshold, scheme, rng)\n"
-        "                swarm.move(self.num_moves, self.cut, rng)\n",
+        "                    swarm.resample_where_degenerate(self.ess_threshold, scheme, rngs)\n"
+        "                swarm.move(self.num_moves, self.cut, rngs)\n",
         "                before, swarm.power = swarm.power, power\n"
-        "                swarm.move(self.num_moves, self.cut, rng)\n"
+        "                swarm.move(self.num_moves, self.cut, rngs)\n"
         "                swarm.power = before\n"
         "                swarm.temper(power)\n"
         "                if step < num_steps:\n"
-        "                    swarm.resample_where_degenerate(self.ess_threshold, scheme, rng)\n",
+        "                    swarm.resample_where_degenerate(self.ess_threshold, scheme, rngs)\n",
         ("tests/inference/smc/test_annealing.py::test_evidence_is_unbiased[ngram-never resampled]",),
     ),
     # --- backward messages

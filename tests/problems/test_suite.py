@@ -11,8 +11,9 @@ import bayes_klrl as bk
 from bayes_klrl.cli import app
 from bayes_klrl.problems import SUITE, Problem, by_enumeration, by_messages, constraint_text, gold_posterior
 from bayes_klrl.problems.suite import run as suite_module
+from bayes_klrl.problems.suite.cell import SuiteCell
 from bayes_klrl.problems.suite.methods import METHODS, tokens_per_completion
-from bayes_klrl.problems.suite.run import SuiteCell, run_suite
+from bayes_klrl.problems.suite.run import run_suite
 from bayes_klrl.problems.suite.table import suite_table
 
 

@@ -66,13 +66,11 @@ LAZY = {
     ("problems.gpt2_tasks", "models.torch_lm.lm"): "torch, for these problems only",
     ("problems.infilling", "models.torch_lm.lm"): "torch, for this problem only",
     ("problems.suite.run", "problems.suite.picture"): "matplotlib, for pictures only",
-    ("problems.suite.run", "problems.suite.table"): "pandas, for tables only",
     ("reward_models.model", "reward_models.numpyro_program"): "numpyro, when it is fitted",
     ("reward_models.posterior", "reward_models.datatree"): "xarray, for exports only",
 }
 # Every import of ours for type checkers only, {(file, imported): reason}.
 FOR_TYPES = {
-    ("analysis.comparison.compare", "analysis.comparison.table"): "pandas",
 }
 # Lazy imports of other packages by the vocabulary, {file: packages}.
 LAZY_THIRD_PARTY = {"draws": {"pandas", "xarray"}, "progress": {"rich"}}

@@ -1,6 +1,6 @@
 """How far is a policy from the posterior? Bounds on both KLs, with a stated failure probability.
 
 Read `certificate` first (`certify`), then `evidence` (the two ways to the intervals: enumeration and sampling), `intervals`
-(from bounds on log Z to bounds on KLs), `alpha` (the alpha that the policy effectively solved for), `coverage` (which modes it
-dropped), `text` and `picture`.
+(from bounds on log Z to bounds on KLs), `alpha` (the alpha that the policy effectively solved for) and `coverage` (which modes
+the policy dropped). `record` holds the fields of a certificate; `text` and `picture` show them.
 """

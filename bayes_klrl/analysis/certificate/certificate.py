@@ -13,7 +13,7 @@ proposal. Where log Z can be had exactly (enumeration, backward messages), Lo = 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ from bayes_klrl.analysis.certificate.evidence import (
     exact_or_given,
 )
 from bayes_klrl.analysis.certificate.intervals import Intervals
-from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.analysis.certificate.record import CertificateRecord
+from bayes_klrl.analysis.certificate.text import certificate_table, certificate_text, verdict
+from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
 from bayes_klrl.inference.exact.message_lm import PosteriorPolicy
 from bayes_klrl.inference.policies import as_policy, covers_prior, policy_draws
@@ -38,9 +40,9 @@ from bayes_klrl.inference.sampling.importance import ImportanceSampling
 from bayes_klrl.inference.smc.conditional import retainable
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.sequences import Sequences
-from bayes_klrl.typing import FloatArray, LanguageModel, Twist, TwistRecipe
+from bayes_klrl.typing import LanguageModel, Twist, TwistRecipe
 
 __all__ = ["Certificate", "certify"]
 
@@ -48,7 +50,7 @@ _WORST_GAP = 1e-2  # nats a completion between decoding and scoring, past which 
 
 
 @dataclass(frozen=True, eq=False)
-class Certificate:
+class Certificate(CertificateRecord):
     """What is known of a policy's distance to the posterior, in nats; `print` shows it, verdict first.
 
     Parameters
@@ -84,43 +86,16 @@ class Certificate:
         Of all of it.
     """
 
-    elbo: FloatArray
-    log_evidence_bounds: FloatArray
-    reverse_kl: FloatArray
-    forward_kl: FloatArray
-    pooled: Intervals
-    grade: str
-    failure_probability: float
-    implied_alpha: float
-    implied_alpha_interval: tuple[float, float]
-    frontier_gap: float
-    frontier_gap_se: float
-    alpha: float
-    reward: float
-    kl_prior: float
-    evidence_source: str
-    coverage: Coverage | None
-    notes: tuple[str, ...]
-    draws: Draws = field(repr=False)
-    exact_draws: Draws | None = field(repr=False)
-    cost: Cost = field(default_factory=Cost)
-
     @property
     def verdict(self) -> str:
         """One sentence: how far from the posterior, and what the reward cost too much."""
-        from bayes_klrl.analysis.certificate.text import verdict
-
         return verdict(self)
 
     def __str__(self) -> str:
-        from bayes_klrl.analysis.certificate.text import certificate_text
-
         return certificate_text(self)
 
     def table(self) -> Any:
         """Return one row a prompt, and one of the mean over prompts, as a pandas DataFrame."""
-        from bayes_klrl.analysis.certificate.text import certificate_table
-
         return certificate_table(self)
 
     def plot(self, file: str | Path) -> Path:
@@ -216,7 +191,7 @@ def certify(
     smc = SMC(num_particles, twist=twist)
     lm = as_policy(policy, posterior)
     given = None if exact is None else retainable(posterior, exact)
-    ours = policy_draws(posterior, lm, num_draws, generator(settings.stream("policy")), progress=progress)
+    ours = policy_draws(posterior, lm, num_draws, Streams.of(settings.stream("policy")), progress=progress)
     if feature is not None:
         labels_of(feature, ours)  # a feature that cannot be is refused before the long part
     evidence = _evidence(posterior, lm, ours, given, smc, settings)

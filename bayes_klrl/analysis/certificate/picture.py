@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from bayes_klrl.analysis.certificate.record import CertificateRecord
+from bayes_klrl.analysis.certificate.text import verdict
 from bayes_klrl.export.plot_style import BLACK, COLOURS, GREY, drawing, legend_above, number_text, plain_text
 from bayes_klrl.typing import FloatArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from bayes_klrl.analysis.certificate.certificate import Certificate
 
 __all__ = ["plot_certificate"]
 
@@ -21,7 +21,7 @@ _EVIDENCE, _ELBO, _FORWARD = COLOURS[0], COLOURS[1], COLOURS[2]
 _MOST_ROWS = 12
 
 
-def plot_certificate(certificate: Certificate, file: str | Path) -> Path:
+def plot_certificate(certificate: CertificateRecord, file: str | Path) -> Path:
     """Draw a certificate and return the file.
 
     Parameters
@@ -41,12 +41,12 @@ def plot_certificate(certificate: Certificate, file: str | Path) -> Path:
         if with_cells:
             _draw_cells(axes[2], certificate)
         figure.suptitle(
-            plain_text(f"Grade {certificate.grade}: {certificate.verdict}"), fontsize=9.5, x=0.02, ha="left"
+            plain_text(f"Grade {certificate.grade}: {verdict(certificate)}"), fontsize=9.5, x=0.02, ha="left"
         )
     return Path(file)
 
 
-def _rows(certificate: Certificate) -> list[tuple[str, FloatArray, FloatArray, FloatArray, FloatArray]]:
+def _rows(certificate: CertificateRecord) -> list[tuple[str, FloatArray, FloatArray, FloatArray, FloatArray]]:
     """Return label, log Z, ELBO, reverse and forward KL: the mean over prompts, then the farthest prompts."""
     pooled = certificate.pooled
     rows = [("mean", pooled.log_evidence_bounds, pooled.elbo, pooled.reverse_kl, pooled.forward_kl)]
@@ -94,7 +94,7 @@ def _draw_kls(axes: Axes, rows: list[tuple[str, FloatArray, FloatArray, FloatArr
     legend_above(axes)
 
 
-def _draw_cells(axes: Axes, certificate: Certificate) -> None:
+def _draw_cells(axes: Axes, certificate: CertificateRecord) -> None:
     """Draw the masses of a feature's cells under policy and posterior."""
     cells = certificate.coverage
     assert cells is not None

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bayes_klrl.analysis.certificate.record import CertificateRecord
 from bayes_klrl.typing import FloatArray
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from bayes_klrl.analysis.certificate.certificate import Certificate
 
 __all__ = ["certificate_table", "certificate_text", "verdict"]
 
@@ -25,7 +24,7 @@ _MOST_PROMPTS = 8
 _MOST_CELLS = 8
 
 
-def verdict(certificate: Certificate) -> str:
+def verdict(certificate: CertificateRecord) -> str:
     """Return one sentence: how far from the posterior, and what the reward cost too much."""
     low, high = certificate.pooled.reverse_kl
     where = f"from the posterior at alpha {certificate.alpha:.3g}"
@@ -51,7 +50,7 @@ def verdict(certificate: Certificate) -> str:
     return f"{distance}; spends {spent}"
 
 
-def certificate_text(certificate: Certificate) -> str:
+def certificate_text(certificate: CertificateRecord) -> str:
     """Return the whole certificate, for a terminal 100 characters wide."""
     num_prompts = len(certificate.reverse_kl)
     of_mean = "" if num_prompts == 1 else f" (means over {num_prompts} prompts)"
@@ -72,7 +71,7 @@ def certificate_text(certificate: Certificate) -> str:
     return "\n".join(lines)
 
 
-def failure_text(certificate: Certificate) -> str:
+def failure_text(certificate: CertificateRecord) -> str:
     """Return how often the intervals may miss, and how sure that is."""
     delta = certificate.failure_probability
     if delta == 0:
@@ -80,7 +79,7 @@ def failure_text(certificate: Certificate) -> str:
     return f"{delta:g}: guaranteed for log Z (half of it), nominal for the Monte Carlo error of ELBO and EUBO"
 
 
-def prompt_lines(certificate: Certificate) -> list[str]:
+def prompt_lines(certificate: CertificateRecord) -> list[str]:
     """Return both KLs of each prompt, of the farthest ones if there are many."""
     order = np.argsort(-certificate.reverse_kl[:, 0], kind="stable")[:_MOST_PROMPTS]
     lines = ["  by prompt" + ("" if len(order) == len(certificate.reverse_kl) else f", the {len(order)} farthest")]
@@ -92,7 +91,7 @@ def prompt_lines(certificate: Certificate) -> list[str]:
     return lines
 
 
-def coverage_lines(certificate: Certificate) -> list[str]:
+def coverage_lines(certificate: CertificateRecord) -> list[str]:
     """Return the masses of the feature's cells, largest posterior mass first."""
     cells = certificate.coverage
     assert cells is not None
@@ -111,7 +110,7 @@ def cell_text(cell: Any) -> str:
     return (cell if isinstance(cell, str) and cell.strip() else repr(cell))[:22]
 
 
-def certificate_table(certificate: Certificate) -> pd.DataFrame:
+def certificate_table(certificate: CertificateRecord) -> pd.DataFrame:
     """Return one row a prompt, and a last one, "mean", of the mean over prompts; two columns an interval."""
     import pandas as pd
 
@@ -131,7 +130,7 @@ def interval_text(interval: FloatArray) -> str:
     return f"[{number(low)}, {number(high)}]"
 
 
-def alpha_text(certificate: Certificate) -> str:
+def alpha_text(certificate: CertificateRecord) -> str:
     """Return the implied alpha with its interval; where the prior's own reward is in it, only what it exceeds."""
     low, high = certificate.implied_alpha_interval
     if np.isnan(low):
@@ -141,7 +140,7 @@ def alpha_text(certificate: Certificate) -> str:
     return f"{certificate.implied_alpha:.3g} ({low:.3g} to {high:.3g})"
 
 
-def gap_text(certificate: Certificate) -> str:
+def gap_text(certificate: CertificateRecord) -> str:
     """Return the frontier gap with its standard error."""
     if np.isnan(certificate.frontier_gap):
         return "-"

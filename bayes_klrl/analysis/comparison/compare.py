@@ -95,7 +95,7 @@ class Comparison:
 
     def plot(self, file: str | Path) -> Path:
         """Draw evidence, reward against KL, effective sample sizes and rewards into one image."""
-        from bayes_klrl.export.pictures import plot_comparison
+        from bayes_klrl.analysis.comparison.picture import plot_comparison
 
         table = self.table()
         kl = {name: float(table.loc[name, "kl_prior"]) for name in self.draws}

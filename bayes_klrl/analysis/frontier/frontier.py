@@ -9,26 +9,27 @@ bayes_klrl.frontier` would otherwise replace.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bayes_klrl.analysis.frontier.best_of_n_curve import BestOfNCurve, best_of_n_curve
+from bayes_klrl.analysis.frontier.best_of_n_curve import best_of_n_curve
 from bayes_klrl.analysis.frontier.draws import drawn_or_given, pool_of
 from bayes_klrl.analysis.frontier.extension import annealed_points
 from bayes_klrl.analysis.frontier.grid import default_grid, pool_cut
 from bayes_klrl.analysis.frontier.implied_alpha import Gap, Implied, gap_at, implied, monotone_root
-from bayes_klrl.analysis.frontier.path import MIN_ESS, QUANTITIES, Curves, RewardPool, curves
+from bayes_klrl.analysis.frontier.path import MIN_ESS, curves
 from bayes_klrl.analysis.frontier.path_points import PathPoints
+from bayes_klrl.analysis.frontier.record import FrontierRecord, checked_alphas
 from bayes_klrl.analysis.frontier.table import frontier_table, frontier_text
 from bayes_klrl.checks import check_finite
-from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.typing import Algorithm, FloatArray
+from bayes_klrl.typing import Algorithm
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +40,7 @@ _FAR = 2.0**40  # times the own 1 / alpha: as good as infinitely cold
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Frontier:
+class Frontier(FrontierRecord):
     """log Z, E[r], KL to the prior and ESS of the posterior at every alpha, with intervals and where they end.
 
     The arrays `alphas`, `log_evidence`, `reward`, `kl` and `ess`, shape (A,), alphas falling, are means over the prompts,
@@ -66,64 +67,6 @@ class Frontier:
     cost
         Seconds and model tokens of the draws.
     """
-
-    mean: Curves
-    per_prompt: Curves
-    cut: float
-    alpha: float
-    best_of_n: BestOfNCurve
-    pool: RewardPool
-    extension: PathPoints | None = None
-    cost: Cost = field(default_factory=Cost)
-
-    @property
-    def alphas(self) -> FloatArray:
-        """Units of reward per nat, falling, shape (A,)."""
-        return self.mean.alphas
-
-    @property
-    def log_evidence(self) -> FloatArray:
-        """The log evidence log Z, mean over prompts, shape (A,)."""
-        return self.mean.log_evidence
-
-    @property
-    def reward(self) -> FloatArray:
-        """E[r] of the posterior, mean over prompts, shape (A,)."""
-        return self.mean.reward
-
-    @property
-    def kl(self) -> FloatArray:
-        """KL of the posterior to the prior in nats, mean over prompts, shape (A,)."""
-        return self.mean.kl
-
-    @property
-    def ess(self) -> FloatArray:
-        """How many draws from the posterior the pool is worth, mean over prompts, shape (A,)."""
-        return self.mean.ess
-
-    @property
-    def lower(self) -> dict[str, FloatArray]:
-        """Lower ends of the 95 % intervals, by name, shape (A,) each."""
-        return self.mean.lower
-
-    @property
-    def upper(self) -> dict[str, FloatArray]:
-        """Upper ends of the 95 % intervals, by name, shape (A,) each."""
-        return self.mean.upper
-
-    @property
-    def valid(self) -> Mapping[str, np.ndarray]:
-        """Where the intervals can be relied on, by name, shape (A,) each; see `Curves`."""
-        return self.mean.valid
-
-    @property
-    def within(self) -> np.ndarray:
-        """Where the numbers are no extrapolation, shape (A,)."""
-        return self.mean.within
-
-    def at(self, alphas: ArrayLike) -> Curves:
-        """Return the curves of the mean over prompts at other alphas, in the order given."""
-        return self._curves(1.0 / np.atleast_1d(_checked_alphas(alphas)))[0]
 
     def alpha_for(self, *, kl: float | None = None, reward: float | None = None, ess: float | None = None) -> float:
         """Return the alpha whose posterior has a given KL to the prior, or mean reward, or effective sample size.
@@ -183,7 +126,7 @@ class Frontier:
                 "Begin at the cut or above it."
             )
         longer = replace(self, extension=points)
-        mean, per_prompt = longer._curves(self.mean.inverse_alpha)
+        mean, per_prompt = longer.curves_at(self.mean.inverse_alpha)
         return replace(longer, mean=mean, per_prompt=per_prompt)
 
     def table(self) -> pd.DataFrame:
@@ -214,31 +157,9 @@ class Frontier:
 
         return plot_frontier(self, file, policies=policies)
 
-    def _curves(self, inverse_alpha: FloatArray) -> tuple[Curves, Curves]:
-        """Return the curves of the mean and of each prompt: from the pool, and below `cut` from the extension."""
-        mean, per_prompt = curves(self.pool, inverse_alpha)
-        if self.extension is None:
-            return mean, per_prompt
-        points = self.extension.at(inverse_alpha)
-        points["ess"] = self._planned_ess(inverse_alpha, points["log_evidence"])
-        points["ess_se"] = np.full_like(points["ess"], np.nan)
-        beyond = (inverse_alpha * self.cut > 1) & np.isfinite(points["log_evidence"]).all(axis=0)
-        averaged = {name: array.mean(axis=0) for name, array in points.items() if not name.endswith("_se")}
-        for name in QUANTITIES:
-            averaged[f"{name}_se"] = np.sqrt(np.square(points[f"{name}_se"]).sum(axis=0)) / len(points["kl"])
-        return _joined(mean, averaged, beyond), _joined(per_prompt, points, beyond)
-
-    def _planned_ess(self, inverse_alpha: FloatArray, log_evidence: FloatArray) -> FloatArray:
-        """Return N Z(b)^2 / Z(2b) by the extension, (P, A); NaN where it does not reach 2b, or for draws not of the prior."""
-        if self.extension is None or self.pool.log_weights.any():
-            return np.full(log_evidence.shape, np.nan)
-        log_square = self.extension.at(2 * inverse_alpha)["log_evidence"]
-        result: FloatArray = self.pool.num_draws * np.exp(2 * log_evidence - log_square)
-        return result
-
     def _value(self, name: str, b: float) -> float:
         """Return a quantity, mean over prompts, at one b; NaN where an extension does not tell."""
-        return float(getattr(self._curves(np.array([b]))[0], name)[0])
+        return float(getattr(self.curves_at(np.array([b]))[0], name)[0])
 
     def _solve(self, name: str, target: float) -> float | None:
         """Return the b > 0 at which a quantity has a value, None if there is none."""
@@ -252,12 +173,12 @@ class Frontier:
 
     def _reaches(self, name: str, b: float) -> bool:
         """Return whether a quantity at b is known and no extrapolation."""
-        at = self._curves(np.array([b]))[0]
+        at = self.curves_at(np.array([b]))[0]
         return bool(at.within[0] and np.isfinite(getattr(at, name)[0]))
 
     def _implied_beyond(self, b: float, reward: float, reward_se: float) -> Implied:
         """Return the implied posterior at a b of the extension, where R is linear between points."""
-        at = self._curves(np.array([b]))[0]
+        at = self.curves_at(np.array([b]))[0]
         step = 1e-6 * b
         slope = (self._value("reward", b) - self._value("reward", b - step)) / step
         log_evidence = float(at.log_evidence[0])
@@ -354,7 +275,7 @@ def frontier(
             "log Z_theta, so that no frontier is of one reward. Take bk.frontier of the plug-in or conservative target, or "
             "make a posterior at each alpha and ask its draws."
         )
-    grid = None if alphas is None else np.unique(_checked_alphas(alphas))[::-1]
+    grid = None if alphas is None else np.unique(checked_alphas(alphas))[::-1]
     used = drawn_or_given(posterior, draws, num_draws, seed, progress)
     pool = pool_of(used)
     cut = pool_cut(pool, posterior.alpha)
@@ -365,29 +286,3 @@ def frontier(
         return result if extend is None else result.extended(extend)
     coldest = float(result.alphas[-1])
     return result.extended(annealed_points(posterior, extend, coldest, seed=seed or 0, progress=progress))
-
-
-def _checked_alphas(alphas: ArrayLike) -> FloatArray:
-    """Return alphas as float64, refusing what is not positive and finite."""
-    try:
-        values = np.asarray(alphas, dtype=np.float64)
-    except (TypeError, ValueError):
-        values = np.empty((0, 0))
-    if values.ndim > 1 or not values.size or not (np.isfinite(values) & (values > 0)).all():
-        raise BayesKLRLError(f"alphas must be positive finite numbers, one or a list; got {alphas!r}.")
-    return values
-
-
-def _joined(pool: Curves, points: Mapping[str, FloatArray], beyond: np.ndarray) -> Curves:
-    """Return curves that are those of the points where `beyond`, (A,), says so."""
-
-    def join(own: np.ndarray, other: np.ndarray) -> np.ndarray:
-        return np.where(beyond, other, own)
-
-    return replace(
-        pool,
-        **{name: join(getattr(pool, name), points[name]) for name in QUANTITIES},
-        se={name: join(pool.se[name], points[f"{name}_se"]) for name in QUANTITIES},
-        within=pool.within | beyond,
-        valid={name: join(pool.valid[name], np.isfinite(points[f"{name}_se"])) for name in QUANTITIES},
-    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayes_klrl.analysis.frontier.path import NORMAL_QUANTILE, Curves
+from bayes_klrl.analysis.frontier.record import FrontierRecord
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.export.plot_style import (
@@ -29,8 +30,6 @@ from bayes_klrl.typing import FloatArray
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from bayes_klrl.analysis.frontier.frontier import Frontier
-
 __all__ = ["plot_frontier", "policy_point"]
 
 _FRONTIER, _EXTENSION, _BEST_OF_N = COLOURS[0], COLOURS[2], COLOURS[4]
@@ -39,7 +38,7 @@ _NUM_POINTS = 400
 _NUM_TICKS = 5
 
 
-def plot_frontier(frontier: Frontier, file: str | Path, *, policies: Mapping[str, Any] | None = None) -> Path:
+def plot_frontier(frontier: FrontierRecord, file: str | Path, *, policies: Mapping[str, Any] | None = None) -> Path:
     """Draw reward against KL to the prior, means over prompts, and return the file.
 
     The band is the interval of the curve at equal KL, alpha times that of log Z: the frontier as a function of the reward m
@@ -106,7 +105,7 @@ def policy_point(name: str, policy: Any) -> tuple[float, float]:
     return pair
 
 
-def _fine_alphas(frontier: Frontier) -> FloatArray:
+def _fine_alphas(frontier: FrontierRecord) -> FloatArray:
     """Return alphas between the ends of the frontier's grid, so that the curve looks like one; the cut among them."""
     alphas = np.geomspace(frontier.alphas[0], frontier.alphas[-1], _NUM_POINTS)
     if alphas[-1] < frontier.cut < alphas[0]:
@@ -115,7 +114,7 @@ def _fine_alphas(frontier: Frontier) -> FloatArray:
 
 
 def _limits(
-    frontier: Frontier, bend: Curves, own: Curves, points: Sequence[tuple[float, float]]
+    frontier: FrontierRecord, bend: Curves, own: Curves, points: Sequence[tuple[float, float]]
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Return the limits of both axes: all that is known, a little of the extrapolation, and every policy."""
     known = bend.within
@@ -133,7 +132,7 @@ def _limits(
     return (min(0.0, float(kls.min())) - 0.02 * right, right), (low - margin, high + 1.6 * margin)
 
 
-def _draw_curve(axes: Axes, frontier: Frontier, bend: Curves) -> None:
+def _draw_curve(axes: Axes, frontier: FrontierRecord, bend: Curves) -> None:
     """The frontier with its band; dashed where it is extrapolation, green where it comes from the extension."""
     cold = bend.inverse_alpha * frontier.cut > 1
     pool, extended, guess = bend.within & ~cold, bend.within & cold, ~bend.within
@@ -162,7 +161,7 @@ def _with_neighbour(where: np.ndarray) -> np.ndarray:
     return result
 
 
-def _draw_best_of_n(axes: Axes, frontier: Frontier) -> None:
+def _draw_best_of_n(axes: Axes, frontier: FrontierRecord) -> None:
     """Best-of-n for n = 2, 4, 8, ..., each labelled below it."""
     curve = frontier.best_of_n
     shown = (curve.n > 1) & np.isfinite(curve.reward)

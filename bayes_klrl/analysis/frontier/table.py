@@ -7,18 +7,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayes_klrl.analysis.frontier.path import LEVEL, QUANTITIES
+from bayes_klrl.analysis.frontier.record import FrontierRecord
 
 if TYPE_CHECKING:
     import pandas as pd
-
-    from bayes_klrl.analysis.frontier.frontier import Frontier
 
 __all__ = ["frontier_table", "frontier_text"]
 
 _ROWS_SHOWN = 12
 
 
-def frontier_table(frontier: Frontier) -> pd.DataFrame:
+def frontier_table(frontier: FrontierRecord) -> pd.DataFrame:
     """Return one row an alpha, as `Frontier.table` says."""
     import pandas as pd
 
@@ -34,7 +33,7 @@ def frontier_table(frontier: Frontier) -> pd.DataFrame:
     return pd.DataFrame({**columns, "within": curves.within}, index=pd.Index(curves.alphas, name="alpha"))
 
 
-def frontier_text(frontier: Frontier) -> str:
+def frontier_text(frontier: FrontierRecord) -> str:
     """Return about a dozen rows, how far they reach, and best-of-n beside them."""
     num_prompts, num_draws = frontier.pool.reward.shape
     prompts = "" if num_prompts == 1 else f" for each of {num_prompts} prompts, means over them"
@@ -52,7 +51,7 @@ def frontier_text(frontier: Frontier) -> str:
     return "\n".join([*lines, *([f"Best of n, reward at KL: {', '.join(best)}"] if best else [])])
 
 
-def _row(frontier: Frontier, a: int, mark: str) -> str:
+def _row(frontier: FrontierRecord, a: int, mark: str) -> str:
     """Return the line of one alpha."""
     curves, cells = frontier.mean, ""
     for name in ("log_evidence", "reward", "kl"):
@@ -63,7 +62,7 @@ def _row(frontier: Frontier, a: int, mark: str) -> str:
     return f"{mark}{' ' if curves.within[a] else '~'}{curves.alphas[a]:>10.4g}{cells}{ess:>10}"
 
 
-def _reach(frontier: Frontier) -> str:
+def _reach(frontier: FrontierRecord) -> str:
     """Return how far the numbers reach, in words."""
     if frontier.cut == 0:
         return "The draws reach every alpha."

@@ -18,7 +18,7 @@ from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.exact.enumeration import enumerated_posterior, num_sequences
 from bayes_klrl.inference.exact.messages import backward_messages, why_no_messages
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 
 __all__ = ["Exact"]
 
@@ -102,7 +102,7 @@ class Exact:
     def _by_messages(self, posterior: Posterior, seed: int) -> Draws:
         """Return independent draws from the posterior, solved by dynamic programming."""
         messages = backward_messages(posterior)
-        sequences = messages.draw(self.num_draws or _DRAWS_BY_MESSAGES, generator(seed))
+        sequences = messages.draw(self.num_draws or _DRAWS_BY_MESSAGES, Streams.of(seed))
         reward, log_prior = posterior.reward(sequences), posterior.log_prior(sequences)
         log_posterior = log_prior + posterior.likelihood.log_likelihood(reward) - messages.log_evidence[:, None]
         prompt_tokens = sum(len(ids) for ids in posterior.prompt_ids)

@@ -27,7 +27,7 @@ from bayes_klrl.models.ngram_lm.hmm import HmmLM
 from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.models.ngram_lm.tables import BackoffTable, DenseTable
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, State
 from bayes_klrl.weights import logsumexp
@@ -148,18 +148,19 @@ class Messages:
         """Return log p*(x | c), normalised, shape (P, N), for completions as in `Posterior.log_joint`."""
         return self.posterior.log_joint(x) - self.log_evidence[:, None]
 
-    def draw(self, num_draws: int, seed: int | np.random.Generator) -> Sequences:
+    def draw(self, num_draws: int, seed: int | Streams) -> Sequences:
         """Return N independent posterior draws of each prompt, by ancestral sampling from p*(a | h, d, t)."""
         check_count("num_draws", num_draws)
-        rng = seed if isinstance(seed, np.random.Generator) else generator(seed)
+        streams = seed if isinstance(seed, Streams) else Streams.of(seed)
         posterior, prior = self.posterior, self.posterior.prior
+        uniforms = streams.uniforms(prompt_keys(posterior.prompt_ids), 0, num_draws, self.num_tokens)
         index = np.repeat(np.arange(posterior.num_prompts), num_draws)
         tokens = np.full((index.size, self.num_tokens), posterior.pad_token, dtype=np.int64)
         lengths = np.zeros(index.size, dtype=np.int64)
         state, columns, rows = prior.select(prior.prefill(posterior.prompt_ids), index), np.zeros_like(index), index
         rows = np.arange(index.size)
         for t in range(self.num_tokens):
-            drawn = self._next_tokens(state, columns, t, rng.random(index.size)[rows])
+            drawn = self._next_tokens(state, columns, t, uniforms[t, rows])
             tokens[rows, t] = drawn
             lengths[rows] += 1
             going = np.flatnonzero(~np.isin(drawn, list(prior.eos_token_ids)))

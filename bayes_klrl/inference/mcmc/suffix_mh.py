@@ -17,12 +17,13 @@ from bayes_klrl.inference.sampling.drawing import Drawn
 from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, LanguageModel
 
 __all__ = ["SuffixMH"]
 
+_START = 1  # of the streams that starts of chains are drawn from
 _START_PROPOSALS = 10_000  # prior draws for each prompt among which a chain's start is looked for
 
 
@@ -81,14 +82,15 @@ class SuffixMH:
             If no prior draw of some prompt has positive likelihood: there is nowhere to start.
         """
         proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
-        models, rng, start = (proposal, posterior.prior), generator(seed), time.perf_counter()
-        states, model_tokens = starting_states(posterior, models, self.num_chains, rng)
+        models, start = (proposal, posterior.prior), time.perf_counter()
+        rngs = Streams.of(seed).generators(posterior.prompt_ids)
+        states, model_tokens = starting_states(posterior, models, self.num_chains, Streams.of(seed, _START))
         kept: list[States] = []
         proposed, accepted = (np.zeros(states.lengths.size, dtype=np.int64) for _ in range(2))
         num_sweeps = self.num_warmup + self.num_draws * self.thinning
         with track("suffix MH", num_sweeps, progress) as advance:
             for sweep in range(1, num_sweeps + 1):
-                moved = suffix_move(posterior, models, states, 1.0, self.cut, rng)
+                moved = suffix_move(posterior, models, states, 1.0, self.cut, rngs)
                 states, model_tokens = moved.states, model_tokens + moved.model_tokens
                 if sweep > self.num_warmup:
                     proposed, accepted = _counted(proposed, accepted, moved)
@@ -127,7 +129,7 @@ class SuffixMH:
 
 
 def starting_states(
-    posterior: Posterior, models: tuple[LanguageModel, LanguageModel], num_chains: int, rng: np.random.Generator
+    posterior: Posterior, models: tuple[LanguageModel, LanguageModel], num_chains: int, streams: Streams
 ) -> tuple[States, int]:
     """Return prior draws of positive likelihood, one a chain, and the model tokens they took.
 
@@ -145,7 +147,7 @@ def starting_states(
         0.0,
         num_chains,
         max(_START_PROPOSALS, num_chains),
-        rng,
+        streams,
         description="starts of chains",
         progress=False,
     )

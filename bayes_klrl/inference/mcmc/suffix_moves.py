@@ -20,6 +20,7 @@ import numpy as np
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.decoding import Decoding
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.randomness import Generators
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
 __all__ = ["CUTS", "States", "check_cut", "draw_cuts", "log_acceptance", "suffix_move", "tempered"]
@@ -78,10 +79,10 @@ def check_cut(cut: object) -> None:
         raise BayesKLRLError(f"Unknown rule for cuts {cut!r}; choose one of {list(CUTS)}.")
 
 
-def draw_cuts(lengths: IntArray, max_new_tokens: int, cut: str, rng: np.random.Generator) -> IntArray:
+def draw_cuts(lengths: IntArray, max_new_tokens: int, cut: str, uniforms: FloatArray) -> IntArray:
     """Return t, how many tokens are kept, (R,): uniform below each length, or below T for all."""
     below = lengths if cut == "own_length" else np.full(lengths.shape, max_new_tokens)
-    return np.minimum((rng.random(lengths.shape) * below).astype(np.int64), below - 1)
+    return np.minimum((uniforms * below).astype(np.int64), below - 1)
 
 
 def log_acceptance(
@@ -122,7 +123,7 @@ def suffix_move(
     states: States,
     power: FloatArray | float,
     cut: str,
-    rng: np.random.Generator,
+    rngs: Generators,
 ) -> Moved:
     """Move every row once, all of them in one decoding: kept tokens are given, the others drawn.
 
@@ -138,21 +139,26 @@ def suffix_move(
         s, a number or one a row.
     cut
         One of `CUTS`.
-    rng
-        Source of cuts, tokens and decisions.
+    rngs
+        One generator for each prompt, the source of cuts, tokens and decisions. Every move takes as much from each, whatever
+        the lengths of completions.
     """
     num_rows = states.lengths.size
-    cuts = draw_cuts(states.lengths, posterior.max_new_tokens, cut, rng)
     num_draws = num_rows // posterior.num_prompts
+    width = posterior.max_new_tokens
+    each = [rng.random((width + 2, num_draws)) for rng in rngs]
+    uniforms = np.concatenate(each, axis=1)  # (T + 2, R)
+    cuts = draw_cuts(states.lengths, width, cut, uniforms[width])
     decoding = Decoding(models, posterior.prompt_ids, num_draws, posterior.max_new_tokens)
     while not decoding.done:
         t = decoding.step_count
-        decoding.step(rng.random(num_rows), np.where(t < cuts, states.tokens[:, t], -1))
+        decoding.step(uniforms[t], np.where(t < cuts, states.tokens[:, t], -1))
     reward = posterior.reward_of_rows(decoding.tokens, decoding.lengths, decoding.prompt_index)
     new = States(decoding.tokens, decoding.lengths, reward, decoding.log_probs)
     log_accept = log_acceptance(
         states.log_weights(posterior, power), new.log_weights(posterior, power), states.lengths, new.lengths, cut
     )
-    accepted = -rng.standard_exponential(num_rows) < log_accept
+    with np.errstate(divide="ignore"):
+        accepted = np.log(uniforms[width + 1]) < log_accept
     proposed = cuts < states.lengths
     return Moved(states.where(accepted, new), proposed, accepted & proposed, decoding.model_tokens)

@@ -20,12 +20,14 @@ from bayes_klrl.errors import BayesKLRLError, BudgetError
 from bayes_klrl.inference.sampling.drawing import Drawn, draw
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
+from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 from bayes_klrl.weights import logsumexp
 
 __all__ = ["Accepted", "accept_reject", "check_max_proposals"]
 
+_ACCEPTANCE = 1  # of the streams that decide on acceptance
 _MAX_ROWS = 4096  # of one block, over all prompts
 _MARGIN = 1.2  # how many more than expected are proposed at once: a little waste against one block more
 
@@ -161,7 +163,7 @@ def accept_reject(
     log_bound: float,
     num_draws: int,
     max_proposals: int,
-    rng: np.random.Generator,
+    streams: Streams,
     *,
     description: str,
     progress: bool,
@@ -178,18 +180,24 @@ def accept_reject(
         log B.
     num_draws, max_proposals
         N, and the most proposals for each prompt.
-    rng, description, progress
+    streams, description, progress
         See `draw`.
     """
+    keys = prompt_keys(posterior.prompt_ids)
     accepted = Accepted.none(len(models), posterior, num_draws)
     with track(description, num_draws * posterior.num_prompts, progress) as advance:
         while (prompts := accepted.open_prompts(max_proposals)).size:
             before = int(accepted.num_accepted.sum())
             size = accepted.next_block(prompts, max_proposals)
-            drawn = draw(models, posterior, size, rng, description=description, progress=False, prompts=prompts)
+            first = int(accepted.num_drawn[prompts[0]])  # all open prompts have proposed equally often
+            drawn = draw(
+                models, posterior, size, streams, description=description, progress=False, prompts=prompts, first=first
+            )
             log_w = log_weights(drawn)
             log_acceptance = np.minimum(log_w - log_bound, 0.0)
-            taken = -rng.standard_exponential(log_w.shape) < log_acceptance  # log u < log acceptance; never at -inf
+            chances = streams.beside(_ACCEPTANCE).uniforms([keys[p] for p in prompts], first, size, 1)
+            with np.errstate(divide="ignore"):
+                taken = np.log(chances.reshape(log_w.shape)) < log_acceptance  # never at -inf
             accepted.add(prompts, drawn, log_w, log_acceptance, taken)
             advance(int(accepted.num_accepted.sum()) - before)
     return accepted

@@ -17,7 +17,7 @@ from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.inference.sampling.order_statistics import best_of_n_kl, best_of_n_win_rate
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.sequences import Sequences
 
 __all__ = ["BestOfN"]
@@ -54,7 +54,7 @@ class BestOfN:
             (posterior.prior,),
             posterior,
             self.n * self.num_draws,
-            generator(seed),
+            Streams.of(seed),
             description="best of n",
             progress=progress,
         )

@@ -10,6 +10,7 @@ import numpy as np
 from bayes_klrl.models.decoding import draw_blocks, scoring_gap
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
+from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
@@ -45,23 +46,29 @@ def draw(
     models: Sequence[LanguageModel],
     posterior: Posterior,
     num_draws: int,
-    rng: np.random.Generator,
+    streams: Streams,
     *,
     description: str,
     progress: bool,
     prompts: IntArray | None = None,
+    first: int = 0,
 ) -> Drawn:
     """Return N completions a prompt drawn from `models[0]`, scored by all of them and by the reward.
 
     Rewards are computed block by block, so that one that fails does so early. With `prompts`, indices of some of the
-    posterior's, only these are drawn for, and P is their number.
+    posterior's, only these are drawn for, and P is their number. The draws are numbers `first`, `first` + 1, ... of each
+    prompt's stream: the same ones whatever N is, and whichever other prompts there are.
     """
     index = np.arange(posterior.num_prompts) if prompts is None else prompts
     prompt_ids = [posterior.prompt_ids[p] for p in index]
+    every_key = prompt_keys(posterior.prompt_ids)
+    keys = [every_key[p] for p in index]
     tokens, lengths, log_probs, rewards, model_tokens = [], [], [], [], 0
     info: dict[str, FloatArray] = {}
     with track(description, num_draws, progress) as advance:
-        for block in draw_blocks(models, prompt_ids, num_draws, posterior.max_new_tokens, rng):
+        for block in draw_blocks(
+            models, prompt_ids, num_draws, posterior.max_new_tokens, streams, keys=keys, first=first
+        ):
             sequences = block.sequences()
             shape = sequences.lengths.shape
             reward = posterior.reward_of_rows(block.tokens, block.lengths, index[block.prompt_index])

@@ -19,7 +19,7 @@ from bayes_klrl.errors import BudgetError
 from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 
 __all__ = ["ImportanceSampling"]
 
@@ -65,7 +65,7 @@ class ImportanceSampling:
             (proposal, posterior.prior),
             posterior,
             self.num_draws,
-            generator(seed),
+            Streams.of(seed),
             description="importance sampling",
             progress=progress,
         )

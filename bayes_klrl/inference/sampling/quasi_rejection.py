@@ -21,7 +21,7 @@ from bayes_klrl.inference.sampling.accept_reject import accept_reject, check_max
 from bayes_klrl.inference.sampling.drawing import Drawn
 from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import FloatArray
 
 __all__ = ["QuasiRejection"]
@@ -96,7 +96,7 @@ class QuasiRejection:
             float(self.bound),
             self.num_draws,
             self.max_proposals,
-            generator(seed),
+            Streams.of(seed),
             description="quasi-rejection",
             progress=progress,
         )

@@ -19,7 +19,7 @@ from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.sampling.accept_reject import Accepted, accept_reject, check_max_proposals
 from bayes_klrl.inference.sampling.drawing import Drawn
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import FloatArray
 
 __all__ = ["RejectionSampling"]
@@ -78,7 +78,7 @@ class RejectionSampling:
         """
         start = time.perf_counter()
         log_bound = largest_log_likelihood(posterior)
-        rng = generator(seed)
+        streams = Streams.of(seed)
 
         def log_likelihood(drawn: Drawn) -> FloatArray:
             return posterior.likelihood.log_likelihood(drawn.reward)
@@ -90,7 +90,7 @@ class RejectionSampling:
             log_bound,
             self.num_draws,
             self.max_proposals,
-            rng,
+            streams,
             description="rejection sampling",
             progress=progress,
         )

@@ -28,7 +28,7 @@ from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
 from bayes_klrl.inference.smc.swarm import Swarm, next_powers
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.resampling import resampling_scheme
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, LanguageModel
@@ -37,7 +37,7 @@ from bayes_klrl.weights import grouped_ess, log_evidence_se, logmeanexp, psis
 __all__ = ["AnnealedSMC"]
 
 _MOST_STEPS = 100  # of a schedule that a pilot chooses
-_PILOT_STREAM = 1
+_PILOT_STREAM, _MOVES = 1, 2
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,16 @@ class AnnealedSMC:
         proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         models, start = (proposal, posterior.prior), time.perf_counter()
         schedule, pilot_tokens = self._resolved_schedule(posterior, models, seed)
-        rng, scheme = generator(seed), resampling_scheme(self.resampling)
-        swarm = Swarm(posterior, models, self.num_particles, rng)
-        swarm.resample_where_degenerate(self.ess_threshold, scheme, rng)
+        rngs, scheme = Streams.of(seed, _MOVES).generators(posterior.prompt_ids), resampling_scheme(self.resampling)
+        swarm = Swarm(posterior, models, self.num_particles, Streams.of(seed))
+        swarm.resample_where_degenerate(self.ess_threshold, scheme, rngs)
         num_steps = schedule.shape[1]
         with track("annealing", num_steps, progress) as advance:
             for step, power in enumerate(schedule.T, start=1):
                 swarm.temper(power)
                 if step < num_steps:
-                    swarm.resample_where_degenerate(self.ess_threshold, scheme, rng)
-                swarm.move(self.num_moves, self.cut, rng)
+                    swarm.resample_where_degenerate(self.ess_threshold, scheme, rngs)
+                swarm.move(self.num_moves, self.cut, rngs)
                 advance()
         seconds = time.perf_counter() - start
         cost = replace(training, seconds=seconds, model_tokens=swarm.model_tokens + pilot_tokens)
@@ -124,16 +124,17 @@ class AnnealedSMC:
         """Return s_1 to s_m of each prompt, (P, m), and the model tokens it took to choose them."""
         if self.schedule is not None:
             return np.tile(np.array(self.schedule), (posterior.num_prompts, 1)), 0
-        rng, scheme = generator(seed, _PILOT_STREAM), resampling_scheme(self.resampling)
-        swarm = Swarm(posterior, models, self.num_pilot, rng)
+        rngs = Streams.of(seed, _PILOT_STREAM, _MOVES).generators(posterior.prompt_ids)
+        scheme = resampling_scheme(self.resampling)
+        swarm = Swarm(posterior, models, self.num_pilot, Streams.of(seed, _PILOT_STREAM))
         steps: list[FloatArray] = []
-        swarm.resample_where_degenerate(self.ess_threshold, scheme, rng)
+        swarm.resample_where_degenerate(self.ess_threshold, scheme, rngs)
         while (swarm.power < 1).any():
             steps.append(next_powers(swarm, self.conditional_ess, 1 / (_MOST_STEPS - len(steps))))
             swarm.temper(steps[-1])
             if (swarm.power < 1).any():  # else there is no further step to choose
-                swarm.resample_where_degenerate(self.ess_threshold, scheme, rng)
-                swarm.move(self.num_moves, self.cut, rng)
+                swarm.resample_where_degenerate(self.ess_threshold, scheme, rngs)
+                swarm.move(self.num_moves, self.cut, rngs)
         return np.stack(steps, axis=1), swarm.model_tokens
 
     def _draws(self, posterior: Posterior, swarm: Swarm, cost: Cost) -> Draws:

@@ -22,7 +22,7 @@ from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.smc.population import EvidenceRuns, evidence_runs, grown
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.sequences import Sequences
 
 __all__ = ["ConditionalSMC", "retainable"]
@@ -87,7 +87,7 @@ class ConditionalSMC:
             )
         ready, training = self.smc.prepared(posterior, seed, progress)
         start = time.perf_counter()
-        population, tokens = grown(ready, posterior, 1, given, generator(seed), progress)
+        population, tokens = grown(ready, posterior, 1, given, Streams.of(seed), progress)
         cost = replace(
             training,
             seconds=training.seconds + time.perf_counter() - start,
@@ -111,7 +111,7 @@ class ConditionalSMC:
         """
         given = retainable(posterior, retained)
         ready, training = self.smc.prepared(posterior, seed, progress)
-        return evidence_runs(ready, posterior, given.lengths.shape[1], given, generator(seed), training, progress)
+        return evidence_runs(ready, posterior, given.lengths.shape[1], given, Streams.of(seed), training, progress)
 
 
 def retainable(posterior: Posterior, retained: Sequences | Draws) -> Sequences:

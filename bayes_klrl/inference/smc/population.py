@@ -13,6 +13,7 @@ from bayes_klrl.errors import BayesKLRLError, SupportError
 from bayes_klrl.models.decoding import Decoding, scoring_gap
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import Advance, track
+from bayes_klrl.randomness import Generators, Streams, prompt_keys
 from bayes_klrl.resampling import Scheme, conditional_multinomial, multinomial, resampling_scheme
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, Twist
@@ -28,7 +29,10 @@ from bayes_klrl.weights import (
 if TYPE_CHECKING:
     from bayes_klrl.inference.smc.smc import SMC
 
-__all__ = ["EvidenceRuns", "Population", "evidence_runs", "grown"]
+__all__ = ["RESAMPLING_STREAM", "EvidenceRuns", "Population", "evidence_runs", "grown"]
+
+RESAMPLING_STREAM = 3
+"""Number of the streams that resampling takes; tokens are drawn by the streams that importance sampling has, too."""
 
 _MAX_ROWS = 8192  # of particles that are decoded together, where there is a choice
 
@@ -93,20 +97,32 @@ class Population:
         self.step_ess = np.full((self._shape[0], width), np.nan)
         self.ancestors = np.tile(np.arange(self._shape[1]), (self._shape[0], width, 1))
 
-    def grow(self, threshold: float, scheme: Scheme, rng: np.random.Generator, advance: Advance) -> None:
-        """Step and resample until every particle has finished."""
+    def grow(self, uniforms: FloatArray, threshold: float, scheme: Scheme, rngs: Generators, advance: Advance) -> None:
+        """Step and resample until every particle has finished.
+
+        Parameters
+        ----------
+        uniforms
+            What tokens are drawn with, shape (T, R).
+        threshold, scheme
+            Resample by this scheme where ESS < threshold * N.
+        rngs
+            What each population is resampled with, P * M generators.
+        advance
+            Reports progress, once per token.
+        """
         while not self._decoding.done:
-            self.step(rng)
+            self.step(uniforms[self._decoding.step_count])
             if not self._decoding.done:
-                self.resample_where_degenerate(threshold, scheme, rng)
+                self.resample_where_degenerate(threshold, scheme, rngs)
             advance()
 
-    def step(self, rng: np.random.Generator) -> None:
-        """Draw one token for every unfinished particle and update its weight."""
+    def step(self, uniforms: FloatArray) -> None:
+        """Draw one token for every unfinished particle, by uniforms of shape (R,), and update its weight."""
         decoding = self._decoding
         live = ~decoding.finished
         log_proposal, log_prior = decoding.log_probs.copy()
-        ended = decoding.step(rng.random(live.size), self._forced_tokens())
+        ended = decoding.step(uniforms, self._forced_tokens())
         log_psi = self.log_psi.copy()
         if ended.size:
             self.reward[ended] = self._posterior.reward_of_rows(
@@ -125,7 +141,7 @@ class Population:
         self.log_psi = log_psi
         self.step_ess[:, decoding.step_count - 1] = effective_sample_size(self.log_weights.reshape(self._shape))
 
-    def resample_where_degenerate(self, threshold: float, scheme: Scheme, rng: np.random.Generator) -> None:
+    def resample_where_degenerate(self, threshold: float, scheme: Scheme, rngs: Generators) -> None:
         """Resample each run whose ESS is below the threshold and which has an unfinished particle."""
         num_populations, num_particles = self._shape
         log_weights = self.log_weights.reshape(self._shape)
@@ -136,7 +152,7 @@ class Population:
             return
         local = np.tile(np.arange(num_particles), (num_populations, 1))
         for p in chosen:
-            local[p] = scheme(normalised(log_weights[p]), rng)
+            local[p] = scheme(normalised(log_weights[p]), rngs[int(p)])
             self.log_evidence[p] += logmeanexp(log_weights[p])
             log_weights[p] = 0.0
         self.ancestors[:, self._decoding.step_count - 1] = local
@@ -213,8 +229,10 @@ def grown(
     posterior: Posterior,
     num_runs: int,
     retained: Sequences | None,
-    rng: np.random.Generator,
+    streams: Streams,
     progress: bool,
+    *,
+    first_run: int = 0,
 ) -> tuple[Population, int]:
     """Return the finished particles of M runs of a prepared `SMC`, and the model tokens they took.
 
@@ -226,9 +244,14 @@ def grown(
     read_before = getattr(ready.twist, "model_tokens", 0)
     decoding = Decoding(models, posterior.prompt_ids, num_rows, posterior.max_new_tokens)
     scheme = resampling_scheme(ready.resampling) if retained is None else conditional_multinomial
+    runs = range(first_run, first_run + num_runs)
+    uniforms = streams.uniforms(
+        prompt_keys(posterior.prompt_ids), first_run * ready.num_particles, num_rows, posterior.max_new_tokens
+    )
+    rngs = streams.beside(RESAMPLING_STREAM).generators(posterior.prompt_ids, runs)
     population = Population(posterior, decoding, ready.twist, models, num_runs, retained)
     with track("SMC", posterior.max_new_tokens, progress) as advance:
-        population.grow(ready.ess_threshold, scheme, rng, advance)
+        population.grow(uniforms, ready.ess_threshold, scheme, rngs, advance)
     if retained is not None:
         _require_alive(population.retained_log_weights(), posterior)
     read_by_twist = getattr(ready.twist, "model_tokens", 0) - read_before
@@ -240,7 +263,7 @@ def evidence_runs(
     posterior: Posterior,
     num_runs: int,
     retained: Sequences | None,
-    rng: np.random.Generator,
+    streams: Streams,
     training: Cost,
     progress: bool,
 ) -> EvidenceRuns:
@@ -250,7 +273,7 @@ def evidence_runs(
     for num in _runs_per_block(num_runs, posterior.num_prompts * ready.num_particles):
         runs = slice(first, first + num)
         part = None if retained is None else Sequences(retained.tokens[:, runs], retained.lengths[:, runs])
-        population, used = grown(ready, posterior, num, part, rng, progress)
+        population, used = grown(ready, posterior, num, part, streams, progress, first_run=first)
         blocks.append(population.log_evidences())
         tokens, first = tokens + used, first + num
     cost = replace(

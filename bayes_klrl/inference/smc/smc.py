@@ -29,7 +29,7 @@ from bayes_klrl.inference.smc.population import EvidenceRuns, evidence_runs, gro
 from bayes_klrl.models.twists.simple import ConstantTwist, pilot_twist
 from bayes_klrl.models.twists.twisted_lm import TwistedLM
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.resampling import resampling_scheme
 from bayes_klrl.typing import Algorithm, LanguageModel, Twist, TwistRecipe
 
@@ -85,7 +85,7 @@ class SMC:
         """
         ready, training = self.prepared(posterior, seed, progress)
         start = time.perf_counter()
-        population, tokens = grown(ready, posterior, 1, None, generator(seed), progress)
+        population, tokens = grown(ready, posterior, 1, None, Streams.of(seed), progress)
         cost = replace(
             training,
             seconds=training.seconds + time.perf_counter() - start,
@@ -109,7 +109,7 @@ class SMC:
         """
         check_count("num_runs", num_runs)
         ready, training = self.prepared(posterior, seed, progress)
-        return evidence_runs(ready, posterior, num_runs, None, generator(seed), training, progress)
+        return evidence_runs(ready, posterior, num_runs, None, Streams.of(seed), training, progress)
 
     def prepared(self, posterior: Posterior, seed: int, progress: bool = False) -> tuple[SMC, Cost]:
         """Return the same sampler with its proposal trained and its pilot run, and what that cost.

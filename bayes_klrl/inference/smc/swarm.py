@@ -7,6 +7,7 @@ import numpy as np
 from bayes_klrl.inference.mcmc.suffix_moves import States, suffix_move, tempered
 from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.randomness import Generators, Streams
 from bayes_klrl.resampling import Scheme, multinomial
 from bayes_klrl.typing import FloatArray, LanguageModel
 from bayes_klrl.weights import effective_sample_size, logmeanexp, logsumexp, normalised
@@ -37,9 +38,9 @@ class Swarm:
         posterior: Posterior,
         models: tuple[LanguageModel, LanguageModel],
         num_particles: int,
-        rng: np.random.Generator,
+        streams: Streams,
     ) -> None:
-        drawn = draw(models[::-1], posterior, num_particles, rng, description="annealing", progress=False)
+        drawn = draw(models[::-1], posterior, num_particles, streams, description="annealing", progress=False)
         self._posterior, self._models = posterior, models
         self.shape = drawn.reward.shape
         self.states = States(
@@ -70,26 +71,26 @@ class Swarm:
         self.power = power
         self._record()
 
-    def resample_where_degenerate(self, threshold: float, scheme: Scheme, rng: np.random.Generator) -> None:
+    def resample_where_degenerate(self, threshold: float, scheme: Scheme, rngs: Generators) -> None:
         """Resample each prompt whose ESS is below the threshold, its weights going into its log evidence."""
         num_prompts, num_particles = self.shape
         local = np.tile(np.arange(num_particles), (num_prompts, 1))
         ess = effective_sample_size(self.log_weights)
         chosen = np.flatnonzero((ess < threshold * num_particles) & (ess > 0))
         for p in chosen:
-            local[p] = scheme(normalised(self.log_weights[p]), rng)
+            local[p] = scheme(normalised(self.log_weights[p]), rngs[int(p)])
             self.log_evidence[p] += logmeanexp(self.log_weights[p])
             self.log_weights[p] = 0.0
         self.num_resampled[chosen] += scheme is multinomial
         self.family = np.take_along_axis(self.family, local, axis=1)
         self.states = self.states.taken((local + num_particles * np.arange(num_prompts)[:, None]).ravel())
 
-    def move(self, num_moves: int, cut: str, rng: np.random.Generator) -> None:
+    def move(self, num_moves: int, cut: str, rngs: Generators) -> None:
         """Move every particle at its s; weights stay, for the moves leave the target of s invariant."""
         power = np.repeat(self.power, self.shape[1])
         proposed, accepted = np.zeros(len(self.power)), np.zeros(len(self.power))
         for _ in range(num_moves):
-            moved = suffix_move(self._posterior, self._models, self.states, power, cut, rng)
+            moved = suffix_move(self._posterior, self._models, self.states, power, cut, rngs)
             self.states = moved.states
             self.model_tokens += moved.model_tokens
             proposed += moved.proposed.reshape(self.shape).sum(axis=1)

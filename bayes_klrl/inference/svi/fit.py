@@ -13,7 +13,7 @@ from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import FloatArray, LanguageModel
 
 __all__ = ["Fit"]
@@ -74,7 +74,7 @@ class Fit:
             (self.guide, posterior.prior),
             posterior,
             num_draws,
-            generator(seed),
+            Streams.of(seed),
             description="drawing from the guide",
             progress=progress,
         )

@@ -19,7 +19,7 @@ from bayes_klrl.models.automata.reward import automaton_potential
 from bayes_klrl.models.decoding import draw_blocks
 from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import FloatArray, IntArray, State
 
 __all__ = ["DistilledTwist", "FittedDistilled"]
@@ -86,8 +86,8 @@ class DistilledTwist:
         prior, seen = posterior.prior, self.order - 1
         rows: list[list[int]] = []
         model_tokens = 0
-        rng = generator(seed, self.num_draws)
-        for block in draw_blocks((prior,), posterior.prompt_ids, self.num_draws, posterior.max_new_tokens, rng):
+        streams = Streams.of(seed, self.num_draws)
+        for block in draw_blocks((prior,), posterior.prompt_ids, self.num_draws, posterior.max_new_tokens, streams):
             tails = [list(posterior.prompt_ids[p])[-seen:] if seen else [] for p in block.prompt_index]
             rows += [tail + ids for tail, ids in zip(tails, block.sequences().lists(), strict=True)]
             model_tokens += block.model_tokens

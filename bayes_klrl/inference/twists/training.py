@@ -26,7 +26,7 @@ from bayes_klrl.models.twists.simple import log_evidence_of_pilot, prior_pilot
 from bayes_klrl.models.twists.twisted_lm import TwistedLM
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
-from bayes_klrl.randomness import check_seed, generator
+from bayes_klrl.randomness import Streams, check_seed, generator
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import Array, FloatArray, LanguageModel
 
@@ -63,7 +63,7 @@ def train_twist(recipe: LearnedTwist, posterior: Posterior, *, seed: int, progre
     losses: list[float] = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(check_seed(seed))
-        twist, model_tokens = untrained(recipe, posterior, rng)
+        twist, model_tokens = untrained(recipe, posterior, seed)
     parameters = [p for net in (twist.features, twist.head) for p in getattr(net, "parameters", list)()]
     optimiser = torch.optim.Adam(parameters, lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate_schedule(recipe.num_steps, warm_up=0))
@@ -84,9 +84,9 @@ def train_twist(recipe: LearnedTwist, posterior: Posterior, *, seed: int, progre
     return replace(twist, training=cost, history=np.array(losses))
 
 
-def untrained(recipe: LearnedTwist, posterior: Posterior, rng: np.random.Generator) -> tuple[NeuralTwist, int]:
+def untrained(recipe: LearnedTwist, posterior: Posterior, seed: int) -> tuple[NeuralTwist, int]:
     """Return the constant twist log Z-hat of a pilot as a network, and the tokens that took."""
-    pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, rng)
+    pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, Streams.of(seed, _PILOT_DRAWS))
     log_evidence, offsets, log_bound = log_evidence_of_pilot(log_likelihood), None, None
     if recipe.loss == "fudge":
         assert posterior.likelihood.bounds is not None

@@ -20,7 +20,7 @@ from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.decoding import draw_blocks
 from bayes_klrl.models.twists.simple import fitted_rows, log_evidence_of_pilot
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import FloatArray, IntArray, State
 
 __all__ = ["CountingTwist", "FittedCounts"]
@@ -64,9 +64,9 @@ class CountingTwist:
         _check_codes(posterior, self.context)
         start, model_tokens = time.perf_counter(), 0
         tokens, lengths, rewards = [], [], []
-        rng = generator(seed, self.num_draws)
+        streams = Streams.of(seed, self.num_draws)
         for block in draw_blocks(
-            (posterior.prior,), posterior.prompt_ids, self.num_draws, posterior.max_new_tokens, rng
+            (posterior.prior,), posterior.prompt_ids, self.num_draws, posterior.max_new_tokens, streams
         ):
             reward = posterior.reward_of_rows(block.tokens, block.lengths, block.prompt_index)
             rewards.append(reward.reshape(posterior.num_prompts, -1))

@@ -20,9 +20,9 @@ import numpy as np
 from bayes_klrl.checks import check_count, check_fraction, check_positive
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.models.decoding import Decoding, decode
+from bayes_klrl.models.decoding import Decoding, decode_by
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.typing import FloatArray, IntArray, State, Twist
 from bayes_klrl.weights import logmeanexp
 
@@ -54,13 +54,14 @@ class ConstantTwist:
 
 def pilot_twist(posterior: Posterior, seed: int) -> tuple[ConstantTwist, int]:
     """Return the constant twist log Z-hat of a small prior sample with a seed of its own, and its model tokens."""
-    pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, generator(seed, _PILOT_DRAWS))
+    pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, Streams.of(seed, _PILOT_DRAWS))
     return ConstantTwist(log_evidence_of_pilot(log_likelihood)), pilot.model_tokens
 
 
-def prior_pilot(posterior: Posterior, num_draws: int, rng: np.random.Generator) -> tuple[Decoding, FloatArray]:
+def prior_pilot(posterior: Posterior, num_draws: int, streams: Streams) -> tuple[Decoding, FloatArray]:
     """Return N draws a prompt from the prior, and their log-likelihoods, (P, N)."""
-    pilot = decode((posterior.prior,), posterior.prompt_ids, num_draws, posterior.max_new_tokens, rng)
+    uniforms = streams.uniforms(prompt_keys(posterior.prompt_ids), 0, num_draws, posterior.max_new_tokens)
+    pilot = decode_by((posterior.prior,), posterior.prompt_ids, uniforms)
     reward = posterior.reward_of_rows(pilot.tokens, pilot.lengths, pilot.prompt_index)
     return pilot, posterior.likelihood.log_likelihood(reward).reshape(posterior.num_prompts, num_draws)
 
@@ -136,7 +137,7 @@ class PartialRewardTwist:
     def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> FittedPartialReward:
         """See `TwistRecipe.fit`."""
         start = time.perf_counter()
-        pilot, log_likelihood = prior_pilot(posterior, self.num_pilot, generator(seed, self.num_pilot))
+        pilot, log_likelihood = prior_pilot(posterior, self.num_pilot, Streams.of(seed, self.num_pilot))
         log_evidence = log_evidence_of_pilot(log_likelihood)
         constants = np.repeat(log_evidence[:, None], posterior.max_new_tokens, axis=1)
         for t in range(1, posterior.max_new_tokens):

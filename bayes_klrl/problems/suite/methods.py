@@ -30,7 +30,7 @@ from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.inference.svi.svi import SVI
 from bayes_klrl.models.twists.simple import PartialRewardTwist, prior_pilot
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import Algorithm
 
 __all__ = ["METHODS", "Recipe", "run_or_partial", "tokens_per_completion"]
@@ -82,7 +82,7 @@ def _exact_twist(posterior: Posterior, size: int) -> Algorithm:
 
 def _chance_of_possible(posterior: Posterior, num_draws: int) -> float:
     """Return how often a prior completion has positive likelihood, of the worst prompt; half a hit where there was none."""
-    possible = np.isfinite(prior_pilot(posterior, num_draws, generator(0))[1]).sum(axis=1)
+    possible = np.isfinite(prior_pilot(posterior, num_draws, Streams.of(0))[1]).sum(axis=1)
     return float(max(0.5, possible.min()) / num_draws)
 
 
@@ -155,7 +155,7 @@ guide."""
 
 def tokens_per_completion(posterior: Posterior, seed: int) -> float:
     """Return the mean length of a prior completion, summed over prompts."""
-    drawn, _ = prior_pilot(posterior, 4 * _NUM_PILOT, generator(seed))
+    drawn, _ = prior_pilot(posterior, 4 * _NUM_PILOT, Streams.of(seed))
     return float(drawn.lengths.sum() / (4 * _NUM_PILOT))
 
 

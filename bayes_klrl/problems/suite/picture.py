@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bayes_klrl.export.plot_style import COLOURS, GREY, drawing
+from bayes_klrl.problems.suite.cell import SuiteCell
+from bayes_klrl.problems.suite.table import suite_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from bayes_klrl.problems.suite.run import SuiteResult
 
 __all__ = ["plot_suite"]
 
@@ -21,17 +22,21 @@ _COLUMNS = 4
 _LEAST, _MOST = 1e-4, 1e2  # nats: what is smaller or larger stands at the edge
 
 
-def plot_suite(result: SuiteResult, file: str | Path) -> Path:
+def plot_suite(cells: Sequence[SuiteCell], purposes: Mapping[str, str], file: str | Path, *, title: str) -> Path:
     """Draw |log Z error| of every repeat (small) and their mean (large), and where there is no log Z the KL (hollow).
 
     Parameters
     ----------
-    result
-        Of `run_suite`.
+    cells
+        The answers of all methods to all problems, one per repeat.
+    purposes
+        What each problem is for, by its name.
     file
-        A PNG file.
+        The PNG to write.
+    title
+        The text above all panels.
     """
-    table = result.table()
+    table = suite_table(cells, purposes)
     problems = list(table.index.unique("problem"))
     methods = list(table.index.unique("method"))
     num_columns = min(_COLUMNS, len(problems))
@@ -40,8 +45,8 @@ def plot_suite(result: SuiteResult, file: str | Path) -> Path:
     with drawing(file, size) as figure:
         grid: Any = figure.subplots(num_rows, num_columns, sharex=True, sharey=True, squeeze=False)
         for axes, problem in zip(grid.flat, problems, strict=False):
-            _panel(axes, result, table.loc[problem], problem, methods)
-            axes.set_title(f"{problem}: {_short(result.purposes[problem])}", loc="left", fontsize=8)
+            _panel(axes, cells, table.loc[problem], problem, methods)
+            axes.set_title(f"{problem}: {_short(purposes[problem])}", loc="left", fontsize=8)
         for axes in grid.flat[len(problems) :]:
             axes.set_visible(False)
         figure.supxlabel(
@@ -49,13 +54,11 @@ def plot_suite(result: SuiteResult, file: str | Path) -> Path:
             "log Z",
             fontsize=8.5,
         )
-        figure.suptitle(
-            f"{result.budget:,} model tokens a method, {result.repeats} repeats", x=0.01, ha="left", fontsize=9.5
-        )
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9.5)
     return Path(file)
 
 
-def _panel(axes: Axes, result: SuiteResult, rows: Any, problem: str, methods: list[str]) -> None:
+def _panel(axes: Axes, cells: Sequence[SuiteCell], rows: Any, problem: str, methods: list[str]) -> None:
     """Draw one problem."""
     axes.set_xscale("log")
     axes.set_xlim(_LEAST / 1.6, _MOST * 1.6)
@@ -68,7 +71,7 @@ def _panel(axes: Axes, result: SuiteResult, rows: Any, problem: str, methods: li
     axes.set_axisbelow(True)
     for y, method in enumerate(methods):
         colour, row = COLOURS[y % len(COLOURS)], rows.loc[method]
-        errors = np.abs([c.log_evidence_error for c in result.cells if c.problem == problem and c.method == method])
+        errors = np.abs([c.log_evidence_error for c in cells if c.problem == problem and c.method == method])
         known = errors[~np.isnan(errors)]
         if known.size:
             axes.plot(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,58 +19,18 @@ from bayes_klrl.export.output_folder import prepare_output
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.problems.record import Problem, Truth
 from bayes_klrl.problems.suite.catalogue import SUITE, problem_names
+from bayes_klrl.problems.suite.cell import SuiteCell
 from bayes_klrl.problems.suite.methods import METHODS, Recipe, run_or_partial, tokens_per_completion
+from bayes_klrl.problems.suite.table import SuiteTable, suite_table
 from bayes_klrl.progress import progress_display, track
 from bayes_klrl.randomness import check_seed, stream_seed
 from bayes_klrl.typing import Algorithm
 
-if TYPE_CHECKING:
-    from bayes_klrl.problems.suite.table import SuiteTable
-
-__all__ = ["DEFAULT_PROBLEMS", "SuiteCell", "SuiteResult", "run_suite"]
+__all__ = ["DEFAULT_PROBLEMS", "SuiteResult", "run_suite"]
 
 DEFAULT_PROBLEMS = ("P1", "P3", "P4", "P5", "P6", "P8", "P11", "P13")
 """What is run when nothing is named: one size each, all on small tables, in a minute or two."""
 _LEAST_COMPLETIONS = 64
-
-
-@dataclass(frozen=True)
-class SuiteCell:
-    """One method's answer to one problem in one repeat; NaN where there is no such number.
-
-    Parameters
-    ----------
-    problem, method, repeat
-        Which.
-    log_evidence_error
-        log Z-hat - log Z, mean over prompts, in nats; to the nearer bound where there are only bounds, 0 between them.
-    kl_posterior
-        Of the law of what it returns to the posterior, see `kl_sign`.
-    kl_sign
-        "=" the value, "<=" a bound that holds on average over repeats (log Z - E log Z-hat, by data processing), "~" an
-        estimate.
-    reward_error
-        E[r] as answered less the posterior's, in units of reward.
-    ess
-        Effective sample size, of the worst prompt.
-    model_tokens, training_tokens, seconds
-        What it cost; training apart, its seconds included.
-    note
-        What went wrong.
-    """
-
-    problem: str
-    method: str
-    repeat: int
-    log_evidence_error: float = np.nan
-    kl_posterior: float = np.nan
-    kl_sign: str = ""
-    reward_error: float = np.nan
-    ess: float = np.nan
-    model_tokens: float = np.nan
-    training_tokens: float = np.nan
-    seconds: float = np.nan
-    note: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +60,6 @@ class SuiteResult:
         `kl_posterior` with its `_ci` and `kl_sign`; `reward_error` with `_ci`; `ess`, `model_tokens`, `training_tokens`,
         `seconds`, means; `answers`, how many repeats gave one; `note`.
         """
-        from bayes_klrl.problems.suite.table import suite_table
-
         return suite_table(self.cells, self.purposes)
 
     def __str__(self) -> str:
@@ -118,7 +75,8 @@ class SuiteResult:
         """Draw a panel for each problem, the error of log Z by method, into a PNG, and return the file."""
         from bayes_klrl.problems.suite.picture import plot_suite
 
-        return plot_suite(self, file)
+        title = f"{self.budget:,} model tokens per method, {self.repeats} repeats"
+        return plot_suite(self.cells, self.purposes, file, title=title)
 
     def save(self, folder: str | Path) -> Path:
         """Write table.csv and suite.png into a folder, and return it; refused where something is that is not ours."""

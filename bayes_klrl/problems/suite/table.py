@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-if TYPE_CHECKING:
-    from bayes_klrl.problems.suite.run import SuiteCell
+from bayes_klrl.problems.suite.cell import SuiteCell
 
 __all__ = ["SuiteTable", "suite_table"]
 

@@ -110,7 +110,7 @@ def test_the_samplers_steps_are_those_of_the_matrix(backend: str, cut: str, use_
             np.full(4000, truth.reward[0, i]),
             np.tile([[log_q[i]], [truth.log_prior[0, i]]], 4000),
         )
-        moved = suffix_move(posterior, (proposal, posterior.prior), states, 1.0, cut, np.random.default_rng(i))
+        moved = suffix_move(posterior, (proposal, posterior.prior), states, 1.0, cut, [np.random.default_rng(i)])
         assert chi_square_p(counts(truth, moved.states.tokens), matrix[i]) > 0.001
         # what the new states carry is theirs
         new = bk.Sequences(moved.states.tokens[None], moved.states.lengths[None])
@@ -127,7 +127,7 @@ def test_the_samplers_steps_are_those_of_the_matrix(backend: str, cut: str, use_
 
 def test_cuts_are_uniform_below_their_limit() -> None:
     lengths, rng = np.repeat([1, 2, 5], 3000), np.random.default_rng(0)
-    own, full = draw_cuts(lengths, 5, "own_length", rng), draw_cuts(lengths, 5, "max_length", rng)
+    own, full = (draw_cuts(lengths, 5, cut, rng.random(lengths.size)) for cut in ("own_length", "max_length"))
     for length in (1, 2, 5):
         assert set(own[lengths == length]) == set(range(length))
     assert chi_square_p(np.bincount(own[lengths == 5]), np.full(5, 0.2)) > 0.001

@@ -12,6 +12,7 @@ import bayes_klrl as bk
 from bayes_klrl import problems
 from bayes_klrl.inference.smc import annealing as annealing_module
 from bayes_klrl.inference.smc.swarm import Swarm, next_powers
+from bayes_klrl.randomness import Streams
 from tests.export.test_datatree import assert_same
 from tests.helpers.backends import on, precision
 from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_posterior, z_score
@@ -121,7 +122,7 @@ def test_the_path_is_the_frontier(backend: str) -> None:
 
 def test_the_pilot_chooses_even_steps(backend: str) -> None:
     posterior = on(backend, problems.gold_posterior(alpha=0.25))
-    swarm = Swarm(posterior, (posterior.prior, posterior.prior), 4000, np.random.default_rng(0))
+    swarm = Swarm(posterior, (posterior.prior, posterior.prior), 4000, Streams.of(0))
     log_likelihood = swarm.log_likelihood[0]
 
     def share(step: float) -> float:

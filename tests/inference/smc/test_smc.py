@@ -13,6 +13,8 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl import problems
+from bayes_klrl.inference.smc.population import RESAMPLING_STREAM
+from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.resampling import RESAMPLING
 from tests.helpers.backends import on, precision
 from tests.helpers.truth import Truth, full_table, random_posterior, z_score
@@ -46,7 +48,7 @@ def test_evidence_is_unbiased(backend: str, problem: str, scheme: str, threshold
     posterior = on(backend, random_posterior(**PROBLEMS[problem]))
     truth = Truth(posterior).log_evidence[0]
     smc = bk.SMC(8, resampling=scheme, ess_threshold=threshold)
-    draws = smc.run(repeated(posterior, NUM_RUNS), seed=1)
+    draws = smc.run(repeated(posterior, 2 * NUM_RUNS), seed=3)
     assert abs(z_score(np.exp(draws.log_evidence - truth), 1.0)) < 3
     resampled = (draws.info["ancestors"] != np.arange(8)).any()
     assert resampled == (threshold > 0)
@@ -219,7 +221,9 @@ def naive_smc(
     proposal: bk.LanguageModel,
 ) -> tuple[list[list[int]], np.ndarray, float]:
     """One prompt, systematic resampling, one list of tokens a particle, everything rescored from the start."""
-    rng, width = np.random.default_rng(seed), posterior.max_new_tokens
+    width, streams = posterior.max_new_tokens, Streams.of(seed)
+    uniforms = iter(streams.uniforms(prompt_keys(posterior.prompt_ids), 0, num_particles, width))
+    (rng,) = streams.beside(RESAMPLING_STREAM).generators(posterior.prompt_ids)
     prompt, eos = list(posterior.prompt_ids[0]), posterior.prior.eos_token_ids
     xs: list[list[int]] = [[] for _ in range(num_particles)]
     log_w = np.zeros(num_particles)
@@ -237,8 +241,7 @@ def naive_smc(
         return float(posterior.log_likelihood([x])[0, 0] if finished(x) else twist(tuple(x)))
 
     while not all(map(finished, xs)):
-        uniforms = rng.random(num_particles)
-        for k, u in enumerate(uniforms):
+        for k, u in enumerate(next(uniforms)):
             if finished(xs[k]):
                 continue
             log_q, log_p = next_probs(proposal, xs[k]), next_probs(posterior.prior, xs[k])

@@ -14,7 +14,7 @@ import numpy as np
 from bayes_klrl.checks import check_count
 from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import generator
+from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import FloatArray, LanguageModel
 from bayes_klrl.weights import logmeanexp
 
@@ -65,7 +65,7 @@ def policy_uncertainty(
             models,
             posterior,
             num_draws,
-            generator(seed, s),
+            Streams.of(seed, s),
             description=f"policy {s + 1} of {len(policies)}",
             progress=progress,
         )

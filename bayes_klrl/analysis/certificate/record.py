@@ -1,0 +1,38 @@
+"""The fields of a certificate, apart from how it is shown, so that text and picture can read them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bayes_klrl.analysis.certificate.coverage import Coverage
+from bayes_klrl.analysis.certificate.intervals import Intervals
+from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.typing import FloatArray
+
+__all__ = ["CertificateRecord"]
+
+
+@dataclass(frozen=True, eq=False)
+class CertificateRecord:
+    """The fields of a `Certificate`, which explains each of them."""
+
+    elbo: FloatArray
+    log_evidence_bounds: FloatArray
+    reverse_kl: FloatArray
+    forward_kl: FloatArray
+    pooled: Intervals
+    grade: str
+    failure_probability: float
+    implied_alpha: float
+    implied_alpha_interval: tuple[float, float]
+    frontier_gap: float
+    frontier_gap_se: float
+    alpha: float
+    reward: float
+    kl_prior: float
+    evidence_source: str
+    coverage: Coverage | None
+    notes: tuple[str, ...]
+    draws: Draws = field(repr=False)
+    exact_draws: Draws | None = field(repr=False)
+    cost: Cost = field(default_factory=Cost)

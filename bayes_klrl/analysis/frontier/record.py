@@ -1,0 +1,132 @@
+"""A frontier's curves at any alpha: from the pool of draws, and past their reach from an extension.
+
+`Frontier` adds the questions that can be asked of them; table and picture read the curves only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from bayes_klrl.analysis.frontier.best_of_n_curve import BestOfNCurve
+from bayes_klrl.analysis.frontier.path import QUANTITIES, Curves, RewardPool, curves
+from bayes_klrl.analysis.frontier.path_points import PathPoints
+from bayes_klrl.draws import Cost
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.typing import FloatArray
+
+__all__ = ["FrontierRecord", "checked_alphas"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class FrontierRecord:
+    """The fields of a `Frontier`, which explains each of them, and its curves at other alphas."""
+
+    mean: Curves
+    per_prompt: Curves
+    cut: float
+    alpha: float
+    best_of_n: BestOfNCurve
+    pool: RewardPool
+    extension: PathPoints | None = None
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def alphas(self) -> FloatArray:
+        """Units of reward per nat, falling, shape (A,)."""
+        return self.mean.alphas
+
+    @property
+    def log_evidence(self) -> FloatArray:
+        """The log evidence log Z, mean over prompts, shape (A,)."""
+        return self.mean.log_evidence
+
+    @property
+    def reward(self) -> FloatArray:
+        """E[r] of the posterior, mean over prompts, shape (A,)."""
+        return self.mean.reward
+
+    @property
+    def kl(self) -> FloatArray:
+        """KL of the posterior to the prior in nats, mean over prompts, shape (A,)."""
+        return self.mean.kl
+
+    @property
+    def ess(self) -> FloatArray:
+        """How many draws from the posterior the pool is worth, mean over prompts, shape (A,)."""
+        return self.mean.ess
+
+    @property
+    def lower(self) -> dict[str, FloatArray]:
+        """Lower ends of the 95 % intervals, by name, shape (A,) each."""
+        return self.mean.lower
+
+    @property
+    def upper(self) -> dict[str, FloatArray]:
+        """Upper ends of the 95 % intervals, by name, shape (A,) each."""
+        return self.mean.upper
+
+    @property
+    def valid(self) -> Mapping[str, np.ndarray]:
+        """Where the intervals can be relied on, by name, shape (A,) each; see `Curves`."""
+        return self.mean.valid
+
+    @property
+    def within(self) -> np.ndarray:
+        """Where the numbers are no extrapolation, shape (A,)."""
+        return self.mean.within
+
+    def at(self, alphas: ArrayLike) -> Curves:
+        """Return the curves of the mean over prompts at other alphas, in the order given."""
+        return self.curves_at(1.0 / np.atleast_1d(checked_alphas(alphas)))[0]
+
+    def curves_at(self, inverse_alpha: FloatArray) -> tuple[Curves, Curves]:
+        """Return the curves of the mean and of each prompt: from the pool, and below `cut` from the extension."""
+        mean, per_prompt = curves(self.pool, inverse_alpha)
+        if self.extension is None:
+            return mean, per_prompt
+        points = self.extension.at(inverse_alpha)
+        points["ess"] = self._planned_ess(inverse_alpha, points["log_evidence"])
+        points["ess_se"] = np.full_like(points["ess"], np.nan)
+        beyond = (inverse_alpha * self.cut > 1) & np.isfinite(points["log_evidence"]).all(axis=0)
+        averaged = {name: array.mean(axis=0) for name, array in points.items() if not name.endswith("_se")}
+        for name in QUANTITIES:
+            averaged[f"{name}_se"] = np.sqrt(np.square(points[f"{name}_se"]).sum(axis=0)) / len(points["kl"])
+        return _joined(mean, averaged, beyond), _joined(per_prompt, points, beyond)
+
+    def _planned_ess(self, inverse_alpha: FloatArray, log_evidence: FloatArray) -> FloatArray:
+        """Return N Z(b)^2 / Z(2b) by the extension, (P, A); NaN where it does not reach 2b, or for draws not of the prior."""
+        if self.extension is None or self.pool.log_weights.any():
+            return np.full(log_evidence.shape, np.nan)
+        log_square = self.extension.at(2 * inverse_alpha)["log_evidence"]
+        result: FloatArray = self.pool.num_draws * np.exp(2 * log_evidence - log_square)
+        return result
+
+
+def checked_alphas(alphas: ArrayLike) -> FloatArray:
+    """Return alphas as float64, refusing what is not positive and finite."""
+    try:
+        values = np.asarray(alphas, dtype=np.float64)
+    except (TypeError, ValueError):
+        values = np.empty((0, 0))
+    if values.ndim > 1 or not values.size or not (np.isfinite(values) & (values > 0)).all():
+        raise BayesKLRLError(f"alphas must be positive finite numbers, one or a list; got {alphas!r}.")
+    return values
+
+
+def _joined(pool: Curves, points: Mapping[str, FloatArray], beyond: np.ndarray) -> Curves:
+    """Return curves that are those of the points where `beyond`, (A,), says so."""
+
+    def join(own: np.ndarray, other: np.ndarray) -> np.ndarray:
+        return np.where(beyond, other, own)
+
+    return replace(
+        pool,
+        **{name: join(getattr(pool, name), points[name]) for name in QUANTITIES},
+        se={name: join(pool.se[name], points[f"{name}_se"]) for name in QUANTITIES},
+        within=pool.within | beyond,
+        valid={name: join(pool.valid[name], np.isfinite(points[f"{name}_se"])) for name in QUANTITIES},
+    )
