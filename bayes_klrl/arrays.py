@@ -32,7 +32,7 @@ def to_host(array: Array) -> np.ndarray:
 def draw_tokens(log_probs: Array, rows: IntArray, uniforms: FloatArray) -> IntArray:
     """Return tokens by inverse CDF: of each draw's row, the first token whose cumulative probability exceeds u.
 
-    Several times cheaper than `torch.multinomial` (TRAPS 6), the same numbers on every backend, and a token of
+    Several times cheaper than `torch.multinomial` (theory.md 10.2), the same numbers on every backend, and a token of
     probability 0 is never drawn.
 
     Parameters

@@ -4,7 +4,7 @@
 
 Convention "absorb", the only one: x ends with EOS, which is part of it, or was cut at `max_new_tokens`, which is an
 outcome like any other. So p0 sums to exactly 1 over completions, and it is what sampling with `max_new_tokens` draws
-from (THEORY 1.2).
+from (theory.md 1.2).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def residual(weights: FloatArray, rng: np.random.Generator) -> IntArray:
 
 
 def conditional_multinomial(weights: FloatArray, rng: np.random.Generator) -> IntArray:
-    """Return ancestor 0 for particle 0, and N - 1 independent ones, from all N, for the others (THEORY 3.6).
+    """Return ancestor 0 for particle 0, and N - 1 independent ones, from all N, for the others (theory.md 3.10).
 
     Not one of `RESAMPLING`: it is what `multinomial` becomes when the path of particle 0 is given.
     """

@@ -2,7 +2,7 @@
 
 A completion holds its EOS token, if it has one, as its last token. Which positions count is told by `lengths` alone,
 never by comparing tokens with a padding id: pad == eos (the GPT-2 default) would delete the EOS term, and with it the
-normalisation of the prior (total mass 2.7 instead of 1 on a toy problem, THEORY 1.2).
+normalisation of the prior (total mass 4.5 instead of 1 on problem P1, theory.md 1.2).
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""How often the frontier's intervals cover, and what a frontier costs.
+"""Coverage of the frontier's intervals, and the cost of a frontier.
 
     python benchmarks/bench_frontier.py coverage     shares of pools called valid, and coverage, by reward, N and b
     python benchmarks/bench_frontier.py cost         CPU seconds of the curves of a pool, by N, without and with drawing
 
-Coverage is by quantity: of all pools in reach (ESS >= 100), and of those called valid. A cell in which few pools are called
-valid covers less than it says: a pool passes there because its tail came out short.
+Coverage is shown by quantity: for all pools in reach (ESS >= 100), and for those called valid. Where few pools are called
+valid, coverage is below 95 %: a pool passes there because its tail came out short.
 """
 
 from __future__ import annotations

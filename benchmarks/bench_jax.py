@@ -1,4 +1,4 @@
-"""JaxLM against TorchLM and against its own loop of steps: sampling, scoring, gradients; and what is compiled.
+"""JaxLM against TorchLM and against its own loop of steps: sampling, scoring, gradients and compilations.
 
 GPT-2 of 4 layers of 128, vocabulary 2,000, random weights, EOS switched off, one thread. CPU seconds, all interleaved in
 one run, each the best (median) of several repetitions, since the ratio of two runs minutes apart measures the machine.
@@ -54,7 +54,7 @@ def by_steps(lm: bk.LanguageModel, num_new: int, seed: int) -> np.ndarray:
 
 
 def samplers(jax_lm: bk.JaxLM, torch_lm: bk.TorchLM, num_new: int) -> dict[str, Callable[[int], Any]]:
-    """Return what draws, as functions of a seed."""
+    """Return the samplers, as functions of a seed."""
     padded = jax_lm.pad_prompts([PROMPT], num_new)
     reward = bk.TokenReward(lambda tokens, lengths: (tokens % 2 == 0).sum(axis=1), alpha=2.0)
     posterior = bk.Posterior(jax_lm, reward, prompts=PROMPT, max_new_tokens=num_new)
@@ -74,7 +74,7 @@ def samplers(jax_lm: bk.JaxLM, torch_lm: bk.TorchLM, num_new: int) -> dict[str, 
 
 
 def scorers(jax_lm: bk.JaxLM, torch_lm: bk.TorchLM, num_new: int) -> dict[str, Callable[[int], Any]]:
-    """Return what scores 64 completions, with and without the gradient."""
+    """Return functions that score 64 completions, with and without the gradient."""
     tokens = np.random.default_rng(0).integers(0, 2000, (1, NUM_ROWS, num_new))
     sequences = Sequences(tokens, np.full((1, NUM_ROWS), num_new))
     gradient = jax.jit(jax.grad(lambda p: jax_lm.with_parameters(p).token_log_probs([PROMPT], sequences).sum()))
@@ -131,7 +131,7 @@ def draw_and_score(lm: bk.JaxLM, prompt: list[int], num_draws: int, num_new: int
 
 
 def print_compilations(num_new: int) -> None:
-    """Print what 12 layers take to compile, and how often ten prompts of different lengths do."""
+    """Print the seconds that 12 layers take to compile, and the compilations for ten prompts of different lengths."""
     for width in (128, 768):
         lm, _ = random_models(12, width)
         padded = lm.pad_prompts([PROMPT], num_new)

@@ -5,7 +5,7 @@
     hidden  a hidden Markov model of 32 states over 2,000 tokens
 
 each with a reward for the number of some tokens modulo 8 (8 automaton states). Targets: log Z under 10 s and 2 GiB, draws
-under twice that. Each case runs in a process of its own, whose peak of resident memory is told at the end.
+under twice that. Each case runs in a process of its own, whose peak of resident memory is printed at the end.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_messages.py [--case dense|sparse|hidden] [--tokens 1000] [--draws 1000]
 """
@@ -64,7 +64,7 @@ def timed(what: str, run: Callable[[], Any]) -> Any:
 
 
 def one_case(case: str, num_tokens: int, num_draws: int) -> None:
-    """Solve one posterior and print what it took."""
+    """Solve one posterior and print seconds and memory."""
     prior = CASES[case]()
     counter = bk.Automaton.counts(range(100), modulo=8, vocab_size=VOCABULARY, eos_token_ids=EOS)
     reward = bk.AutomatonReward(counter, final_rewards=counter.state_values, alpha=0.5)

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_reward_posterior.py [--pairs 2000] [--features 32] [--infer-scale]
 
 The target: 2,000 preferences x 32 features, 4 chains x 1,000 draws (after 1,000 of warm-up) in under a minute, all in. The
-first fit compiles; the second, of other data of the same shape, does not, and the difference is what compiling takes.
+first fit compiles; the second, on other data of the same shape, does not, and the difference is the time of compiling.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
         fit = model.fit(prior, data, seed=seed)
         taken.append((time.perf_counter() - wall, time.process_time() - cpu))
         steps = fit.sample_stats["num_steps"].mean()
-        print(f"{what:22} wall {taken[-1][0]:6.1f} s   CPU {taken[-1][1]:6.1f} s   {steps:.1f} leapfrog steps a draw")
+        print(f"{what:22} wall {taken[-1][0]:6.1f} s   CPU {taken[-1][1]:6.1f} s   {steps:.1f} leapfrog steps per draw")
         print(f"    {fit.diagnostics}")
     compiling = [first - second for first, second in zip(*taken, strict=True)]
     print(f"{'compiling':22} wall {compiling[0]:6.1f} s   CPU {compiling[1]:6.1f} s")

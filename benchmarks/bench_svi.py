@@ -4,8 +4,8 @@
     python benchmarks/bench_svi.py tasks --backend jax     the same on JAX: the same checkpoints, compiling included
     python benchmarks/bench_svi.py step        CPU seconds of a step with 64 completions x 16 tokens, GPT-2 4 x 128, V = 2000
 
-One thread, CPU seconds (`time.process_time`). Population ESS / N of importance sampling from the guide is 1 / E_p*[p* / q],
-the limit of what a sample of any size shows.
+One thread, CPU seconds (`time.process_time`). The population value of ESS / N of importance sampling from the guide is
+1 / E_p*[p* / q], the limit for large samples.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def bench_step(num_steps: int, backend: str) -> None:
         svi, start = bk.SVI(num_steps + 2, **chosen), time.process_time()
         if backend == "torch":
             svi.fit(posterior, seed=0)
-            print(f"{label:>14}: {(time.process_time() - start) / (num_steps + 2):.3f} CPU s a step")
+            print(f"{label:>14}: {(time.process_time() - start) / (num_steps + 2):.3f} CPU s per step")
             continue
         from bayes_klrl.inference.svi.numpyro_backend.training import Training, jax_key
 
@@ -97,7 +97,7 @@ def bench_step(num_steps: int, backend: str) -> None:
         for _ in steps:
             pass
         each = (time.process_time() - compiled) / num_steps
-        print(f"{label:>14}: {each:.3f} CPU s a step, after {compiled - start:.1f} for compiling and two steps")
+        print(f"{label:>14}: {each:.3f} CPU s per step, after {compiled - start:.1f} for compiling and two steps")
 
 
 def main() -> None:

@@ -1,13 +1,13 @@
 """TRL's trainers, a bare policy-gradient loop and `bk.SVI` on one posterior whose truth is enumerated.
 
     python benchmarks/bench_trainers.py                            all five; needs TRL: pip install 'trl==1.16.*'
-    python benchmarks/bench_trainers.py --only bare svi            what needs no TRL
+    python benchmarks/bench_trainers.py --only bare svi            the two that need no TRL
     python benchmarks/bench_trainers.py --task gpt2-8x4 --seeds 3 --steps 600
 
-Every trainer gets the same model, reward, alpha (TRL: beta), number of completions a step and linear decay of Adam's learning
-rate. TRL's are told what a posterior needs: no dropout, no clipping of rewards or gradients, advantages as they are, no
-completion masked. GRPO keeps its groups of 8 and their standardised rewards. What each leaves behind is certified twice,
-by enumeration and by sampling alone. CPU seconds are of the training (`time.process_time`), one thread.
+Every trainer gets the same model, reward, alpha (TRL: beta), number of completions per step and linear decay of Adam's
+learning rate. TRL's are configured as a posterior needs it: no dropout, no clipping of rewards or gradients, advantages as
+they are, no completion masked. GRPO keeps its groups of 8 and their standardised rewards. Each trained policy is certified
+twice, by enumeration and by sampling alone. CPU seconds are those of the training (`time.process_time`), one thread.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def word_tokenizer(vocab_size: int, eos: int) -> Any:
 
 
 def import_trl() -> tuple[Any, Any]:
-    """Return the packages datasets and trl, or end with the way to them."""
+    """Return the packages datasets and trl, or end with a message that says how to install them."""
     try:
         return importlib.import_module("datasets"), importlib.import_module("trl")
     except ImportError as error:

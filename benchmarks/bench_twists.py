@@ -1,6 +1,6 @@
 """What a twist is worth: mean and spread of log Z-hat by SMC, without one and with each kind.
 
-E log Z-hat is a lower bound of log Z (THEORY 3.6); the closer, the better. "counter": P5 of THEORY 6, whose reward depends on
+E log Z-hat bounds log Z from below (theory.md 3.4). "counter": P5 of theory.md 8.5, whose reward depends on
 the number of tokens 0 modulo m and shows at the end only, log Z by backward messages. "austen": the shipped model, VADER
 sentiment at alpha = 0.1, of unknown log Z. "word": the shipped model, which must write a word ("happy" by default, likelihood
 exp(6) if it does), an automaton's reward. Each twist with the prior as proposal, and with the prior steered by it.

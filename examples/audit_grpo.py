@@ -1,7 +1,7 @@
-"""What do TRL's losses converge to? `python examples/audit_grpo.py` (about ten seconds).
+"""Audit TRL's losses: which policy does each converge to? `python examples/audit_grpo.py` (about ten seconds).
 
 A loss is a function of a batch of completions that returns a scalar, as in any trainer. `bk.audit` plugs it into a table
-policy on a problem of 40 completions, trains until nothing moves, and says what came out.
+policy on a problem of 40 completions, trains until nothing moves, and names the policy that came out.
 """
 
 import torch
@@ -13,7 +13,7 @@ GROUP = 8
 
 
 def grpo(batch: bk.LossInputs) -> torch.Tensor:
-    """`GRPOTrainer` with beta: a group mean as baseline, k3 of every token in the loss, averaged over tokens."""
+    """Return the loss of `GRPOTrainer`: a group mean as baseline, k3 of every token in the loss, averaged over tokens."""
     groups = batch.rewards.view(-1, GROUP)
     advantages = (groups - groups.mean(1, keepdim=True)).view(-1, 1)  # scale_rewards="none"
     ratio = torch.exp(batch.log_probs - batch.old_log_probs)
@@ -24,7 +24,7 @@ def grpo(batch: bk.LossInputs) -> torch.Tensor:
 
 
 def rloo(batch: bk.LossInputs) -> torch.Tensor:
-    """`RLOOTrainer`: k1 of the completion in the reward, the mean of the others in the group as baseline."""
+    """Return the loss of `RLOOTrainer`: k1 of the completion in the reward, the mean of the others as baseline."""
     kl = (batch.old_log_probs - batch.ref_log_probs).sum(1)
     returns = (batch.rewards - batch.alpha * kl).view(-1, GROUP)
     advantages = (returns - (returns.sum(1, keepdim=True) - returns) / (GROUP - 1)).view(-1)

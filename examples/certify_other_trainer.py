@@ -2,7 +2,7 @@
 
 Two trainers in plain PyTorch and transformers stand for any other: GRPO as TRL's `GRPOTrainer` has it by default, and a
 leave-one-out policy gradient, TRL's `RLOOTrainer`. Each tunes a small GPT-2 towards the same reward with the same beta, and
-leaves what trainers leave, `checkpoint-N` folders. A certificate asks nothing else of a trainer. With a run of TRL's own:
+writes what trainers write, `checkpoint-N` folders. A certificate needs nothing else from a trainer. With a run of TRL's own:
 
     trainer = GRPOTrainer("my/model", reward_fn, args=GRPOConfig("out", beta=0.5, max_completion_length=24, ...), ...)
     trainer.train()                                # leaves out/checkpoint-N, an adapter with peft_config=...
@@ -29,17 +29,17 @@ NUM_DRAWS = 2**15  # of policy and prior, so that implied alpha and frontier gap
 
 
 def grpo(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """Rewards standardised in each group, k3 of every token in the loss, averaged over tokens."""
+    """Return the loss of GRPO: rewards standardised in each group, k3 of every token in the loss, averaged over tokens."""
     groups = rewards.view(-1, GROUP)
     advantages = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
-    ratio = torch.exp(log_probs - log_probs.detach())  # 1, with a gradient: one update a batch, so nothing is clipped
+    ratio = torch.exp(log_probs - log_probs.detach())  # 1, with a gradient: one update per batch, so nothing is clipped
     log_ratio = ref_log_probs - log_probs
     kl = (torch.exp(log_ratio) - log_ratio - 1) * ratio
     return ((beta * kl - ratio * advantages.view(-1, 1)) * mask).sum() / mask.sum()
 
 
 def leave_one_out(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, rewards: Tensor, beta: float) -> Tensor:
-    """The KL of the whole completion in the reward, the mean of the others as baseline."""
+    """Return the loss with the KL of the whole completion in the reward, and the mean of the others as baseline."""
     scores = (log_probs * mask).sum(1)
     returns = rewards - beta * (scores.detach() - (ref_log_probs * mask).sum(1))
     advantages = (returns - returns.mean()) * BATCH / (BATCH - 1)
@@ -47,7 +47,7 @@ def leave_one_out(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor, reward
 
 
 def tune(loss: Callable[..., Tensor], posterior: bk.Posterior, folder: Path, num_steps: int = 200) -> None:
-    """A trainer: generate, reward, step; nothing of bayes_klrl in it but the reward function and the model to start from."""
+    """Train: generate, reward, step. From bayes_klrl come only the reward function and the model to start from."""
     reference, reward_fn, beta = posterior.prior.module, posterior.likelihood.fn, posterior.alpha
     policy = copy.deepcopy(reference)
     eos, num_new = policy.config.eos_token_id, posterior.max_new_tokens
@@ -84,7 +84,7 @@ def token_log_probs(model: torch.nn.Module, ids: Tensor, tokens: Tensor) -> Tens
 
 
 def main(folder: Path) -> tuple[bk.Posterior, dict[str, bk.Certificate]]:
-    """Tune twice, certify what was left in the folders, and say how far apart they are."""
+    """Tune by both losses, certify the policies in the folders, and print how far apart they are."""
     logging.disable_progress_bar()
     posterior = random_gpt2_task(seed=1)
     frontier = bk.frontier(posterior, num_draws=NUM_DRAWS, seed=0)

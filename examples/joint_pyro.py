@@ -9,10 +9,10 @@ SVI infers theta and x together, with the guide q(x) q(theta | x): a logit table
 Without preferences the posterior is of that family: theta | x ~ Normal(f(x) / alpha, 1).
 
 This is the *joint* posterior of an uncertain reward: its completions come from p0(x) E_theta[exp(r_theta(x) / alpha)], a
-mixture of the posteriors under each theta with weights p(theta) Z_theta. It is optimistic: to generate is to "learn" that one
-has a reward that is easy to please (without any data E[theta] is not 0 here), and it changes if a constant a_theta is added to
-the reward. Where preferences shall inform generations but not the other way round, the *cut* posterior is meant: draw theta
-from its own posterior given the preferences, and for each draw condition p0 on that reward alone.
+mixture of the posteriors under each theta with weights p(theta) Z_theta. It is optimistic: generating makes rewards that are
+easy to please more likely (without any data E[theta] is not 0 here), and it changes if a constant a_theta is added to the
+reward. If preferences should inform generations but not the other way round, use the *cut* posterior: draw theta from its own
+posterior given the preferences, and for each draw condition p0 on that reward alone.
 """
 
 from functools import partial

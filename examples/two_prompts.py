@@ -1,4 +1,4 @@
-"""A posterior of one's own, for the command line: `bayes-klrl compare examples/two_prompts.py`.
+"""A posterior of your own, for the command line: `bayes-klrl compare examples/two_prompts.py`.
 
 Two prompts, a reward that reads a column of its own, and a hard constraint. A file like this must define `posterior`; it may
 define `algorithms`, which `compare` then runs instead of the usual ones.
@@ -8,12 +8,12 @@ import bayes_klrl as bk
 
 
 def mentions(completions: list[str], wanted: list[str]) -> list[float]:
-    """1 for a completion that has the wanted word in it; `wanted` is a column of the posterior, as in TRL."""
+    """Return 1 for a completion with the wanted word in it; `wanted` is a column of the posterior, as in TRL."""
     return [float(word in text.lower()) for text, word in zip(completions, wanted, strict=True)]
 
 
 def is_short_enough(completions: list[str]) -> list[bool]:
-    """At most 80 characters."""
+    """Return whether each completion has at most 80 characters."""
     return [len(text) <= 80 for text in completions]
 
 

@@ -2,9 +2,9 @@
 
 `python examples/uncertain_reward.py` (about half a minute; needs the extra jax).
 
-Somebody prefers lively sentences that are not too long. 100 comparisons of the shipped model's sentences say so, with noise;
-NUTS finds which of four features they care for, and how surely. The cut posterior then generates, and says of every sentence
-how sure its reward is, and of their length how much of the spread more comparisons would take away.
+Somebody prefers lively sentences that are not too long. 100 noisy comparisons of the shipped model's sentences show it; NUTS
+infers the weights of four features, with their uncertainty. The cut posterior then generates. For every sentence it gives the
+uncertainty of its reward, and for the number of words the share of its variance that more comparisons would remove.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ PROMPT = "It was a fine morning"
 
 
 def features(completions: list[str]) -> list[list[float]]:
-    """What the reward may depend on: bounded, so that no rare completion has a reward far from all that was seen."""
+    """Return the features that the reward may depend on: bounded, so that no rare completion has an extreme reward."""
     return [[float("!" in c), float('"' in c), min(c.count(","), 3), len(c.split())] for c in completions]
 
 
 def taste(completions: list[str]) -> np.ndarray:
-    """What nobody knows: speech and exclamations, and not too many words."""
+    """Return the true reward, which the model does not know: speech and exclamations, and not too many words."""
     return np.array(features(completions)) @ [1.0, 1.0, 0.0, -0.1]
 
 
 def asked(prior: bk.LanguageModel, num: int, seed: int) -> bk.Preferences:
-    """Comparisons of pairs of prior draws, with a Bradley-Terry answer."""
+    """Return comparisons of pairs of prior draws, answered by the Bradley-Terry model."""
     anything = bk.Posterior(prior, bk.Reward(taste, alpha=1.0), prompts=PROMPT, max_new_tokens=16)
     texts = bk.ImportanceSampling(2 * num).run(anything, seed=seed).texts()[0]
     pairs = [(a, b) for a, b in zip(texts[:num], texts[num:], strict=True) if features([a]) != features([b])]

@@ -1,4 +1,4 @@
-"""The executable contract of a posterior: what every algorithm relies on, checked on a user's own model and reward."""
+"""An executable contract: the properties that every algorithm relies on, checked on a user's own model and reward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NUM_DRAWS = 32
 
 @dataclass(frozen=True)
 class Check:
-    """One promise, whether it was kept, and what was seen."""
+    """One property of the contract, whether it holds, and the numbers that were seen."""
 
     promise: str
     kept: bool
@@ -31,7 +31,7 @@ class Check:
 
 @dataclass(frozen=True)
 class ContractReport:
-    """What `check_posterior` found; true if every promise was kept."""
+    """The result of `check_posterior`; it is true if every property holds, and printing it shows one line per property."""
 
     checks: tuple[Check, ...]
 
@@ -51,19 +51,19 @@ class ContractReport:
 
 
 def check_posterior(posterior: Posterior, *, seed: int = 0) -> ContractReport:
-    """Run the contract on a posterior and say what is broken.
+    """Check the properties that every algorithm relies on, and return a report that says which of them are broken.
 
     The model: next-token log-probs are normalised and hold no NaN; decoding and teacher forcing give the same log-probs
-    (EOS, padding, positions, temperature), whatever else is in the batch; permuted and repeated states go on rightly; a
-    state is not changed by what is done after it. The likelihood: the same completion gets the same reward, alone, in a
-    batch and in another order, whatever stands past its end; some draw has positive likelihood.
+    (EOS, padding, positions, temperature), whatever else is in the batch; states can be permuted and repeated; `append`
+    leaves the old state as it was. The likelihood: a completion gets the same reward alone, in a batch and in another order,
+    whatever stands past its end; at least one draw has positive likelihood.
 
     Parameters
     ----------
     posterior
-        With a model or reward of your own.
+        The posterior to check, with a model or a reward of your own.
     seed
-        Of the draws that are looked at.
+        Seed for the draws that are checked.
 
     Examples
     --------
@@ -108,7 +108,7 @@ def _sampler_is_scorer(posterior: Posterior, sequences: Sequences, log_probs: np
     yield Check(
         "sampler and scorer agree, EOS included",
         worst < _TOKEN_TOLERANCE,
-        f"up to {worst:.1e} nats a token over {off.size} draws",
+        f"up to {worst:.1e} nats per token over {off.size} draws",
     )
 
 
@@ -123,7 +123,7 @@ def _batch_does_not_matter(posterior: Posterior, sequences: Sequences) -> Iterat
     yield Check(
         "a completion's log-prob does not depend on its batch",
         off < _TOKEN_TOLERANCE,
-        f"up to {off:.1e} nats a token",
+        f"up to {off:.1e} nats per token",
     )
 
 

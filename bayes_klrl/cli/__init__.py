@@ -1,7 +1,8 @@
 """The command line `bayes-klrl`, one file per command.
 
-Read `application` first (options that commands share, and how errors become messages), then `methods` (what `--method` takes)
-and any command. `demo_posterior` is the posterior that is used when no file is given.
+Read `application` first (the options that commands share, and how errors become messages), then `methods` (the values of
+`--method`) and any command: `compare`, `sample`, `tune`, `certify`, `frontier`, `suite`. `demo_posterior` is the posterior
+that is used when no file is given.
 """
 
 from bayes_klrl.cli import certify, compare, frontier, sample, suite, tune  # noqa: F401  (each adds its command to `app`)

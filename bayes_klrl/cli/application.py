@@ -1,4 +1,4 @@
-"""What the commands of `bayes-klrl` share: the application, common options, loading of files, errors as messages."""
+"""The parts that the commands of `bayes-klrl` share: the application, common options, loading of files, errors as messages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ORDER = ("compare", "sample", "tune", "certify", "frontier", "suite")
 
 
 class _Commands(typer.core.TyperGroup):
-    """The commands in the order of the work, whatever file they are in."""
+    """The commands in the order in which one needs them, not by name."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return sorted(super().list_commands(ctx), key=_ORDER.index)
@@ -34,19 +34,22 @@ class _Commands(typer.core.TyperGroup):
 app = typer.Typer(
     name="bayes-klrl",
     cls=_Commands,
-    help="KL-regularised RL of language models as Bayesian inference: prior x exp(reward / alpha) / evidence.",
+    help=(
+        "KL-regularised RL of language models as Bayesian inference: posterior = prior x exp(reward / alpha) / evidence. "
+        "Every command but suite takes a Python file that defines the posterior; without a file, it runs a shipped example."
+    ),
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
 )
 
 _FILE_HELP = (
-    "A Python file that defines `posterior` (and may define `algorithms` for compare, `feature` for certify). It is run as "
-    "code: only use files you trust. Without it, the shipped example: Jane Austen in a good mood."
+    "A Python file that defines `posterior`, a bk.Posterior. The file is run as code, so use only files that you trust. "
+    "Without a file, the command runs the shipped example: Jane Austen in a good mood."
 )
 PosteriorFile = Annotated[Path | None, typer.Argument(help=_FILE_HELP, show_default=False)]
-Seed = Annotated[int, typer.Option(help="Seed of everything; the same seed gives the same draws.", min=0)]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No live progress.")]
+Seed = Annotated[int, typer.Option(help="Seed for all random numbers; the same seed gives the same draws.", min=0)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Do not show live progress.")]
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -21,21 +21,21 @@ def certify(
     policy: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Folder of a policy: Hugging Face, a PEFT adapter, TRL's output. Several times for several. Default: the "
-            "prior itself, which says how far there is to go."
+            help="Folder of a policy: a Hugging Face model, a PEFT adapter, or the output of a TRL trainer. May be given "
+            "several times. Default: the prior itself, which shows how far there is to go."
         ),
     ] = None,
-    draws: Annotated[int, typer.Option(help="Completions drawn from the policy for each prompt.", min=32)] = 1024,
+    draws: Annotated[int, typer.Option(help="Completions drawn from the policy per prompt.", min=32)] = 1024,
     particles: Annotated[int, typer.Option(help="Particles of each SMC run that bounds the evidence.", min=2)] = 64,
-    runs: Annotated[int, typer.Option(help="Independent SMC runs; more make narrower bounds.", min=2)] = 24,
-    out: Annotated[Path, typer.Option(help="Folder for certificate.txt, .csv and .png.")] = _OUT,
+    runs: Annotated[int, typer.Option(help="Independent SMC runs; more of them make narrower bounds.", min=2)] = 24,
+    out: Annotated[Path, typer.Option(help="Folder for certificate.txt, certificate.csv and certificate.png.")] = _OUT,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Bound a policy's distance to the posterior, in both directions.
 
-    The file may define `feature`, a function of a list of completions that returns a label for each: the certificate then
-    says which of them the policy dropped.
+    The file may also define `feature`, a function that takes a list of completions and returns one label per completion: the
+    certificate then says which labels the policy dropped.
     """
     from bayes_klrl.export.output_folder import check_output, prepare_output
 

@@ -25,19 +25,28 @@ __all__ = ["compare"]
 def compare(
     file: PosteriorFile = None,
     method: Annotated[
-        list[str] | None, typer.Option(help=METHOD_HELP + "; may be given several times. Default: all but exact.")
+        list[str] | None,
+        typer.Option(help=METHOD_HELP + ". May be given several times. Default: every short name but exact."),
     ] = None,
     policy: Annotated[
-        list[Path] | None, typer.Option(help="A Hugging Face folder to add as a proposal; may be given several times.")
+        list[Path] | None,
+        typer.Option(
+            help="Folder of a tuned policy: adds a row of importance sampling from it. May be given several times."
+        ),
     ] = None,
-    steps: Annotated[int, typer.Option(help="SVI steps.", min=1)] = DEFAULT_STEPS,
+    steps: Annotated[
+        int, typer.Option(help="Gradient steps of the short names svi and svi-is.", min=1)
+    ] = DEFAULT_STEPS,
     out: Annotated[Path, typer.Option(help="Folder for draws.nc, table.csv, PNG plots and the tuned policy.")] = Path(
         "bayes-klrl-out"
     ),
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Run several inference methods on one posterior, side by side."""
+    """Run several inference methods on one posterior, side by side.
+
+    The file may also define `algorithms`, a dict from names to algorithms, which are run if no --method is given.
+    """
     from bayes_klrl.export.output_folder import check_output
 
     asked = None if method is None else algorithms_of(method, steps)

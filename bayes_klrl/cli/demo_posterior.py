@@ -1,7 +1,7 @@
-"""The posterior that `bayes-klrl compare` answers when no file is given: Jane Austen in a good mood.
+"""The posterior that `bayes-klrl` uses when no file is given: Jane Austen in a good mood.
 
 Prior: the shipped language model. Likelihood: exp(sentiment / alpha), VADER's compound score of the completion, from -1 to
-1. At alpha = 0.1 the posterior is about two nats from the prior. A file of your own needs no more than this one.
+1. At alpha = 0.1 the posterior is about two nats from the prior. A file of your own needs no more than this.
 """
 
 from __future__ import annotations

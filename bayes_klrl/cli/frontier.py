@@ -18,17 +18,24 @@ _OUT = Path("bayes-klrl-out")
 @errors_as_messages
 def frontier(
     file: PosteriorFile = None,
-    num_draws: Annotated[int, typer.Option(help="Prior draws for each prompt.", min=2)] = 4096,
-    kl: Annotated[float | None, typer.Option(help="Print the alpha whose posterior has this KL, in nats.")] = None,
-    reward: Annotated[float | None, typer.Option(help="Print the alpha whose posterior has this mean reward.")] = None,
+    num_draws: Annotated[int, typer.Option(help="Prior draws per prompt.", min=2)] = 4096,
+    kl: Annotated[
+        float | None, typer.Option(help="Also print the alpha whose posterior has this KL to the prior, in nats.")
+    ] = None,
+    reward: Annotated[
+        float | None, typer.Option(help="Also print the alpha whose posterior has this mean reward.")
+    ] = None,
     policy: Annotated[
-        list[Path] | None, typer.Option(help="Folder of a policy to draw into the picture; several times for several.")
+        list[Path] | None, typer.Option(help="Folder of a policy to draw into the picture. May be given several times.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for frontier.csv and frontier.png.")] = _OUT,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Show reward against KL over all alphas, from prior draws alone, before any training."""
+    """Show reward against KL over all alphas, before any training.
+
+    Everything is computed from draws of the prior.
+    """
     from bayes_klrl.checks import check_finite
     from bayes_klrl.export.output_folder import check_output, prepare_output
 

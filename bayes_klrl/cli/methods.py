@@ -1,8 +1,8 @@
 """The values of `--method`: a short name, or a call of any algorithm of the package with literal arguments.
 
 A call such as `SMC(512)` or `ImportanceSampling(1000, proposal=SVI(60))` is read as a syntax tree and never evaluated as code:
-only public classes of the package are called, and only with literals or with such calls. So a new algorithm can be used from the
-command line as soon as it has a public name.
+only public classes of the package are called, and only with literals or with such calls. So a new algorithm can be used from
+the command line as soon as it has a public name.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ def _value(node: ast.expr, text: str) -> Any:
     except (ValueError, TypeError, MemoryError, RecursionError):
         raise _refusal(
             text,
-            f"the argument {ast.unparse(node)} is neither a literal nor a call of a public class. Put what needs code into the "
-            "file, as `algorithms`",
+            f"the argument {ast.unparse(node)} is neither a literal nor a call of a public class. Define an algorithm that "
+            "needs more in the file, in `algorithms`",
         ) from None
 
 

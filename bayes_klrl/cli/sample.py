@@ -28,14 +28,19 @@ __all__ = ["sample"]
 def sample(
     file: PosteriorFile = None,
     method: Annotated[str, typer.Option(help=METHOD_HELP + ".")] = "smc",
-    policy: Annotated[Path | None, typer.Option(help="Sample by importance sampling from this tuned policy.")] = None,
-    num: Annotated[int, typer.Option(help="Completions a prompt.", min=1)] = 10,
-    steps: Annotated[int, typer.Option(help="SVI steps.", min=1)] = DEFAULT_STEPS,
-    out: Annotated[Path | None, typer.Option(help="Folder for draws.nc; none: print only.")] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a tuned policy: use importance sampling from it, whatever --method says."),
+    ] = None,
+    num: Annotated[int, typer.Option(help="Completions to print per prompt.", min=1)] = 10,
+    steps: Annotated[
+        int, typer.Option(help="Gradient steps of the short names svi and svi-is.", min=1)
+    ] = DEFAULT_STEPS,
+    out: Annotated[Path | None, typer.Option(help="Folder for draws.nc. Default: print only.")] = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Print completions drawn from the posterior, one a line."""
+    """Print completions drawn from the posterior, one per line."""
     from bayes_klrl.export.output_folder import check_output, prepare_output
 
     (algorithm,) = algorithms_of([method], steps).values()
@@ -56,13 +61,13 @@ def sample(
             out_console().print(text, markup=False, highlight=False, soft_wrap=True)
     ess = draws.ess.min()
     if ess < 100:
-        err().print(f"Note: the effective sample size is {ess:.0f}; take these completions with a grain of salt.")
+        err().print(f"Note: the effective sample size is {ess:.0f}; these completions represent the posterior badly.")
     if out is not None:
         err().print(f"Wrote {draws.save(prepare_output(out) / 'draws.nc')}")
 
 
 def _texts(draws: Any) -> list[list[str]]:
-    """Return the draws as text, or as ids where there is none."""
+    """Return the draws as texts, or as token ids if there is no tokenizer."""
     if draws.decoder is not None:
         texts: list[list[str]] = draws.texts()
         return texts

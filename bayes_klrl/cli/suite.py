@@ -17,19 +17,26 @@ __all__ = ["suite"]
 def suite(
     names: Annotated[
         list[str] | None,
-        typer.Argument(help="Problems, such as P1 or P3-long, or all; default: eight that take a minute or two."),
+        typer.Argument(
+            help="Names of problems, such as P1 or P3-long, or all. Default: eight that take a minute or two."
+        ),
     ] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Such as prior-is, smc or svi-is; may be given several times. Default: all."),
+        typer.Option(
+            help="Name of a method, such as prior-is, smc or svi-is. May be given several times. Default: all."
+        ),
     ] = None,
-    budget: Annotated[int, typer.Option(help="Model tokens of one answer, training included.", min=1)] = 100_000,
-    repeats: Annotated[int, typer.Option(help="Answers of each method to each problem.", min=1)] = 3,
+    budget: Annotated[int, typer.Option(help="Model tokens per answer, training included.", min=1)] = 100_000,
+    repeats: Annotated[int, typer.Option(help="Runs of each method on each problem.", min=1)] = 3,
     out: Annotated[Path, typer.Option(help="Folder for table.csv and suite.png.")] = Path("bayes-klrl-suite"),
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Run methods on problems with known truth, at the same number of model tokens."""
+    """Run methods on problems with known truth.
+
+    Every method gets the same number of model tokens.
+    """
     from bayes_klrl.export.output_folder import check_output
 
     check_output(out)

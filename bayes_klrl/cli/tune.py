@@ -19,12 +19,13 @@ __all__ = ["tune"]
 def tune(
     file: PosteriorFile = None,
     steps: Annotated[int, typer.Option(help="Gradient steps.", min=1)] = DEFAULT_STEPS,
-    particles: Annotated[int, typer.Option(help="Completions a prompt and step.", min=2)] = 64,
+    particles: Annotated[int, typer.Option(help="Completions per prompt and step.", min=2)] = 64,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Of Adam, at its highest. Default: 2e-3, LoRA 5e-3.")
+        float | None,
+        typer.Option(help="Adam's peak rate, after a short warm-up; it then falls to 0. Default: 2e-3, for LoRA 5e-3."),
     ] = None,
     adapter: Annotated[
-        str | None, typer.Option(help='"lora": train adapters over the frozen prior; default: a full copy.')
+        str | None, typer.Option(help='"lora": train LoRA adapters over the frozen prior. Default: train a full copy.')
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the policy, its draws and its training curve.")] = Path(
         "bayes-klrl-out"
@@ -32,7 +33,10 @@ def tune(
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Tune a policy by SVI and write it as a Hugging Face folder. Ctrl-C keeps what was learned."""
+    """Tune a policy by SVI and write it as a Hugging Face folder.
+
+    Ctrl-C ends the training early and keeps what was learned.
+    """
     from bayes_klrl.export.output_folder import check_output, prepare_output
 
     check_output(out)
@@ -51,7 +55,9 @@ def tune(
         fit = svi.fit(posterior, seed=seed, progress=not quiet)
     except BayesKLRLError as error:
         if error.fit is not None:
-            err().print(f"What was learned so far is in {error.fit.save(prepare_output(out) / 'policy')}.")
+            err().print(
+                f"The policy, as far as it was trained, is in {error.fit.save(prepare_output(out) / 'policy')}."
+            )
         raise
     folder = prepare_output(out)
     fit.save(folder / "policy")

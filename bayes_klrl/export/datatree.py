@@ -269,7 +269,7 @@ def _root_attrs(draws: Draws) -> dict[str, Any]:
 
 
 def _holds_methods(tree: xr.DataTree) -> bool:
-    """Whether the children are draws."""
+    """Return whether the children are draws."""
     return any(child.attrs.get("format") == _FORMAT for child in tree.children.values())
 
 

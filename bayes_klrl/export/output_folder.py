@@ -1,4 +1,4 @@
-"""Folders that we write results into: ours are marked, others are left alone."""
+"""Folders of results: the package marks its own, and writes into no other that holds something."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _OURS = (
 
 
 def check_output(folder: str | Path) -> Path:
-    """Return the path if we may write there: it does not exist, is empty, or was written by us.
+    """Return the path if we may write there: it does not exist, is empty, or was written by this package.
 
     Raises
     ------
     BayesKLRLError
-        If it is a file, or a folder with something in it that is not ours.
+        If it is a file, or a folder that holds something and was not written by this package.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -46,7 +46,7 @@ def check_output(folder: str | Path) -> Path:
 
 
 def prepare_output(folder: str | Path) -> Path:
-    """Create and mark the folder, without what an earlier run left there; see `check_output` for what is refused."""
+    """Create and mark the folder, and delete results of an earlier run in it; refuses the same folders as `check_output`."""
     path = check_output(folder)
     path.mkdir(parents=True, exist_ok=True)
     for pattern in _OURS:

@@ -35,18 +35,18 @@ def plot_history(
     Parameters
     ----------
     history
-        Of every step; any of "elbo", "reward" and "kl".
+        Values of each step by name; "elbo", "reward" and "kl" are drawn, those that are there.
     file
         The PNG to write.
     title
-        Stands above.
+        The text above the panels.
     log_evidence
-        log Z, of each prompt or a mean: the ELBO's ceiling, if known.
+        log Z of each prompt, or its mean over prompts, if known: the ELBO's upper limit.
     """
     panels = {"elbo": "ELBO (nats)", "reward": "mean reward", "kl": "KL to the prior (nats)"}
     shown = {key: label for key, label in panels.items() if key in history}
     if not shown:
-        raise BayesKLRLError(f"A history has some of {list(panels)}; got {list(history)}.")
+        raise BayesKLRLError(f"A history must have at least one of {list(panels)}; got {list(history)}.")
     with drawing(file, (3.3 * len(shown), 2.9)) as figure:
         for axes, (key, label) in zip(np.ravel(figure.subplots(1, len(shown))), shown.items(), strict=True):
             values = np.asarray(history[key], dtype=np.float64)

@@ -1,6 +1,6 @@
-"""The look that all pictures share, and what they read off draws.
+"""The look that all pictures share, and the numbers that they take from draws.
 
-Made on a canvas of their own: no display, no pyplot, no global state of matplotlib.
+Pictures are made on a canvas of their own: no display, no pyplot, no global state of matplotlib.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ def weighted_mean(weights: FloatArray, values: FloatArray) -> float:
 
 
 def kl_to_prior(draws: Draws, weights: FloatArray) -> float:
-    """Return KL of an answer to the prior, mean over prompts: E[r] / alpha - log Z of weighted draws, which is that of the
-    posterior, and mean(log q - log p0) of draws from a guide; NaN where nothing is known.
+    """Return the KL of an answer to the prior, mean over prompts; NaN where it is unknown.
+
+    For weighted draws that of the posterior, E[r] / alpha - log Z; for draws from a guide mean(log q - log p0).
     """
     if np.isnan(draws.log_evidence).any():
         return float((draws.log_proposal - draws.log_prior).mean())

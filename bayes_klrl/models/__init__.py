@@ -6,4 +6,6 @@ Read `decoding` first: it is the one loop by which every model draws completions
 `programs` (the posterior as a Pyro and as a NumPyro program). Beside them lie `mixture` (several models as one),
 `prefix_policy` (a policy as a table over prefixes), `rewards` (ready-made reward functions), and what all models share:
 `token_ids` and `checkpoint_files`. The folder `shipped` holds the weights of the language model that comes with the package.
+The protocol of a language model is `LanguageModel` in `bayes_klrl.typing`; docs/extending.md writes two models, one of them
+behind an inference server.
 """

@@ -36,12 +36,12 @@ SENTENCES = (
 
 
 def rare_feature(target: float = 0.5, *, prior_mean: float = 0.07, max_new_tokens: int = 5) -> MomentConstraint:
-    """Return problem P8: f(x) = "contains token 2", of prior mean 0.07, shall hold with probability `target`.
+    """Return problem P8: f(x) = "contains token 2", of prior mean 0.07, must hold with probability `target`.
 
         lambda = logit(target) - logit(prior_mean) = 2.587 at the default
         log Z = log(1 - prior_mean + prior_mean exp(lambda))
 
-    Maximising E[f] itself would make it hold always, and say of nothing else anything; the moment constraint asks for half.
+    Maximising E[f] would make it hold always; the moment constraint asks for half, and leaves all else as in the prior.
 
     Parameters
     ----------
@@ -89,15 +89,15 @@ def constraint_text(
     max_new_tokens
         T, in characters.
     order
-        Of the prior.
+        The order of the prior, an n-gram model.
     max_word_length
-        The most letters in a row; None: no such rule.
+        The largest number of successive letters; None: no such rule.
     word
-        Must occur as a word of its own, between spaces; None: no such rule.
+        A word that must occur, between spaces; None: no such rule.
     forbidden
         Characters that must not occur.
     texts
-        What the prior is fitted to.
+        The texts that the prior is fitted to.
     """
     prior = NgramLM.fit(list(texts), order=order)
     tokenizer: CharacterTokenizer = prior.tokenizer  # type: ignore[assignment]
@@ -113,7 +113,7 @@ def constraint_text(
 def _rules(
     tokenizer: CharacterTokenizer, max_word_length: int | None, word: str | None, forbidden: str
 ) -> list[Likelihood]:
-    """Return one constraint a rule."""
+    """Return one constraint per rule."""
     vocabulary = {"vocab_size": len(tokenizer), "eos_token_ids": tokenizer.eos_token_id}
     rules: list[Likelihood] = []
     if max_word_length is not None:
@@ -130,7 +130,7 @@ def _rules(
 
 
 def _short_runs(letters: list[int], longest: int, tokenizer: CharacterTokenizer) -> Automaton:
-    """Return the machine that counts letters in a row; past `longest` of them there is no way back."""
+    """Return the automaton that counts successive letters; after more than `longest` it never accepts."""
     too_long = longest + 1
     transitions = np.zeros((too_long + 1, len(tokenizer)), dtype=np.int64)
     states = np.arange(too_long + 1)
@@ -141,7 +141,7 @@ def _short_runs(letters: list[int], longest: int, tokenizer: CharacterTokenizer)
 
 
 def masked_policy(posterior: Posterior | Messages) -> TwistedLM:
-    """Return local masking, as constrained decoding does it: the prior, less the tokens after which the rules cannot be met.
+    """Return local masking, as constrained decoding does it: the prior without tokens after which the rules cannot be met.
 
         q(a | x_<t) prop. to p0(a | x_<t) 1[some continuation of x_<t a has positive likelihood]
 
@@ -151,7 +151,7 @@ def masked_policy(posterior: Posterior | Messages) -> TwistedLM:
     Parameters
     ----------
     posterior
-        One that backward messages can solve, or its messages.
+        A posterior that backward messages can solve, or its messages.
     """
     messages = posterior if isinstance(posterior, Messages) else backward_messages(posterior)
     return TwistedLM(messages.posterior, _Feasible(messages))

@@ -1,6 +1,6 @@
 """Problems of any length with exact answers: small n-gram and hidden Markov priors with rewards that an automaton computes.
 
-Their numbers are in THEORY.md, section 6, where P1 to P7 are what they are called here. All are solved by
+Their numbers are in theory.md 8, where P1 to P7 are what they are called here. All are solved by
 `bayes_klrl.inference.exact.messages.backward_messages`, the small ones by enumeration as well.
 """
 
@@ -32,7 +32,7 @@ _NEVER = -1e3  # EOS has no mass in double precision
 
 
 def gold_table(eos_logit: float, num: int = 4) -> FloatArray:
-    """Return the GOLD bigram table, THEORY section 6: log-probs of shape (num, num), EOS the last token.
+    """Return the GOLD bigram table, theory.md 8.1: log-probs of shape (num, num), EOS the last token.
 
         logit(h, a) = sin(1.7 h + 2.3 a + 0.5 h a),  plus `eos_logit` for a = EOS;  rows are softmax(logits).
 
@@ -77,7 +77,7 @@ def gold_posterior(alpha: float = 1 / 1.5, max_new_tokens: int = 6) -> Posterior
 
 
 def gold_dense(alpha: float = 0.5, max_new_tokens: int = 10) -> Posterior:
-    """Return problem P3: no EOS, r = how many 2 less how many 1. Importance sampling from the prior dies, steps are fine.
+    """Return problem P3: no EOS, r = number of 2s minus number of 1s. Importance sampling from the prior fails, SMC does not.
 
     At 10, 40 and 160 tokens log Z = 6.412374, 24.208230, 95.391655, and ESS / N of the prior 6.4e-6, 5e-22, 2e-86.
     """
@@ -124,7 +124,7 @@ def gold_hidden(num_hidden: int = 6, max_new_tokens: int = 100, *, alpha: float 
 
         A = softmax of 2 [z' = z] + sin(1.3 z + 2.1 z'),   E = softmax of 3 sin(0.9 z + 1.9 a + 0.7 z a),   p(z_1) uniform.
 
-    Hidden states last, so what has been read long ago says what is likely next: the optimal twist needs the filter.
+    Hidden states last long, so early tokens tell what is likely later: the optimal twist needs the filter.
     """
     state, following = np.indices((num_hidden, num_hidden))
     transitions = normalised(2.0 * (state == following) + np.sin(1.3 * state + 2.1 * following))

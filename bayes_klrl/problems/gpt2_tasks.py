@@ -49,14 +49,14 @@ def random_gpt2_task(
 ) -> Posterior:
     """Return a random small GPT-2 with a random reward, KL(posterior || prior) = `target_kl` nats.
 
-    The reward adds a weight a token, a bonus for one pair of neighbouring tokens and a slope in the length.
+    The reward adds a weight per token, a bonus for one pair of neighbouring tokens and a slope in the length.
     Its scale s is found by bisection on the enumerated completions: KL(p* || p0) grows in s from 0 to -log
     p0(argmax r), so there is one solution. Rewards whose posterior is mostly one completion are drawn again.
 
     Parameters
     ----------
     seed
-        Of the model's weights, the prompt and the reward.
+        Seed for the model's weights, the prompt and the reward.
     vocab_size
         V, EOS the last id.
     max_new_tokens
@@ -66,7 +66,7 @@ def random_gpt2_task(
     hidden, layers
         Width and depth of the GPT-2 (two heads).
     target_kl
-        In nats.
+        KL(posterior || prior), in nats.
 
     Raises
     ------
@@ -101,7 +101,7 @@ class _RandomReward:
     pair
         Two tokens, neither of them EOS.
     pair_bonus, length_slope, scale
-        In the order of the formula.
+        The other numbers of the formula.
     """
 
     token_weights: FloatArray

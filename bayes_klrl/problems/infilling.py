@@ -1,4 +1,4 @@
-"""Problem P9: what stood between a beginning and an end, under a real language model.
+"""Problem P9, infilling: the text between a beginning and an end, under a real language model.
 
     p*(x | c, y) prop. to p0(x | c) p0(y | c, x),      phi(x) = p0(y | c, x) <= 1
 
@@ -36,16 +36,16 @@ _MAX_JOINT_DRAWS = 10_000
 
 @dataclass(frozen=True, eq=False)
 class Infilling:
-    """Problem P9: one prompt with P suffixes, and what really stood between them.
+    """Problem P9: one prompt with P suffixes, and the texts that were really drawn between them.
 
     Parameters
     ----------
     posterior
-        The prompt P times over, each with a suffix of its own (column `suffix`, where the prior has text).
+        The prompt P times, each with a suffix of its own (column `suffix`, if the prior has texts).
     exact
-        One exact posterior draw of each, (P, 1, T): for `certify(posterior, policy, exact=...)`.
+        One exact posterior draw per prompt, shape (P, 1, T): for `certify(posterior, policy, exact=...)`.
     suffixes
-        Token ids, (P, c).
+        The suffixes as token ids, shape (P, c).
     """
 
     posterior: Posterior
@@ -69,15 +69,15 @@ def infilling(
     num_tokens
         T, the length of the gap.
     num_suffix
-        c, tokens of suffix.
+        c, the number of tokens of the suffix.
     num_suffixes
-        P, drawn independently: bounds on the mean of log Z tighten with it.
+        P, the number of suffixes, drawn independently: bounds on the mean of log Z tighten with it.
     prompt
-        What stands before the gap.
+        The text before the gap.
     prior
-        None: the shipped language model.
+        The language model; None: the shipped one.
     seed
-        Of the joint draws.
+        Seed for the joint draws.
 
     Notes
     -----
@@ -121,21 +121,21 @@ def infilling_truth(
     Parameters
     ----------
     problem
-        What `infilling` returned.
+        A problem made by `infilling`.
     num_particles
-        K of each run: the more, the narrower.
+        K, the particles of each run: more of them make narrower bounds.
     num_runs
-        Runs below; above there is one for each exact draw.
+        Number of SMC runs for the lower bound; for the upper bound there is one run per exact draw.
     failure_probability
-        Of both ends together, for each suffix, and for the mean over suffixes.
+        The probability that one of the two ends fails, for each suffix, and for the mean over suffixes.
     seed
-        Of everything.
+        Seed for all random numbers.
     """
     posterior = problem.posterior
     smc, _ = SMC(num_particles).prepared(posterior, stream_seed(seed, 0, "pilot"))
     below = smc.log_evidences(posterior, num_runs, seed=stream_seed(seed, 0, "lower bound")).log_evidence
     above = ConditionalSMC(smc).log_evidences(posterior, problem.exact, seed=stream_seed(seed, 0, "upper bound"))
-    # `sandwich` gives each end a quarter of what it is told, as part of a certificate of four statements
+    # `sandwich` gives each end a quarter of its failure probability, as part of a certificate of four statements
     bounds, mean_bounds = sandwich([PairedRuns(below, above.log_evidence)], 2 * failure_probability)
     bounds, mean_bounds = np.minimum(bounds, 0.0), np.minimum(mean_bounds, 0.0)  # Z is a mean of probabilities
     return Truth.between(bounds, mean_bounds, f"SMC and conditional SMC, {num_particles} particles")
@@ -148,9 +148,9 @@ class SuffixLogProb:
     Parameters
     ----------
     prior, prompt_ids
-        p0 and c.
+        The prior p0 and the ids of the prompt c.
     suffixes
-        y of each prompt of the posterior, (P, c).
+        The suffix y of each prompt of the posterior, shape (P, c).
     """
 
     prior: LanguageModel

@@ -3,7 +3,7 @@
     theta ~ Normal(0, 1)^K,   x ~ p0,   factor exp(theta . f(x) / alpha),
     winner over loser ~ Bernoulli(sigma(theta . (f(winner) - f(loser))))        observed preferences, if any
 
-The truth for joint programs: the joint target of THEORY 1.8, in which completions inform the weights.
+The truth for joint programs: the joint target of theory.md 1.10, in which completions inform the weights.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def joint_truth(
     Parameters
     ----------
     prior
-        p0, small enough that its completions can be enumerated.
+        The prior p0, small enough that its completions can be enumerated.
     features
-        f, `fn(tokens (M, T), lengths (M,)) -> (M, K)`.
+        The function f, `fn(tokens (M, T), lengths (M,)) -> (M, K)`.
     alpha
         Units of reward per nat.
     max_new_tokens
@@ -77,9 +77,9 @@ def joint_truth(
     preferences
         f(winner) - f(loser) of each pair, shape (pairs, K); None: no data.
     prompt_ids
-        The prompt.
+        The token ids of the prompt.
     num_nodes
-        Of the Gauss-Hermite rule in each of the K dimensions.
+        Nodes of the Gauss-Hermite rule in each of the K dimensions.
 
     Examples
     --------
@@ -97,14 +97,16 @@ def joint_truth(
     sequences = all_sequences(prior.vocab_size, prior.eos_token_ids, max_new_tokens)
     f = host_features(features, sequences.tokens[0], prior)
     if f.ndim != 2:
-        raise BayesKLRLError(f"Features must be rows (M, K), one weight a column; got the shape {f.shape}.")
+        raise BayesKLRLError(
+            f"Features must be rows of shape (M, K), with one weight per column; got the shape {f.shape}."
+        )
     theta, log_mass = normal_nodes(num_nodes, f.shape[1])
     log_joint = log_mass[:, None] + completion_log_probs(prior, [prompt_ids], sequences) + theta @ f.T / alpha
     if preferences is not None:
         differences = np.asarray(preferences, dtype=np.float64)
         if differences.ndim != 2 or differences.shape[1] != f.shape[1]:
             raise BayesKLRLError(
-                f"preferences are differences of features, (pairs, {f.shape[1]}); got the shape {differences.shape}."
+                f"preferences must be differences of features, shape (pairs, {f.shape[1]}); got {differences.shape}."
             )
         log_joint -= np.logaddexp(0.0, -theta @ differences.T).sum(axis=1)[:, None]
     return JointTruth(np.repeat(theta, len(f), axis=0), np.tile(f, (len(theta), 1)), log_joint.ravel())

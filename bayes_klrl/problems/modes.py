@@ -45,13 +45,13 @@ def two_modes(
     alpha
         Units of reward per nat.
     order
-        Of the prior's table. The prior is the same for all; a guide made from it can remember order - 1 tokens: 1 makes it a
-        product, n can hold the posterior itself.
+        The order of the prior's table. The prior is the same for every order; a guide made from it can remember order - 1
+        tokens: with 1 it is a product, with n it can be the posterior itself.
 
     Notes
     -----
     At the default (n = 6, uniform prior) one mode by itself is 0.704 nats from the posterior, the best product guide 0.701, on
-    one mode but for a doubt of 0.0004 a token; the best by forward KL is the prior itself, KL(p* || q) = 3.37, with E[r] =
+    one mode but for 0.0004 per token; the best by forward KL is the prior itself, KL(p* || q) = 3.37, with E[r] =
     2**-5 = 0.031.
 
     Examples

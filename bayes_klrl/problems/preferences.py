@@ -1,8 +1,8 @@
-"""Problem P13: a proxy learned from preferences, and what optimising it does to the reward it stands for (Gao et al. 2022).
+"""Problem P13: a proxy learned from preferences, and the true reward when the proxy is optimised (Gao et al. 2022).
 
     P(x preferred to x') = sigmoid(g(x) - g(x')),     r(x) = w . f(x),  w fitted to n such pairs of prior draws (Bradley-Terry)
 
-Along the proxy's posteriors p*_b, b = 1 / alpha, the gold reward moves by d E[g] / db = Cov(g, r) (THEORY 1.6): it rises
+Along the proxy's posteriors p*_b, b = 1 / alpha, the gold reward moves by d E[g] / db = Cov(g, r) (theory.md 1.6): it rises
 while the two agree where the posterior is, and peaks at the b where their covariance crosses 0. Here all of it is enumerated.
 """
 
@@ -43,18 +43,18 @@ _HALVINGS = 80
 
 @dataclass(frozen=True, eq=False)
 class OveroptimisationCurve:
-    """What becomes of both rewards along p*_b, arrays over the b asked for.
+    """Both rewards along p*_b, as arrays over the given values of b.
 
     Parameters
     ----------
     b
         1 / alpha.
     proxy, gold
-        E[r] and E[g].
+        The mean rewards E[r] and E[g].
     covariance
         Cov(g, r) = d E[g] / db.
     kl
-        KL(p*_b || p0) in nats.
+        KL(p*_b || p0), in nats.
     """
 
     b: FloatArray
@@ -102,7 +102,7 @@ class Overoptimisation:
         Parameters
         ----------
         largest
-            Where to stop looking.
+            The largest b that is searched.
         """
         grid = np.concatenate([[0.0], np.geomspace(1e-3, largest, 400)])
         signs = self.curve(grid).covariance
@@ -124,15 +124,15 @@ def overoptimisation(
     Parameters
     ----------
     num_pairs
-        n preferences between prior draws: the fewer, the more of the proxy is noise.
+        n, the number of preferences between prior draws: the fewer there are, the more of the proxy is noise.
     alpha
-        Of the proxy's posterior; at the default it is past the peak, over-optimised.
+        The alpha of the proxy's posterior; the default is past the peak, over-optimised.
     max_new_tokens
-        T; under 3**T completions are enumerated.
+        T; fewer than 3**T completions are enumerated.
     penalty
-        Of `gold_reward`: how soon more of a good thing is bad. The proxy is linear and cannot know.
+        The penalty in `gold_reward`: a larger one makes many 2s bad sooner. The proxy is linear and cannot express it.
     seed
-        Of the pairs and the preferences.
+        Seed for the pairs and the preferences.
 
     Examples
     --------
@@ -145,7 +145,7 @@ def overoptimisation(
     check_count("max_new_tokens", max_new_tokens, least=2)
     if max_new_tokens > 12:
         raise BayesKLRLError(
-            f"max_new_tokens is at most 12, for 3**T completions are enumerated; got {max_new_tokens}."
+            f"max_new_tokens must be at most 12, since 3**T completions are enumerated; got {max_new_tokens}."
         )
     prior = NgramLM(gold_table(-0.5), eos_token_id=_EOS)
     everything = enumerated_posterior(_proxy_posterior(prior, np.zeros(3), 1.0, max_new_tokens), method="enumeration")
@@ -181,9 +181,9 @@ def bradley_terry(differences: FloatArray, precision: float = 0.1) -> FloatArray
     Parameters
     ----------
     differences
-        f(winner) - f(loser) of each pair, (n, J).
+        f(winner) - f(loser) of each pair, shape (n, J).
     precision
-        Of a Gaussian prior on w; without one, pairs that can be told apart would send w to infinity.
+        The precision of a Gaussian prior on w; without it, separable pairs would send w to infinity.
     """
     check_positive("precision", precision)
     weights = np.zeros(differences.shape[1])

@@ -1,4 +1,4 @@
-"""What a problem of the suite is: a posterior made when asked for, what it is for, and the truth to hold answers to."""
+"""Problems of the suite: a posterior that is made when it is asked for, its purpose, and its true answer."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ __all__ = ["Problem", "Truth", "by_enumeration", "by_messages"]
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """What is known of a posterior without running any sampler that is on trial, (P,) each, in nats.
+    """The true answer of a posterior, found without the samplers that are tested; arrays (P,), in nats.
 
     Parameters
     ----------
     log_evidence
         log Z; where only bounds are known, their midpoint (the convention of Zhao et al. 2024).
     log_evidence_bounds
-        (P, 2), low and high; equal where log Z is exact.
+        Lower and upper bound on log Z, shape (P, 2); equal where log Z is exact.
     mean_bounds
-        (2,), of the mean of log Z over prompts, which is narrower than the mean of the bounds.
+        Bounds on the mean of log Z over prompts, shape (2,); they are narrower than the mean of the bounds.
     reward
         E[r] under the posterior, in its own units; NaN where unknown.
     kl
         KL(p* || p0); NaN where unknown.
     source
-        "enumeration", "messages", "closed form", or what the bounds rest on.
+        "enumeration", "messages", "closed form", or the method behind the bounds.
     """
 
     log_evidence: FloatArray
@@ -51,7 +51,7 @@ class Truth:
 
     @classmethod
     def between(cls, bounds: FloatArray, mean_bounds: FloatArray, source: str) -> Truth:
-        """Return what two-sided bounds (P, 2) leave known."""
+        """Return the truth where only two-sided bounds (P, 2) on log Z are known."""
         unknown = np.full(len(bounds), np.nan)
         return cls(bounds.mean(axis=1), bounds, mean_bounds, unknown, unknown, source)
 
@@ -68,13 +68,13 @@ class Problem:
     Parameters
     ----------
     name
-        As in THEORY section 6: P1 to P13, with "-" and what is harder about a second size.
+        The name as in theory.md 8: P1 to P13, with "-" and a word for a second, harder size.
     purpose
-        What it tells apart, in a few words.
+        The difficulty that the problem tests, in a few words.
     make
-        Makes the posterior.
+        A function that makes the posterior.
     solve
-        Finds the truth of it.
+        A function that finds the truth of the posterior.
     """
 
     name: str
@@ -84,12 +84,12 @@ class Problem:
 
     @cached_property
     def posterior(self) -> Posterior:
-        """The question."""
+        """The posterior, made at first use."""
         return self.make()
 
     @cached_property
     def truth(self) -> Truth:
-        """The answer."""
+        """The truth, computed at first use."""
         return self.solve(self.posterior)
 
 

@@ -26,7 +26,7 @@ from bayes_klrl.weights import effective_sample_size, log_evidence_se, logsumexp
 
 __all__ = ["Anchors", "measured_anchors", "posterior_batch"]
 
-_LEAST_ESS = 10  # below it an estimate is refused (THEORY 5.1)
+_LEAST_ESS = 10  # below it an estimate is refused (theory.md 7.1)
 _STREAM = 18  # of the pool, apart from an algorithm's own
 
 

@@ -1,4 +1,4 @@
-"""A reward of which only a posterior is known, as a likelihood: an ensemble of S draws of theta (THEORY 1.8).
+"""A reward of which only a posterior is known, as a likelihood: an ensemble of S draws of theta (theory.md 1.10).
 
     cut            r(x) = alpha log mean_theta exp(r_theta(x) / alpha - log Z_theta)    E_theta[p*_theta]: the default
     joint          r(x) = alpha log mean_theta exp(r_theta(x) / alpha)                  theta with weight Z_theta: optimistic

@@ -1,4 +1,4 @@
-"""Three posteriors of an uncertain reward r_theta, theta ~ p(theta | data), from one pool of draws (THEORY 1.8).
+"""Three posteriors of an uncertain reward r_theta, theta ~ p(theta | data), from one pool of draws (theory.md 1.10).
 
     plug-in   prop. to p0 exp(E_theta r_theta / alpha)                 the mean reward, as if it were known
     joint     prop. to p0 E_theta[exp(r_theta / alpha)]                theta with weight Z_theta: optimistic

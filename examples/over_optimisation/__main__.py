@@ -1,8 +1,8 @@
-"""What is an uncertain reward worth? `python examples/over_optimisation` (about 20 seconds; needs the extra jax).
+"""The worth of an uncertain reward: `python examples/over_optimisation` (about 20 seconds; needs the extra jax).
 
 A gold reward is known, a proxy is learned from 30 preferences by NUTS, and its posteriors are enumerated along alpha: with the
-mean reward (plug-in), with each reward by itself (cut), with the rewards that are easy to please (joint), and with what is
-known of the reward (conservative). Problem P13, over several data sets.
+mean reward (plug-in), averaged over rewards (cut), averaged in favour of rewards that are easy to please (joint), and with the
+mean reward minus its standard deviation (conservative). The problem is P13, over several data sets.
 """
 
 from __future__ import annotations

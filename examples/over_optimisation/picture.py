@@ -42,7 +42,7 @@ def plot_gold_study(study: GoldStudy, file: str | Path) -> Path:
 
 
 def _against_kl(axes: Axes, study: GoldStudy) -> None:
-    """Gold at equal KL: a frontier for each target."""
+    """Draw the gold reward at equal KL: a frontier for each target."""
     axes.set(xlabel="KL to the prior (nats)", ylabel="expected gold reward")
     furthest = max(float(study.kl[name].max(axis=1).min()) for name in _LOOK if name != "joint")  # that goes far astray
     for name, (colour, style) in _LOOK.items():
@@ -52,7 +52,7 @@ def _against_kl(axes: Axes, study: GoldStudy) -> None:
 
 
 def _against_b(axes: Axes, study: GoldStudy) -> None:
-    """Gold at equal b = 1 / alpha."""
+    """Draw the gold reward at equal b = 1 / alpha."""
     axes.set(xlabel="b = 1 / α (nats per unit of reward)", xscale="log")
     shown = study.b > 0
     for name, (colour, style) in _LOOK.items():
@@ -63,14 +63,14 @@ def _against_b(axes: Axes, study: GoldStudy) -> None:
 
 
 def _band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: str, style: Any, label: str) -> None:
-    """The mean over data sets, values (D, X), with two standard errors."""
+    """Draw the mean over data sets, of values (D, X), with two standard errors."""
     mean, half = values.mean(axis=0), 2 * values.std(axis=0, ddof=1) / np.sqrt(len(values))
     axes.plot(x, mean, color=colour, linestyle=style, linewidth=1.8, label=label)
     axes.fill_between(x, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0, zorder=-1)
 
 
 def _prior_line(axes: Axes, study: GoldStudy) -> None:
-    """What the prior has of the gold reward."""
+    """Draw a line at the prior's mean gold reward."""
     if study.b[0] > 0:
         return
     prior = float(study.gold["plug-in"][0, 0])

@@ -1,6 +1,6 @@
-"""Problem P13 with an uncertain proxy: what optimising it does to the gold reward, by what is made of the uncertainty.
+"""Problem P13 with an uncertain proxy: the gold reward when the proxy is optimised, by the treatment of its uncertainty.
 
-Along b = 1 / alpha, each of plug-in, cut, joint and conservative (THEORY 1.8) has its posteriors; E[g] and KL to the prior
+Along b = 1 / alpha, each of plug-in, cut, joint and conservative (theory.md 1.10) has its posteriors; E[g] and KL to the prior
 are enumerated, theta comes from NUTS, and data sets are averaged over.
 
 What to expect: E_theta E_q[r_theta] is linear in q, so that no policy of the same KL has more of it than the plug-in
@@ -50,9 +50,9 @@ class UncertainProxy:
     fit
         The posterior of the proxy's weights.
     rewards
-        r_theta of each class, less its prior mean, shape (S, M).
+        r_theta of each class minus its prior mean, shape (S, M).
     log_prior, gold
-        Of each class, shape (M,).
+        Prior log-probability and gold reward of each class, shape (M,).
     """
 
     fit: RewardPosterior
@@ -63,7 +63,7 @@ class UncertainProxy:
     def weights(self, target: str, b: float) -> FloatArray:
         """Return the target's probability of each class at b = 1 / alpha, shape (M,)."""
         if target not in TARGETS:
-            raise BayesKLRLError(f"target is one of {TARGETS}; got {target!r}.")
+            raise BayesKLRLError(f"target must be one of {TARGETS}; got {target!r}.")
         if b == 0:
             return normalised(self.log_prior)
         rewards, kind = self.rewards, target
@@ -93,7 +93,7 @@ class GoldStudy:
     num_pairs
         Preferences of each data set.
     knows
-        What the proxy's features can express.
+        "gold" or "counts": the rewards that the proxy's features can express, see `uncertain_proxy`.
     """
 
     b: FloatArray
@@ -157,13 +157,13 @@ def uncertain_proxy(
     num_thetas
         S.
     max_new_tokens, penalty
-        See `overoptimisation`.
+        The options of the same names of `overoptimisation`.
     seed
-        Of the pairs, the preferences and the chains.
+        Seed for the pairs, the preferences and the chains.
     """
     check_count("num_pairs", num_pairs, least=2)
     if knows not in get_args(Knows):
-        raise BayesKLRLError(f"knows is one of {get_args(Knows)}; got {knows!r}.")
+        raise BayesKLRLError(f"knows must be one of {get_args(Knows)}; got {knows!r}.")
     task = _task(max_new_tokens, penalty)
     tokens, lengths = task.enumeration.tokens[0], task.enumeration.lengths[0]
     log_prior = task.enumeration.log_prior[0]
@@ -185,7 +185,7 @@ def uncertain_proxy(
 def gold_study(
     num_pairs: int = 30, *, seeds: Sequence[int], knows: Knows = "gold", b: ArrayLike = _GRID, **options: Any
 ) -> GoldStudy:
-    """Return what becomes of the gold reward along each target, for a data set a seed; options of `uncertain_proxy`."""
+    """Return the gold reward along each target, for one data set per seed; the options are those of `uncertain_proxy`."""
     grid = np.sort(np.atleast_1d(np.asarray(b, dtype=np.float64)))
     kl: dict[str, list[FloatArray]] = {name: [] for name in TARGETS}
     gold: dict[str, list[FloatArray]] = {name: [] for name in TARGETS}

@@ -70,7 +70,7 @@ def as_jax(lm: bk.LanguageModel) -> bk.JaxLM:
 
 
 def precision(backend: str, exact: float) -> float:
-    """The tolerance in nats of a completion's log-prob: `exact` in float64, 1e-4 in float32 (DESIGN 3)."""
+    """The tolerance in nats of a completion's log-prob: `exact` in float64, 1e-4 in float32 (theory.md 1.4)."""
     return exact if backend == "ngram" else max(exact, 1e-4)
 
 

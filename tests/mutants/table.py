@@ -1,6 +1,6 @@
 """The mutants: one mistake each that people make, with the tests that must find it out (`tests.mutants` runs them).
 
-The first part is the list of THEORY 9; the others are traps met while the package was built. Tests named here take a second
+The first part is theory.md 9.1; the others are traps met while the package was built. Tests named here take a second
 or two, and are the sharpest there are for the mistake, not the only ones.
 """
 
@@ -35,7 +35,7 @@ class Mutant:
 
 
 MUTANTS: tuple[Mutant, ...] = (
-    # --- the list of THEORY 9
+    # --- theory.md 9.1
     Mutant(
         "EOS dropped from log p(x)",
         "sequences.py",

@@ -1,4 +1,4 @@
-"""The problems with known truth against the numbers of THEORY section 6, by plain enumeration with itertools."""
+"""The problems with known truth against the numbers of theory.md 8, by plain enumeration with itertools."""
 
 import math
 from itertools import product

@@ -11,7 +11,7 @@ from bayes_klrl.inference.exact.messages import backward_messages
 from bayes_klrl.problems.preferences import bradley_terry, gold_reward
 from tests.helpers.truth import Truth, completions, z_score
 
-# THEORY section 6: log Z, and KL(p* || p0) where it is printed
+# theory.md 8: log Z, and KL(p* || p0) where it is printed
 GOLD = {
     "P1": (1.65238447, 0.57797880),
     "P1-sharp": (5.87342935, 1.25254488),
@@ -70,7 +70,7 @@ def test_two_modes_and_product_guides_at_six_tokens() -> None:
     theta = np.linspace(0.001, 0.9999, 20_000)
     reverse, forward = product_kls(theta, 6, truth)
     one_mode = -truth.log_posterior[0, truth.xs.index([1] * 6)]
-    assert one_mode == pytest.approx(0.704, abs=6e-4)  # THEORY's number is that of the mode itself
+    assert one_mode == pytest.approx(0.704, abs=6e-4)  # the number of theory.md 8.6 is that of the mode itself
     assert reverse.min() == pytest.approx(0.7015, abs=6e-5)  # a product does better by not being quite as sure
     assert abs(theta[reverse.argmin()] - 0.5) > 0.49  # one mode
     assert theta[forward.argmin()] == pytest.approx(0.5, abs=1e-4)

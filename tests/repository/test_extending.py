@@ -10,8 +10,10 @@ import dataclasses
 import doctest
 import importlib
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
@@ -100,20 +102,25 @@ def test_blocks_run_and_print_what_they_say(
     assert (tmp_cwd / "acceptance.png").read_bytes().startswith(b"\x89PNG")
 
 
+def evidences(table: Path) -> dict[str, float]:
+    """{method: log evidence} of a table.csv."""
+    with table.open(encoding="utf-8") as file:
+        return {row["method"]: float(row["log_evidence"] or "nan") for row in csv.DictReader(file)}
+
+
 def test_command_lines_run(folder: Path) -> None:
     lines = [line for block in blocks() if block.info == "bash" for line in block.body.splitlines()]
-    assert lines
+    tables = []
     for line in lines:
         program, *arguments = shlex.split(line, comments=True)
         assert program == "bayes-klrl"
         command = [sys.executable, "-m", "bayes_klrl.cli", *arguments, "--quiet"]
         run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         assert run.returncode == 0, run.stderr
-    with (folder / "my-results" / "table.csv").open(encoding="utf-8") as file:
-        table = {row["method"]: float(row["log_evidence"]) for row in csv.DictReader(file)}
-    assert set(table) == {"antithetic", "exact"}
-    assert abs(table["antithetic"] - table["exact"]) < 0.2
-    assert (folder / "my-results" / "draws.nc").is_file()
+        assert (folder / "my-results" / "draws.nc").is_file()
+        tables.append(evidences(folder / "my-results" / "table.csv"))
+    assert [set(table) for table in tables] == [{"antithetic", "exact"}, {"exact", "SuffixMH(4, 200)"}]
+    assert abs(tables[0]["antithetic"] - tables[0]["exact"]) < 0.2
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -157,7 +164,13 @@ def test_type_checkers_see_the_protocols(folder: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     wrong = [line for line in run.stdout.splitlines() if str(folder) in line or folder.name in line]
     assert not wrong, run.stdout
-    assert "checked 5 source files" in run.stdout, run.stdout
+    assert "5 source files" in run.stdout, run.stdout + run.stderr
+
+
+def is_there(path: str) -> bool:
+    """Whether a path leads somewhere, or a bare file name is that of some file of the package."""
+    places = [ROOT / path, ROOT / "bayes_klrl" / path]
+    return any(place.exists() for place in places) or ("/" not in path and any((ROOT / "bayes_klrl").rglob(path)))
 
 
 @pytest.mark.parametrize("page", [PAGE, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
@@ -165,15 +178,34 @@ def test_the_files_and_folders_that_a_page_names_are_there(page: Path) -> None:
     """Paths are from the root of the repository or from that of the package; what `make` builds is not looked for."""
     named = set(re.findall(r"`([\w.]+/[\w./]*|[\w]+\.py)`", page.read_text(encoding="utf-8")))
     mine = {f"{name}.py" for name in (*MODULES, "my_posterior")}
-    missing = [
-        path
-        for path in named - mine
-        if not (ROOT / path).exists()
-        and not (ROOT / "bayes_klrl" / path).exists()
-        and not list(ROOT.glob(f"*/*/{path}"))
-    ]
+    missing = [path for path in named - mine if not is_there(path)]
     assert named
     assert not missing
+
+
+# Into the package
+
+
+def test_one_file_and_one_line_make_it_part_of_the_package(folder: Path, tmp_path: Path) -> None:
+    """In a copy of the package: the public name is there, and the command line takes it."""
+    copy = tmp_path / "bayes_klrl"
+    shutil.copytree(ROOT / "bayes_klrl", copy, ignore=shutil.ignore_patterns("__pycache__", "shipped"))
+    shutil.copy(folder / "antithetic.py", copy / "inference" / "sampling")
+    (line,) = re.findall(
+        r"^ {4}(from \.inference\.sampling\.antithetic .*\n)", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    stub = copy / "__init__.pyi"
+    stub.write_text(line + stub.read_text(encoding="utf-8"), encoding="utf-8")
+    file = (folder / "my_posterior.py").read_text(encoding="utf-8")
+    (tmp_path / "posterior.py").write_text(file.replace("from antithetic import", "from bayes_klrl import"))
+    command = [sys.executable, "-m", "bayes_klrl.cli", "compare", "posterior.py", "--quiet", "--out", "results"]
+    command += ["--method", "AntitheticSampling(500)", "--method", "exact"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    rows = evidences(tmp_path / "results" / "table.csv")
+    assert set(rows) == {"AntitheticSampling(500)", "exact"}
+    assert abs(rows["AntitheticSampling(500)"] - rows["exact"]) < 0.2
 
 
 # The algorithm
@@ -234,7 +266,8 @@ def test_antithetic_keeps_the_rules_of_algorithms(mine: Any) -> None:
     np.testing.assert_array_equal(few.tokens, again.tokens)
     np.testing.assert_array_equal(few.tokens, many.tokens[:, :40])
     np.testing.assert_array_equal(few.log_prior, posterior.log_prior(few))
-    impossible = bk.Posterior(posterior.prior, bk.TokenReward(lambda tokens, lengths: lengths * -np.inf, alpha=1.0), max_new_tokens=2)  # fmt: skip
+    never = bk.TokenReward(lambda tokens, lengths: lengths * -np.inf, alpha=1.0)
+    impossible = bk.Posterior(posterior.prior, never, max_new_tokens=2)
     with pytest.raises(bk.BudgetError) as caught:
         algorithm.run(impossible, seed=0)
     assert caught.value.draws is not None
@@ -256,9 +289,11 @@ def test_compare_and_files_take_the_algorithm(mine: Any, tmp_path: Path) -> None
 # The language models
 
 
-def dirichlet_multinomial(weight: float, prompt: list[int], x: list[int], vocab_size: int) -> float:
-    """log p(x | prompt) of a Polya urn in closed form, whatever the order of the tokens."""
-    before, after = (np.bincount(ids, minlength=vocab_size) + weight for ids in (prompt, [*prompt, *x]))
+def log_prob_of_urn(weight: float, prompt: list[int], x: list[int], vocab_size: int) -> float:
+    """log p(x | prompt) of a Polya urn in closed form: the Dirichlet-multinomial law of an ordered sequence."""
+    before, after = (
+        weight + np.bincount(np.array(ids, dtype=np.int64), minlength=vocab_size) for ids in (prompt, prompt + x)
+    )
     return float((gammaln(after) - gammaln(before)).sum() - gammaln(after.sum()) + gammaln(before.sum()))
 
 
@@ -269,11 +304,21 @@ def test_the_urn_is_its_closed_form_and_sums_to_one(mine: Any, weight: float) ->
     posterior = bk.Posterior(urn, plain, prompts=["aab", ""], max_new_tokens=5)
     truth = Truth(posterior)
     for p, prompt in enumerate([[0, 0, 1], []]):
-        expected = [dirichlet_multinomial(weight, np.array(prompt, int).tolist(), x, 3) if prompt else
-                    dirichlet_multinomial(weight, np.zeros(0, int), x, 3) for x in truth.xs]  # fmt: skip
+        expected = [log_prob_of_urn(weight, prompt, x, 3) for x in truth.xs]
         np.testing.assert_allclose(truth.log_prior[p], expected, atol=1e-12)
     np.testing.assert_allclose(np.exp(truth.log_prior).sum(axis=1), 1.0, atol=1e-12)
     bk.check_posterior(posterior).raise_if_broken()
+
+
+def test_certificates_and_frontiers_take_the_urn(mine: Any) -> None:
+    posterior = urn_posterior(mine, prompts=["ab", "c"])
+    truth = Truth(posterior)
+    policy = mine.urn.UrnLM("abc", weight=0.5)
+    certificate = bk.certify(posterior, policy, seed=0)
+    assert certificate.grade == "A"
+    np.testing.assert_allclose(certificate.reverse_kl, np.repeat(truth.kl(policy)[:, None], 2, axis=1), atol=1e-6)
+    curve = bk.frontier(posterior, num_draws=2000, seed=0)
+    assert np.isfinite(curve.log_evidence).all()
 
 
 def test_draws_of_the_urn_have_its_law(mine: Any) -> None:
@@ -378,6 +423,15 @@ def test_echo_by_hand(mine: Any) -> None:
     assert both.alpha == 0.5
     assert both.likelihood.bounds == (1.0, 8.0)
     np.testing.assert_array_equal(Truth(both).reward, truth.reward + truth.sequences.lengths)
+
+
+def test_echo_counts_no_padding(mine: Any) -> None:
+    """A prompt that holds EOS, which also pads: only an EOS that was drawn counts."""
+    prior = bk.NgramLM(np.log(np.full(3, 1 / 3)), eos_token_id=2)
+    posterior = bk.Posterior(prior, mine.echo.Echo(alpha=1.0), prompts=[[2, 0]], max_new_tokens=3)
+    truth = Truth(posterior)
+    np.testing.assert_array_equal(truth.reward[0], [sum(token in {0, 2} for token in x) for x in truth.xs])
+    bk.check_posterior(posterior).raise_if_broken()
 
 
 def test_echo_meets_its_exact_posterior(mine: Any) -> None:

@@ -1,4 +1,4 @@
-"""Plug-in, joint and cut posteriors of an uncertain reward, against enumeration; who is moved by a shift (THEORY 9, 17)."""
+"""Plug-in, joint and cut posteriors of an uncertain reward, against enumeration; who is moved by a shift (theory.md 9.30)."""
 
 from typing import Any
 

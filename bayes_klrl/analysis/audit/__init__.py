@@ -1,5 +1,5 @@
-"""What does the loss of a trainer converge to? The loss is run on a table that can be any policy.
+"""Audits of losses: the policy that a trainer's loss converges to, found by training a table that can be any policy.
 
 Read `audit` first, then `objectives` (the exact gradients that losses turn out to follow), `training` (training a table until
-it rests) and `verdict` (what the result is).
+it settles) and `verdict` (the name of the result).
 """

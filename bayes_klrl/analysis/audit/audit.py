@@ -1,9 +1,9 @@
-"""What does a trainer's loss converge to? Plug it into a table that can be any policy, and look.
+"""Audit of a trainer's loss: train a table that can be any policy by it, and name the policy that comes out.
 
     print(bk.audit(lambda batch: ...))
 
 KL-regularised RL has one right answer, the posterior p0 exp(r / alpha) / Z, and most placements of the KL in a loss do not
-have it as their optimum (THEORY 2.5): some follow the myopic policy, some solve for another alpha, some for nothing.
+have it as their optimum (theory.md 2.7): some follow the myopic policy, some solve for another alpha, some for nothing.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NOISY_TOLERANCE = 0.01  # nats that chance may move the policy by between two q
 
 @dataclass(frozen=True, eq=False)
 class Audit:
-    """What a loss converged to, and how its gradient compares; printing it shows one screen, the verdict first.
+    """The policy that a loss converged to, and a comparison of gradients; `print` shows one screen, the verdict first.
 
     Parameters
     ----------
@@ -46,13 +46,13 @@ class Audit:
         "posterior", "myopic" or "forward myopic", each also "... at another alpha"; "collapsed" (onto the best, or worst,
         reward), "prior" (nothing was learned), or "nothing" (none of these, or it never settled).
     explanation
-        A sentence or two on it.
+        One or two sentences on the verdict.
     loss
-        The loss's name.
+        The name of the loss.
     alpha
-        The posterior's, which the loss was told.
+        The alpha of the posterior, which the loss got as its KL coefficient.
     targets, implied
-        Distances to the three families, at this alpha and at the alpha that fits each best.
+        Distances to the three families, at this alpha and at the alpha that fits each family best.
     kl_to_prior, forward_kl
         KL(q || p0), and KL(p* || q), which is large when the policy has dropped a part of the posterior.
     reward, reward_sd
@@ -60,21 +60,29 @@ class Audit:
     best_reward_mass
         The policy's probability of the largest reward.
     gradient
-        At a policy away from the prior: the cosine of the loss's expected gradient with the exact gradient of -alpha x ELBO =
-        -E[r] + alpha KL(q || p0), and the ratio of their lengths.
+        The loss's expected gradient at a policy away from the prior, compared with the exact gradient of -alpha x ELBO =
+        -E[r] + alpha KL(q || p0): the cosine, and the ratio of their lengths.
     kl_gradients
-        There, the part of the loss's gradient that grows with alpha against the exact gradient of each of
-        `inference.loss_objectives.REGULARISERS`: cosine and ratio of lengths. (NaN, 0) for a part that is 0 on average, or
+        The part of that gradient which grows with alpha, compared with the exact gradient of each of
+        `analysis.audit.objectives.REGULARISERS`: cosine and ratio of lengths. (NaN, 0) for a part that is 0 on average, or
         a loss that does not read `batch.alpha`.
     num_draws
-        Draws a step; None: every completion with its probability, the exact expectation.
+        Draws per step; None: every completion with its probability, the exact expectation.
     num_steps, ending
-        How many steps were taken, and why no more: that it settled, or what else.
+        The number of steps taken, and the reason why training stopped.
     noise
-        What the policy still moved by, or chance moved it by, between quarters of the training, in nats; it widens the
+        The KL by which the policy still moved, or chance moved it, between quarters of the training, in nats; it widens the
         tolerance. With draws it grows with (completions of the problem) / (draws of all steps), so small problems are best.
     policy
-        What it converged to: `policy.log_probs`, `policy.language_model()`.
+        The policy that it converged to: `policy.log_probs`, `policy.language_model()`.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> from bayes_klrl.inference.svi.losses import LeaveOneOut
+    >>> found = bk.audit(LeaveOneOut())
+    >>> found.verdict, found.settled, round(found.implied_alpha, 2)
+    ('posterior', True, 0.4)
     """
 
     verdict: str
@@ -103,7 +111,7 @@ class Audit:
 
     @property
     def implied_alpha(self) -> float:
-        """The alpha of the nearest posterior: R(alpha) = E_q[r] (THEORY 1.6); negative below the prior's reward."""
+        """The alpha of the nearest posterior: R(alpha) = E_q[r] (theory.md 1.7); negative below the prior's reward."""
         return self.implied[0].alpha
 
     @property
@@ -142,7 +150,7 @@ class Audit:
             for at, best in zip(self.targets, self.implied, strict=True)
         ]
         slopes = [_slope_row(f"its KL part, of {name}", *pair) for name, pair in self.kl_gradients.items()]
-        drawn = "every completion, weighted" if self.num_draws is None else f"{self.num_draws} draws a step"
+        drawn = "every completion, weighted" if self.num_draws is None else f"{self.num_draws} draws per step"
         return "\n".join(
             [
                 f"{self.verdict.upper()}: {self.loss} at alpha {self.alpha:g}",
@@ -177,11 +185,11 @@ def audit(
     num_steps: int = _NUM_STEPS,
     tolerance: float = 1e-3,
 ) -> Audit:
-    """Return what a trainer's loss converges to: the posterior, a posterior at another alpha, a myopic policy, or nothing.
+    """Return the policy that a trainer's loss converges to: the posterior, one at another alpha, a myopic policy, or nothing.
 
     The loss trains a policy with free next-token distributions after every prefix, from the prior, by its gradient on
-    thousands of completions a step that are spread as evenly as the policy allows (`inference.loss_training` says how and
-    why), so that neither the network nor chance has a part in the answer. A few seconds.
+    thousands of completions per step that are spread as evenly as the policy allows (`analysis.audit.training` says how and
+    why), so that neither the network nor chance has a part in the answer. It takes a few seconds.
 
     Parameters
     ----------
@@ -191,15 +199,15 @@ def audit(
     posterior
         A problem of one prompt that can be enumerated; None: `problems.audit_posterior()`, where the answers are far apart.
     seed
-        Of the draws.
+        Seed for the draws.
     num_draws
-        Completions a step; a multiple of the loss's group size if it makes groups. None: 4096, or the exact expectation if
+        Completions per step; a multiple of the loss's group size if it makes groups. None: 4096, or the exact expectation if
         the loss has an attribute `exact = True`.
     num_steps
-        The most steps.
+        The largest number of steps.
     tolerance
-        How near a target the policy must come, in nats; 4 x `Audit.noise` is added: measured on four problems,
-        what is left to the target is 0.2 to 4 times it.
+        The largest KL to a target, in nats, of a policy that counts as equal to it. 4 x `Audit.noise` is added: on four
+        problems the distance that was left to the target measured 0.2 to 4 times the noise.
 
     Raises
     ------
@@ -224,7 +232,7 @@ def audit(
     'collapsed'
     """
     if not callable(loss):
-        raise BayesKLRLError(f"The loss is a function of LossInputs that returns a scalar; got {loss!r}.")
+        raise BayesKLRLError(f"The loss must be a function of LossInputs that returns a scalar; got {loss!r}.")
     check_count("num_steps", num_steps, least=4)
     check_positive("tolerance", tolerance)
     problem = _one_prompt(audit_posterior() if posterior is None else posterior)
@@ -301,9 +309,9 @@ def _slopes(gradient: LossGradient, seed: int) -> tuple[tuple[float, float], Map
     problem, alpha = gradient.problem, gradient.problem.posterior.alpha
     logits = probe(problem)
 
-    def expected(told: float) -> torch.Tensor:
-        batches = gradient.told(alpha=told, rng=generator(seed, 1))
-        return torch.stack([batches(logits) for _ in range(_NUM_PROBES if gradient.noisy else 1)]).mean(dim=0)
+    def expected(coefficient: float) -> torch.Tensor:
+        at_coefficient = gradient.with_alpha(coefficient, rng=generator(seed, 1))
+        return torch.stack([at_coefficient(logits) for _ in range(_NUM_PROBES if gradient.noisy else 1)]).mean(dim=0)
 
     at_alpha, at_twice = expected(alpha), expected(2 * alpha)
     exact = regulariser_gradients(problem, logits)

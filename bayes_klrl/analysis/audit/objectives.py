@@ -1,4 +1,4 @@
-"""The exact gradients that losses turn out to follow: the rows of THEORY 2.5, by enumeration."""
+"""The exact gradients that losses turn out to follow: the rows of theory.md 2.7, by enumeration."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class _Exact:
     Parameters
     ----------
     problem
-        Of one prompt.
+        The enumerated problem, with one prompt.
     logits
-        Shape (S, V).
+        The policy's logit for each token after each prefix, shape (S, V).
     """
 
     def __init__(self, problem: Enumerated, logits: Tensor) -> None:
@@ -67,7 +67,7 @@ REGULARISERS: Mapping[str, Regulariser] = MappingProxyType(
         "sum_t KL(p0_t||q_t), prefixes frozen": _Exact.token_forward_kl,
     }
 )
-"""What the KL in a loss may turn out to be, by its gradient; the first is that of KL-regularised RL."""
+"""The regularisers that the KL in a loss may amount to, by its gradient; the first is that of KL-regularised RL."""
 
 
 def probe(problem: Enumerated, *, seed: int = 0) -> Tensor:

@@ -50,20 +50,20 @@ _NOTHING = 1e-12  # a direction that is rounding only: the loss has no gradient 
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """Where a loss led.
+    """The policy that a loss led to.
 
     Parameters
     ----------
     table
         log q(a | s) at the end, shape (S, V).
     num_steps
-        How many were taken.
+        The number of steps taken.
     ending
-        Why it stopped there: `SETTLED`, `MOVING` when the steps were used up, `LEFT` when a completion had all but left the
-        policy, `NOT_FINITE` when the loss was no number any more.
+        The reason why training stopped: `SETTLED`; `MOVING`, the steps were used up; `LEFT`, a completion had all but left
+        the policy; `NOT_FINITE`, the loss was no longer a finite number.
     noise
-        KL of the fourth quarter's average policy to the third's, in nats: what chance, or steps yet to come, still move it
-        by; 0 where training ended before.
+        KL of the fourth quarter's average policy to the third's, in nats: the size of what chance, or further steps, still
+        change; 0 if training ended earlier.
     """
 
     table: FloatArray
@@ -80,15 +80,15 @@ class LossGradient:
     loss
         The loss.
     problem
-        Whose completions there are.
+        The enumerated problem whose completions are used.
     alpha
-        What the loss is told as its KL coefficient.
+        The KL coefficient that the loss gets.
     num_draws
-        Draws a call; None: every completion once, weighted.
+        Draws per call; None: every completion once, weighted by its probability.
     draw_from_prior
-        Whether the completions are the prior's rather than the policy's.
+        True: the completions are drawn from the prior; false: from the policy.
     rng
-        Of the draws.
+        Generator for the draws.
     """
 
     def __init__(
@@ -144,8 +144,8 @@ class LossGradient:
         """Return log q(x) of every completion, shape (M,), from log q(a | s), shape (S, V)."""
         return self._per_token(table).sum(dim=1)
 
-    def told(self, *, alpha: float, rng: np.random.Generator) -> LossGradient:
-        """Return the same with another KL coefficient and other draws."""
+    def with_alpha(self, alpha: float, *, rng: np.random.Generator) -> LossGradient:
+        """Return the same gradient for another KL coefficient, with other draws."""
         return LossGradient(
             self._loss,
             self.problem,
@@ -162,7 +162,7 @@ class LossGradient:
 
     @property
     def damping(self) -> float:
-        """What a completion too rare to be drawn is counted as; next to nothing where all are there."""
+        """The probability that stands for completions too rare to be drawn; next to 0 if every completion is there."""
         return 1e-300 if self._num_draws is None else 1.0 / self._num_draws
 
     def occupancy(self, table: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class LossGradient:
         return torch.where(self._mask, table[self._states, self._tokens], 0.0)
 
     def _batch(self, table: Tensor) -> LossInputs:
-        """Return what the loss is given for a policy."""
+        """Return the inputs of the loss for a policy."""
         per_token, reference = self._per_token(table), self._per_token(self._prior_table)
         drawn_by = (reference if self._from_prior else per_token).detach()
         probs = drawn_by.sum(dim=1).exp()
@@ -234,13 +234,13 @@ def train(gradient: LossGradient, start: FloatArray, *, num_steps: int, toleranc
     Parameters
     ----------
     gradient
-        The loss's.
+        The expected gradient of the loss.
     start
-        The prior's log q(a | s).
+        Log-probs of the prior, log p0(a | s), shape (S, V).
     num_steps
-        The most steps.
+        The largest number of steps.
     tolerance
-        How far apart, in nats, the averages of the third and the fourth quarter may be for the policy to have settled.
+        The largest KL between the average policies of the third and the fourth quarter, in nats, of a policy that settled.
     """
     logits = torch.tensor(start, requires_grad=True)
     reference = gradient.completion_log_probs(logits.detach())
@@ -275,8 +275,8 @@ class _StepRule:
     Parameters
     ----------
     noisy
-        Whether gradients are of draws: then lengths shrink as gently as they grow, as chance turns steps back too, and the
-        trust region shrinks.
+        True if gradients come from draws: lengths then shrink as gently as they grow, since chance turns steps back too, and
+        the trust region shrinks.
     """
 
     def __init__(self, noisy: bool) -> None:

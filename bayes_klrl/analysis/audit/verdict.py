@@ -1,4 +1,4 @@
-"""What a policy that a loss led to is: the nearest posterior, the nearest myopic policy, a collapse, or nothing known."""
+"""The verdict on the policy that a loss led to: a posterior, a myopic policy, a collapse, or nothing known."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _COLLAPSED_MASS = 0.999
 
 @dataclass(frozen=True)
 class Target:
-    """Something that a policy may have converged to.
+    """A distribution that a policy may have converged to, and the policy's distance to it.
 
     Parameters
     ----------
     name
         "posterior", "myopic" or "forward myopic".
     alpha
-        At which it is taken.
+        The alpha of the target.
     kl
         KL(policy || target), in nats.
     """
@@ -37,18 +37,18 @@ class Target:
 
 
 class Findings:
-    """What a policy is, among what it may be.
+    """The distances of a trained policy to all targets, and the verdict that follows.
 
     Parameters
     ----------
     problem
-        Of one prompt.
+        The enumerated problem, with one prompt.
     policy
-        What was arrived at.
+        The trained policy.
     ending
-        Why training stopped there.
+        The reason why training stopped.
     tolerance
-        In nats.
+        The largest KL to a target, in nats, of a policy that counts as equal to it.
     """
 
     def __init__(self, problem: Enumerated, policy: PrefixPolicy, ending: str, tolerance: float) -> None:
@@ -99,17 +99,17 @@ class Findings:
         )
 
     def _about_alpha(self, implied: float) -> str:
-        """Return what there is to say about an alpha that is not the one asked for."""
+        """Return a sentence on an implied alpha that differs from the posterior's."""
         alpha = self._problem.posterior.alpha
-        told = f" The alpha it solves for is {implied:.4g}, not {alpha:g}."
+        found = f" The alpha it solves for is {implied:.4g}, not {alpha:g}."
         if implied < 0:
-            return told + " The sign of the reward is turned round."
+            return found + " The sign of the reward is turned round."
         if abs(implied - alpha * self.reward_sd) <= 0.02 * implied:
             return (
-                told
+                found
                 + f" That is alpha x the rewards' standard deviation under it, {self.reward_sd:.3g}: scaled rewards."
             )
-        return told
+        return found
 
     def _kl(self, log_p: FloatArray) -> float:
         """Return KL(q || p), for log p of every completion, shape (1, M); rounding may not make it negative."""

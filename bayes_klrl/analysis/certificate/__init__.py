@@ -1,4 +1,4 @@
-"""How far is a policy from the posterior? Bounds on both KLs, with a stated failure probability.
+"""Certificates: bounds on both KLs between a policy and the posterior, with a stated failure probability.
 
 Read `certificate` first (`certify`), then `evidence` (the two ways to the intervals: enumeration and sampling), `intervals`
 (from bounds on log Z to bounds on KLs), `alpha` (the alpha that the policy effectively solved for) and `coverage` (which modes

@@ -1,4 +1,4 @@
-"""Where a policy stands against the reward-KL frontier: the alpha it effectively solved for, and what it paid too much."""
+"""A policy against the reward-KL frontier: the alpha that it effectively solved for, and the KL that it paid too much."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["FrontierPoint", "frontier_point"]
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """See `Certificate`: `implied_alpha` and its interval, `frontier_gap` and its error; NaN with a note where undefined."""
+    """The implied alpha with its interval and the frontier gap with its error, as in `Certificate`; NaN where undefined."""
 
     implied_alpha: float
     implied_alpha_interval: tuple[float, float]
@@ -26,7 +26,7 @@ class FrontierPoint:
 
 
 def frontier_point(policy_draws: Draws, prior_draws: Draws, *, has_alpha: bool) -> FrontierPoint:
-    """Return where the policy stands, from its own draws and a pool of the prior's."""
+    """Return implied alpha and frontier gap of a policy, from its own draws and a pool of prior draws."""
     if not has_alpha:
         return _undefined("no implied alpha: a likelihood of constraints alone has none")
     reward = policy_draws.reward

@@ -1,13 +1,13 @@
-"""How far a policy is from the posterior, with bounds on both KLs: `certify`.
+"""Bounds on the distance of a policy to the posterior, in both directions: `certify`.
 
-With [Lo, Up] around log Z, draws x of the policy and exact posterior draws x* (THEORY 3.6),
+With [Lo, Up] around log Z, draws x of the policy and exact posterior draws x* (theory.md 4.1),
 
     KL(q || p*) = log Z - ELBO(q),    ELBO(q) = E_q[log w(x)],     w(x) = p0(x) exp(r(x) / alpha) / q(x)
     KL(p* || q) = EUBO(q) - log Z,    EUBO(q) = E_p*[log w(x*)]
 
 Lo comes from SMC and from importance sampling, Up from their conditional forms, with the prior and the policy as proposals.
-A good policy certifies itself cheaply, and one that dropped a mode cannot hide it, since no bound assumes anything of its
-proposal. Where log Z can be had exactly (enumeration, backward messages), Lo = Up.
+No bound assumes anything of its proposal: a good policy makes its own bounds narrow, and a policy that dropped a mode cannot
+hide it. Where log Z is known exactly (enumeration, backward messages), Lo = Up.
 """
 
 from __future__ import annotations
@@ -46,56 +46,69 @@ from bayes_klrl.typing import LanguageModel, Twist, TwistRecipe
 
 __all__ = ["Certificate", "certify"]
 
-_WORST_GAP = 1e-2  # nats a completion between decoding and scoring, past which a bound is not about one distribution
+_WORST_GAP = 1e-2  # nats per completion between decoding and scoring; with more, a bound is not about one distribution
 
 
 @dataclass(frozen=True, eq=False)
 class Certificate(CertificateRecord):
-    """What is known of a policy's distance to the posterior, in nats; `print` shows it, verdict first.
+    """Bounds on a policy's distance to the posterior, in nats; `print` shows them on one screen, the verdict first.
 
     Parameters
     ----------
     elbo, log_evidence_bounds, reverse_kl, forward_kl
-        Intervals (low, high) of each prompt, shape (P, 2); see `Intervals`.
+        Intervals (low, high) for each prompt, shape (P, 2); see `Intervals`.
     pooled
-        The same of the mean over prompts, shape (2,) each.
+        The same intervals for the mean over prompts, shape (2,) each.
     grade
         "A": two-sided, from exact posterior draws or the exact evidence. "B": one-sided, upper ends are inf. "C": the models'
         arithmetic is too coarse for a bound; read the numbers as estimates.
     failure_probability
-        How often intervals may miss, by prompt (and pooled): guaranteed for `log_evidence_bounds`, half of it; nominal for
-        the Monte Carlo error of ELBO and EUBO, the other half. 0 where all completions were enumerated.
+        The probability that some interval of a prompt (or of the mean) misses its value. Half of it is guaranteed, for
+        `log_evidence_bounds`; the other half is nominal, for the Monte Carlo error of ELBO and EUBO. 0 if all completions
+        were enumerated.
     implied_alpha, implied_alpha_interval
-        The alpha whose posterior has the policy's mean reward, one for all prompts, and its 95 % interval, up to inf where the
-        reward cannot be told from the prior's; negative below that; NaN where there is none.
+        The alpha whose posterior has the policy's mean reward, one for all prompts, and its 95 % interval. The interval ends
+        at inf where the reward may be the prior's own; a reward below the prior's gives a negative alpha; NaN if undefined.
     frontier_gap, frontier_gap_se
-        KL(q || p0) less the least KL that buys this reward, in nats, mean over prompts, and its standard error.
+        KL(q || p0) minus the least KL that gives this reward, in nats, mean over prompts, and its standard error.
     alpha
-        The posterior's own.
+        The alpha of the posterior.
     reward, kl_prior
         E_q[r] and KL(q || p0), means over prompts.
     evidence_source
-        What the bounds on log Z rest on.
+        The source of the bounds on log Z, in words.
     coverage
-        Masses of a feature's cells, if one was given.
+        The masses of the feature's cells under policy and posterior; None if no feature was given.
     notes
-        What could not be said, and why.
+        Statements that could not be made, with the reason.
     draws, exact_draws
-        The policy's completions, and exact ones of the posterior (None if there are none).
+        The policy's completions, and exact draws of the posterior (None if there are none).
     cost
-        Of all of it.
+        Seconds and model tokens of the whole certificate.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0, bounds=(1, 3))
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> certificate = bk.certify(posterior, posterior.prior, seed=0)
+    >>> certificate.verdict.split(";")[0], certificate.grade
+    ('0.36 nats from the posterior at alpha 1', 'A')
+    >>> certificate.table().loc["mean", ["reverse_kl_low", "reverse_kl_high"]].round(3).tolist()
+    [0.358, 0.358]
     """
 
     @property
     def verdict(self) -> str:
-        """One sentence: how far from the posterior, and what the reward cost too much."""
+        """One sentence: the distance to the posterior, and whether the policy spent more KL than its reward needs."""
         return verdict(self)
 
     def __str__(self) -> str:
         return certificate_text(self)
 
     def table(self) -> Any:
-        """Return one row a prompt, and one of the mean over prompts, as a pandas DataFrame."""
+        """Return a pandas DataFrame with one row per prompt and one for the mean over prompts."""
         return certificate_table(self)
 
     def plot(self, file: str | Path) -> Path:
@@ -122,47 +135,48 @@ def certify(
     sampling_only: bool = False,
     progress: bool = False,
 ) -> Certificate:
-    """Return bounds on a policy's distance to the posterior, in both directions, and what its reward should have cost.
+    """Return bounds on a policy's distance to the posterior, in both directions, and its gap to the reward-KL frontier.
 
     Parameters
     ----------
     posterior
-        The question: prior, likelihood, prompts.
+        The prior, the likelihood and the prompts.
     policy
         A language model, an SVI `Fit`, or a folder (Hugging Face, PEFT adapter, TRL output); see `policies.as_policy`.
     seed
-        Of everything.
+        Seed for all random numbers.
     num_draws
-        N draws of the policy for each prompt, and as many of the prior for the frontier.
+        N, the number of draws of the policy per prompt; as many draws of the prior are made for the frontier.
     num_particles, num_runs
-        M independent SMC runs of K particles, and M conditional ones, each with a fresh exact draw. Bounds lose at least
-        log(16 / failure_probability) / M nats a side, more where weights vary.
+        K particles in each of M independent SMC runs, and of M conditional runs, each with a fresh exact draw. Bounds lose at
+        least log(16 / failure_probability) / M nats on either side, and more where weights vary.
     failure_probability
-        See `Certificate`.
+        The probability with which the intervals may miss; `Certificate` says for which of them it is guaranteed.
     twist
-        Of the SMC runs, which then draw by it one token ahead where it can; see `SMC`. A better one makes narrower bounds,
-        none makes them wrong.
+        The twist of the SMC runs, which use it to draw one token ahead if it offers that; see `SMC`. A better twist makes
+        narrower bounds, and no twist makes them wrong.
     exact
-        Independent exact posterior draws of yours, (P, N, T), where the package knows no way to them: for infilling, draw
-        (x, suffix) from the prior and condition on that suffix. Conditioned on draws that are not exact, nothing is bounded:
-        `Draws` of a method that is not exact are refused, for `Sequences` it is you who says so.
+        Independent exact posterior draws of your own, shape (P, N, T), for posteriors that the package cannot draw from
+        exactly: for infilling, draw (x, suffix) from the prior and condition on that suffix. Draws that are not exact bound
+        nothing: `Draws` of an inexact method are refused, and for `Sequences` you vouch yourself.
     feature
-        A partition to look for dropped modes in: takes a list of texts, or (tokens, lengths), and returns one label each.
+        A function whose labels tell modes apart, to find dropped ones: it takes a list of texts, or (tokens, lengths), and
+        returns one label per completion.
     max_sequences, max_proposals
-        The most completions to enumerate, and to propose for exact draws by rejection, for each prompt.
+        The most completions to enumerate, and the most proposals for exact draws by rejection, per prompt.
     sampling_only
-        Bound log Z by sampling even where it is known exactly: to try the bounds themselves.
+        Bound log Z by sampling even where it is known exactly: to test the bounds themselves.
     progress
-        Show what is running.
+        Show a live display on standard error.
 
     Raises
     ------
     CheckpointError
         If the policy is no model, or not on the prior's vocabulary.
     SupportError
-        If there is no posterior at all.
+        If no completion has positive posterior probability.
     BayesKLRLError
-        For budgets too small for any statement, and other arguments that cannot be right.
+        If a budget is too small for any statement, or another argument cannot be right.
 
     Examples
     --------
@@ -186,14 +200,14 @@ def certify(
         progress=progress,
     )
     if not isinstance(posterior, Posterior):
-        raise BayesKLRLError(f"A certificate is against a bk.Posterior; got {posterior!r}.")
+        raise BayesKLRLError(f"posterior must be a bk.Posterior; got {posterior!r}.")
     start = time.perf_counter()
     smc = SMC(num_particles, twist=twist)
     lm = as_policy(policy, posterior)
     given = None if exact is None else retainable(posterior, exact)
     ours = policy_draws(posterior, lm, num_draws, Streams.of(settings.stream("policy")), progress=progress)
     if feature is not None:
-        labels_of(feature, ours)  # a feature that cannot be is refused before the long part
+        labels_of(feature, ours)  # a feature that does not work is refused before the long part
     evidence = _evidence(posterior, lm, ours, given, smc, settings)
     prior_draws = _prior_draws(posterior, settings)
     point = frontier_point(ours, prior_draws, has_alpha=posterior.likelihood.alpha is not None)
@@ -264,7 +278,7 @@ def _evidence(
     gap = float(ours.info["scoring_gap"].max()) if "scoring_gap" in ours.info else 0.0
     if gap > _WORST_GAP:
         note = (
-            f"grade C: decoded and scored log-probs differ by up to {gap:.2g} nats a completion in this precision; load the "
+            f"grade C: decoded and scored log-probs differ by up to {gap:.2g} nats per completion in this precision; load the "
             "models in float32 for bounds"
         )
         found = replace(found, grade="C", notes=(*found.notes, note))
@@ -272,7 +286,7 @@ def _evidence(
 
 
 def _without_forward_upper_end(evidence: Evidence) -> Evidence:
-    """Return the evidence for a policy not known to cover the prior: what it cannot draw may be missing all samples."""
+    """Return the evidence for a policy not known to cover the prior: no sample may contain what the policy cannot draw."""
     note = (
         "no upper end for KL(p*||q): the policy gives probability 0 to tokens, perhaps to some that the prior can draw"
     )

@@ -1,4 +1,4 @@
-"""Which modes a policy dropped: the mass that policy and posterior put on the cells of a user's feature.
+"""Dropped modes: the mass that policy and posterior put on the cells of a user's feature.
 
 A policy that lost half of the posterior is 0.69 nats away in KL(q || p*), and its own draws show nothing of it: log-weights
 are constant where it looks. A feature that tells the modes apart does show it.
@@ -28,18 +28,18 @@ _QUANTILE = 1.96
 
 @dataclass(frozen=True, eq=False)
 class Coverage:
-    """Masses of C cells under policy and posterior, means over prompts.
+    """Masses of the C cells of a feature under policy and posterior, means over prompts.
 
     Parameters
     ----------
     cells
-        The feature's values, those of largest posterior mass first.
+        The values of the feature, those of largest posterior mass first.
     policy, posterior
         Masses, shape (C,).
     policy_se, posterior_se
-        Their standard errors.
+        Standard errors of these masses, shape (C,).
     source
-        What the posterior's masses rest on.
+        The draws that the posterior's masses come from, in words.
     """
 
     cells: tuple[Any, ...]
@@ -63,18 +63,19 @@ def coverage(feature: Feature, policy_draws: Draws, posterior_draws: Draws, sour
     Parameters
     ----------
     feature
-        Takes a list of texts and returns one label each; or with two parameters, (tokens (N, T), lengths (N,)).
+        A function that takes a list of texts, or with two parameters (tokens (N, T), lengths (N,)), and returns one label per
+        completion.
     policy_draws
-        Draws of the policy, weighing equally.
+        Equally weighted draws of the policy.
     posterior_draws
-        Exact draws, or weighted ones.
+        Exact or weighted draws of the posterior.
     source
-        What to call the latter.
+        The name of `posterior_draws` in the certificate.
 
     Raises
     ------
     BayesKLRLError
-        If it raises, returns another number of labels, or so many different ones that it is no partition.
+        If the feature raises, returns another number of labels, or more than 50 different ones.
     """
     ours, theirs = labels_of(feature, policy_draws), labels_of(feature, posterior_draws)
     cells = distinct([*ours.ravel(), *theirs.ravel()])

@@ -26,12 +26,12 @@ from bayes_klrl.typing import FloatArray, LanguageModel, Twist
 __all__ = ["Evidence", "Settings", "by_enumeration", "by_sampling", "can_enumerate", "exact_or_given"]
 
 _ROUNDING = 1e-9
-_FLOAT32_ROUNDING = 1e-4  # of a sequence's log-prob: DESIGN's promise for float32 models
+_FLOAT32_ROUNDING = 1e-4  # of a sequence's log-prob: the promise for float32 models, theory.md 1.4
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The numbers that `certify` was given; see there."""
+    """The options of `certify`, checked."""
 
     seed: int
     num_draws: int
@@ -61,22 +61,22 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """Intervals, and what they rest on.
+    """The intervals of a certificate, with their source.
 
     Parameters
     ----------
     intervals, pooled
-        Of each prompt, and of the mean over prompts.
+        Intervals for each prompt, and for the mean over prompts.
     grade, failure_probability
-        See `Certificate`.
+        The fields of these names of `Certificate`.
     source
-        What the bounds on log Z rest on, in words.
+        The source of the bounds on log Z, in words.
     draws
-        Exact posterior draws, if there are any.
+        Exact posterior draws; None if there are none.
     notes
-        What could not be said.
+        Statements that could not be made, with the reason.
     cost
-        Of it.
+        Seconds and model tokens spent.
     """
 
     intervals: Intervals
@@ -214,7 +214,7 @@ def _runs(
 
 
 def _described(runs: list[PairedRuns], settings: Settings, exact: ExactDraws) -> str:
-    """Return what the bounds rest on, in words."""
+    """Return the source of the bounds, in words."""
     words = f"{runs[0].lower.shape[1]} runs of SMC with {settings.num_particles} particles"
     if runs[0].upper is not None:
         words += f", {runs[0].upper.shape[1]} conditional on exact draws ({exact.source})"

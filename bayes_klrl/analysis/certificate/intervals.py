@@ -21,18 +21,18 @@ __all__ = ["Intervals", "exact_intervals", "intervals"]
 
 @dataclass(frozen=True, eq=False)
 class Intervals:
-    """Intervals (low, high) in nats, of each prompt, shape (P, 2), or of the mean over prompts, shape (2,).
+    """Intervals (low, high) in nats, for each prompt, shape (P, 2), or for the mean over prompts, shape (2,).
 
     Parameters
     ----------
     elbo
-        E_q[log w], the evidence lower bound of the policy.
+        The evidence lower bound of the policy, E_q[log w].
     log_evidence_bounds
-        log Z.
+        The log evidence, log Z.
     reverse_kl
-        KL(q || p*): what SVI and KL-regularised RL make small.
+        KL(q || p*), which SVI and KL-regularised RL minimise.
     forward_kl
-        KL(p* || q): large where the policy dropped a mode.
+        KL(p* || q), which is large if the policy dropped a mode.
     """
 
     elbo: FloatArray
@@ -52,12 +52,12 @@ def intervals(
     exact_log_weights: FloatArray | None,
     delta: float,
 ) -> tuple[Intervals, Intervals]:
-    """Return the intervals of each prompt and of the mean over prompts.
+    """Return the intervals for each prompt and for the mean over prompts.
 
     Parameters
     ----------
     log_evidence, mean_log_evidence
-        Bounds on log Z, (P, 2), and on its mean, (2,).
+        Bounds on log Z of each prompt, shape (P, 2), and on its mean over prompts, shape (2,).
     log_weights
         log w of the policy's draws, shape (P, N); -inf for a draw of likelihood 0.
     exact_log_weights
@@ -119,9 +119,9 @@ def exact_intervals(
     Parameters
     ----------
     log_prior, log_likelihood, log_policy
-        Of all completions.
+        Log-probabilities of every completion, shape (P, N).
     rounding
-        By how many nats the models' own arithmetic may be off.
+        The error of the models' own arithmetic, in nats.
     """
     log_joint = log_prior + log_likelihood
     log_evidence = logmeanexp(log_joint) + np.log(log_joint.shape[1])

@@ -27,7 +27,7 @@ def plot_certificate(certificate: CertificateRecord, file: str | Path) -> Path:
     Parameters
     ----------
     certificate
-        What to draw; of many prompts the farthest twelve.
+        The certificate to draw; of many prompts, the twelve farthest from the posterior are shown.
     file
         The PNG to write.
     """

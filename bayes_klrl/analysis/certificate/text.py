@@ -25,7 +25,7 @@ _MOST_CELLS = 8
 
 
 def verdict(certificate: CertificateRecord) -> str:
-    """Return one sentence: how far from the posterior, and what the reward cost too much."""
+    """Return one sentence: the distance to the posterior, and whether the policy spent more KL than its reward needs."""
     low, high = certificate.pooled.reverse_kl
     where = f"from the posterior at alpha {certificate.alpha:.3g}"
     if np.isposinf(low):
@@ -72,7 +72,7 @@ def certificate_text(certificate: CertificateRecord) -> str:
 
 
 def failure_text(certificate: CertificateRecord) -> str:
-    """Return how often the intervals may miss, and how sure that is."""
+    """Return the failure probability, and for which intervals it is guaranteed."""
     delta = certificate.failure_probability
     if delta == 0:
         return "0: all completions were counted"
@@ -111,7 +111,7 @@ def cell_text(cell: Any) -> str:
 
 
 def certificate_table(certificate: CertificateRecord) -> pd.DataFrame:
-    """Return one row a prompt, and a last one, "mean", of the mean over prompts; two columns an interval."""
+    """Return one row per prompt and a last row "mean", the mean over prompts; two columns per interval."""
     import pandas as pd
 
     rows: dict[str, Any] = {}

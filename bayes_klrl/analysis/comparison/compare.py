@@ -29,20 +29,32 @@ __all__ = ["Comparison", "compare"]
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """What several algorithms made of one posterior.
+    """The answers of several algorithms to one posterior.
 
     Parameters
     ----------
     posterior
-        The question.
+        The posterior that was answered.
     algorithms
-        Who answered, by name.
+        The algorithms, by the name of their row.
     draws
-        The answers, one `Draws` a repeat, by name.
+        The answers by row, one `Draws` per repeat.
     fits
-        The guides that were trained, by the name of the first row that used them.
+        The trained guides, by the first row that used them.
     failures
-        What went wrong, by name; such a row has the answers of the repeats that went well, if any.
+        Error messages by row; such a row keeps the answers of the repeats that succeeded, if any.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> comparison = bk.compare(posterior, {"exact": bk.Exact(), "SMC": bk.SMC(64)}, seed=0)
+    >>> comparison["exact"].log_evidence.round(3), comparison["SMC"].shape
+    (array([2.108]), (1, 64))
+    >>> print(comparison.table().loc["exact", "kl_posterior"])
+    0.0
     """
 
     posterior: Posterior
@@ -52,17 +64,17 @@ class Comparison:
     failures: Mapping[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Draws:
-        """The draws of a method; of the first repeat."""
+        """The draws of one method in the first repeat."""
         return self.draws[name][0]
 
     def table(self) -> ComparisonTable:
-        """Return one row a method as a pandas DataFrame that prints as a table.
+        """Return a pandas DataFrame with one row per method, which prints as a table.
 
-        Columns, in nats, means over prompts: `log_evidence` with `log_evidence_se`; `elbo`; `reward` (E[r], in its own
+        The columns are means over prompts, in nats: `log_evidence` with `log_evidence_se`; `elbo`; `reward` (E[r], in its own
         units); `kl_prior`, KL(answer || prior); `kl_posterior`, KL(answer || posterior), and in `kl_posterior_sign` whether
-        it is the value ("=", where the log evidence is exact), a bound (">=", "<=") or an approximation ("~"); `ess` and
-        `pareto_k`, the worst prompt's; `distinct`, the number of distinct completions; `model_tokens`,
-        `training_tokens`, `seconds`, `training_seconds`; `note`.
+        it is the value ("=", where the log evidence is exact) or an approximation ("~"); `ess` and `pareto_k`, those of the
+        worst prompt; `distinct`, the number of distinct completions; `model_tokens`, `training_tokens`, `seconds`,
+        `training_seconds`; `note`.
         """
         reference = reference_log_evidence(self.algorithms, self.draws)
         rows: dict[str, dict[str, Any]] = {}
@@ -73,7 +85,7 @@ class Comparison:
         return ComparisonTable.of(rows)
 
     def _notes(self, name: str) -> list[str]:
-        """Return what went wrong with a row beside its numbers."""
+        """Return the notes on a row that its numbers do not show: failures and interrupted training."""
         notes = [f"failed: {self.failures[name]}"] if name in self.failures else []
         fit = self.fits.get(name)
         if fit is not None and fit.interrupted:
@@ -81,14 +93,14 @@ class Comparison:
         return notes
 
     def samples(self, num: int = 3, seed: int = 0) -> dict[str, list[list[str]]]:
-        """Return `num` completions of each prompt, drawn with their weights, by method (those with any positive weight)."""
+        """Return `num` completions per prompt, drawn by weight, for each method that has positive weights for every prompt."""
         alive = {
             name: draws[0] for name, draws in self.draws.items() if np.isfinite(draws[0].log_weights).any(axis=1).all()
         }
         return {name: draws.resample(num, seed).texts() for name, draws in alive.items()}
 
     def to_arviz(self) -> xr.DataTree:
-        """Return an xarray DataTree with one child a method (and repeat), whatever ArviZ is installed."""
+        """Return an xarray DataTree with one child per method (and repeat), whatever ArviZ is installed."""
         from bayes_klrl.export.datatree import comparison_to_datatree
 
         return comparison_to_datatree(self._named_draws())
@@ -139,22 +151,22 @@ def compare(
     repeats: int = 1,
     progress: bool = False,
 ) -> Comparison:
-    """Run several algorithms on one posterior.
+    """Run several algorithms on one posterior and return their answers, side by side.
 
-    Equal `SVI`s, alone or as proposals, are fitted once a repeat and shared; their training tokens stand in a column of
-    their own. A row's random stream depends on (seed, repeat, name), not on the other rows or their order. A method that
-    fails leaves a note in its row and the others their answers.
+    SVIs that train alike, alone or as proposals, are fitted once per repeat and shared; their training tokens have a column of
+    their own. The random stream of a row depends on (seed, repeat, name), not on the other rows or their order. A method that
+    fails gets a note in its row, and the others keep their answers.
 
     Parameters
     ----------
     posterior
-        The question.
+        The posterior to answer.
     algorithms
-        By name, in the order of the table.
+        The algorithms by the names of their rows, in the order of the table.
     seed
-        Of everything.
+        Seed for all random numbers.
     repeats
-        How often each method is run; the table then averages, evidences on the natural scale.
+        How often each method is run; the table then shows averages, evidences averaged on the natural scale.
     progress
         Show a live display on standard error.
 
@@ -162,6 +174,17 @@ def compare(
     ------
     BayesKLRLError
         If an argument or a proposal cannot be right, before anything is run; the first error, if every method failed.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> rows = {"exact": bk.Exact(), "prior IS": bk.ImportanceSampling(1000)}
+    >>> table = bk.compare(posterior, rows, seed=0).table()
+    >>> print(table["kl_prior"].round(1).to_dict())
+    {'exact': 0.3, 'prior IS': 0.3}
     """
     check_count("repeats", repeats)
     stream_seed(seed, 0, "")
@@ -199,7 +222,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """An SVI whose guide is already trained, as an algorithm that only draws."""
+    """An algorithm that draws from a guide which is already trained."""
 
     fit: Fit
     num_draws: int
@@ -211,7 +234,7 @@ class _Fitted:
 
 @dataclass(frozen=True)
 class _Amortised:
-    """An algorithm with a trained guide as its proposal, whose training is put on its bill."""
+    """An algorithm with a trained guide as its proposal; the cost of the training is added to its own."""
 
     algorithm: Algorithm
     fit: Fit
@@ -219,8 +242,8 @@ class _Amortised:
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`."""
         draws = self.algorithm.run(posterior, seed=seed, progress=progress)
-        bill = replace(self.fit.training, seconds=draws.seconds, model_tokens=draws.model_tokens)
-        return replace(draws, cost=bill)
+        cost = replace(self.fit.training, seconds=draws.seconds, model_tokens=draws.model_tokens)
+        return replace(draws, cost=cost)
 
 
 def _with_fit(
@@ -259,13 +282,13 @@ def _fit_or_error(svi: GuideRecipe, posterior: Posterior, seed: int, progress: b
 
 
 def _check_algorithms(algorithms: Mapping[str, Algorithm], posterior: Posterior) -> None:
-    """Refuse what no run could make right, before the first one starts."""
+    """Refuse arguments that cannot be right, before the first run starts."""
     if not isinstance(algorithms, Mapping) or not algorithms:
         raise BayesKLRLError('algorithms must be a non-empty mapping from names, such as {"SMC": bk.SMC(256)}.')
     for name, algorithm in algorithms.items():
         if not isinstance(name, str) or not name or "/" in name:
             raise BayesKLRLError(
-                f"A method's name is a text without '/', for it names a group in draws.nc; got {name!r}."
+                f"A method's name must be a text without '/', since it becomes the name of a group in draws.nc; got {name!r}."
             )
         if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
             raise BayesKLRLError(f"{name!r} is not an algorithm: {algorithm!r} has no run(posterior, seed=...).")

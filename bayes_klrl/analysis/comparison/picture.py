@@ -41,7 +41,7 @@ _MAX_LEVELS = 60  # rewards with no more distinct values than this are drawn as 
 
 @dataclass(frozen=True)
 class _Row:
-    """One method: how it looks, and what the panels show of it, means over prompts, NaN where undefined."""
+    """One method: its look, and the numbers that the panels show, means over prompts, NaN where undefined."""
 
     name: str
     draws: Draws
@@ -70,10 +70,10 @@ def plot_comparison(
     file
         The PNG to write.
     log_evidence
-        The exact log Z, of each prompt or a mean. None: that of a method `Exact`, if there is one.
+        The exact log Z of each prompt, or its mean over prompts. None: that of a method `Exact`, if there is one.
     kl
-        KL of each method's answer to the prior, in nats, mean over prompts. None, or NaN for a method: E[r] / alpha -
-        log Z of weighted draws, which is that of the posterior, and mean(log q - log p0) of draws from a guide.
+        KL of each method's answer to the prior, in nats, mean over prompts. If it is None, or NaN for a method, it is taken
+        from the draws: E[r] / alpha - log Z for weighted draws, mean(log q - log p0) for draws from a guide.
     """
     if not results:
         raise BayesKLRLError("There is nothing to plot: results is empty.")
@@ -94,7 +94,7 @@ def plot_comparison(
 
 
 def _rows(results: Mapping[str, Draws], kl: Mapping[str, float]) -> list[_Row]:
-    """Return what is shown of each method, in the order given; `Exact` is black, the others take colours in turn."""
+    """Return the rows to draw, in the order given; `Exact` is black, the others take colours in turn."""
     rows: list[_Row] = []
     for name, draws in results.items():
         number = sum(row.colour != BLACK for row in rows)
@@ -267,7 +267,7 @@ def _draw_rewards(axes: Axes, rows: Sequence[_Row]) -> None:
 
 
 def _name_rows(axes: Axes, rows: Sequence[_Row]) -> None:
-    """Make one row a method, the first on top."""
+    """Make one row per method, the first on top."""
     axes.set_yticks(range(len(rows)), [row.name for row in rows])
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)

@@ -17,7 +17,7 @@ from bayes_klrl.weights import logmeanexp
 
 __all__ = ["ComparisonTable", "Reference", "method_row", "reference_log_evidence"]
 
-_TRUSTED_ESS = 100  # below it, intervals of importance sampling cover too rarely (THEORY 5.1)
+_TRUSTED_ESS = 100  # below it, intervals of importance sampling cover too rarely (theory.md 7.1)
 _MIXED_R_HAT = 1.01  # Vehtari et al. (2021)
 _FAR = 5  # standard errors that an estimate may lie below the reference before its row says so
 _COLUMNS = (
@@ -41,7 +41,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """The best that the compared methods know of log Z, by prompt (P,), and whether that is exact."""
+    """The best value of log Z that the compared methods have, for each prompt (P,), and whether it is exact."""
 
     log_evidence: FloatArray
     is_exact: bool
@@ -68,7 +68,7 @@ def reference_log_evidence(
 
 
 def method_row(algorithm: Algorithm, repeats: Sequence[Draws], reference: Reference | None) -> dict[str, Any]:
-    """Return the table's columns for one method: means over prompts and repeats, evidences averaged as Z-hat."""
+    """Return the table's columns for one method: means over prompts and repeats, with Z-hat averaged, not its log."""
     log_evidence = logmeanexp(np.stack([_or_dead(draws.log_evidence) for draws in repeats], axis=1))
     defined = not any(np.isnan(draws.log_evidence).any() for draws in repeats)
     variance = np.mean([draws.log_evidence_se**2 for draws in repeats], axis=0) / len(repeats)
@@ -96,7 +96,7 @@ def method_row(algorithm: Algorithm, repeats: Sequence[Draws], reference: Refere
 
 
 class ComparisonTable(pd.DataFrame):
-    """A DataFrame, one row a method, that prints as a table for people."""
+    """A DataFrame with one row per method, which prints as a table for people."""
 
     _constructor: type[pd.DataFrame] = pd.DataFrame  # what slices of it are
 
@@ -168,8 +168,8 @@ def _or_dead(log_evidence: FloatArray) -> FloatArray:
 def _kl_prior(draws: Draws, reference: Reference | None) -> FloatArray:
     """Return KL(answer || prior) of each prompt, (P,).
 
-    What the algorithm reports itself, if it does (best-of-n, by order statistics); of weighted draws that of the posterior,
-    E[r] / alpha - log Z, likewise of unweighted ones whose target is the posterior, with log Z the reference; of a guide
+    The algorithm's own estimate, if it reports one (best-of-n does, by order statistics). For weighted draws, that of the
+    posterior, E[r] / alpha - log Z; the same for equally weighted posterior draws, with the reference as log Z. For a guide,
     E_q[log q - log p0].
     """
     if "kl_prior" in draws.info:
@@ -188,7 +188,7 @@ def _kl_posterior(algorithm: Algorithm, repeats: Sequence[Draws], reference: Ref
     """Return KL(answer || posterior), a mean over prompts, and whether it is a value, a bound or an approximation.
 
     Exact draws: 0. A guide: log Z - ELBO. Best-of-n: KL(. || prior) - E[r] / alpha + log Z, the first term estimated by order
-    statistics. Weighted draws, resampled: at most log Z - E[log Z-hat], about half the squared standard error (THEORY 1.11).
+    statistics. Weighted draws, resampled: at most log Z - E[log Z-hat], about half the squared standard error (theory.md 6.7).
     Quasi-rejection: at most log(Z / Z_B), estimated. Markov chains: unknown, see their R-hat.
     """
     if isinstance(algorithm, Exact | RejectionSampling):
@@ -220,7 +220,7 @@ def _num_distinct(draws: Draws) -> int:
 
 
 def _note(repeats: Sequence[Draws], ess: float, alive: bool, reference: Reference | None) -> str:
-    """Return what a reader must know before believing the row."""
+    """Return the warnings that belong to a row: no possible draw, small ESS, unmixed chains, evidence too low."""
     if not alive:
         return "no draw has positive likelihood"
     notes = []

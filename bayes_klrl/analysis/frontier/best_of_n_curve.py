@@ -1,4 +1,4 @@
-"""What best-of-n would reach, for every n, from one pool of draws: the rival beside the frontier.
+"""Reward and KL of best-of-n for every n, estimated from one pool of draws: the rival beside the frontier.
 
 With F the prior's cdf of the reward, estimated from the draws, and r_(1) <= r_(2) <= ... in order,
 
@@ -8,7 +8,7 @@ Ties are broken at random, so that the KL to the prior is that between reward le
 
     KL = sum_levels q log(q / p),   p = F(level) - F^-(level),   q = F(level)^n - F^-(level)^n,
 
-which is log n - (n - 1) / n for a reward without ties, and less with them (THEORY 1.11).
+which is log n - (n - 1) / n for a reward without ties, and less with them (theory.md 6.5).
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class BestOfNCurve:
     Parameters
     ----------
     n
-        Candidates, shape (B,).
+        The number of candidates, shape (B,).
     reward, reward_se
-        E[max of n] and its standard error, shape (B,); -inf where a draw is impossible, since all n may be.
+        E[max of n] and its standard error, shape (B,); -inf if some draw is impossible, since all n may be.
     kl
         KL to the prior in nats, shape (B,).
     """
@@ -54,9 +54,9 @@ def best_of_n_curve(pool: RewardPool, ns: Sequence[int] | None = None) -> BestOf
     Parameters
     ----------
     pool
-        The draws.
+        The draws and their rewards.
     ns
-        Values of n. None: 1, 2, 4, ... while n is at most a fiftieth of the draws.
+        Values of n. None: 1, 2, 4, ... up to a fiftieth of the number of draws.
 
     Examples
     --------

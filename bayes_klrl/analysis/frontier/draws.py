@@ -1,4 +1,4 @@
-"""The draws that a frontier rests on: new ones from the prior, or a user's own, and the pool they make."""
+"""The draws that a frontier is computed from: new ones from the prior, or a user's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _RECOMPUTED = 8  # draws of each prompt that are scored again, to know that they
 def drawn_or_given(
     posterior: Posterior, draws: Draws | None, num_draws: int | None, seed: int | None, progress: bool
 ) -> Draws:
-    """Return new draws from the prior, or the user's if they are independent draws of a known density, so weighted.
+    """Return new draws from the prior, or the user's if they are independent draws of a known density, weighted by it.
 
     Raises
     ------
@@ -35,7 +35,9 @@ def drawn_or_given(
     if num_draws is not None or seed is not None:
         raise BayesKLRLError("Give frontier either draws=, or num_draws= and seed=; not both.")
     if not isinstance(draws, Draws):
-        raise BayesKLRLError(f"draws are those of bk.ImportanceSampling(...).run(posterior, seed=...); got {draws!r}.")
+        raise BayesKLRLError(
+            f"draws must come from bk.ImportanceSampling(...).run(posterior, seed=...); got {draws!r}."
+        )
     if draws.prompts != posterior.prompts or not np.isclose(draws.alpha, posterior.alpha, rtol=1e-12):
         raise BayesKLRLError("These draws are of another posterior: their prompts or their alpha differ.")
     _check_rewards(posterior, draws)

@@ -1,8 +1,8 @@
 """A frontier beyond the reach of its draws, by annealing: several runs of an algorithm that reports its path.
 
 Annealed SMC passes p_s(x) prop. to p0(x) exp(s r(x) / alpha) for 0 = s_0 < ... < s_m = 1 and leaves log Z(s) and E[r] of
-all of them in `Draws.info` (THEORY 3.7): points of the frontier at b = s / alpha. Runs are independent and weigh Z-hat each,
-as draws do in `reward_path`, whose influence functions give the errors: Z-hat is averaged, not its log, and E[r] loses the
+all in `Draws.info` (theory.md 7.6): points of the frontier at b = s / alpha. Runs are independent and weigh Z-hat each,
+as draws do in `path`, whose influence functions give the errors: Z-hat is averaged, not its log, and E[r] loses the
 bias that it has in every single run.
 """
 

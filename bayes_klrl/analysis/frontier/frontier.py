@@ -1,9 +1,8 @@
 """The reward-KL frontier of a posterior over all alphas, from prior draws alone, before any training: `frontier`.
 
 The frontier max{E_q[r] : KL(q || p0) <= K} is traced by the posteriors p*_alpha themselves, with slope dR/dK = alpha; no
-policy is above it (THEORY 1.6). One pool of prior draws, weighted by exp(r / alpha), gives log Z, E[r], KL and ESS at every
-alpha; `reward_path` has the formulas and the errors. The file is not called like its function, which `import
-bayes_klrl.frontier` would otherwise replace.
+policy is above it (theory.md 1.6). One pool of prior draws, weighted by exp(r / alpha), gives log Z, E[r], KL and ESS at every
+alpha; `path` has the formulas and the errors.
 """
 
 from __future__ import annotations
@@ -50,35 +49,48 @@ class Frontier(FrontierRecord):
     Parameters
     ----------
     mean
-        The curves of the mean over prompts.
+        The curves for the mean over prompts, arrays (A,).
     per_prompt
-        The same of each prompt, arrays (P, A).
+        The curves for each prompt, arrays (P, A).
     cut
-        The least alpha that the draws reach: ESS >= 100 for every prompt, so KL < log N - 4.6. What is below is extrapolation,
-        unless an `extension` covers it. 0: they reach everywhere, as for a reward of few levels; inf: nowhere.
+        The least alpha that the draws reach: ESS >= 100 for every prompt, so KL < log N - 4.6. Numbers below it are
+        extrapolation, unless an `extension` covers them. 0: the draws reach every alpha, as for a reward of few levels; inf:
+        they reach none.
     alpha
-        The posterior's own.
+        The alpha of the posterior.
     best_of_n
-        What best-of-n would reach, from the same draws.
+        Reward and KL of best-of-n, from the same draws.
     pool
         The draws, as weights and rewards.
     extension
-        Points from elsewhere that go on below `cut`.
+        Points from another source that continue the curves below `cut`; None if there are none.
     cost
         Seconds and model tokens of the draws.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> curve = bk.frontier(bk.Posterior(coin, longer, max_new_tokens=8), num_draws=4000, seed=0)
+    >>> alpha = curve.alpha_for(kl=0.5)
+    >>> curve.at(alpha).kl.round(3), bool(curve.cut < alpha)
+    (array([0.5]), True)
+    >>> curve.table().index.name
+    'alpha'
     """
 
     def alpha_for(self, *, kl: float | None = None, reward: float | None = None, ess: float | None = None) -> float:
         """Return the alpha whose posterior has a given KL to the prior, or mean reward, or effective sample size.
 
-        Exactly one is given; means over prompts. KL and reward rise and ESS falls as alpha falls, so there is one answer.
-        ESS is Kish's of these very draws, for prior draws the same as N exp(2 log Z(b) - log Z(2b)). It is what importance
-        sampling with them reports at that alpha, and from few draws it is too high where it is low.
+        Give exactly one of the three; they are means over prompts. As alpha falls, KL and reward rise and ESS falls, so there
+        is at most one answer. ESS is Kish's, of these very draws: what importance sampling with them reports at that alpha,
+        for prior draws N exp(2 log Z(b) - log Z(2b)). From few draws it is too high where it is low.
 
         Raises
         ------
         BayesKLRLError
-            If no alpha does, or only one below what the draws reach; names the range that can be had.
+            If no alpha has that value, or only one that the draws do not reach; the message gives the range that can be had.
         """
         given = {name: value for name, value in (("kl", kl), ("reward", reward), ("ess", ess)) if value is not None}
         if len(given) != 1:
@@ -110,12 +122,12 @@ class Frontier(FrontierRecord):
         return gap_at(at, kl, kl_se=kl_se, covariance=covariance)
 
     def extended(self, points: PathPoints) -> Frontier:
-        """Return the frontier that goes on below `cut` by points from elsewhere, where these reach.
+        """Return the frontier continued below `cut` by points from another source, as far as these reach.
 
         Parameters
         ----------
         points
-            log Z and E[r] of all P prompts at temperatures from `cut` or above it downwards, by annealed SMC say.
+            log Z and E[r] of all P prompts, at alphas that begin at `cut` or above it; annealed SMC gives such points.
         """
         num_prompts = len(self.pool.reward)
         if len(points.reward) != num_prompts:
@@ -130,7 +142,7 @@ class Frontier(FrontierRecord):
         return replace(longer, mean=mean, per_prompt=per_prompt)
 
     def table(self) -> pd.DataFrame:
-        """Return one row an alpha: each quantity with the ends of its interval and its validity, and `within`."""
+        """Return a DataFrame with one row per alpha: each quantity, the ends of its interval, its validity, and `within`."""
         return frontier_table(self)
 
     def __repr__(self) -> str:
@@ -151,7 +163,7 @@ class Frontier(FrontierRecord):
         file
             The PNG to write.
         policies
-            By name: a pair (KL to the prior, reward), or the `Draws` of any method with a density.
+            Trained policies by name: each a pair (KL to the prior, reward), or the `Draws` of any method with a density.
         """
         from bayes_klrl.analysis.frontier.picture import plot_frontier
 
@@ -229,27 +241,26 @@ def frontier(
     Parameters
     ----------
     posterior
-        The prior and the reward; its own alpha is marked, and in the default grid.
+        The prior and the reward. Its own alpha is part of the default grid, and marked in table and picture.
     num_draws
-        N for each prompt. The frontier is known up to log N - 4.6 nats at best.
+        N, the number of prior draws per prompt. The frontier is known up to a KL of log N - 4.6 nats at best.
     seed
-        Of the draws.
+        Seed for the draws.
     alphas
-        Where to evaluate; they come back sorted, falling. None: about 40 on a log grid from near the prior to past the cut.
+        The alphas to evaluate; they are sorted, falling. None: about 40 on a log grid from near the prior to past the cut.
     extend
-        What goes on below the cut: points, or an algorithm that passes them on its way, such as `AnnealedSMC`, which is then
-        run `frontier_extension.NUM_RUNS` times for the coldest alpha of the grid, with seeds made from `seed` (0 if `draws`
-        were given).
+        The continuation below the cut: points, or an algorithm that reports its path, such as `AnnealedSMC`, which is then
+        run 8 times for the coldest alpha of the grid, with seeds made from `seed` (from 0 if `draws` were given).
     draws
-        Importance-sampling draws to use in place of new ones, from the prior or from a proposal such as a tuned policy
-        (then without `num_draws` and `seed`).
+        Importance-sampling draws to use instead of new ones, from the prior or from a proposal such as a tuned policy
+        (leave out `num_draws` and `seed`).
     progress
         Show a progress bar.
 
     Raises
     ------
     BayesKLRLError
-        For arguments that cannot be right, and a likelihood of constraints alone, which has no alpha.
+        If an argument cannot be right, or the likelihood has constraints only and so no alpha.
 
     Examples
     --------
@@ -261,9 +272,9 @@ def frontier(
     (True, True)
     """
     if not isinstance(posterior, Posterior):
-        raise BayesKLRLError(f"A frontier is of a bk.Posterior; got {posterior!r}.")
+        raise BayesKLRLError(f"posterior must be a bk.Posterior; got {posterior!r}.")
     if not (extend is None or isinstance(extend, PathPoints | Algorithm)):
-        raise BayesKLRLError(f"extend is a PathPoints or an algorithm such as bk.AnnealedSMC(256); got {extend!r}.")
+        raise BayesKLRLError(f"extend must be PathPoints or an algorithm such as bk.AnnealedSMC(256); got {extend!r}.")
     if posterior.likelihood.alpha is None:
         raise BayesKLRLError(
             "A likelihood of constraints alone has no alpha: its frontier is the one point KL = -log p0(A) = -log Z. Multiply "

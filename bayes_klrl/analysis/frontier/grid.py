@@ -1,4 +1,4 @@
-"""Where a frontier is evaluated: how far its draws reach, and a grid of temperatures that shows both ends."""
+"""The grid of temperatures of a frontier, and the least alpha that its draws reach."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The alpha that a policy effectively solved for, and how far below the frontier it lies.
 
-Let b* solve R(b*) = E_q[r] on the path of posteriors p*_b (`reward_path`). Then, for any policy q (THEORY 1.6, Pythagoras),
+Let b* solve R(b*) = E_q[r] on the path of posteriors p*_b (see `path`). Then, for any policy q (theory.md 1.7, Pythagoras),
 
     KL(q || p0) = KL(q || p*_b*) + K(b*),
 
@@ -85,7 +85,7 @@ def implied(pool: RewardPool, reward: float, *, reward_se: float = 0.0) -> Impli
     reward
         E_q[r] of the policy, mean over prompts.
     reward_se
-        Its standard error.
+        The standard error of `reward`.
 
     Raises
     ------
@@ -140,11 +140,12 @@ def gap(
     Parameters
     ----------
     pool, reward, reward_se
-        See `implied`.
+        Draws, the policy's mean reward and its standard error, as for `implied`.
     kl, kl_se
         KL(q || p0) of the policy in nats, mean over prompts, and its standard error.
     covariance
-        Of the estimates of reward and KL, from one sample of the policy commonly positive; 0 if they are independent.
+        Covariance of the estimates of reward and KL. From one sample of the policy it is commonly positive; 0 if they are
+        independent.
     """
     return gap_at(implied(pool, reward, reward_se=reward_se), kl, kl_se=kl_se, covariance=covariance)
 

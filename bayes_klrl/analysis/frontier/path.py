@@ -4,8 +4,8 @@ With b = 1 / alpha, p*_b(x) = p0(x) exp(b r(x)) / Z(b) and draws x_n ~ q of weig
 
     log Z(b) = log mean u exp(b r)    R(b) = E_p*_b[r] = d log Z / db    K(b) = KL(p*_b || p0) = b R(b) - log Z(b)
 
-and the draws are worth ESS(b) = N Z(b)^2 / Z(2b) of p*_b for the prior's (THEORY 1.6). Standard errors come from influence
-functions (5.2): with w_n = u_n exp(b r_n) / Z(b), so that mean w = 1, they are
+and the draws are worth ESS(b) = N Z(b)^2 / Z(2b) of p*_b for the prior's (theory.md 1.6). Standard errors come from influence
+functions (theory.md 7.3): with w_n = u_n exp(b r_n) / Z(b), so that mean w = 1, they are
 
     log Z: w - 1    R: w (r - R)    K: b w (r - R) - (w - 1)    ESS: ESS [2 (w - 1) - (w^2 / mean w^2 - 1)]
 
@@ -13,8 +13,8 @@ and se^2 = sum f^2 / (N (N - 1)). A reward of -inf belongs to the base measure, 
 a completion has weight 0, so that b -> 0 is the constrained prior, log Z(0) = log p0(A), and b < 0 is legal. KL is always to
 the unconstrained p0.
 
-N draws know K up to a point: the plug-in is log N - H(W), at most log N whatever the truth, so THEORY 5.3 caps it at
-log N - 3. Kish's ESS is at most exp(H(W)), so ESS >= 100 alone keeps K below log N - log 100 = log N - 4.6.
+N draws know K up to a point: the plug-in is log N - H(W), at most log N whatever the truth, so K needs a cap
+(theory.md 7.5). Kish's ESS is at most exp(H(W)), so ESS >= 100 alone keeps K below log N - log 100 = log N - 4.6.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ __all__ = [
 
 QUANTITIES = ("log_evidence", "reward", "kl", "ess")
 LEVEL = 0.95  # of every interval
-MIN_ESS = 100  # below it intervals cover too rarely (THEORY 5.1)
-MIN_INFLUENTIAL = 50  # draws that an error estimate must rest on (THEORY 5.2)
+MIN_ESS = 100  # below it intervals cover too rarely (theory.md 7.1)
+MIN_INFLUENTIAL = 50  # draws that an error estimate must rest on (theory.md 7.4)
 _MAX_BIAS = 0.25  # of a standard error; more costs an interval over a hundredth of its 95
 NORMAL_QUANTILE = 1.959963984540054  # of `LEVEL`, two-sided
 
 
 @dataclass(frozen=True, eq=False)
 class RewardPool:
-    """N independent draws for each of P prompts, by how the prior weighs them and by their reward.
+    """N independent draws for each of P prompts: their weights under the prior, and their rewards.
 
     Parameters
     ----------
@@ -64,7 +64,8 @@ class RewardPool:
     Raises
     ------
     BayesKLRLError
-        For fewer than two draws, unequal shapes, NaN or +inf; `SupportError` if all of a prompt's draws are impossible.
+        If there are fewer than two draws, the shapes differ, or NaN or +inf occurs; `SupportError` if all draws of a prompt
+        are impossible.
     """
 
     log_weights: FloatArray
@@ -135,15 +136,15 @@ class Curves:
     inverse_alpha
         b = 1 / alpha, shape (A,).
     log_evidence, reward, kl, ess
-        The estimates; K is to the prior, in nats.
+        The estimates; K is the KL to the prior, in nats.
     se
-        Their standard errors, by name.
+        Standard errors of the estimates, by name.
     within
-        How far the draws reach: ESS >= 100 for every prompt, and so K < log N - 4.6. Elsewhere all is extrapolation.
+        True where the draws reach: ESS >= 100 for every prompt, and so K < log N - 4.6. Elsewhere all is extrapolation.
     valid
-        Where an interval can be relied on, by name: `within`, its error rests on 50 draws or more, and its bias is below a
-        quarter of its standard error. A verdict from the same draws: pools whose tail came out short pass more easily, so
-        near its edge intervals cover less than they say.
+        True where an interval can be relied on, by name: `within` is true, the error rests on 50 draws or more, and the bias
+        is below a quarter of the standard error. This is judged from the same draws: pools whose tail came out short pass
+        more easily, so near the edge intervals cover less often than they claim.
     """
 
     inverse_alpha: FloatArray
@@ -184,7 +185,7 @@ class Curves:
 
 @dataclass(frozen=True, eq=False)
 class _Sums:
-    """What one pool says at one b, shape (P,), or at A of them, (P, A), before any verdict; by name.
+    """The sums over one pool at one b, shape (P,), or at A of them, (P, A), by name.
 
     `squares` and `fourths` are sums over draws of the influence functions' powers.
     """
@@ -227,9 +228,9 @@ def curves(pool: RewardPool, inverse_alphas: ArrayLike) -> tuple[Curves, Curves]
     Parameters
     ----------
     pool
-        The draws.
+        The draws and their rewards.
     inverse_alphas
-        b = 1 / alpha, shape (A,); 0 is the (constrained) prior, negative ones are legal.
+        b = 1 / alpha, shape (A,); 0 is the (constrained) prior, negative values are legal.
 
     Examples
     --------

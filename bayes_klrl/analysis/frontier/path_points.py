@@ -1,6 +1,6 @@
-"""Points on the path of posteriors from any other source, by which a frontier goes on where its draws end.
+"""Points on the path of posteriors from another source, which continue a frontier where its draws end.
 
-Annealed SMC gives log Z(b_j) and R(b_j) at its temperatures for nothing, deep beyond what prior draws reach (THEORY 3.7).
+Annealed SMC gives log Z(b_j) and R(b_j) at its temperatures for free, far beyond the reach of prior draws (theory.md 3.12).
 Between points R is linear and log Z the cubic with R as its slope (d log Z / db = R), so that K = b R - log Z.
 """
 
@@ -32,7 +32,7 @@ class PathPoints:
     Raises
     ------
     BayesKLRLError
-        For shapes that do not fit, fewer than two points, numbers that are not finite, or temperatures out of order.
+        If shapes do not fit, there are fewer than two points, numbers are not finite, or temperatures are out of order.
 
     Examples
     --------

@@ -47,11 +47,11 @@ def plot_frontier(frontier: FrontierRecord, file: str | Path, *, policies: Mappi
     Parameters
     ----------
     frontier
-        What to draw.
+        The frontier to draw.
     file
         The PNG to write.
     policies
-        By name, what `policy_point` takes.
+        Trained policies by name, each in a form that `policy_point` accepts.
     """
     points = {name: policy_point(name, policy) for name, policy in (policies or {}).items()}
     own = frontier.at(frontier.alpha)
@@ -82,7 +82,7 @@ def policy_point(name: str, policy: Any) -> tuple[float, float]:
     Parameters
     ----------
     name
-        For errors.
+        The policy's name, for error messages.
     policy
         The pair itself; or `Draws` of a method with a density, such as those of `Fit.run`.
     """

@@ -18,7 +18,7 @@ _ROWS_SHOWN = 12
 
 
 def frontier_table(frontier: FrontierRecord) -> pd.DataFrame:
-    """Return one row an alpha, as `Frontier.table` says."""
+    """Return one row per alpha, with the columns that `Frontier.table` describes."""
     import pandas as pd
 
     curves, columns = frontier.mean, dict[str, Any]()

@@ -1,4 +1,4 @@
-"""The backward recursion over (prior's state h, automaton's state d), in log space (THEORY 4.2).
+"""The backward recursion over (prior's state h, automaton's state d), in log space (theory.md 5.2).
 
     B_T(h, d) = r_T(d) / alpha
     B_t(h, d) = log sum_a p0(a | h) exp( r_a(d, a) / alpha + [a is EOS ? r_T(d') / alpha : B_{t+1}(h a, d')] ),

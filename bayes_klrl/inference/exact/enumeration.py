@@ -1,6 +1,6 @@
 """Enumeration of every completion, and the posterior on them.
 
-log Z = logsumexp_x [ log p0(x) + r(x) / alpha ]   over all x that end with EOS or are T tokens long (THEORY 4.1)
+log Z = logsumexp_x [ log p0(x) + r(x) / alpha ]   over all x that end with EOS or are T tokens long (theory.md 5.1)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What can be had exactly of a posterior: its evidence, and draws that follow it to the letter.
 
-An upper bound on log Z needs at least one exact draw (THEORY 3.6), and nothing that a sampler converges to will do. In order
+An upper bound on log Z needs an exact draw (theory.md 4.4), and nothing that a sampler converges to will do. In order
 of cost: backward messages, enumeration, rejection under a declared bound of the reward.
 """
 

@@ -28,7 +28,7 @@ __all__ = ["MessageTwist", "PosteriorPolicy"]
 
 @dataclass(frozen=True, eq=False)
 class MessageTwist:
-    """The optimal twist of the posterior that the messages are of; a good one for a prior like it (THEORY 4.5).
+    """The optimal twist of the posterior that the messages are of; a good one for a prior like it (theory.md 3.9).
 
     Called with another posterior it reads that one's prompts, and needs the same vocabulary and max_new_tokens.
 

@@ -1,6 +1,6 @@
 """The exact posterior by backward messages: an n-gram or hidden Markov prior, and a reward that an automaton computes.
 
-    log Z = B_0(start),    p*(x) = p0(x) exp(r(x) / alpha) / Z                                       (THEORY 4.2, 4.3)
+    log Z = B_0(start),    p*(x) = p0(x) exp(r(x) / alpha) / Z                                    (theory.md 5.2, 5.4)
 
 At lengths of thousands, in time linear in T: log evidence, independent draws, log p* of anything, moments, marginals, the
 optimal twist and the posterior policy. It is dynamic programming, soft value iteration in RL's words, with nothing learned.

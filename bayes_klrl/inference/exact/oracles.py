@@ -1,13 +1,13 @@
 """What losses converge to, computed exactly: the posterior, the myopic policies, and the alpha that fits a policy best.
 
-With b = 1 / alpha, by one recursion from the completions back to the empty prefix (THEORY 8b):
+With b = 1 / alpha, by one recursion from the completions back to the empty prefix (theory.md 2.8):
 
     posterior        U(end) = b r;  U(s) = log sum_a p0(a|s) exp U(sa);        p*(a|s) = p0(a|s) exp(U(sa) - U(s))
     myopic           V(end) = r;    V(s) = sum_a q(a|s) V(sa);                 q(a|s) prop. to p0(a|s) exp(b V(sa))
     forward myopic   the same V;                                               q(a|s) = alpha p0(a|s) / (lambda(s) - V(sa))
 
 The posterior's value of a prefix is soft; the myopic one is hard, because a KL summed over tokens with the prefixes taken
-as given has no term for what a token makes the later tokens cost (THEORY 2.5). The myopic policy is the fixed point of
+as given has no term for what a token makes the later tokens cost (theory.md 2.8). The myopic policy is the fixed point of
 the reverse KL of every token, sum_t KL(q_t || p0_t): GRPO with TRL's bias correction. The forward myopic one is that of
 sum_t KL(p0_t || q_t), the plain k3 of the original GRPO: there q (Q - V) = alpha (q - p0) at every prefix, which is the
 formula above with lambda = alpha + V. With T = 1 the first two coincide.
@@ -132,7 +132,7 @@ def posterior_policy(posterior: Posterior) -> PrefixPolicy:
 def myopic_policy(posterior: Posterior, *, alpha: float | None = None, forward: bool = False) -> PrefixPolicy:
     """Return what a KL penalty in the loss, summed over tokens, converges to: "GRPO with beta" should be compared to this.
 
-        q(a|s) prop. to p0(a|s) exp(V(sa) / alpha),   V(s) = sum_a q(a|s) V(sa),   V(end) = r      (THEORY 2.5, 8b)
+        q(a|s) prop. to p0(a|s) exp(V(sa) / alpha),   V(s) = sum_a q(a|s) V(sa),   V(end) = r      (theory.md 2.8)
 
     Parameters
     ----------
@@ -169,7 +169,7 @@ def myopic_policy(posterior: Posterior, *, alpha: float | None = None, forward: 
 
 
 def implied_inverse_alpha(problem: Enumerated, log_q: FloatArray) -> float:
-    """Return the b of the posterior nearest to a policy, of one prompt: R(b) = E_q[r] (THEORY 1.6).
+    """Return the b of the posterior nearest to a policy, of one prompt: R(b) = E_q[r] (theory.md 1.7).
 
     That b minimises KL(q || p*_b), and the minimum is KL(q || p0) - KL(p*_b || p0). Negative where the policy's reward is
     below the prior's; cut off where the posterior is a point mass to float64.

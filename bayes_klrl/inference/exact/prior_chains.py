@@ -162,7 +162,7 @@ def ngram_state(prior: NgramLM, prompt_ids: Sequence[TokenIds], prompt_index: In
 class HmmChain:
     """A hidden Markov model as a chain: a state is (z_t after its token was emitted), the last one is the start.
 
-    Arrival z V + a: the hidden state becomes z and emits a, M[h, (z, a)] = A[h, z] E[z, a] (THEORY 4.3).
+    Arrival z V + a: the hidden state becomes z and emits a, M[h, (z, a)] = A[h, z] E[z, a] (theory.md 5.4).
     """
 
     def __init__(self, prior: HmmLM) -> None:

@@ -1,4 +1,4 @@
-"""Suffix moves: the Metropolis-Hastings step on completions that Markov chains and annealing share (THEORY 1.11).
+"""Suffix moves: the Metropolis-Hastings step on completions that Markov chains and annealing share (theory.md 6.6).
 
     cut x at t, keep x_1:t, draw the rest from q, accept the new x' with probability min(1, ratio)
 

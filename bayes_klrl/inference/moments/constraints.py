@@ -4,8 +4,8 @@ Of all distributions with E[f_j(x)] = mu_j, j = 1..J, the nearest to the prior i
 
     p_lambda(x) = p0(x) exp(sum_j lambda_j f_j(x)) / Z(lambda),
 
-lambda the minimum of the convex log Z(lambda) - lambda . mu, with gradient E_lambda[f] - mu and Hessian Cov_lambda[f] (THEORY
-1.10). So alpha_j = 1 / lambda_j: a target for the mean chooses the KL coefficient, and a reward need not be weighed by hand.
+lambda the minimum of the convex log Z(lambda) - lambda . mu, gradient E_lambda[f] - mu, Hessian Cov_lambda[f] (theory.md
+1.13). So alpha_j = 1 / lambda_j: a target for the mean chooses the KL coefficient, and a reward need not be weighed by hand.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = ["MomentConstraint", "moment_constraint"]
 
 Feature = Likelihood | Callable[..., Any]
 
-_LEAST_ESS = 10  # below it nothing is said of a mean (THEORY 5.1)
+_LEAST_ESS = 10  # below it nothing is said of a mean (theory.md 7.1)
 _TOLERANCE = 1e-10  # of a mean, in prior standard deviations
 _COARSE = 1e-6  # what is good enough where the objective has no more digits
 _MAX_STEPS, _SMALLEST_STEP = 200, 1e-12

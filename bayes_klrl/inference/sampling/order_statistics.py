@@ -1,7 +1,7 @@
 """Best-of-n by order statistics: its law, its divergence from the prior and its win rate, ties included.
 
 Let the prior give the mass m_l to the level l of equal reward, and F_l to rewards up to it. The best of n draws is in level
-l with probability F_l^n - F_{l-1}^n, and within a level it follows the prior, so (THEORY 1.11; Beirami et al. 2024)
+l with probability F_l^n - F_{l-1}^n, and within a level it follows the prior, so (theory.md 6.5; Beirami et al. 2024)
 
     p_n(x) = p0(x) / m_l (F_l^n - F_{l-1}^n),   KL(p_n || p0) = sum_l (F_l^n - F_{l-1}^n) log ((F_l^n - F_{l-1}^n) / m_l)
 

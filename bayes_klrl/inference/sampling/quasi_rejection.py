@@ -3,7 +3,7 @@
     x ~ q,   w(x) = p0(x) exp(r(x) / alpha) / q(x),   accept with probability min(1, w(x) / B)
     output p_B(x) = min(p0(x) exp(r(x) / alpha), B q(x)) / Z_B,   acceptance rate Z_B / B
 
-    TVD(p*, p_B) <= 1 - Z_B / Z,   KL(p_B || p*) <= log(Z / Z_B)                       (Eikema et al. 2022; THEORY 1.11)
+    TVD(p*, p_B) <= 1 - Z_B / Z,   KL(p_B || p*) <= log(Z / Z_B)                       (Eikema et al. 2022; theory.md 6.4)
 
 A larger B is closer to the posterior and accepts less: the one knob between quality and cost.
 """

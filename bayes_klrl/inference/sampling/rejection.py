@@ -2,7 +2,7 @@
 
     x ~ p0,   accept with probability exp((r(x) - r_max) / alpha),   acceptance rate Z exp(-r_max / alpha)
 
-What is accepted follows the posterior exactly, whatever the number of proposals (THEORY 1.11). It takes exp(r_max / alpha) /
+What is accepted follows the posterior exactly, whatever the number of proposals (theory.md 6.3). It takes exp(r_max / alpha) /
 Z proposals a draw, so it is for mild posteriors, and for the few exact draws that make a certificate two-sided.
 """
 

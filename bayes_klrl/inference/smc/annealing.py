@@ -1,4 +1,4 @@
-"""Annealed SMC over alpha: from the prior to the posterior by tempering, with suffix moves (THEORY 3.7, 8b).
+"""Annealed SMC over alpha: from the prior to the posterior by tempering, with suffix moves (theory.md 3.12).
 
     p_s(x) prop. p0(x) exp(s r(x) / alpha),   0 = s_0 < s_1 < ... < s_m = 1
 

@@ -1,4 +1,4 @@
-"""Conditional SMC: an upper bound on log Z from one exact posterior draw (THEORY 3.6).
+"""Conditional SMC: an upper bound on log Z from one exact posterior draw (theory.md 3.10).
 
 Particle 0 is a retained completion x* ~ p*. It emits the tokens of x*, its ancestor is always itself, the others are drawn
 and resampled as ever, multinomially from all N particles. Weights and log Z-hat are those of plain SMC, but now
@@ -7,7 +7,7 @@ and resampled as ever, multinomially from all N particles. Weights and log Z-hat
 
 over x* and the other particles (Grosse et al. 2015; Zhao et al. 2024). With plain SMC, which bounds log Z from below, it
 brackets log Z by sampling alone. All of it rests on x* being exact: conditioned on the output of SMC, of a Markov chain or of
-best-of-n it is no bound (0.28 nats below log Z on a problem of two completions).
+best-of-n it is no bound (theory.md 3.10).
 """
 
 from __future__ import annotations

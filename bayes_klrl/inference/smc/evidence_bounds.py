@@ -6,7 +6,7 @@ Let Z-hat_1, ..., Z-hat_M >= 0 be independent with mean Z, as those of SMC are. 
 
 so by Markov's inequality P(W(Z) >= 1 / delta) <= delta, and the z at which W crosses 1 / delta is a lower bound on Z that
 fails with probability at most delta: no variance, no normality, no large M is assumed. It is a bet against z (Waudby-Smith
-and Ramdas 2023, section 4). lambda = 1 is the product of the estimates, mean log Z-hat - log(1 / delta) / M (THEORY 8b), best
+and Ramdas 2023, section 4). lambda = 1 is the estimates' product, mean log Z-hat - log(1 / delta) / M (theory.md 3.11), best
 when they hardly vary; a small lambda bets on their mean and forgives runs that died. A mixture over lambda has mean 1 as well:
 half of it is put on 1, the rest on a grid. Conditional SMC has E[1 / Z-hat] = 1 / Z, and the same bet on 1 / Z gives the upper
 bound.

@@ -1,4 +1,4 @@
-"""Sequential Monte Carlo over tokens, with twists (THEORY 3; Zhao et al. 2024).
+"""Sequential Monte Carlo over tokens, with twists (theory.md 3; Zhao et al. 2024).
 
 Intermediate targets gamma_t(x_1:t) = p0(x_1:t) psi_t(x_1:t); psi of a finished completion is its likelihood. A particle's
 log-weight grows by
@@ -97,7 +97,7 @@ class SMC:
         """Return log Z-hat of M independent runs, (P, M), decoded together.
 
         The mean of each Z-hat is Z, so the mean of log Z-hat is at most log Z: with probability 1 - delta, whatever the
-        number of particles, log Z >= mean log Z-hat - log(1 / delta) / M (THEORY 3.6). Proposal and twist are made once,
+        number of particles, log Z >= mean log Z-hat - log(1 / delta) / M (theory.md 3.11). Proposal and twist are made once,
         from a stream of their own, and are the same in all runs.
 
         Parameters

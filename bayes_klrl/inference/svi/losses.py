@@ -1,14 +1,14 @@
-"""What a trainer's loss is made of, and reference losses to audit or to compare one's own with.
+"""The inputs of a trainer's loss, and reference losses to audit or to compare with your own.
 
 Every loss is a function of `LossInputs` that returns a scalar to be minimised, in units of reward as trainers have it:
-minus the return, so that -J(q) = -E_q[r] + alpha KL(q || p0) = -alpha ELBO(q) is what it should descend. With
+minus the return, so that it should descend -J(q) = -E_q[r] + alpha KL(q || p0) = -alpha ELBO(q). With
 l_t = log q_t - log p0_t, the RL words are: policy q, reference model p0, "beta" alpha.
 
     LeaveOneOut      TRL's RLOOTrainer: k1 in the reward, a leave-one-out baseline         the posterior
     LogVariance      half the variance of the log-weights (VarGrad; Richter et al. 2020)   the same gradient, batch by batch
     RaoBlackwell     the KL summed over the vocabulary (Amini et al. 2025)                 the posterior
     GRPO             TRL's GRPOTrainer: k3 of every token in the loss                      a myopic policy
-    KLPenalty        every other place for the KL and every estimator of it                THEORY 2.5
+    KLPenalty        every other place for the KL and every estimator of it                theory.md 2.7
     DPO              preferences on pairs drawn from p0                                    the posterior
 """
 
@@ -33,14 +33,14 @@ _MOST_PAIRED = 5_000  # whose squares of log-ratios are 200 MB
 
 @dataclass(frozen=True, eq=False)
 class LossInputs:
-    """N completions of one prompt, one group, with what a trainer knows about them; float64.
+    """N completions of one prompt, one group, with all that a loss may read of them; float64.
 
     Parameters
     ----------
     log_probs
-        log q(x_t | x_<t) of the policy, differentiable, shape (N, T); 0 past each completion's length, as below.
+        log q(x_t | x_<t) of the policy, differentiable, shape (N, T); 0 past each completion's length, as in the next two.
     old_log_probs, ref_log_probs
-        The same of the policy that drew the completions, without gradient, and of the reference model, shape (N, T).
+        Log-probs under the policy that drew the completions, without gradient, and under the reference model, shape (N, T).
     mask
         True at the tokens of each completion, EOS included, shape (N, T).
     rewards
@@ -50,11 +50,27 @@ class LossInputs:
     tokens
         Token ids, shape (N, T).
     states, policy_table, ref_table
-        Which prefix stands before each token, shape (N, T), and log q and log p0 of every token after every prefix, shape
-        (S, V); read them through `all_log_probs` and `all_ref_log_probs`.
+        The number of the prefix before each token, shape (N, T), and log q and log p0 of every token after every prefix,
+        shape (S, V); read them through `all_log_probs` and `all_ref_log_probs`.
     weights
-        None: the completions are draws. Else the probability of each, shape (N,): every completion is there once, and
-        averages over completions are the exact expectations if they are taken by `mean`, `std` and `leave_one_out`.
+        None: the completions are draws. Otherwise the probability of each, shape (N,): every completion is there once, and
+        `mean`, `std` and `leave_one_out` are exact expectations.
+
+    Examples
+    --------
+    The batch of a loss, made by hand: two completions of one token, one of them rewarded.
+
+    >>> import torch, bayes_klrl as bk
+    >>> from bayes_klrl.inference.svi.losses import LeaveOneOut
+    >>> half, prior = torch.tensor([[-0.7], [-0.7]], requires_grad=True), torch.full((1, 2), 0.5).log()
+    >>> batch = bk.LossInputs(
+    ...     log_probs=half, old_log_probs=half.detach(), ref_log_probs=half.detach(), mask=torch.ones(2, 1, dtype=bool),
+    ...     rewards=torch.tensor([1.0, 0.0]), alpha=0.1, tokens=torch.tensor([[0], [1]]), states=torch.zeros(2, 1, dtype=int),
+    ...     policy_table=prior, ref_table=prior,
+    ... )
+    >>> LeaveOneOut()(batch).backward()
+    >>> half.grad.tolist()  # the rewarded completion is made more likely, the other one less
+    [[-0.5], [0.5]]
     """
 
     log_probs: Tensor
@@ -126,7 +142,7 @@ class LeaveOneOut:
 class LogVariance:
     """alpha / 2 times the variance of log w = log p0 + r / alpha - log q; VarGrad, and trajectory balance with its best log Z.
 
-    Its gradient on draws of the policy is that of `LeaveOneOut`, batch by batch (THEORY 1.10).
+    Its gradient on draws of the policy is that of `LeaveOneOut`, batch by batch (theory.md 2.4).
     """
 
     exact: ClassVar[bool] = True
@@ -140,7 +156,7 @@ class LogVariance:
 
 @dataclass(frozen=True)
 class RaoBlackwell:
-    """Leave-one-out for the reward, the KL over the whole vocabulary with its effect on later KLs (THEORY 2, item 4).
+    """Leave-one-out for the reward, the KL over the whole vocabulary with its effect on later KLs (theory.md 2.3).
 
     grad KL(q || p0) = E sum_t [ grad KL_t + (sum_{u>t} KL_u) grad log q_t ],   KL_t = KL(q_t || p0_t) at the drawn prefix.
     """
@@ -158,25 +174,25 @@ class RaoBlackwell:
 
 @dataclass(frozen=True)
 class GRPO:
-    """The loss of TRL's `GRPOTrainer`, one update a batch.
+    """The loss of TRL's `GRPOTrainer`, with one update per batch.
 
-        loss = -sum_t min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) + alpha c_t (exp(-l_t) - 1 + l_t),   averaged as told
+        loss = -sum_t min(rho_t A, clip(rho_t, 1 - eps, 1 + eps) A) + alpha c_t (exp(-l_t) - 1 + l_t),   averaged (`loss_type`)
 
     Parameters
     ----------
     scale_rewards
-        Whether A = r - mean r is divided by the group's standard deviation: then alpha is alpha x sd (THEORY 2.7). TRL's own
-        words "group" and "none" stand for True and False.
+        Divide A = r - mean r by the group's standard deviation: alpha then acts as alpha x sd (theory.md 2.9). TRL's own words
+        "group" and "none" stand for True and False.
     loss_type
-        How tokens are averaged: "grpo" in each completion, then over completions (the length enters the target); "dapo"
+        The average over tokens: "grpo" within each completion, then over completions (the length enters the target); "dapo"
         over all tokens of the batch; "dr_grpo" over completions x T. The last two differ by a factor only.
     use_bias_correction_kl
         c_t = rho_t rather than 1. Unbiased for the KL of each token given its prefix, not for the sequence's KL.
     epsilon
-        Of the clipping.
+        The half-width of the clipping.
     group_size
-        Completions a group, G; None: the whole batch is one group, the limit of large ones. A baseline that holds its own
-        completion leaves (G - 1) / G of the reward's gradient and all of the KL's: alpha is alpha G / (G - 1).
+        G, the completions per group; None: the whole batch is one group, the limit of large ones. A baseline that holds its
+        own completion leaves (G - 1) / G of the reward's gradient and all of the KL's: alpha acts as alpha G / (G - 1).
 
     Raises
     ------
@@ -221,7 +237,7 @@ class GRPO:
         return batch.mean(per_token.sum(dim=1)) / tokens
 
     def _advantages(self, batch: LossInputs) -> Tensor:
-        """Return the rewards less their group's mean, (N,), divided by its standard deviation if told so."""
+        """Return the rewards minus their group's mean, (N,), divided by its standard deviation if `scale_rewards` says so."""
         scaled = self.scale_rewards in (True, "group")
         if self.group_size is None:
             centred = batch.rewards - batch.mean(batch.rewards)
@@ -237,17 +253,17 @@ class GRPO:
 
 @dataclass(frozen=True)
 class KLPenalty:
-    """Leave-one-out for the reward, and an estimate of the KL put somewhere: the rows of THEORY 2.5.
+    """Leave-one-out for the reward, and an estimate of the KL put somewhere: the rows of theory.md 2.7.
 
     Parameters
     ----------
     estimator
-        Of a completion, with l = sum_t l_t: "k1" l, "k2" l^2 / 2, "k3" exp(-l) - 1 + l; or a sum over its tokens: "token_k2",
-        "token_k3", and "full", KL(q_t || p0_t) over the vocabulary.
+        The estimator of the KL: of the whole completion, with l = sum_t l_t, "k1" l, "k2" l^2 / 2, "k3" exp(-l) - 1 + l; or
+        summed over its tokens, "token_k2", "token_k3", and "full", KL(q_t || p0_t) over the vocabulary.
     place
-        "reward": subtracted from it, without gradient. "loss": added to it, with gradient.
+        "reward": the estimate is subtracted from the reward, without gradient. "loss": it is added to the loss, with gradient.
     ratio
-        In the loss, multiply by rho = q / q_old, of the completion or of each token as the estimator is.
+        In the loss, multiply by rho = q / q_old, of the completion or of each token, as the estimator is.
     per_length
         Divide by the completion's length.
     scale_rewards
@@ -302,7 +318,7 @@ class DPO:
     """Direct preference optimisation on pairs of the prior's completions, in the limit of many (Rafailov et al. 2023).
 
     x is preferred to y with probability sigmoid(r(x) - r(y)), and the loss is
-    -E log sigmoid(alpha [h(winner) - h(loser)]) over all pairs, h = log q - log p0. Its optimum is p* (THEORY 1.9).
+    -E log sigmoid(alpha [h(winner) - h(loser)]) over all pairs, h = log q - log p0. Its optimum is p* (theory.md 1.11).
     """
 
     exact: ClassVar[bool] = True

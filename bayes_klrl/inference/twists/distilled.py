@@ -1,4 +1,4 @@
-"""`DistilledTwist`: the exact twist of an n-gram model that imitates the prior (THEORY 4.5; Zhang et al. 2023, 2024).
+"""`DistilledTwist`: the exact twist of an n-gram model that imitates the prior (theory.md 3.9; Zhang et al. 2023, 2024).
 
 The reward must be an automaton's. An n-gram model is counted on draws from the prior, its posterior under the same reward is
 solved by backward messages, and the optimal twist of that one steers the real one. Weights stay exact: what the n-gram model

@@ -1,4 +1,4 @@
-"""The losses of learned twists, each of which the optimal twist minimises (THEORY 3.5).
+"""The losses of learned twists, each of which the optimal twist minimises (theory.md 3.8).
 
     psi*_t(x_1:t) = E_p0[exp(r(x) / alpha) | x_1:t]
 

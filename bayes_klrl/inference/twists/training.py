@@ -182,7 +182,7 @@ def calibrated(
 
         exp(constant_{c,t}) = E_p0[exp(r / alpha) 1(|x| >= t)] / E_p0[psi_t(x_1:t) 1(|x| >= t)]
 
-    Contrastive learning leaves them open, and finished particles weigh their likelihood (THEORY 3.1).
+    Contrastive learning leaves them open, and finished particles weigh their likelihood (theory.md 3.5, 3.8).
     """
     weights, model_tokens = [], 0
     for _ in range(-(-_CALIBRATION_DRAWS // num_draws)):

@@ -1,7 +1,7 @@
 """`Automaton`: a finite machine that reads tokens, and the ready ones.
 
 A reward that an automaton can compute is one that the posterior of an n-gram or hidden Markov prior can be solved for at
-any length (THEORY 4.2). What it pays is in `automaton_reward`; here is only how it moves.
+any length (theory.md 5.2). What it pays is in `automaton_reward`; here is only how it moves.
 
 Every builder takes `eos_token_ids`: tokens that are not part of the text, under which the machine stays where it is.
 """

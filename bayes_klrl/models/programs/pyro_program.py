@@ -6,7 +6,7 @@
 
 The programs are genuine: `pyro.poutine.trace`, `condition`, `replay`, `pyro.infer.Predictive` and a user's own
 `pyro.infer.SVI` work on them. `TraceGraph_ELBO` finds out which costs belong to which site by provenance that it attaches
-to tensors; a reward computed from decoded text would lose it, and with it its gradient, without a word (TRAPS 1). So
+to tensors; a reward computed from decoded text would lose it, and with it its gradient, without a word (theory.md 9.7). So
 provenance is taken off before a reward is computed and put back on the result.
 
 Programs with further latents (uncertain reward weights, say) are written with `SequenceDistribution`, or around

@@ -1,6 +1,6 @@
 """Twists that need no training: a constant, and the reward so far; and one step of look-ahead with any twist.
 
-    log psi_t(x_1:t), an estimate of log E_p0[exp(r(x) / alpha) | x_1:t]         (THEORY 3.1; Zhao et al. 2024)
+    log psi_t(x_1:t), an estimate of log E_p0[exp(r(x) / alpha) | x_1:t]      (theory.md 3.1; Zhao et al. 2024)
 
 alpha log psi is a soft value function of RL. What matters is how psi compares between the particles of one step. Those
 that have finished weigh their likelihood, so a twist of unfinished ones must be of that scale, or whoever ends first takes
@@ -100,7 +100,7 @@ class PartialRewardTwist:
         psi_t(x_1:t) = (1 - floor) c_t exp(gamma r(x_1:t) / alpha) + floor Z-hat
 
     c_t makes the mean of psi_t over unfinished pilot draws Z-hat, so that finished and unfinished particles are of one scale
-    (THEORY 3.1); the floor keeps alive what looks hopeless so far, such as a text that must contain a word and does not yet.
+    (theory.md 3.7); the floor keeps alive what looks hopeless, such as a text that must contain a word and does not yet.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
     q(a | x_<t) = (1 - epsilon) p0(a | x_<t) psi_t(x_<t a) / sum_b p0(b | x_<t) psi_t(x_<t b) + epsilon p0(a | x_<t)
 
-With epsilon = 0 the weight of a particle does not depend on the token drawn (THEORY 3.2), and with the exact twist q is the
+With epsilon = 0 the weight of a particle does not depend on the token drawn (theory.md 3.6), and with the exact twist q is the
 posterior: every weight is the evidence, and one particle is enough.
 """
 

@@ -1,4 +1,4 @@
-"""The suite: the problems of THEORY section 6, at sizes that answer soon, each with its truth and what it tells apart."""
+"""The problems of the suite: those of theory.md 8, at sizes that are solved quickly, each with its truth and purpose."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["SUITE", "problem_names"]
 
 
 def _problems() -> tuple[Problem, ...]:
-    """Return the problems in THEORY's order; "-" and a word mark the harder sizes."""
+    """Return the problems in the order of theory.md 8; "-" and a word mark the harder sizes."""
     return (
         Problem("P1", "small enough to enumerate: all must pass", gold_posterior, by_enumeration),
         Problem("P1-sharp", "the same at a small alpha", lambda: gold_posterior(alpha=1 / 4), by_enumeration),

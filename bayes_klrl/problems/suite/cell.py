@@ -16,22 +16,23 @@ class SuiteCell:
     Parameters
     ----------
     problem, method, repeat
-        Which.
+        The names of problem and method, and the number of the repeat.
     log_evidence_error
-        log Z-hat - log Z, mean over prompts, in nats; to the nearer bound where there are only bounds, 0 between them.
+        log Z-hat - log Z, mean over prompts, in nats; where only bounds are known, the distance to the nearer bound, 0
+        between them.
     kl_posterior
-        Of the law of what it returns to the posterior, see `kl_sign`.
+        KL of the answer's distribution to the posterior, in nats; `kl_sign` says what kind of number it is.
     kl_sign
-        "=" the value, "<=" a bound that holds on average over repeats (log Z - E log Z-hat, by data processing), "~" an
+        "=" the value; "<=" a bound that holds on average over repeats (log Z - E log Z-hat, by data processing); "~" an
         estimate.
     reward_error
-        E[r] as answered less the posterior's, in units of reward.
+        E[r] of the answer minus that of the posterior, in units of reward.
     ess
-        Effective sample size, of the worst prompt.
+        Effective sample size of the worst prompt.
     model_tokens, training_tokens, seconds
-        What it cost; training apart, its seconds included.
+        Tokens for drawing and scoring, tokens for training, and the seconds of both.
     note
-        What went wrong.
+        The reason why there is no answer, or only a part of one.
     """
 
     problem: str

@@ -36,7 +36,7 @@ from bayes_klrl.typing import Algorithm
 __all__ = ["METHODS", "Recipe", "run_or_partial", "tokens_per_completion"]
 
 Recipe = Callable[[Posterior, int], Algorithm]
-"""Makes an algorithm for a posterior that passes `size` completions of each prompt through a model once."""
+"""A function (posterior, size) that makes an algorithm which passes `size` completions per prompt through a model once."""
 
 _LEAST_SIZE = 16
 _BEST_OF = 16
@@ -88,7 +88,7 @@ def _chance_of_possible(posterior: Posterior, num_draws: int) -> float:
 
 @lru_cache(maxsize=4)
 def _optimal_twist(posterior: Posterior) -> MessageTwist:
-    """Return the exact twist, solved once a posterior."""
+    """Return the exact twist, solved once per posterior."""
     obstacle = why_no_messages(posterior)
     if obstacle is not None:
         raise BayesKLRLError(f"no exact twist is known: {obstacle}")
@@ -160,7 +160,7 @@ def tokens_per_completion(posterior: Posterior, seed: int) -> float:
 
 
 def run_or_partial(algorithm: Algorithm, posterior: Posterior, seed: int) -> tuple[Draws, str]:
-    """Return an algorithm's draws, those of a spent budget too, and what is to be said of them."""
+    """Return an algorithm's draws, also the partial ones of a spent budget, and a note on them."""
     try:
         return algorithm.run(posterior, seed=seed), ""
     except BudgetError as error:

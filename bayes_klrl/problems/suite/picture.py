@@ -30,7 +30,7 @@ def plot_suite(cells: Sequence[SuiteCell], purposes: Mapping[str, str], file: st
     cells
         The answers of all methods to all problems, one per repeat.
     purposes
-        What each problem is for, by its name.
+        The purpose of each problem, by its name.
     file
         The PNG to write.
     title
@@ -94,5 +94,5 @@ def _inside(values: Any) -> Any:
 
 
 def _short(purpose: str) -> str:
-    """Return what a problem is for, up to the first comma or colon if it is long."""
+    """Return the purpose of a problem, up to the first comma or colon if it is long."""
     return purpose if len(purpose) <= 30 else purpose.split(":")[0].split(",")[0]

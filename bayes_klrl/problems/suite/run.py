@@ -1,7 +1,7 @@
 """Methods against problems with known truth, at the same number of model tokens: `run_suite`.
 
-Every method answers every problem `repeats` times; a number is a mean over repeats +- 1.96 sd / sqrt(repeats). What fails
-leaves a note in its cell, and all others their answers.
+Every method answers every problem `repeats` times; a number is a mean over repeats +- 1.96 sd / sqrt(repeats). A method that
+fails gets a note in its cell, and the others keep their answers.
 """
 
 from __future__ import annotations
@@ -29,22 +29,31 @@ from bayes_klrl.typing import Algorithm
 __all__ = ["DEFAULT_PROBLEMS", "SuiteResult", "run_suite"]
 
 DEFAULT_PROBLEMS = ("P1", "P3", "P4", "P5", "P6", "P8", "P11", "P13")
-"""What is run when nothing is named: one size each, all on small tables, in a minute or two."""
+"""The problems that are run if none are named: one size each, all on small tables, in a minute or two."""
 _LEAST_COMPLETIONS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class SuiteResult:
-    """All cells of a run, and what they were run with.
+    """The answers of all methods to all problems, and the arguments of the run.
 
     Parameters
     ----------
     cells
-        One for each problem, method and repeat, in that order.
+        One answer for each problem, method and repeat, in that order.
     purposes
-        What each problem is for.
+        The purpose of each problem, by its name.
     budget, repeats, seed
-        As asked for.
+        The arguments of `run_suite`.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> result = bk.run_suite(["P1"], ["smc-exact-twist"], budget=2000, repeats=2)
+    >>> [(cell.problem, cell.method, cell.repeat) for cell in result.cells]
+    [('P1', 'smc-exact-twist', 0), ('P1', 'smc-exact-twist', 1)]
+    >>> print(result.table().loc[("P1", "smc-exact-twist"), "answers"])
+    2
     """
 
     cells: tuple[SuiteCell, ...]
@@ -54,16 +63,18 @@ class SuiteResult:
     seed: int
 
     def table(self) -> SuiteTable:
-        """Return one row a problem and method as a pandas DataFrame that prints as a table.
+        """Return a pandas DataFrame with one row per problem and method, which prints as a table.
 
         Columns: `log_evidence_error`, mean over repeats, with `..._ci`, 1.96 sd / sqrt(repeats), and `abs_log_evidence_error`;
-        `kl_posterior` with its `_ci` and `kl_sign`; `reward_error` with `_ci`; `ess`, `model_tokens`, `training_tokens`,
-        `seconds`, means; `answers`, how many repeats gave one; `note`.
+        `kl_posterior` with its `_ci` and `kl_sign`; `reward_error` with `_ci`; the means of `ess`, `model_tokens`,
+        `training_tokens` and `seconds`; `answers`, the number of repeats that gave an answer; `note`.
         """
         return suite_table(self.cells, self.purposes)
 
     def __str__(self) -> str:
-        head = f"{self.budget:,} model tokens a method, mean +- 1.96 sd / sqrt({self.repeats}), seed {self.seed}; nats"
+        head = (
+            f"{self.budget:,} model tokens per method, mean +- 1.96 sd / sqrt({self.repeats}), seed {self.seed}; nats"
+        )
         return f"{head}\n{self.table()}"
 
     def to_csv(self, file: str | Path) -> Path:
@@ -79,7 +90,7 @@ class SuiteResult:
         return plot_suite(self.cells, self.purposes, file, title=title)
 
     def save(self, folder: str | Path) -> Path:
-        """Write table.csv and suite.png into a folder, and return it; refused where something is that is not ours."""
+        """Write table.csv and suite.png into a folder, and return it; refuses a folder that holds something else."""
         out = prepare_output(folder)
         self.to_csv(out / "table.csv")
         self.plot(out / "suite.png")
@@ -100,25 +111,25 @@ def run_suite(
     Parameters
     ----------
     names
-        Of `bayes_klrl.problems.SUITE`, or "all"; None: `DEFAULT_PROBLEMS`.
+        Names of problems in `bayes_klrl.problems.SUITE`, or "all"; None: `DEFAULT_PROBLEMS`.
     methods
-        Names among `problems.suite.methods.METHODS`; None: all of them. Or methods of your own beside them: a mapping from
-        names to functions `(posterior, size) -> Algorithm` that pass `size` completions of each prompt through a model.
+        Names of methods in `problems.suite.methods.METHODS`; None: all of them. Or methods of your own: a mapping from names
+        to functions `(posterior, size) -> Algorithm`, whose algorithm passes `size` completions per prompt through a model.
     budget
-        Model tokens of one answer, for all prompts together: drawing, scoring and training, as if no prefix were shared (see
-        `problems.suite.methods`) and completions were as long as the prior's. The table shows what went through the models
-        in fact, less where prefixes are shared.
+        Model tokens per answer, for all prompts together: drawing, scoring and training, as if no prefix were shared (see
+        `problems.suite.methods`) and completions were as long as the prior's. The table shows the tokens that really went
+        through the models, which are fewer where prefixes are shared.
     seed
-        Of everything; each cell's stream depends on (seed, repeat, problem, method), not on what else is run.
+        Seed for all random numbers; the stream of a cell depends on (seed, repeat, problem, method) only.
     repeats
-        Answers of each method to each problem.
+        Runs of each method on each problem.
     progress
         Show a live display on standard error.
 
     Raises
     ------
     BayesKLRLError
-        For unknown names, and budgets that would not pay 64 completions of some problem, before anything is run.
+        If a name is unknown, or the budget does not pay for 64 completions of some problem, before anything is run.
 
     Examples
     --------
@@ -148,7 +159,7 @@ def run_suite(
 
 
 def _recipes(methods: Sequence[str] | Mapping[str, Recipe] | None) -> dict[str, Recipe]:
-    """Return the methods to run, or say which there are."""
+    """Return the methods to run; the error for an unknown one lists them all."""
     if methods is None:
         return dict(METHODS)
     if isinstance(methods, Mapping):
@@ -156,7 +167,7 @@ def _recipes(methods: Sequence[str] | Mapping[str, Recipe] | None) -> dict[str, 
         for name, recipe in recipes.items():
             if not isinstance(name, str) or not callable(recipe):
                 raise BayesKLRLError(
-                    f"A method of your own is a name with a function (posterior, size) -> Algorithm; got {name!r}: "
+                    f"A method of your own must be a name with a function (posterior, size) -> Algorithm; got {name!r}: "
                     f"{recipe!r}."
                 )
     else:
@@ -185,7 +196,7 @@ def _check_budget(problem: Problem, budget: int) -> None:
 def _answers(
     problem: Problem, method: str, recipe: Recipe, budget: int, seed: int, repeats: int, per_completion: float
 ) -> list[SuiteCell]:
-    """Return a method's cells for one problem; whatever it raises becomes a note, for the others must not suffer."""
+    """Return a method's cells for one problem; an error becomes a note, so that the other methods keep their answers."""
     posterior, stream = problem.posterior, f"{problem.name} {method}"
     try:
         algorithm = recipe(posterior, int(budget / per_completion))
@@ -218,7 +229,7 @@ def _cell(problem: Problem, method: str, repeat: int, algorithm: Algorithm, seed
 
 
 def evidence_error(draws: Draws, truth: Truth) -> float:
-    """Return log Z-hat less the nearest value that the truth allows, of the means over prompts."""
+    """Return log Z-hat minus the nearest value that the truth allows, for means over prompts."""
     estimate = float(draws.log_evidence.mean())
     return estimate - float(np.clip(estimate, *truth.mean_bounds)) if not np.isneginf(estimate) else -np.inf
 
@@ -226,7 +237,7 @@ def evidence_error(draws: Draws, truth: Truth) -> float:
 def _kl_posterior(draws: Draws, truth: Truth) -> tuple[str, float]:
     """Return KL(answer || posterior), mean over prompts, and what kind of number it is.
 
-    Rejection: 0. Weighted draws, one of them drawn by weight: at most log Z - E log Z-hat (THEORY 3.6), which the mean over
+    Rejection: 0. Weighted draws, one of them drawn by weight: at most log Z - E log Z-hat (theory.md 6.7), which the mean over
     repeats estimates. Best-of-n: KL(. || prior) - E[r] / alpha + log Z. Markov chains: unknown.
     """
     log_evidence = float(truth.mean_bounds[1])

@@ -33,7 +33,7 @@ _SIGNS = {"<=": "≤ ", "~": "~ "}
 
 
 class SuiteTable(pd.DataFrame):
-    """A DataFrame, one row a problem and method, that prints as a table for people."""
+    """A DataFrame with one row per problem and method, which prints as a table for people."""
 
     _constructor: type[pd.DataFrame] = pd.DataFrame  # what slices of it are
 
@@ -67,7 +67,7 @@ class SuiteTable(pd.DataFrame):
 
 
 def suite_table(cells: Iterable[SuiteCell], purposes: Mapping[str, str]) -> SuiteTable:
-    """Return one row a problem and method from the cells of all repeats."""
+    """Return a table with one row per problem and method, from the cells of all repeats."""
     groups: dict[tuple[str, str], list[SuiteCell]] = {}
     for cell in cells:
         groups.setdefault((cell.problem, cell.method), []).append(cell)

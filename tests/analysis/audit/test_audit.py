@@ -1,4 +1,4 @@
-"""The audit of losses: every row of THEORY 2.5 by brute force, the oracles, the verdicts, and what is refused."""
+"""The audit of losses: every row of theory.md 2.7 by brute force, the oracles, the verdicts, and what is refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -84,7 +84,7 @@ class BruteForce:
         return (self.log_q.exp() * self.reward).sum()
 
 
-TABLE = {  # the rows of THEORY 2.5
+TABLE = {  # the rows of theory.md 2.7
     "k1 in loss": (KLPenalty("k1", "loss"), "zero"),
     "k2 in loss": (KLPenalty("k2", "loss"), "reverse"),
     "k3 in loss": (KLPenalty("k3", "loss"), "forward"),
@@ -320,7 +320,7 @@ def test_one_token_is_a_bandit_where_myopic_is_right() -> None:
 
 @pytest.mark.parametrize("b", [-1.5, 0.0, 0.7, 4.0])
 def test_the_implied_alpha_is_the_projection(b: float) -> None:
-    """Pythagoras, THEORY 1.6: E_q[r] fixes b, KL(q || p*_b) = KL(q || p0) - KL(p*_b || p0), and no b' is nearer."""
+    """Pythagoras, theory.md 1.7: E_q[r] fixes b, KL(q || p*_b) = KL(q || p0) - KL(p*_b || p0), and no b' is nearer."""
     problem = Enumerated.of(problems.audit_posterior())
     assert implied_inverse_alpha(problem, problem.log_posterior(b)[0]) == pytest.approx(b, abs=1e-9)
     policy = problem.policy(probe(problem, seed=3).detach().log_softmax(-1).numpy()[None])

@@ -203,7 +203,7 @@ def test_what_is_called_exact_draws_follows_the_posterior(backend: str, source: 
 
 
 def test_a_sampler_conditioned_on_other_than_exact_draws_would_be_found_out() -> None:
-    """The mutant of THEORY 9: with prior draws retained as if they were exact, upper ends fall below log Z."""
+    """The mutant of theory.md 9.1: with prior draws retained as if they were exact, upper ends fall below log Z."""
     missed = 0
     for seed in range(20):
         truth = Truth(random_posterior(seed, prompts=((0,),), num_tokens=4, alpha=0.15))

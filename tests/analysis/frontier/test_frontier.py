@@ -91,7 +91,7 @@ def test_alpha_for_inverts(asked: dict[str, float]) -> None:
 
 
 def test_alpha_for_is_near_the_truth() -> None:
-    alpha = CURVE.alpha_for(kl=0.5779788)  # THEORY section 6: the KL at alpha = 1 / 1.5
+    alpha = CURVE.alpha_for(kl=0.5779788)  # theory.md 8.2: the KL at alpha = 1 / 1.5
     se = CURVE.at(GOLD.alpha).se["kl"][0]
     near = [exact(GOLD, GOLD.alpha * (1 + h))["kl"] for h in (-1e-3, 1e-3)]
     slope = (near[1] - near[0]) / (2e-3 * GOLD.alpha)
@@ -180,7 +180,7 @@ def test_a_constant_reward_has_no_slope() -> None:
 
 
 def test_a_binary_reward_is_reached_everywhere() -> None:
-    """b = logit of the posterior's success less that of the prior's (THEORY 1.6)."""
+    """b = logit of the posterior's success less that of the prior's (theory.md 1.6)."""
     binary = bk.TokenReward(lambda tokens, lengths: tokens[:, 0] == 0, alpha=1.0)
     posterior = bk.Posterior(GOLD.prior, binary, max_new_tokens=3)
     curve = bk.frontier(posterior, num_draws=2000, seed=0)
@@ -300,7 +300,7 @@ def test_the_errors_of_an_extension_are_the_spread_of_its_runs() -> None:
 def test_what_cannot_extend() -> None:
     with pytest.raises(bk.BayesKLRLError, match="reports its path"):
         bk.frontier(GOLD, num_draws=600, seed=0, extend=bk.ImportanceSampling(10))
-    with pytest.raises(bk.BayesKLRLError, match="extend is a PathPoints or an algorithm"):
+    with pytest.raises(bk.BayesKLRLError, match="extend must be PathPoints or an algorithm"):
         bk.frontier(GOLD, num_draws=600, seed=0, extend=3)  # type: ignore[arg-type]
 
 

@@ -89,7 +89,7 @@ def test_a_pool_of_every_outcome_is_exact(law: Law) -> None:
 @pytest.mark.parametrize("law", [GOLD, *RANDOM])
 @pytest.mark.parametrize("b", [-0.8, 0.2, 1.5])
 def test_the_derivative_identities(law: Law, b: float) -> None:
-    """THEORY 1.6: d log Z = R, dR = Var, dK = b Var, d(alpha log Z)/d alpha = -K, dR/dK = alpha, and the reverse KL."""
+    """theory.md 1.6: d log Z = R, dR = Var, dK = b Var, d(alpha log Z)/d alpha = -K, dR/dK = alpha, and the reverse KL."""
     h = 1e-4
     pool = law.whole()
     mean, _ = curves(pool, [b - h, b, b + h])

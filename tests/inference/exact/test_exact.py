@@ -1,4 +1,4 @@
-"""The oracle itself: gold numbers of THEORY section 6, total probability, and the identity everything stands on."""
+"""The oracle itself: gold numbers of theory.md 8.2, total probability, and the identity everything stands on."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Backward messages against enumeration, and the gold numbers of THEORY section 6 that only they can reach."""
+"""Backward messages against enumeration, and the gold numbers of theory.md 8 that only they can reach."""
 
 from typing import Any
 
@@ -338,7 +338,7 @@ def test_powers_and_products_of_different_alpha() -> None:
 
 
 def test_an_ngram_twist_serves_another_prior() -> None:
-    """THEORY 4.5: messages of a cheap prior as an approximate twist of an expensive one; the evidence stays right."""
+    """theory.md 3.9: messages of a cheap prior as an approximate twist of an expensive one; the evidence stays right."""
     rng = np.random.default_rng(2)
     posterior = solvable_posterior("dense 2", 7, num_tokens=5)
     expensive = bk.Posterior(random_hmm(rng, 3, 4, [3]), posterior.likelihood, max_new_tokens=5)
@@ -353,7 +353,7 @@ def test_an_ngram_twist_serves_another_prior() -> None:
         )
 
 
-# ---- the gold numbers of THEORY section 6
+# ---- the gold numbers of theory.md 8
 
 
 @pytest.mark.parametrize(

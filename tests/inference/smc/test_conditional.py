@@ -93,7 +93,7 @@ def test_the_product_of_runs_gives_the_bounds_that_certificates_use(backend: str
 
 
 def test_conditioned_on_the_output_of_smc_it_is_no_bound(backend: str) -> None:
-    """THEORY 3.6: K = 2, particle 0 from a population of 2: log Z-hat falls below log Z on average."""
+    """theory.md 3.10: K = 2, particle 0 from a population of 2: log Z-hat falls below log Z on average."""
     base = on(backend, problems.gold_posterior(alpha=0.25))
     truth = Truth(base)
     many = repeated(base, NUM_RUNS)

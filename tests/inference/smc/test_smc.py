@@ -1,4 +1,4 @@
-"""SMC against enumeration: unbiased evidence, exactness with the optimal twist, and the traps of THEORY 3.
+"""SMC against enumeration: unbiased evidence, exactness with the optimal twist, and the traps of theory.md 3.
 
 Runs are repeated by giving the same prompt many times: every prompt has a population, a pilot and random numbers of its
 own, so that P prompts are P independent runs in one vectorised pass.

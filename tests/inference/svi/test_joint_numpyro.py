@@ -232,7 +232,7 @@ def test_trace_graph_elbo_agrees_on_the_same_program(order: str, callback: bool)
 
 
 def test_completions_taken_for_reparametrised_lose_the_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What NumPyro infers of itself (TRAPS 2): the gradient tests bite."""
+    """What NumPyro infers of itself (theory.md 9.9): the gradient tests bite."""
     problem = Problem("independent")
     _, gradient = problem.exact()
     monkeypatch.setattr(SequenceDistribution, "has_rsample", True)

@@ -221,7 +221,7 @@ def test_subsampled_data_are_scaled_up() -> None:
 
 @pytest.mark.parametrize("order", ["independent", "x, then theta", "theta, then x"])
 def test_trace_graph_elbo_agrees_on_the_same_program(order: str) -> None:
-    """Features computed on the host keep what Pyro's own loss needs to know (TRAPS 1)."""
+    """Features computed on the host keep what Pyro's own loss needs to know (theory.md 9.7)."""
     problem = Problem(order)
     loss = TraceGraph_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=1)
     assert agrees(problem.gradients(loss, 80), problem.exact_gradient())

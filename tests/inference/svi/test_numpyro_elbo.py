@@ -150,7 +150,7 @@ def test_tokens_that_the_prior_cannot_draw_are_no_trouble(estimator: Any) -> Non
 
 
 def test_leave_one_out_is_minus_the_gradient_of_half_the_variance_of_log_weights() -> None:
-    """VarGrad, batch for batch (THEORY 1.10), so particles, prompts and baselines are paired as they should be."""
+    """VarGrad, batch for batch (theory.md 2.4), so particles, prompts and baselines are paired as they should be."""
     posterior, guide = problem(((0,), (1,)))
     model, program = numpyro_model(posterior), numpyro_guide(posterior, guide)
     key, params = jax.random.key(3), {"language_model": guide.parameters}
@@ -408,7 +408,7 @@ def test_rao_blackwell_is_for_completions_alone() -> None:
 
 @pytest.mark.filterwarnings("ignore:Currently, SVI with Trace_ELBO")
 def test_stock_trace_elbo_has_another_gradient() -> None:
-    """Which is why SVI does not use it: it takes completions for reparametrised, and drops the score term (TRAPS 2)."""
+    """Which is why SVI does not use it: it takes completions for reparametrised, and drops the score term (theory.md 9.9)."""
     posterior, guide = problem()
     runs = gradients(posterior, guide, Trace_ELBO(32), 30)
     assert t_square_p(runs, exact_gradient(posterior, guide)) < 1e-6

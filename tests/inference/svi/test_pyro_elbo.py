@@ -180,7 +180,7 @@ def test_tokens_that_the_prior_cannot_draw_are_no_trouble() -> None:
 
 @pytest.mark.parametrize("num_particles", [2, 3, 16])
 def test_leave_one_out_is_minus_the_gradient_of_half_the_variance_of_log_weights(num_particles: int) -> None:
-    """VarGrad, batch for batch (THEORY 1.10): grad 0.5 var(log w) = -grad ELBO, per prompt."""
+    """VarGrad, batch for batch (theory.md 2.4): grad 0.5 var(log w) = -grad ELBO, per prompt."""
     posterior, guide = table_problem(prompts=((0,), (1,)), prompt_shift=2.0)
     largest = 0.01
     for seed in range(5):
@@ -206,7 +206,7 @@ class Recording(LeaveOneOutELBO):
 
 
 def test_leave_one_out_has_no_variance_at_the_posterior() -> None:
-    """All log-weights are log Z there; Rao-Blackwell keeps the reward's noise (THEORY 2.9)."""
+    """All log-weights are log Z there; Rao-Blackwell keeps the reward's noise (theory.md 2.5)."""
     posterior = table_problem()[0]
     guide = TableLM(Truth(posterior).policy())
     runs = sampled(posterior, guide, LeaveOneOutELBO(4), 20)

@@ -74,7 +74,7 @@ def tabular_fit(engine: str) -> bk.Fit:
 
 
 def test_a_table_reaches_the_posterior(engine: str, tabular_fit: bk.Fit) -> None:
-    """THEORY 9.16 asks for 1e-3 nats in 1500 steps of 32; this is a third of them."""
+    """As theory.md 2.5 asks for: 500 steps are enough."""
     truth = Truth(tabular_fit.posterior)
     assert len(truth.xs) == 40
     assert truth.kl(tabular_fit.posterior.prior)[0] > 1

@@ -86,7 +86,7 @@ POSTERIORS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("loss", TWIST_LOSSES)
 @pytest.mark.parametrize("problem", POSTERIORS)
 def test_losses_are_stationary_at_the_optimal_twist(problem: str, loss: str) -> None:
-    """THEORY 9, item 14: exact expectations, one parameter a prefix; and nowhere else nearby."""
+    """theory.md 3.8: exact expectations, one parameter a prefix; and nowhere else nearby."""
     posterior = random_posterior(**POSTERIORS[problem])
     proposal = None if loss == "fudge" else full_table(posterior.prior, 3, noise=0.8, seed=3)
     tables = Tables(posterior, proposal)
@@ -171,7 +171,7 @@ def test_learned_twists_tighten_the_bound_where_nothing_else_sees_the_end(loss: 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss,num_steps", [("ctl", 400), ("fudge", 400)])
 def test_learned_twists_tighten_the_bound_on_p5(loss: str, num_steps: int) -> None:
-    """P5 of THEORY 6, m = 5 and T = 20, K = 8: log Z = 6.324288."""
+    """P5 of theory.md 8.5, m = 5 and T = 20, K = 8: log Z = 6.324288."""
     many = counter_posterior(5, 20, num_runs=200)
     twist = bk.LearnedTwist(num_steps, loss=loss, learning_rate=5e-3).fit(counter_posterior(5, 20), seed=0)
     plain = bk.SMC(8).run(many, seed=1).log_evidence - 6.324288

@@ -294,7 +294,7 @@ def test_trace_graph_elbo_sees_a_text_reward() -> None:
 
 
 def test_without_has_rsample_false_the_score_term_would_be_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What NumPyro infers from empty constraints, and what becomes of the gradient then (TRAPS 2)."""
+    """What NumPyro infers from empty constraints, and what becomes of the gradient then (theory.md 9.9)."""
     assert SequenceDistribution.has_rsample is False
     posterior = token_posterior()
     guide = guide_of(posterior)

@@ -190,7 +190,7 @@ def halfway(posterior: bk.Posterior) -> TableLM:
 
 
 def test_trace_graph_elbo_sees_a_text_reward() -> None:
-    """The reward is computed from decoded text; its gradient must not get lost on the way (TRAPS 1)."""
+    """The reward is computed from decoded text; its gradient must not get lost on the way (theory.md 9.7)."""
     posterior = text_posterior()
     guide = halfway(posterior)
     exact = exact_gradient(posterior, guide)
@@ -235,7 +235,7 @@ def test_our_losses_work_in_pyros_svi(estimator: Any) -> None:
 
 
 def test_a_second_guide_in_one_parameter_store_trains() -> None:
-    """Under one name Pyro would go on training the first (TRAPS 1)."""
+    """Under one name Pyro would go on training the first (theory.md 9.8)."""
     posterior = text_posterior()
     truth, model = Truth(posterior), posterior.pyro_model()
     for _ in range(2):

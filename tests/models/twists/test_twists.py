@@ -236,7 +236,7 @@ def test_a_posterior_conditioned_on_its_own_twisted_prior_is_consistent() -> Non
 
 
 def test_partial_reward_does_not_let_the_first_to_finish_take_all() -> None:
-    """THEORY 3.1 on GOLD at b = 4, K = 32: a reward so far that is raw loses a nat, on the likelihood's scale it does not."""
+    """theory.md 3.5 on GOLD, b = 4, K = 32: a reward so far that is raw loses a nat, on the likelihood's scale it does not."""
     posterior = repeated(problems.gold_posterior(alpha=0.25), 400)
     exact = 5.87342935
     recipe = bk.PartialRewardTwist(gamma=0.25, floor=0.01)
@@ -282,7 +282,7 @@ def test_partial_reward_keeps_alive_what_does_not_fulfil_a_constraint_yet() -> N
 
 
 def test_partial_reward_helps_where_rewards_accrue() -> None:
-    """P3 of THEORY 6: r = #2 - #1 with b = 2; importance sampling dies, the reward so far is enough."""
+    """P3 of theory.md 8.3: r = #2 - #1 with b = 2; importance sampling dies, the reward so far is enough."""
     prior = bk.NgramLM(problems.gold_table(-1e3), eos_token_id=3)
     dense = bk.TokenReward(lambda tokens, lengths: 1.0 * (tokens == 2).sum(1) - (tokens == 1).sum(1), alpha=0.5)
     posterior = repeated(bk.Posterior(prior, dense, prompts=[[]], max_new_tokens=10), 50)
@@ -318,7 +318,7 @@ def test_what_is_no_twist_is_refused(twist: Any) -> None:
 
 
 def counter_posterior(modulo: int = 5, num_tokens: int = 20, num_runs: int = 1) -> bk.Posterior:
-    """P5 of THEORY 6: the count of token 0 must be m - 1 modulo m at the end, b = 8."""
+    """P5 of theory.md 8.5: the count of token 0 must be m - 1 modulo m at the end, b = 8."""
     prior = bk.NgramLM(problems.gold_table(-1e3), eos_token_id=3)
     machine = bk.Automaton.counts(0, modulo=modulo, vocab_size=4, eos_token_ids=3)
     last = np.arange(modulo) == modulo - 1

@@ -7,7 +7,7 @@ that are, N particles give
 
 the pathwise gradient plus the score term with a leave-one-out baseline (Kool et al. 2019); log q(x) is held fixed in the
 former, where its gradient has mean zero. The Rao-Blackwellised variant sums the KL of x over the vocabulary at every prefix
-(Amini et al. 2025; THEORY 2.9 and `elbo` have the formula) and leaves the rest as it is.
+(Amini et al. 2025; theory.md 2.3 and `elbo` have the formula) and leaves the rest as it is.
 
 Plates that hold every site ("prompts") are independent problems: each index has its own log-weights and its own baseline.
 Where a theta is outside of them and the guide draws it before x, the score of one prompt's x is multiplied by that prompt's

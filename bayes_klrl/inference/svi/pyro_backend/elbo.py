@@ -12,7 +12,7 @@ Rao-Blackwellised (Amini et al. 2025): 1/(N-1) sum_n (r_n - mean r) / alpha s(x_
                                        KL_t over the whole vocabulary at the drawn prefix.
 
 Both are unbiased. At q = p* all log w are equal and the first has variance zero, while the second keeps the reward's
-noise; at q = p0 the second's variance is an order of magnitude lower (THEORY 2.9). The default is the first.
+noise; at q = p0 the second's variance is an order of magnitude lower (theory.md 2.5). The default is the first.
 
 In a joint program with further latents z = g(noise, parents), log w holds all sites (`elbo_sites`), and the first becomes
 
@@ -21,7 +21,7 @@ In a joint program with further latents z = g(noise, parents), log w holds all s
 log q(x) itself left out of the pathwise part, where its mean is 0. Where no z outside the prompts' plate is drawn after x,
 the score of one prompt's x is multiplied by that prompt's terms and the shared ones alone: the others are independent of it.
 
-Stock losses are refused by name in `svi`, because several are silently wrong on a discrete sequence site (TRAPS 1).
+Stock losses are refused by name in `svi`, because several are silently wrong on a discrete sequence site (theory.md 9.7).
 """
 
 from __future__ import annotations
