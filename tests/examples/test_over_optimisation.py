@@ -88,12 +88,12 @@ def test_a_study_prints_and_plots(study: GoldStudy, tmp_path: Path) -> None:
 def test_bad_input() -> None:
     with pytest.raises(bk.BayesKLRLError, match="num_pairs must be"):
         uncertain_proxy(1)
-    with pytest.raises(bk.BayesKLRLError, match="knows is one of"):
+    with pytest.raises(bk.BayesKLRLError, match="knows must be one of"):
         uncertain_proxy(20, knows="all")  # type: ignore[arg-type]
 
 
 def test_a_target_has_a_name(small: UncertainProxy) -> None:
-    with pytest.raises(bk.BayesKLRLError, match="target is one of"):
+    with pytest.raises(bk.BayesKLRLError, match="target must be one of"):
         small.weights("bayes", 1.0)
 
 

@@ -33,7 +33,7 @@ ALGORITHMS = {
     "SMC": bk.SMC(50, ess_threshold=1.0),
     "BestOfN": bk.BestOfN(3, 40),
     "AnnealedSMC": bk.AnnealedSMC(30),
-    "SuffixMH": bk.SuffixMH(4, 10, num_warmup=5),
+    "SuffixMH": bk.SuffixMH(4, 20, num_warmup=5),
 }
 
 

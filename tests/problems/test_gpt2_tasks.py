@@ -8,6 +8,7 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl import problems
+from bayes_klrl.problems.gpt2_tasks import _RandomReward
 
 # alpha = 1 / b: log Z, E[r], Var[r], KL(p* || p0), ESS / N of prior importance sampling (P1, to the digits printed)
 GOLD = {
@@ -126,7 +127,7 @@ def test_random_tasks_depend_on_the_seed_alone() -> None:
 
 
 def test_the_random_reward_by_hand() -> None:
-    reward = problems._RandomReward(
+    reward = _RandomReward(
         np.array([0.1, 0.02, 0.003, 0.0004]), pair=(0, 1), pair_bonus=10.0, length_slope=100.0, scale=2.0
     )
     tokens = np.array([[0, 1, 0, 1], [1, 0, 3, 3], [3, 3, 3, 3], [2, 0, 1, 3], [0, 2, 1, 1]])

@@ -50,7 +50,8 @@ LAZY = {
     ("analysis.frontier.frontier", "analysis.frontier.picture"): "matplotlib, for pictures only",
     ("inference.policies", "models.torch_lm.checkpoint"): "torch, for policies in folders only",
     ("inference.policies", "models.torch_lm.lm"): "torch, for policies in folders only",
-    ("inference.svi.bayesian.fit", "inference.svi.bayesian.programs"): "torch, for programs only",
+    ("inference.svi.bayesian.recipe", "inference.svi.bayesian.files"): "torch, for saved fits only",
+    ("inference.svi.bayesian.recipe", "inference.svi.bayesian.programs"): "torch, for programs only",
     ("inference.svi.bayesian.recipe", "inference.svi.bayesian.training"): "torch, when it is fitted",
     ("inference.svi.svi", "inference.svi.numpyro_backend.training"): "jax, when a JaxLM is fitted",
     ("inference.svi.svi", "inference.svi.pyro_backend.training"): "torch, when it is fitted",
@@ -59,8 +60,6 @@ LAZY = {
     ("models.torch_lm.lm", "models.checkpoint_files"): "for models in folders only",
     ("models.torch_lm.lm", "models.torch_lm.adapters"): "peft and transformers, for guides only",
     ("models.torch_lm.lm", "models.torch_lm.checkpoint"): "transformers, for models in folders only",
-    ("models.torch_lm.network", "models.torch_lm.general"): "a choice between two implementations of its protocol",
-    ("models.torch_lm.network", "models.torch_lm.tight"): "a choice between two implementations of its protocol",
     ("models.torch_lm.offsets", "models.torch_lm.adapters"): "peft, for adapters only",
     ("models.torch_lm.offsets", "models.torch_lm.lm"): "transformers, unless the policy is a table",
     ("problems.gpt2_tasks", "models.torch_lm.lm"): "torch, for these problems only",
@@ -71,6 +70,19 @@ LAZY = {
 }
 # Every import of ours for type checkers only, {(file, imported): reason}.
 FOR_TYPES = {
+    (
+        "draws",
+        "posterior",
+    ): "Draws are made for a posterior, and Posterior.log_prior takes Draws: the public face is mutual",
+    ("posterior", "draws"): "the other half of it",
+    ("errors", "draws"): "BudgetError carries the draws that were made",
+    ("errors", "inference.svi.fit"): "an error during training carries what was learned",
+    ("errors", "reward_models.posterior"): "ConvergenceError carries the draws that did not converge",
+    ("posterior", "models.programs.numpyro_program"): "Posterior.numpyro_model says what it returns",
+    ("typing", "draws"): "protocols say what algorithms return, and what they take",
+    ("typing", "inference.svi.fit"): "a GuideRecipe returns a Fit",
+    ("typing", "posterior"): "algorithms and twists take a posterior",
+    ("typing", "sequences"): "language models score completions",
 }
 # Lazy imports of other packages by the vocabulary, {file: packages}.
 LAZY_THIRD_PARTY = {"draws": {"pandas", "xarray"}, "progress": {"rich"}}

@@ -34,7 +34,7 @@ from bayes_klrl.analysis.certificate.record import CertificateRecord
 from bayes_klrl.analysis.certificate.text import certificate_table, certificate_text, verdict
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
-from bayes_klrl.inference.exact.message_lm import PosteriorPolicy
+from bayes_klrl.inference.exact.message_lm import MessageLM
 from bayes_klrl.inference.policies import as_policy, covers_prior, policy_draws
 from bayes_klrl.inference.sampling.importance import ImportanceSampling
 from bayes_klrl.inference.smc.conditional import retainable
@@ -272,7 +272,7 @@ def _evidence(
     if given is None and not settings.sampling_only and can_enumerate(posterior, settings.max_sequences):
         return by_enumeration(posterior, policy, settings)
     found = by_sampling(posterior, policy, ours, exact_or_given(posterior, given, settings), smc, settings)
-    is_solved = isinstance(policy, PosteriorPolicy) and policy.posterior is posterior
+    is_solved = isinstance(policy, MessageLM) and policy.posterior is posterior
     if not (is_solved or covers_prior(policy, posterior.prior)):
         found = _without_forward_upper_end(found)
     gap = float(ours.info["scoring_gap"].max()) if "scoring_gap" in ours.info else 0.0

@@ -110,7 +110,7 @@ class Frontier(FrontierRecord):
         if self.extension is not None and np.isfinite(self.cut):
             check_finite("reward", reward)
             b = self._solve("reward", reward)
-            if b is not None and b * self.cut > 1:
+            if b is not None and b * self.cut > 1 and not self._is_past_extension(b):
                 return self._implied_beyond(b, reward, reward_se)
         return implied(self.pool, reward, reward_se=reward_se)
 
@@ -174,14 +174,22 @@ class Frontier(FrontierRecord):
         return float(getattr(self.curves_at(np.array([b]))[0], name)[0])
 
     def _solve(self, name: str, target: float) -> float | None:
-        """Return the b > 0 at which a quantity has a value, None if there is none."""
+        """Return the b > 0 at which a quantity has a value; past all that is known if it has it nowhere; None for b <= 0.
+
+        Past an extension the curves fall back on the pool, whose extrapolation may lie below the extension's end: a search
+        that saw both would not be one of an increasing function.
+        """
         sign = -1.0 if name == "ess" else 1.0
 
         def excess(b: float) -> float:
-            value = self._value(name, b)
+            value = np.nan if self._is_past_extension(b) else self._value(name, b)
             return np.inf if np.isnan(value) else sign * (value - target)
 
         return monotone_root(excess, start=1.0 / self.alpha, low=0.0) if excess(0.0) < 0 else None
+
+    def _is_past_extension(self, b: float) -> bool:
+        """Return whether b lies beyond the last point of an extension."""
+        return self.extension is not None and b * self.cut > 1 and b > self.extension.last
 
     def _reaches(self, name: str, b: float) -> bool:
         """Return whether a quantity at b is known and no extrapolation."""

@@ -10,20 +10,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.exact.prior_chains import Chain
+from bayes_klrl.models.automata.reward import AutomatonPotential
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, State, TokenIds
 from bayes_klrl.weights import logsumexp
 
-if TYPE_CHECKING:
-    from bayes_klrl.inference.exact.messages import Messages
+__all__ = ["MessageLM", "MessageTwist"]
 
-__all__ = ["MessageTwist", "PosteriorPolicy"]
+
+class SolvedMessages(Protocol):
+    """What a solved posterior offers to its twist and its language model; `Messages` has it, see there."""
+
+    @property
+    def posterior(self) -> Posterior:
+        """The posterior that was solved."""
+
+    @property
+    def chain(self) -> Chain:
+        """The prior as a chain."""
+
+    @property
+    def potential(self) -> AutomatonPotential:
+        """The automaton's rewards and transitions."""
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+
+    def log_worth(self, prior_state: State, columns: IntArray, t: int) -> FloatArray:
+        """Return log E_p0[likelihood of what follows] after t tokens, shape (R,)."""
+
+    def log_terms(self, prior_state: State, columns: IntArray, t: int) -> FloatArray:
+        """Return log p0(a | .) + `log_worth` of every next token a, shape (R, V)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +63,7 @@ class MessageTwist:
         The backward messages.
     """
 
-    messages: Messages
+    messages: SolvedMessages
 
     def __call__(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
         """See `Twist.__call__`."""
@@ -93,7 +118,7 @@ class _PolicyState:
 
 
 @dataclass(frozen=True, eq=False)
-class PosteriorPolicy:
+class MessageLM:
     """p*(x_t | c, x_<t) of a solved posterior as a `LanguageModel`; it exists for max_new_tokens tokens.
 
     After a prefix of posterior probability 0, which it never draws, it goes on as the prior does.
@@ -104,7 +129,7 @@ class PosteriorPolicy:
         The backward messages.
     """
 
-    messages: Messages
+    messages: SolvedMessages
     accepts_empty_prompt = True
 
     @property

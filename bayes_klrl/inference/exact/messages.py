@@ -8,18 +8,19 @@ optimal twist and the posterior policy. It is dynamic programming, soft value it
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bayes_klrl.arrays import draw_tokens
 from bayes_klrl.checks import check_count
+from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, SupportError
 from bayes_klrl.inference.exact.backoff_chain import BackoffChain
 from bayes_klrl.inference.exact.backward_pass import BackwardPass, StoredMessages
-from bayes_klrl.inference.exact.message_lm import MessageTwist, PosteriorPolicy
+from bayes_klrl.inference.exact.message_lm import MessageLM, MessageTwist
 from bayes_klrl.inference.exact.prior_chains import Chain, DenseChain, HmmChain
 from bayes_klrl.inference.exact.summaries import Marginals, forward_marginals, path_moments, prior_mean
 from bayes_klrl.models.automata.reward import AutomatonPotential, automaton_potential
@@ -31,11 +32,6 @@ from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, State
 from bayes_klrl.weights import logsumexp
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence as SequenceOf
-
-    from bayes_klrl.draws import Draws
 
 __all__ = ["Messages", "Moments", "backward_messages", "chain_of", "why_no_messages"]
 
@@ -249,9 +245,9 @@ class Messages:
         """Return the optimal twist: log psi* of any prefix; times alpha it is the soft value."""
         return MessageTwist(self)
 
-    def policy(self) -> PosteriorPolicy:
+    def policy(self) -> MessageLM:
         """Return the posterior as a language model, to draw from, to score with, or as a `proposal`."""
-        return PosteriorPolicy(self)
+        return MessageLM(self)
 
 
 def backward_messages(posterior: Posterior) -> Messages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -26,15 +26,36 @@ from bayes_klrl.weights import (
     normalised,
 )
 
-if TYPE_CHECKING:
-    from bayes_klrl.inference.smc.smc import SMC
-
 __all__ = ["RESAMPLING_STREAM", "EvidenceRuns", "Population", "evidence_runs", "grown"]
 
 RESAMPLING_STREAM = 3
 """Number of the streams that resampling takes; tokens are drawn by the streams that importance sampling has, too."""
 
 _MAX_ROWS = 8192  # of particles that are decoded together, where there is a choice
+
+
+class Prepared(Protocol):
+    """The options of a run; an `SMC` that is prepared has them, see there."""
+
+    @property
+    def num_particles(self) -> int:
+        """N."""
+
+    @property
+    def proposal(self) -> Any:
+        """The language model that proposes."""
+
+    @property
+    def twist(self) -> Any:
+        """The fitted twist."""
+
+    @property
+    def ess_threshold(self) -> float:
+        """Resample where ESS < ess_threshold * N."""
+
+    @property
+    def resampling(self) -> str:
+        """Name of the scheme."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +246,7 @@ class Population:
 
 
 def grown(
-    ready: SMC,
+    ready: Prepared,
     posterior: Posterior,
     num_runs: int,
     retained: Sequences | None,
@@ -259,7 +280,7 @@ def grown(
 
 
 def evidence_runs(
-    ready: SMC,
+    ready: Prepared,
     posterior: Posterior,
     num_runs: int,
     retained: Sequences | None,

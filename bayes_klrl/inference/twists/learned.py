@@ -6,16 +6,13 @@ The losses are in `twist_losses`, the network in `models.torch_twist`, the train
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bayes_klrl.checks import check_count, check_positive
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.posterior import Posterior
-
-if TYPE_CHECKING:
-    from bayes_klrl.models.twists.neural import NeuralTwist
+from bayes_klrl.typing import Twist
 
 __all__ = ["TWIST_LOSSES", "LearnedTwist"]
 
@@ -66,7 +63,7 @@ class LearnedTwist:
         if self.loss not in TWIST_LOSSES:
             raise BayesKLRLError(f"Unknown loss {self.loss!r}; choose one of {list(TWIST_LOSSES)}.")
 
-    def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> NeuralTwist:
+    def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Twist:
         """Return the trained twist, for `SMC(twist=...)` and `TwistedLM`; see `TwistRecipe.fit`.
 
         Raises

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,15 +30,36 @@ from bayes_klrl.randomness import Streams, check_seed, generator
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import Array, FloatArray, LanguageModel
 
-if TYPE_CHECKING:
-    from bayes_klrl.inference.twists.learned import LearnedTwist
-
 __all__ = ["train_twist"]
 
 _STREAM = 35  # of the seed: training draws are not those of the run that uses the twist
 _PILOT_DRAWS = 256
 _CALIBRATION_DRAWS = 512
 _LEAST_LABEL = 1e-4
+
+
+class TwistPlan(Protocol):
+    """The numbers of the training; `LearnedTwist` has them, see there."""
+
+    @property
+    def num_steps(self) -> int:
+        """Gradient steps."""
+
+    @property
+    def loss(self) -> str:
+        """Name of the loss."""
+
+    @property
+    def num_draws(self) -> int:
+        """Completions per prompt and step."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Adam's first rate."""
+
+    @property
+    def hidden(self) -> int:
+        """Units of the head's layers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +78,7 @@ class Batch:
         return torch.zeros_like(self.log_likelihood)
 
 
-def train_twist(recipe: LearnedTwist, posterior: Posterior, *, seed: int, progress: bool) -> NeuralTwist:
+def train_twist(recipe: TwistPlan, posterior: Posterior, *, seed: int, progress: bool) -> NeuralTwist:
     """Return the twist after `recipe.num_steps` steps; see `LearnedTwist.fit`."""
     start, rng = time.perf_counter(), generator(seed, _STREAM)
     losses: list[float] = []
@@ -84,7 +105,7 @@ def train_twist(recipe: LearnedTwist, posterior: Posterior, *, seed: int, progre
     return replace(twist, training=cost, history=np.array(losses))
 
 
-def untrained(recipe: LearnedTwist, posterior: Posterior, seed: int) -> tuple[NeuralTwist, int]:
+def untrained(recipe: TwistPlan, posterior: Posterior, seed: int) -> tuple[NeuralTwist, int]:
     """Return the constant twist log Z-hat of a pilot as a network, and the tokens that took."""
     pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, Streams.of(seed, _PILOT_DRAWS))
     log_evidence, offsets, log_bound = log_evidence_of_pilot(log_likelihood), None, None

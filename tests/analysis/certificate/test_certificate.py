@@ -512,7 +512,7 @@ def test_a_feature_that_is_none_is_refused_before_the_work(
 
 
 def test_a_certificate_is_against_a_posterior() -> None:
-    with pytest.raises(bk.BayesKLRLError, match=r"against a bk\.Posterior"):
+    with pytest.raises(bk.BayesKLRLError, match=r"posterior must be a bk\.Posterior"):
         bk.certify(PRIOR, PRIOR, seed=0)  # type: ignore[arg-type]
 
 

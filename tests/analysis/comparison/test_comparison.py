@@ -55,9 +55,13 @@ def test_divergences_of_methods_that_have_no_evidence() -> None:
     log_law = best_of_n_log_probs(exact, 16)
     law, log_posterior = np.exp(log_law), exact.log_prior + exact.log_likelihood - exact.log_evidence[:, None]
     some = law > 0
+    spread = exact.log_likelihood - (law * exact.log_likelihood).sum()
+    error = np.sqrt(
+        (law * spread**2).sum() / 2000
+    )  # of E[r] / alpha by 2,000 draws, which is nearly all the error there is
     for column, other in (("kl_prior", exact.log_prior), ("kl_posterior", log_posterior)):
         truth = (law[some] * (log_law[some] - other[some])).sum()
-        assert table.loc["best of 16", column] == pytest.approx(truth, abs=0.02)
+        assert table.loc["best of 16", column] == pytest.approx(truth, abs=4 * error)
     assert table.loc["best of 16", "kl_prior"] < np.log(16) - 15 / 16 - 0.03  # what the bound alone would say
     assert table.loc["rejection", "kl_prior"] == pytest.approx(table.loc["exact", "kl_prior"], abs=0.05)
     assert (table.loc["rejection", "kl_posterior_sign"], table.loc["rejection", "kl_posterior"]) == ("=", 0.0)

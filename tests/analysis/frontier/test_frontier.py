@@ -288,6 +288,22 @@ def test_annealed_smc_extends_the_frontier(backend: str, posterior: bk.Posterior
     assert curve.alpha_for(kl=float(curve.kl[2])) == pytest.approx(0.1, rel=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_alphas_are_found_up_to_the_end_of_an_extension(seed: int) -> None:
+    """Past that end the draws' own extrapolation may lie far below it, and does not hide what the extension knows."""
+    last = 1 / 0.1
+    curve = bk.frontier(GOLD, num_draws=600, seed=seed, extend=exact_points(GOLD, np.linspace(0, last, 200)))
+    assert curve.cut > 0.1
+    for share in (0.9, 0.99, 0.999, 1.0):
+        at = curve.at(1 / (share * last))
+        for name in ("kl", "reward"):
+            target = float(getattr(at, name)[0])
+            assert curve.alpha_for(**{name: target}) == pytest.approx(1 / (share * last), rel=1e-3)
+        assert curve.implied_alpha(float(at.reward[0])).valid
+    with pytest.raises(bk.BayesKLRLError, match="cannot be had"):
+        curve.alpha_for(kl=float(curve.at(0.1).kl[0]) * 1.001)
+
+
 def test_the_errors_of_an_extension_are_the_spread_of_its_runs() -> None:
     found = [annealed_points(GOLD, Annealer(0.05), 0.1, seed=seed).at(np.array([9.0])) for seed in range(40)]
     truth = exact(GOLD, 1 / 9.0)
@@ -381,7 +397,7 @@ def test_points_without_errors_extend_the_curve_but_not_the_intervals() -> None:
             {"draws": bk.ImportanceSampling(20).run(GOLD, seed=0).resample(20, seed=0)},
             "resampled or weighted otherwise",
         ),
-        ({"draws": bk.SMC(200).run(GOLD, seed=0)}, "'SMC', resampled"),
+        ({"draws": bk.SMC(200, ess_threshold=1.0).run(GOLD, seed=0)}, "'SMC', resampled"),
         ({"draws": bk.BestOfN(2, 20).run(GOLD, seed=0)}, "'BestOfN'"),
         ({"draws": bk.Exact().run(GOLD, seed=0)}, "'Exact'"),
     ],
@@ -392,7 +408,7 @@ def test_bad_input_is_refused(arguments: dict[str, Any], match: str) -> None:
 
 
 def test_a_posterior_is_needed_and_a_possible_draw() -> None:
-    with pytest.raises(bk.BayesKLRLError, match=r"of a bk\.Posterior"):
+    with pytest.raises(bk.BayesKLRLError, match=r"posterior must be a bk\.Posterior"):
         bk.frontier(GOLD.prior, num_draws=10, seed=0)  # type: ignore[arg-type]
     never = bk.TokenReward(lambda tokens, lengths: np.full(len(tokens), -np.inf), alpha=1.0)
     with pytest.raises(bk.BudgetError, match="None of the 10 draws"):
