@@ -55,9 +55,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "full-mean baseline, divided by the standard deviation",
-        "inference/svi/pyro_backend/elbo.py",
-        "return (values - values.mean(dim=0)) * (num / (num - 1))",
-        "return (values - values.mean(dim=0)) / values.std(dim=0)",
+        "inference/svi/estimators.py",
+        "return (values - values.mean(0)) * (num / (num - 1))",
+        "return (values - values.mean(0)) / values.std(0)",
         (
             "tests/inference/svi/test_pyro_elbo.py::test_tabular_gradients_are_unbiased[leave one out-8]",
             "tests/inference/svi/test_pyro_elbo.py::test_leave_one_out_is_minus_the_gradient_of_half_the_variance_of_log_weights[3]",
@@ -158,8 +158,8 @@ MUTANTS: tuple[Mutant, ...] = (
     # --- gradients
     Mutant(
         "one baseline for all prompts",
-        "inference/svi/pyro_backend/elbo.py",
-        "return (values - values.mean(dim=0)) * (num / (num - 1))",
+        "inference/svi/estimators.py",
+        "return (values - values.mean(0)) * (num / (num - 1))",
         "return (values - values.mean()) * (num / (num - 1))",
         ("tests/inference/svi/test_pyro_elbo.py::test_baselines_are_of_each_prompt_alone[leave one out]",),
     ),
@@ -366,9 +366,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "the evidence of N completions counted N times",
-        "inference/svi/bayesian/training.py",
-        "scale=(svi.evidence_weight or family.size) / svi.num_particles",
-        "scale=(svi.evidence_weight or family.size)",
+        "inference/svi/bayesian/programs.py",
+        "scale=(plan.evidence_weight or family.size) / plan.num_particles",
+        "scale=(plan.evidence_weight or family.size)",
         ("tests/inference/svi/test_bayesian.py::test_the_value_is_the_elbo",),
     ),
     # --- uncertain rewards
@@ -392,5 +392,34 @@ MUTANTS: tuple[Mutant, ...] = (
         " - own[:, None]",
         "",
         ("tests/reward_models/test_ensemble.py::test_variances_are_those_of_enumeration",),
+    ),
+    # --- streams of random numbers
+    Mutant(
+        "equal prompts get equal draws",
+        "randomness.py",
+        "keys.append((seen[content], *content))",
+        "keys.append((0, *content))",
+        ("tests/inference/test_seeds.py::test_a_prompts_draws_do_not_depend_on_the_others[importance sampling]",),
+    ),
+    Mutant(
+        "a prompt named by its place",
+        "randomness.py",
+        "keys.append((seen[content], *content))",
+        "keys.append((len(keys), *content))",
+        ("tests/inference/test_seeds.py::test_a_prompts_draws_do_not_depend_on_the_others[SMC]",),
+    ),
+    Mutant(
+        "every block has the same numbers",
+        "randomness.py",
+        "[len(self.entropy), *self.entropy, block, *key]",
+        "[len(self.entropy), *self.entropy, 0, *key]",
+        ("tests/inference/test_seeds.py::test_streams_are_uniform_and_independent",),
+    ),
+    Mutant(
+        "rejection that proposes the same completions again",
+        "inference/sampling/accept_reject.py",
+        "first = int(accepted.num_drawn[prompts[0]])",
+        "first = 0",
+        ("tests/inference/test_seeds.py::test_many_draws_begin_with_few[rejection]",),
     ),
 )

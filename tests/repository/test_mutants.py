@@ -45,7 +45,7 @@ def test_killers_are_there_and_quick(killer: str) -> None:
 @pytest.mark.parametrize("text", ["nowhere in this file", "self.log_evidence"])
 def test_a_text_that_is_not_there_once_is_an_error(text: str) -> None:
     mutant = replace(BY_NAME["psi_0 forgotten in log Z"], text=text)
-    with pytest.raises(ValueError, match=r"times in inference/population\.py, not once"):
+    with pytest.raises(ValueError, match=r"times in inference/smc/population\.py, not once"):
         mutated_text(mutant)
 
 

@@ -138,6 +138,9 @@ def test_particle_0_is_the_retained_completion_with_the_weight_it_should_have(ba
             draws.log_evidence, np.log(np.exp(draws.log_weights).mean(axis=1)), rtol=0, atol=precision(backend, 1e-12)
         )
         assert np.isnan(draws.log_evidence_se).all()
+    often = bk.ConditionalSMC(bk.SMC(6, proposal=proposal, twist=crude_twist, ess_threshold=1.0))
+    for seed in range(5, 15):
+        assert (often.run(posterior, retained, seed=seed).info["ancestors"][..., 0] == 0).all()
     # unresampled, all weights are importance weights, the retained one's too
     draws = bk.ConditionalSMC(bk.SMC(6, proposal=proposal, ess_threshold=0.0)).run(posterior, retained, seed=4)
     expected = draws.log_prior + draws.log_likelihood - draws.log_proposal
