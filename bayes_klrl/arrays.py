@@ -1,6 +1,6 @@
 """The few array operations that decoding needs, for NumPy, torch and anything that turns into NumPy.
 
-torch is never imported from here: an array of its can only exist if somebody else has.
+This module never imports torch: a torch tensor can only exist if somebody else has imported it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def to_host(array: Array) -> np.ndarray:
 
 
 def draw_tokens(log_probs: Array, rows: IntArray, uniforms: FloatArray) -> IntArray:
-    """Return tokens by inverse CDF: of each draw's row, the first token whose cumulative probability exceeds u.
+    """Return tokens by inverse CDF: for each draw, the first token of its row whose cumulative probability exceeds u.
 
     Several times cheaper than `torch.multinomial` (theory.md 10.2), the same numbers on every backend, and a token of
     probability 0 is never drawn.
@@ -40,13 +40,13 @@ def draw_tokens(log_probs: Array, rows: IntArray, uniforms: FloatArray) -> IntAr
     log_probs
         Normalised log-probabilities, shape (R, V).
     rows
-        From which row each draw is, shape (M,).
+        Row of `log_probs` that each draw is taken from, shape (M,).
     uniforms
-        From [0, 1), shape (M,).
+        One uniform random number in [0, 1) per draw, shape (M,).
 
     Returns
     -------
-    Shape (M,), int64.
+    The drawn tokens, shape (M,), int64.
 
     Examples
     --------

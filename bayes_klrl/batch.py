@@ -1,7 +1,7 @@
-"""What reward functions see, how they are called, and what may come back.
+"""The table of completions that reward functions see, and the rules for calling them.
 
-`Batch` is the table of completions that a posterior hands to its likelihood, `TextCall` reads a function's signature
-against the columns of that table, and `to_floats` takes nothing but one number a completion.
+`Batch` is the table that a posterior hands to its likelihood, `TextCall` reads a function's signature against the columns of
+that table, and `to_floats` accepts nothing but one number per completion.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ RESERVED_NAMES = frozenset(
 
 @dataclass(frozen=True, eq=False)
 class Setting:
-    """Everything of a posterior but its likelihood: what a factor may depend on, see `Likelihood.bind`.
+    """Every part of a posterior except its likelihood: this is what a factor may depend on, see `Likelihood.bind`.
 
     Parameters
     ----------
     prior
         The pretrained language model p0.
     prompts, prompt_ids
-        The P prompts as the user gave them, and as token ids.
+        The P prompts as the user gave them, and the same prompts as token ids.
     columns
-        Further data of the prompts, each of length P.
+        Further data about the prompts, each column of length P.
     max_new_tokens
-        T, the most tokens of a completion, EOS included.
+        T, the largest number of tokens in a completion, EOS included.
     """
 
     prior: LanguageModel
@@ -68,15 +68,16 @@ class Batch:
     Parameters
     ----------
     tokens, lengths
-        Shape (M, T) with T = max_new_tokens and the EOS id (0 if none) past each length, and (M,).
+        The token ids, shape (M, T) with T = max_new_tokens, and the number of tokens of each completion, shape (M,).
+        Positions past a length hold the EOS id (0 if there is none).
     prompt_index
-        Which of the P prompts each completion follows, shape (M,).
+        Index of the prompt that each completion follows, shape (M,), values below P.
     prompts
         The P prompts, as given to the posterior (texts, or token ids).
     columns
-        Any further columns of the posterior, each of length P.
+        Further data about the prompts, each column of length P.
     prior
-        Decodes the completions and knows EOS.
+        The language model, which decodes the completions and knows EOS.
     """
 
     tokens: IntArray
@@ -91,7 +92,7 @@ class Batch:
 
     @cached_property
     def sequences(self) -> Sequences:
-        """The completions as those of one prompt, (1, M, T)."""
+        """The completions as if they all followed one prompt: tokens (1, M, T)."""
         return Sequences(self.tokens[None], self.lengths[None])
 
     @cached_property
@@ -105,7 +106,7 @@ class Batch:
         return list(self.prior.decode(self.completion_ids))
 
     def named(self, name: str) -> Sequence[Any]:
-        """Return what a reward function asks for by `name`, one entry a completion."""
+        """Return the column that a reward function asks for by `name`, one entry per completion."""
         if name == "completions":
             return list(self.completions)  # copies: a function may sort what it is given
         if name == "completion_ids":
@@ -117,7 +118,7 @@ class Batch:
         return [column[p] for p in self.prompt_index]
 
     def describe(self, row: int) -> str:
-        """Return how completion `row` of the M reads in an error message."""
+        """Return the words by which an error message names completion `row` of the M."""
         ids = self.completion_ids[row]
         prompt = self.prompts[self.prompt_index[row]]
         text = f" {self.completions[row]!r}" if self.prior.tokenizer is not None else ""
@@ -126,7 +127,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class TextCall:
-    """How a text function wants to be called: which names, and what its sole unnamed parameter is."""
+    """A text function with the names of the arguments it asks for.
+
+    `positional` says that its sole required parameter has another name and receives the completions.
+    """
 
     fn: Callable[..., Any]
     names: tuple[str, ...]
@@ -145,7 +149,7 @@ class TextCall:
         if unknown:
             raise RewardError(
                 f"Reward {label!r} asks for {unknown}, but this posterior offers {sorted(known)}. Give the missing "
-                "ones as columns: bk.Posterior(..., name=[one value a prompt])."
+                "ones as columns: bk.Posterior(..., name=[one value per prompt])."
             )
         names = [*required, *(name for name in optional if name in known)]
         if open_ended:
@@ -172,7 +176,7 @@ class TextCall:
 
 
 def called_on_text(fn: Callable[..., Any], label: str, batch: Batch) -> Any:
-    """Return what a text function gives for whole columns; what it raises is shown with the completion it met."""
+    """Return what a text function gives for whole columns; if it raises, the error names the completion that made it raise."""
     call = TextCall.of(fn, frozenset(batch.columns), label)
     if batch.prior.tokenizer is None:  # **kwargs would otherwise decode what has no text
         call = call.without_text()
@@ -189,7 +193,7 @@ def called_on_text(fn: Callable[..., Any], label: str, batch: Batch) -> Any:
 
 
 def called_on_tokens(fn: Callable[..., Any], label: str, batch: Batch) -> Any:
-    """Return what a function of token arrays gives; what it raises is shown with the completion it met."""
+    """Return what a function of token arrays gives; if it raises, the error names the completion that made it raise."""
     required, optional, _ = parameters(fn)
     asked_for = ("prompt_index",) if "prompt_index" in (*required, *optional) else ()
 
@@ -208,7 +212,7 @@ def called_on_tokens(fn: Callable[..., Any], label: str, batch: Batch) -> Any:
 
 
 def parameters(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
-    """Return (required names, optional names, takes **kwargs) of a function; of one without signature, no names."""
+    """Return (required names, optional names, takes **kwargs) of a function; a function without a signature has no names."""
     try:
         signature = inspect.signature(fn).parameters.values()
     except (TypeError, ValueError):
@@ -220,7 +224,7 @@ def parameters(fn: Callable[..., Any]) -> tuple[list[str], list[str], bool]:
 
 
 def accepts(fn: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
-    """Return whether a function can be called like this; true if it has no signature to tell."""
+    """Return whether a function can be called with these arguments; true if it has no signature to check."""
     try:
         signature = inspect.signature(fn)
     except (TypeError, ValueError):
@@ -243,7 +247,7 @@ def first_failing_row(num_rows: int, call_on: Callable[[slice], object]) -> int:
 
 
 def to_floats(outcome: Any, label: str, batch: Batch) -> FloatArray:
-    """Return a function's outcome as float64 (M,), refusing None, strings and wrong lengths."""
+    """Return what a reward function returned as float64 (M,), refusing None, strings and wrong lengths."""
     num_rows = len(batch)
     if isinstance(outcome, Mapping | set | frozenset):
         raise RewardError(f"Reward {label!r} returned a {type(outcome).__name__}, which has no order; return a list.")
@@ -253,13 +257,13 @@ def to_floats(outcome: Any, label: str, batch: Batch) -> FloatArray:
         outcome = np.asarray(outcome)  # a JAX array, say: to read it number by number takes a thousand times longer
     if outcome is None or isinstance(outcome, str | bytes) or not hasattr(outcome, "__len__"):
         raise RewardError(
-            f"Reward {label!r} returned {outcome!r} for {num_rows} completions. It must return one float a completion."
+            f"Reward {label!r} returned {outcome!r} for {num_rows} completions. It must return one float per completion."
         )
     shape = np.shape(outcome) if isinstance(outcome, np.ndarray) else (len(outcome),)
     if shape != (num_rows,):
         raise RewardError(
             f"Reward {label!r} returned {'shape ' + str(shape) if len(shape) != 1 else f'{shape[0]} values'} for "
-            f"{num_rows} completions. It must return one float a completion, in order."
+            f"{num_rows} completions. It must return one float per completion, in order."
         )
     if isinstance(outcome, np.ndarray) and outcome.dtype.kind in "fiub":
         return outcome.astype(np.float64)

@@ -1,4 +1,4 @@
-"""Refusals of numbers that cannot be what they are given for."""
+"""Checks of numeric arguments: each raises a `BayesKLRLError` that names the argument, the rule and the value."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ __all__ = ["check_count", "check_finite", "check_fraction", "check_positive"]
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
-    """Refuse what is not an integer of at least `least`."""
+    """Refuse a value that is not an integer of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
         raise BayesKLRLError(f"{name} must be an integer of at least {least}; got {value!r}.")
 
 
 def check_positive(name: str, value: object) -> None:
-    """Refuse what is not a positive finite number."""
+    """Refuse a value that is not a positive finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value < np.inf:
         raise BayesKLRLError(f"{name} must be a positive finite number; got {value!r}.")
 
 
 def check_finite(name: str, value: object) -> None:
-    """Refuse what is not a finite number."""
+    """Refuse a value that is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
         raise BayesKLRLError(f"{name} must be a finite number; got {value!r}.")
 
 
 def check_fraction(name: str, value: object) -> None:
-    """Refuse what is not a number in [0, 1]."""
+    """Refuse a value that is not a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
         raise BayesKLRLError(f"{name} must be a number from 0 to 1; got {value!r}.")
 
 
 def check_prompts_per_step(prompts_per_step: int | None, num_prompts: int) -> None:
-    """Refuse to subsample no prompts, or more than there are; None means all of them."""
+    """Refuse a subsample of fewer than one prompt, or of more prompts than there are; None means all of them."""
     if prompts_per_step is not None:
         check_count("prompts_per_step", prompts_per_step)
         if prompts_per_step > num_prompts:

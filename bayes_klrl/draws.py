@@ -1,4 +1,4 @@
-"""What an algorithm returns: completions, the log-densities they were judged by, and what they say of the evidence."""
+"""The result of every algorithm: completions, their log-densities and weights, and the estimate of the evidence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["Cost", "Draws"]
 
 @dataclass(frozen=True)
 class Cost:
-    """What draws cost.
+    """The cost of draws in seconds and tokens.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class Cost:
     model_tokens
         Tokens that went through a language model to draw and score (prefill, decoding, scoring), each model counted.
     training_tokens, training_seconds
-        The same for fitting a guide, apart.
+        Tokens and wall time that it took to fit a guide or twist; not part of the numbers above.
     """
 
     seconds: float = 0.0
@@ -45,7 +45,7 @@ class Cost:
     training_seconds: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        """Return the cost of both."""
+        """Return the sum of two costs."""
         return Cost(
             self.seconds + other.seconds,
             self.model_tokens + other.model_tokens,
@@ -56,18 +56,19 @@ class Cost:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """N draws for each of P prompts; see the class methods for how each kind is made.
+    """N draws for each of P prompts, with their log-densities, weights and estimates of the evidence.
 
     Parameters
     ----------
     tokens, lengths
-        The completions, (P, N, T) and (P, N); positions past a length hold the EOS id (0 if there is none).
+        The completions (P, N, T) and their lengths (P, N); positions past a length hold the EOS id (0 if there is none).
     reward, log_prior, log_likelihood, log_proposal, log_weights
-        Of each draw, (P, N), float64, in nats but for the reward. `log_proposal` is NaN where no proposal density
+        One value per draw, (P, N), float64; all but the reward are in nats. `log_proposal` is NaN where no proposal density
         exists. For weighted methods logmeanexp over N of `log_weights` is `log_evidence`; other draws weigh equally and
         have log-weight 0.
     log_evidence, log_evidence_se, elbo, ess, pareto_k
-        Of each prompt, (P,), NaN where undefined.
+        One value per prompt, (P,), NaN where undefined: the estimate of log Z and its standard error, the evidence lower
+        bound (all three in nats), the effective sample size, and the Pareto tail shape k of the weights.
     prompts
         The P prompts as given to the posterior.
     method
@@ -79,11 +80,24 @@ class Draws:
     guide
         The fitted policy, for SVI.
     info
-        What else is worth looking at, by name, as each algorithm's docstring lists: for SMC `ancestors` (P, T, N) and
-        `step_ess` (P, T), for Markov chains which `chain` (N,) a draw is of; for models in half precision `scoring_gap`
-        (P,), how far decoded and teacher-forced log-probs differ at worst, in nats.
+        Further results by name, as each algorithm's docstring lists them: for SMC `ancestors` (P, T, N) and `step_ess`
+        (P, T), for Markov chains the `chain` (N,) of each draw; for models in half precision `scoring_gap` (P,), the largest
+        difference between decoded and teacher-forced log-probs, in nats.
     decoder
-        Turns lists of token ids into texts; None if the prior has no tokenizer.
+        Function that turns lists of token ids into texts; None if the prior has no tokenizer.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> prior = bk.NgramLM.fit(["ha!", "ha ha!", "hm."], order=2)
+    >>> cheerful = bk.Reward(lambda completions: [c.count("!") for c in completions], alpha=0.5)
+    >>> posterior = bk.Posterior(prior, cheerful, max_new_tokens=8)
+    >>> draws = bk.ImportanceSampling(500).run(posterior, seed=0)
+    >>> draws.shape, draws.log_evidence.shape, len(draws.texts()[0])
+    ((1, 500), (1,), 500)
+    >>> prior_mean, posterior_mean = draws.reward.mean(), draws.mean(draws.reward)[0]
+    >>> bool(posterior_mean > prior_mean)
+    True
     """
 
     tokens: IntArray
@@ -150,7 +164,7 @@ class Draws:
         log_proposal: FloatArray | None,
         cost: Cost,
     ) -> Draws:
-        """Return draws that weigh equally (SVI, best-of-n, ...): log-weights 0, log evidence NaN."""
+        """Return draws that weigh equally (of SVI, best-of-n, ...): log-weights 0, log evidence NaN."""
         proposal = np.full(reward.shape, np.nan) if log_proposal is None else log_proposal
         return cls._common(posterior, sequences, method, reward, log_prior, proposal, cost)
 
@@ -194,18 +208,18 @@ class Draws:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(P, N)."""
+        """The number of prompts and of draws per prompt, (P, N)."""
         num_prompts, num_draws = self.lengths.shape
         return num_prompts, num_draws
 
     @property
     def seconds(self) -> float:
-        """Wall time to draw and score; training apart."""
+        """Wall time to draw and score; training is not counted."""
         return self.cost.seconds
 
     @property
     def model_tokens(self) -> int:
-        """Tokens that went through a language model to draw and score; training apart."""
+        """Tokens that went through a language model to draw and score; training is not counted."""
         return self.cost.model_tokens
 
     @property
@@ -224,7 +238,7 @@ class Draws:
         return Sequences(self.tokens, self.lengths)
 
     def texts(self) -> list[list[str]]:
-        """Return the completions as text, N of each of P prompts.
+        """Return the completions as text: P lists of N texts.
 
         Raises
         ------
@@ -238,12 +252,13 @@ class Draws:
         return [flat[p * num_draws : (p + 1) * num_draws] for p in range(num_prompts)]
 
     def mean(self, values: ArrayLike | Callable[[list[str]], Sequence[float]]) -> FloatArray:
-        """Return the posterior expectation sum_n W_n f(x_n) of each prompt, self-normalised, shape (P, ...).
+        """Return the self-normalised posterior expectation sum_n W_n f(x_n) for each prompt, shape (P, ...).
 
         Parameters
         ----------
         values
-            f(x) of each draw, shape (P, N, ...), or (N,) for one prompt; or a function of a list of texts.
+            The value f(x) of each draw, shape (P, N, ...), or (N,) for one prompt; or a function that maps a list of texts to
+            a list of numbers.
         """
         if callable(values):
             values = [values(texts) for texts in self.texts()]
@@ -258,10 +273,10 @@ class Draws:
         return result
 
     def resample(self, num: int, seed: int) -> Draws:
-        """Return `num` equally weighted draws of each prompt, drawn with replacement with probabilities W.
+        """Return `num` equally weighted draws per prompt, drawn with replacement with probabilities W.
 
-        They are samples of these draws, not fresh ones: never more than N distinct texts, and fit for a frequency test
-        only while `num` is small against the effective sample size.
+        They are resampled from these draws, not drawn anew: there are at most N distinct texts, and a frequency test is valid
+        only while `num` is small compared with the effective sample size.
         """
         check_count("num", num)
         rng = generator(seed)
@@ -270,7 +285,7 @@ class Draws:
         return self._taken(chosen)
 
     def _taken(self, chosen: IntArray) -> Draws:
-        """Return the draws `chosen` (P, M) of each prompt, weighing equally, with no summary."""
+        """Return the draws with indices `chosen` (P, M) of each prompt, equally weighted and without summaries."""
         rows = np.arange(self.shape[0])[:, None]
         undefined = np.full(self.shape[0], np.nan)
         return replace(
@@ -295,7 +310,7 @@ class Draws:
         return draws_to_arviz(self)
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return one row a draw: prompt, draw, text (where there is one), length, and every per-draw array."""
+        """Return one row per draw: prompt, draw, text (where there is one), length, and every per-draw array."""
         import pandas as pd
 
         num_prompts, num_draws = self.shape

@@ -7,8 +7,8 @@ ValueError
     ├── UnboundedLossError    SVI met a completion of likelihood 0: the ELBO is -inf
     ├── BudgetError           the budget was spent without an answer; carries what was drawn
     ├── ConvergenceError      Markov chains did not converge; carries what was drawn
-    ├── SupportError          mass where there must be none, or none where there must be some
-    └── CheckpointError       a folder, file or tokenizer that is not the model it should be
+    ├── SupportError          a distribution has mass where another has none, or no mass at all
+    └── CheckpointError       a folder, file or tokenizer is not the model that it should be
 """
 
 from __future__ import annotations
@@ -41,22 +41,69 @@ class BayesKLRLError(ValueError):
     Attributes
     ----------
     fit
-        What `SVI` had learned when the error ended its training; None otherwise.
+        The `Fit` that `SVI` had reached when the error ended its training; None otherwise.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> try:
+    ...     bk.ImportanceSampling(num_draws=0)
+    ... except bk.BayesKLRLError as error:
+    ...     print(error)
+    num_draws must be an integer of at least 1; got 0.
     """
 
     fit: Fit | None = None
 
 
 class RewardError(BayesKLRLError):
-    """A reward function raised, or returned something that cannot be a reward."""
+    """A reward function raised an exception, or returned something that cannot be a reward.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> wrong = bk.TokenReward(lambda tokens, lengths: lengths[:1], alpha=1.0, name="wrong")
+    >>> try:
+    ...     bk.Posterior(coin, wrong, max_new_tokens=3).reward([[1], [0, 1]])
+    ... except bk.RewardError as error:
+    ...     print(error)
+    Reward 'wrong' returned 1 values for 2 completions. It must return one float per completion, in order.
+    """
 
 
 class TextRewardError(RewardError):
-    """A reward that reads text was given a prior that cannot decode its tokens."""
+    """A reward reads text, but the prior has no tokenizer to decode its tokens with.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> cheerful = bk.Reward(lambda completions: [c.count("!") for c in completions], alpha=1.0)
+    >>> try:
+    ...     bk.Posterior(coin, cheerful, max_new_tokens=3)
+    ... except bk.TextRewardError as error:
+    ...     print("no tokenizer" in str(error))
+    True
+    """
 
 
 class UnboundedLossError(BayesKLRLError):
-    """The guide drew a completion of likelihood 0, so its ELBO is -inf and has no gradient."""
+    """The guide drew a completion of likelihood 0, so its ELBO is -inf and has no gradient.
+
+    The message names the completion and the cure; `fit` is what was learned in the steps before, or None.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> never_one = bk.TokenReward(lambda tokens, lengths: np.where(lengths > 1, 0.0, -np.inf), alpha=1.0)
+    >>> try:
+    ...     bk.SVI(10).fit(bk.Posterior(coin, never_one, max_new_tokens=3), seed=0)
+    ... except bk.UnboundedLossError as error:
+    ...     print(str(error).split(",")[0])
+    The guide drew the completion with ids [1]
+    """
 
 
 class BudgetError(BayesKLRLError):
@@ -65,7 +112,18 @@ class BudgetError(BayesKLRLError):
     Attributes
     ----------
     draws
-        What was drawn before the budget ran out, or None.
+        The `Draws` that were accepted before the budget ran out, or None.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=0.2, bounds=(1, 3))
+    >>> try:
+    ...     bk.RejectionSampling(100, max_proposals=100).run(bk.Posterior(coin, longer, max_new_tokens=3), seed=0)
+    ... except bk.BudgetError as error:
+    ...     print(error.draws.shape[1] < 100)
+    True
     """
 
     def __init__(self, message: str, draws: Draws | None = None) -> None:
@@ -79,7 +137,18 @@ class ConvergenceError(BayesKLRLError):
     Attributes
     ----------
     result
-        What was drawn, with its diagnostics.
+        The `RewardPosterior` that was drawn, with its diagnostics; None if there is none.
+
+    Examples
+    --------
+    `RewardModel.fit` raises it; the draws can still be looked at:
+
+    >>> import bayes_klrl as bk
+    >>> try:
+    ...     raise bk.ConvergenceError("NUTS has not converged: R-hat of theta[0] is 1.300, more than 1.01.", result=None)
+    ... except bk.ConvergenceError as error:
+    ...     print(error.result)
+    None
     """
 
     def __init__(self, message: str, result: RewardPosterior | None = None) -> None:
@@ -88,16 +157,38 @@ class ConvergenceError(BayesKLRLError):
 
 
 class SupportError(BayesKLRLError):
-    """A distribution has mass where another has none, or no mass at all."""
+    """A distribution has mass where another has none, or no mass at all.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> never = bk.TokenReward(lambda tokens, lengths: np.full(len(lengths), -np.inf), alpha=1.0)
+    >>> try:
+    ...     bk.Exact().run(bk.Posterior(coin, never, max_new_tokens=3), seed=0)
+    ... except bk.SupportError as error:
+    ...     print("likelihood" in str(error))
+    True
+    """
 
 
 class CheckpointError(BayesKLRLError):
-    """A folder, file or tokenizer is not the model it was said to be."""
+    """A folder, file or tokenizer is not the model that it should be.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> try:
+    ...     bk.TorchLM.from_pretrained("no-such-model")
+    ... except bk.CheckpointError as error:
+    ...     print("no-such-model" in str(error))
+    True
+    """
 
 
 @contextmanager
 def needs_jax(what: str) -> Iterator[None]:
-    """Name the extra to install where an import inside fails for want of it."""
+    """Turn a failed import of JAX inside the block into an error that names the extra to install."""
     try:
         yield
     except ModuleNotFoundError as error:

@@ -1,8 +1,8 @@
 """Rewards as likelihoods: log p(goal | x) = r(x) / alpha, products and powers of them.
 
 A `Likelihood` is a product of factors, and a factor is a function of completions: `Reward` reads text (with the
-signature TRL gives reward functions), `TokenReward` reads token arrays, `Constraint` says yes or no. What the functions
-read is a `Batch`; what comes back is checked here, once, so that nothing that is not a log-likelihood gets further.
+signature that TRL gives reward functions), `TokenReward` reads token arrays, `Constraint` says yes or no. The functions read
+a `Batch`. Their values are checked here, once, so that only log-likelihoods reach the algorithms.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = ["Constraint", "Factor", "Likelihood", "Reward", "TokenReward", "check
 class Likelihood(ABC):
     """A product of factors; `a * b` multiplies, `a ** gamma` tempers.
 
-    With the same alpha in every reward, rewards add: r = r_a + r_b at that alpha. With different ones the product has
+    If all rewards have the same alpha, they add: r = r_a + r_b at that alpha. If their alphas differ, the product has
     alpha = 1 and its reward is the log-likelihood. A `Constraint` has no alpha: it contributes 0 or -inf to the reward
-    and is untouched by tempering. Always log-likelihood = reward / alpha (alpha = 1 for constraints alone).
+    and tempering does not change it. Always log-likelihood = reward / alpha (alpha = 1 for constraints alone).
 
     Attributes
     ----------
@@ -35,7 +35,7 @@ class Likelihood(ABC):
     bounds
         The declared range (low, high) of the reward, or None if a factor declares none.
     name
-        What tables and plots call it; None: the function's own name.
+        The name in tables and plots; None: the function's own name.
 
     Examples
     --------
@@ -55,7 +55,7 @@ class Likelihood(ABC):
 
     @property
     def label(self) -> str:
-        """What errors call it: the given name, or the functions' own."""
+        """The name in error messages: the given one, or those of the functions."""
         return self.name or " * ".join(factor.label for factor in self.factors)
 
     def __mul__(self, other: object) -> Likelihood:
@@ -80,20 +80,20 @@ class Likelihood(ABC):
 
     @property
     def depends_on_alpha(self) -> bool:
-        """Whether the reward itself, not only its weight, changes with alpha: then no path over alpha is of one reward."""
+        """Whether the reward itself, not only its weight, changes with alpha: then a path over alpha has no single reward."""
         return any(factor.depends_on_alpha for factor in self.factors)
 
     def bind(self, setting: Setting) -> Likelihood:
         """Return the likelihood for a prior and its prompts: itself, unless a factor depends on them.
 
-        `Posterior` calls it once, before it is complete, with all that it is made of but the likelihood.
+        `Posterior` calls it once, while it is being made, with all its parts except the likelihood.
         """
         factors = self.factors
         ready = tuple(factor.bind_with(setting, factors[:i] + factors[i + 1 :]) for i, factor in enumerate(factors))
         return self if all(a is b for a, b in zip(factors, ready, strict=True)) else product(ready)
 
     def check(self, prior: LanguageModel, columns: Iterable[str]) -> None:
-        """Refuse, before any work, a function that asks for what this posterior cannot give it."""
+        """Refuse, before any work, a function that asks for an argument that this posterior cannot give it."""
         for factor in self.factors:
             factor.check_arguments(prior, frozenset(columns))
 
@@ -129,7 +129,7 @@ def product(factors: tuple[Factor, ...]) -> Likelihood:
 
 
 class Factor(Likelihood):
-    """One function of completions, and how its values enter the likelihood."""
+    """One function of completions as a factor of a likelihood."""
 
     fn: Callable[..., Any]
 
@@ -149,11 +149,11 @@ class Factor(Likelihood):
         return False
 
     def bind_with(self, setting: Setting, others: tuple[Factor, ...]) -> Factor:
-        """Return the factor for a prior and its prompts, where the factors `others` stand beside it; see `Likelihood.bind`."""
+        """Return the factor for a prior and its prompts, given the likelihood's `others` factors; see `Likelihood.bind`."""
         return self
 
     def scale_in(self, alpha: float | None) -> float:
-        """Return what turns the factor's reward into that of a product at `alpha`."""
+        """Return the number that multiplies the factor's reward in a product at `alpha`."""
         return 1.0 if self.alpha is None or self.alpha == alpha else (alpha or 1.0) / self.alpha
 
     @abstractmethod
@@ -169,7 +169,7 @@ class Factor(Likelihood):
         """See `Likelihood.check`."""
 
     def checked(self, outcome: Any, batch: Batch) -> FloatArray:
-        """Return what the function gave as float64 (M,), or say what is wrong with it and where."""
+        """Return the function's values as float64 (M,); an error says which value is wrong, and for which completion."""
         values = to_floats(outcome, self.label, batch)
         bad = np.isnan(values) | np.isposinf(values)
         if bad.any():
@@ -194,7 +194,7 @@ class _TextFactor(Factor):
     """A factor whose function has the signature of TRL's reward functions."""
 
     def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
-        """See `Likelihood.check`; also refuses to read text that nobody can decode."""
+        """See `Likelihood.check`; also refuses a function of text if the prior cannot decode its tokens."""
         call = TextCall.of(self.fn, columns, self.label)
         if call.reads_text and prior.tokenizer is None:
             raise TextRewardError(
@@ -209,31 +209,35 @@ class _TextFactor(Factor):
 
 @dataclass(frozen=True, eq=False)
 class Reward(_TextFactor):
-    """exp(r(x) / alpha) for a function of text.
+    """The factor exp(r(x) / alpha) for a function r of text.
 
     Parameters
     ----------
     fn
-        Takes a list of completions and returns as many floats. A sole required parameter of any name receives the
-        completions; by name it may also ask for `prompts`, `completions`, `completion_ids`, `finished` and any column
-        given to the posterior; `**kwargs` receives all of them. A TRL reward function is used unchanged.
+        Function that takes a list of completions and returns one float per completion. A sole required parameter of any name
+        receives the completions; by name it may also ask for `prompts`, `completions`, `completion_ids`, `finished` and any
+        column given to the posterior; `**kwargs` receives all of them. A TRL reward function works unchanged.
     alpha
         Units of reward per nat ("beta" in TRL and DPO); positive and finite.
     bounds
-        The declared range (low, high) of the reward; values outside it are an error.
+        The declared range (low, high) of the reward; values outside it are an error. None: no range is declared.
     name
-        For tables and errors; the function's own name by default.
+        Name in tables and error messages; None: the function's own name.
 
     Raises
     ------
     BayesKLRLError
-        If alpha or the bounds are not what they must be.
+        If alpha is not positive and finite, or the bounds are not a pair low <= high.
 
     Examples
     --------
     >>> cheerful = Reward(lambda completions: [c.count("!") for c in completions], alpha=0.5, name="cheerful")
     >>> cheerful.alpha
     0.5
+    >>> import bayes_klrl as bk
+    >>> prior = bk.NgramLM.fit(["ha!", "hm."], order=2)
+    >>> bk.Posterior(prior, cheerful, max_new_tokens=4).reward([prior.encode(["ha!!"])[0]])
+    array([[2.]])
     """
 
     fn: Callable[..., Any]
@@ -251,19 +255,27 @@ class Reward(_TextFactor):
 
 @dataclass(frozen=True, eq=False)
 class TokenReward(Factor):
-    """exp(r(x) / alpha) for a function of token arrays.
+    """The factor exp(r(x) / alpha) for a function r of token arrays.
 
     Parameters
     ----------
     fn
         `fn(tokens (N, T) int, lengths (N,) int) -> (N,)` on NumPy arrays, T = max_new_tokens. Positions past the length
         hold the EOS id (0 if there is none), never -1. It may ask by name for `prompt_index` (N,). Inside a NumPyro program
-        (`Posterior.numpyro_model`, `SVI` on a `JaxLM`) it gets traced JAX arrays, int32; what is written in jax.numpy, or in
-        methods and operators that both have, serves everywhere.
+        (`Posterior.numpyro_model`, `SVI` on a `JaxLM`) it gets traced JAX arrays, int32. A function written in jax.numpy, or
+        with methods and operators that NumPy and JAX share, works everywhere.
     alpha, bounds, name
-        See `Reward`.
+        The same as for `Reward`.
     callback
-        On JAX: call the function on the host instead of tracing it.
+        Whether JAX calls the function on the host instead of tracing it.
+
+    Examples
+    --------
+    >>> longer = TokenReward(lambda tokens, lengths: lengths, alpha=2.0, bounds=(1, 3), name="longer")
+    >>> import bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> bk.Posterior(coin, longer, max_new_tokens=3).log_likelihood([[1], [0, 1]])
+    array([[0.5, 1. ]])
     """
 
     fn: Callable[..., Any]
@@ -283,7 +295,7 @@ class TokenReward(Factor):
 
     @property
     def asked_for(self) -> tuple[str, ...]:
-        """What the function asks for by name."""
+        """The arguments that the function asks for by name."""
         required, optional, _ = parameters(self.fn)
         return ("prompt_index",) if "prompt_index" in (*required, *optional) else ()
 
@@ -302,14 +314,14 @@ class TokenReward(Factor):
 
 @dataclass(frozen=True, eq=False)
 class Constraint(_TextFactor):
-    """1[x in A]: the hard limit of a reward, with no alpha.
+    """The factor 1[x in A], the hard limit of a reward; it has no alpha.
 
     Parameters
     ----------
     fn
-        As of `Reward`, returning one bool a completion.
+        Function with the signature of a `Reward`'s that returns one bool per completion: whether it is in A.
     name
-        For tables and errors.
+        Name in tables and error messages; None: the function's own name.
 
     Examples
     --------
@@ -328,7 +340,7 @@ class Constraint(_TextFactor):
             raise BayesKLRLError(f"A constraint is a function of completions; got {self.fn!r}.")
 
     def tempered(self, gamma: float) -> Constraint:
-        """Return itself: 0 and 1 to any positive power are 0 and 1."""
+        """Return the constraint itself: 0 and 1 to any positive power are 0 and 1."""
         return self
 
     def checked(self, outcome: Any, batch: Batch) -> FloatArray:
@@ -345,14 +357,14 @@ class Constraint(_TextFactor):
 
 
 def _check_factor(factor: Reward | TokenReward) -> None:
-    """Refuse what cannot be a reward's function, alpha or bounds."""
+    """Refuse a function, alpha or bounds that a reward cannot have."""
     if not callable(factor.fn):
         raise BayesKLRLError(f"A reward is a function of completions; got {factor.fn!r}.")
     check_alpha_and_bounds(factor)
 
 
 def check_alpha_and_bounds(factor: Factor) -> None:
-    """Refuse an alpha or bounds that cannot be, and make floats of them, in a frozen factor under construction."""
+    """Refuse an alpha that is not positive, or bounds out of order; in a factor under construction, convert both to floats."""
     object.__setattr__(factor, "alpha", _positive("alpha", factor.alpha))
     if factor.bounds is not None:
         try:

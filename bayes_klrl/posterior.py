@@ -2,9 +2,9 @@
 
     p*(x | c) = p0(x | c) exp(r(x, c) / alpha) / Z(c)
 
-Convention "absorb", the only one: x ends with EOS, which is part of it, or was cut at `max_new_tokens`, which is an
-outcome like any other. So p0 sums to exactly 1 over completions, and it is what sampling with `max_new_tokens` draws
-from (theory.md 1.2).
+Completions follow the convention "absorb": x ends with EOS, which is part of it, or was cut at `max_new_tokens`, which is an
+outcome like any other. So p0 sums to exactly 1 over completions, and sampling with `max_new_tokens` draws from it
+(theory.md 1.2).
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ _TOKENS_PER_CHUNK = 2**14
 
 
 class Posterior:
-    """What KL-regularised RL optimises towards: the prior conditioned on a reward.
+    """The prior conditioned on a reward: the optimal policy of KL-regularised RL.
 
     Parameters
     ----------
     prior
         The pretrained language model p0 (RL: the reference model).
     likelihood
-        exp(r / alpha): a `Reward`, `TokenReward`, `Constraint`, or a product of them.
+        The likelihood exp(r / alpha): a `Reward`, `TokenReward`, `Constraint`, or a product of them.
     prompts
         One prompt or a list of P prompts: texts, or lists of token ids.
     max_new_tokens
-        T, the most tokens a completion may have, EOS included.
+        T, the largest number of tokens that a completion may have, EOS included.
     **columns
-        Further data of the prompts, each a list of length P, which reward functions may ask for by name.
+        Further data about the prompts, each column a list of length P, which reward functions may ask for by name.
 
     Attributes
     ----------
@@ -55,7 +55,7 @@ class Posterior:
     Raises
     ------
     BayesKLRLError
-        If an argument cannot be right, before any model is run. `TextRewardError` for a reward on text and a prior that
+        If an argument is wrong, before any model is run. `TextRewardError` for a reward that reads text and a prior that
         has no tokenizer.
 
     Examples
@@ -103,7 +103,7 @@ class Posterior:
 
     @property
     def num_prompts(self) -> int:
-        """P."""
+        """P, the number of prompts."""
         return len(self.prompt_ids)
 
     @property
@@ -113,16 +113,16 @@ class Posterior:
 
     @property
     def pad_token(self) -> int:
-        """What stands past a completion's length: the EOS id, 0 if there is none."""
+        """The token id at positions past a completion's length: the EOS id, 0 if there is none."""
         return pad_token(self.prior.eos_token_ids)
 
     def sequences(self, x: Sequences | Draws | Sequence[Sequence[int]]) -> Sequences:
-        """Return completions as `Sequences` of width T, refusing what is not an outcome of this posterior.
+        """Return completions as `Sequences` of width T; completions that are not outcomes of this posterior are refused.
 
         Parameters
         ----------
         x
-            `Sequences` or `Draws` of P prompts, or for one prompt a list of token-id lists.
+            The completions: `Sequences` or `Draws` for P prompts, or for one prompt a list of token-id lists.
         """
         if hasattr(x, "tokens") and hasattr(x, "lengths"):
             given = Sequences(x.tokens, x.lengths)
@@ -158,9 +158,9 @@ class Posterior:
         Parameters
         ----------
         tokens, lengths
-            Shape (M, T), padded as `pad_token` says, and (M,).
+            The token ids, shape (M, T), with `pad_token` past each length, and the lengths, shape (M,).
         prompt_index
-            Which prompt each completion follows, shape (M,).
+            Index of the prompt that each completion follows, shape (M,).
         """
         return self.likelihood.reward(Batch(tokens, lengths, prompt_index, self.prompts, self.columns, self.prior))
 
@@ -200,7 +200,7 @@ class Posterior:
 
 
 def check_language_model(what: str, lm: object) -> None:
-    """Refuse what has not every attribute and method of the `LanguageModel` protocol."""
+    """Refuse an object that lacks an attribute or method of the `LanguageModel` protocol."""
     missing = [name for name in vars(LanguageModel) if not name.startswith("_") and not hasattr(lm, name)]
     if missing:
         if hasattr(lm, "guide"):
@@ -256,13 +256,13 @@ def _checked_columns(columns: dict[str, Sequence[Any]], num_prompts: int) -> dic
             raise BayesKLRLError(f"A column cannot be called {name!r}: the name is reserved. Choose another.")
         if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != num_prompts:
             raise BayesKLRLError(
-                f"Column {name!r} needs one value a prompt, a list of length {num_prompts}; got {values!r}."
+                f"Column {name!r} needs one value per prompt, a list of length {num_prompts}; got {values!r}."
             )
     return {name: tuple(values) for name, values in columns.items()}
 
 
 def encoded_prompts(prompts: tuple[Any, ...], prior: LanguageModel) -> tuple[tuple[int, ...], ...]:
-    """Return the prompts' token ids; an empty one becomes BOS where the model has one."""
+    """Return the prompts' token ids; an empty prompt becomes BOS where the model has one."""
     texts = all(isinstance(prompt, str) for prompt in prompts)
     if texts and prior.tokenizer is None and any(prompts):
         raise BayesKLRLError(

@@ -1,4 +1,4 @@
-"""Progress on long work: one live display, however deep the work is nested."""
+"""Progress of long computations: one live display, however deep the calls are nested."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def track(description: str, total: int, enabled: bool) -> Iterator[Advance]:
     Parameters
     ----------
     description
-        What is being done.
+        Text in front of the line, which says what is being done.
     total
-        Number of steps.
+        Number of steps until the work is done.
     enabled
-        Whether to show anything at all.
+        Whether to show the line. False: `advance` does nothing.
     """
     with progress_display(enabled):
         display = _display.get()

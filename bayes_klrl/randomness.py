@@ -17,10 +17,19 @@ import numpy as np
 from bayes_klrl.checks import check_count
 from bayes_klrl.typing import FloatArray, TokenIds
 
-__all__ = ["DRAWS_PER_BLOCK", "Generators", "PromptKey", "Streams", "check_seed", "generator", "prompt_keys", "stream_seed"]
+__all__ = [
+    "DRAWS_PER_BLOCK",
+    "Generators",
+    "PromptKey",
+    "Streams",
+    "check_seed",
+    "generator",
+    "prompt_keys",
+    "stream_seed",
+]
 
 DRAWS_PER_BLOCK = 256
-"""Draws of one prompt that share a generator."""
+"""Number of draws of one prompt that share a generator."""
 
 PromptKey = tuple[int, ...]
 
@@ -35,7 +44,7 @@ def check_seed(seed: object) -> int:
 
 
 def generator(seed: object, *stream: int) -> np.random.Generator:
-    """Return the generator of a seed; of a numbered stream beside it, if numbers are given."""
+    """Return the generator of a seed; if numbers are given, the generator of that numbered stream of the seed."""
     return np.random.default_rng([check_seed(seed), *stream] if stream else check_seed(seed))
 
 
@@ -52,7 +61,7 @@ def stream_seed(seed: object, repeat: int, name: str) -> int:
 
 
 def prompt_keys(prompt_ids: Sequence[TokenIds]) -> list[PromptKey]:
-    """Return what names each prompt in the seed of a block: how many equal ones stand before it, and its token ids.
+    """Return the key of each prompt in the seed of a block: the number of equal prompts before it, and its token ids.
 
     A prompt keeps its key, and so its draws, when other prompts are added, removed or moved.
 
@@ -77,7 +86,7 @@ class Streams:
     Parameters
     ----------
     entropy
-        The seed, and numbers that tell the method's own streams apart; see `of`.
+        The seed, followed by numbers that tell several streams of one seed apart; `of` makes it.
 
     Examples
     --------
@@ -91,7 +100,7 @@ class Streams:
 
     @classmethod
     def of(cls, seed: object, *stream: int) -> Streams:
-        """Return the streams of a seed; numbered ones beside them, if numbers are given."""
+        """Return the streams of a seed; if numbers are given, the streams of that number beside them."""
         return cls((check_seed(seed), *stream))
 
     def beside(self, *stream: int) -> Streams:
@@ -113,15 +122,15 @@ class Streams:
         Parameters
         ----------
         keys
-            The prompts, see `prompt_keys`.
+            The keys of the P prompts, as `prompt_keys` returns them.
         first, num_draws
-            Number of the first draw, and N.
+            The number of the first draw in each prompt's stream, and N, the number of draws per prompt.
         width
-            Numbers per draw: T for completions of at most T tokens.
+            Random numbers per draw: T for completions of at most T tokens.
 
         Returns
         -------
-        Shape (width, P * N), prompt by prompt.
+        The random numbers, shape (width, P * N), prompt by prompt.
         """
         rows = np.concatenate([self._of_prompt(key, first, num_draws, width) for key in keys])
         return np.ascontiguousarray(rows.T)

@@ -1,7 +1,7 @@
 """Resampling schemes: weights W (N,) in, N ancestors out, E[offspring of n] = N W_n for each of them.
 
 Unbiased offspring counts keep E[Z-hat] = Z, also when the decision to resample looks at the weights so far
-(Chopin and Papaspiliopoulos 2020, chapters 9 and 10). Adding a scheme is adding a function to `RESAMPLING`.
+(Chopin and Papaspiliopoulos 2020, chapters 9 and 10). To add a scheme, add a function to `RESAMPLING`.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ Scheme = Callable[[FloatArray, np.random.Generator], IntArray]
 
 
 def multinomial(weights: FloatArray, rng: np.random.Generator) -> IntArray:
-    """Return N independent ancestors; the highest variance, and the scheme of plain conditional SMC."""
+    """Return N independent ancestors. It has the highest variance of all schemes, and is the one of plain conditional SMC."""
     return _inverse_cdf(weights, np.sort(rng.random(weights.size)))
 
 
 def stratified(weights: FloatArray, rng: np.random.Generator) -> IntArray:
-    """Return one ancestor from each of N equal strata, each by a uniform of its own."""
+    """Return one ancestor from each of N equal strata, drawn with N independent uniforms."""
     return _inverse_cdf(weights, (np.arange(weights.size) + rng.random(weights.size)) / weights.size)
 
 
 def systematic(weights: FloatArray, rng: np.random.Generator) -> IntArray:
-    """Return one ancestor from each of N equal strata, all by the same uniform."""
+    """Return one ancestor from each of N equal strata, drawn with one uniform that all strata share."""
     return _inverse_cdf(weights, (np.arange(weights.size) + rng.random()) / weights.size)
 
 
 def residual(weights: FloatArray, rng: np.random.Generator) -> IntArray:
-    """Return floor(N W_n) copies of each n, and the rest by multinomial draws from what was rounded off."""
+    """Return floor(N W_n) copies of each n, and fill up to N by multinomial draws from the remainders N W_n - floor(N W_n)."""
     num = weights.size
     copies = np.floor(num * weights).astype(np.int64)
     kept = np.repeat(np.arange(num), copies)
@@ -55,9 +55,9 @@ def residual(weights: FloatArray, rng: np.random.Generator) -> IntArray:
 
 
 def conditional_multinomial(weights: FloatArray, rng: np.random.Generator) -> IntArray:
-    """Return ancestor 0 for particle 0, and N - 1 independent ones, from all N, for the others (theory.md 3.10).
+    """Return ancestor 0 for particle 0, and independent ancestors, from all N, for the N - 1 others (theory.md 3.10).
 
-    Not one of `RESAMPLING`: it is what `multinomial` becomes when the path of particle 0 is given.
+    It is not in `RESAMPLING`: it is `multinomial` given that the path of particle 0 is fixed.
     """
     return np.concatenate([[0], _inverse_cdf(weights, np.sort(rng.random(weights.size - 1)))])
 
@@ -71,14 +71,14 @@ RESAMPLING: dict[str, Scheme] = {
 
 
 def resampling_scheme(name: str) -> Scheme:
-    """Return the scheme of that name, or say which there are."""
+    """Return the resampling scheme of that name; an unknown name is refused, and the error lists those that exist."""
     if not isinstance(name, str) or name not in RESAMPLING:
         raise BayesKLRLError(f"Unknown resampling scheme {name!r}; choose one of {sorted(RESAMPLING)}.")
     return RESAMPLING[name]
 
 
 def _inverse_cdf(weights: FloatArray, uniforms: FloatArray) -> IntArray:
-    """Return the ancestor of each sorted uniform; a weight of 0 has no offspring, whatever rounding does."""
+    """Return the ancestor of each sorted uniform; a particle of weight 0 has no offspring, even with rounding."""
     cumulative = weights.cumsum()
     last = int(np.flatnonzero(weights)[-1])
     cumulative[last:] = 1.0

@@ -1,7 +1,7 @@
 """Completions as arrays: tokens (P, N, T) and lengths (P, N).
 
-A completion holds its EOS token, if it has one, as its last token. Which positions count is told by `lengths` alone,
-never by comparing tokens with a padding id: pad == eos (the GPT-2 default) would delete the EOS term, and with it the
+The EOS token, if a completion has one, is its last token. Only `lengths` says which positions count; tokens are never
+compared with a padding id, because pad == eos (the GPT-2 default) would delete the EOS term, and with it the
 normalisation of the prior (total mass 4.5 instead of 1 on problem P1, theory.md 1.2).
 """
 
@@ -29,13 +29,13 @@ def completion_lengths(tokens: IntArray, eos_token_ids: Collection[int]) -> IntA
     Parameters
     ----------
     tokens
-        Shape (..., T).
+        Token ids, shape (..., T).
     eos_token_ids
-        Any of these ends a completion.
+        The ids that end a completion.
 
     Returns
     -------
-    Shape (...,), values in 1..T.
+    The lengths, shape (...,), values in 1..T.
 
     Examples
     --------
@@ -54,7 +54,7 @@ class Sequences:
     Parameters
     ----------
     tokens
-        Integer token ids, shape (P, N, T). What stands past a completion's length is ignored.
+        Integer token ids, shape (P, N, T). Positions past a completion's length are ignored.
     lengths
         Number of tokens of each completion, EOS included, shape (P, N), values in 1..T.
 
@@ -62,6 +62,16 @@ class Sequences:
     ------
     BayesKLRLError
         If the shapes do not fit or a length is outside 1..T.
+
+    Examples
+    --------
+    Two completions of one prompt, of 3 and 2 tokens:
+
+    >>> x = Sequences(tokens=np.array([[[5, 7, 1], [6, 1, 1]]]), lengths=np.array([[3, 2]]))
+    >>> x.lists()
+    [[5, 7, 1], [6, 1]]
+    >>> x.finished({1})
+    array([[ True,  True]])
     """
 
     tokens: IntArray

@@ -1,4 +1,4 @@
-"""The protocols that every other file is written against, with the shapes in them.
+"""The protocols that every other file uses, with the shapes of their arguments.
 
 Letters: P prompts, N draws or particles, T tokens (max_new_tokens), V vocabulary, R rows of a decoding state.
 `Array` is an array of the model's own backend: NumPy, torch or JAX.
@@ -41,10 +41,10 @@ State: TypeAlias = Any
 
 
 class Lockstep(Protocol):
-    """Several models that draw and score to the end in one go: independent completions, the first model's."""
+    """A function that draws completions from the first of several models and scores them under all models, in one call."""
 
-    def pays(self, num_rows: int, num_prefixes: int) -> bool:
-        """Return whether this is faster than steps, which compute a prefix that rows share only once."""
+    def is_faster(self, num_rows: int, num_prefixes: int) -> bool:
+        """Return whether one call is faster than steps, which compute a prefix that several rows share only once."""
 
     def __call__(
         self, states: Sequence[State], state_rows: IntArray, newest: IntArray, uniforms: FloatArray
@@ -54,18 +54,18 @@ class Lockstep(Protocol):
         Parameters
         ----------
         states
-            Each model's, which lack the newest tokens; they stay usable.
+            The decoding state of each model, without the newest tokens; the states stay usable.
         state_rows
-            Which of their rows each completion goes on from, shape (R,).
+            Row of the states that each completion continues, shape (R,).
         newest
-            The newest token of each, shape (R,).
+            The newest token of each completion, shape (R,).
         uniforms
-            From [0, 1), shape (T, R): row t draws token t by inverse CDF.
+            Uniform random numbers in [0, 1), shape (T, R): row t draws token t by inverse CDF.
 
         Returns
         -------
-        T more tokens (R, T), anything past EOS; the log-prob of these up to EOS under each model (models, R), float64;
-        and how many tokens went through a model.
+        T more tokens (R, T), with arbitrary ids past EOS; their log-prob up to EOS under each model (models, R), in nats,
+        float64; and the number of tokens that went through a model.
         """
 
 
@@ -73,19 +73,29 @@ class Lockstep(Protocol):
 class LanguageModel(Protocol):
     """A distribution over completions of a prompt, which samples and scores with the same numbers.
 
-    The next-token distribution p(a | c, x_<t) is all it knows; EOS is a token like any other, and what to do with it
-    (stop, convention "absorb") is the business of the code that decodes. Log-probs are in nats, float32 or better, and
-    normalised over the vocabulary; -inf is legal, NaN is not.
+    The model only knows the next-token distribution p(a | c, x_<t). EOS is a token like any other; the code that decodes
+    stops at it (convention "absorb"). Log-probs are in nats, float32 or better, and normalised over the vocabulary; -inf is
+    legal, NaN is not.
 
     States are values: `append` and `select` return new states and leave the old ones usable.
 
-    A model may also have `context_length: int` (prompt and completion together, each by itself if `prompt_apart` is true;
-    absent or None: unlimited) and `bos_token_id: int` (what an empty prompt becomes; absent or None: an empty prompt is
-    refused unless `accepts_empty_prompt` is true).
+    A model may also have `context_length: int` (for prompt and completion together, or for each by itself if `prompt_apart`
+    is true; absent or None: unlimited) and `bos_token_id: int` (an empty prompt becomes this token; absent or None: an empty
+    prompt is refused unless `accepts_empty_prompt` is true).
 
-    Where steps one by one are slow, it may have `lockstep(models) -> Lockstep | None`: how to go on drawing from the first
-    of several models (itself) and scoring by all of them without steps; None if it cannot for these. The tokens must be
-    those of the steps.
+    A model whose single steps are slow may have `lockstep(models) -> Lockstep | None`. It returns a function that draws from
+    the first of several models (itself) and scores under all of them without single steps, or None if it cannot do so for
+    these models. The tokens must be those that the steps would draw.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> isinstance(coin, bk.LanguageModel), coin.vocab_size, sorted(coin.eos_token_ids)
+    (True, 2, [1])
+    >>> state = coin.append(coin.prefill([[]]), np.array([0]))
+    >>> np.exp(coin.next_log_probs(state))
+    array([[0.5, 0.5]])
     """
 
     @property
@@ -102,7 +112,7 @@ class LanguageModel(Protocol):
 
     @property
     def tokenizer(self) -> Any | None:
-        """What turns text into ids, or None if the model works on token ids only."""
+        """The tokenizer, which turns text into ids; None if the model works on token ids only."""
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the prompt ids of each text, BOS included where the tokenizer adds it."""
@@ -117,7 +127,7 @@ class LanguageModel(Protocol):
         """Return log p(. | prompt, tokens so far) for every row, shape (R, V)."""
 
     def append(self, state: State, tokens: IntArray) -> State:
-        """Return the state after one more token a row, `tokens` of shape (R,) on the host."""
+        """Return the state after one more token per row, `tokens` of shape (R,) on the host."""
 
     def select(self, state: State, rows: IntArray) -> State:
         """Return the state whose row i is row `rows[i]` of the given one; rows may repeat, be dropped or permuted."""
@@ -133,7 +143,7 @@ class LanguageModel(Protocol):
 class JaxModel(Protocol):
     """A language model that is a function of a parameter tree, and draws and scores inside one compiled JAX program.
 
-    Beside the methods of `LanguageModel`; all of these may be called with traced arrays. `JaxLM` is one.
+    It has these methods in addition to those of `LanguageModel`, and all of them accept traced arrays. `JaxLM` is one.
     """
 
     @property
@@ -144,7 +154,7 @@ class JaxModel(Protocol):
         """Return the same model with other parameters."""
 
     def pad_prompts(self, prompts: Sequence[TokenIds]) -> Any:
-        """Return prompts as a tree of arrays, each with P as its first axis."""
+        """Return P prompts as a tree of arrays, each with P as its first axis."""
 
     def sample_tokens(self, prompts: Any, uniforms: Array) -> tuple[Array, Array]:
         """Return completions drawn with uniforms (P, N, T), padded past EOS, and their log-probs, both (P, N, T)."""
@@ -155,7 +165,22 @@ class JaxModel(Protocol):
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """A way of answering a posterior: a frozen set of options with one method."""
+    """An inference method for a posterior: a frozen set of options with the one method `run`.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> isinstance(bk.SMC(num_particles=256), bk.Algorithm)
+    True
+
+    Every algorithm runs on every posterior in the same way:
+
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> [algorithm.run(posterior, seed=0).shape for algorithm in (bk.ImportanceSampling(50), bk.SMC(20))]
+    [(1, 50), (1, 20)]
+    """
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """Return draws from (an approximation of) the posterior; the same seed gives the same draws."""
@@ -163,7 +188,7 @@ class Algorithm(Protocol):
 
 @runtime_checkable
 class GuideRecipe(Algorithm, Protocol):
-    """An algorithm that trains a guide and then draws from it: `SVI`, `BayesianSVI`. It may stand wherever a proposal may."""
+    """An algorithm that trains a guide and then draws from it: `SVI`, `BayesianSVI`. It is accepted wherever a proposal is."""
 
     @property
     def num_draws(self) -> int:
@@ -178,7 +203,23 @@ class GuideRecipe(Algorithm, Protocol):
 
 @runtime_checkable
 class Twist(Protocol):
-    """log psi_t(x_1:t), an estimate of log E_p0[likelihood | x_1:t], up to a constant that depends on the prompt only."""
+    """An estimate log psi_t(x_1:t) of log E_p0[likelihood | x_1:t], up to a constant that depends on the prompt only.
+
+    Examples
+    --------
+    The reward that a prefix has collected so far, as the twist of SMC:
+
+    >>> import bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> def tokens_so_far(posterior, prompt_index, prefixes):
+    ...     return np.full(len(prefixes), prefixes.shape[1] / posterior.alpha)
+    >>> draws = bk.SMC(num_particles=256, twist=tokens_so_far).run(posterior, seed=0)
+    >>> exact = bk.Exact().run(posterior, seed=0)
+    >>> bool(abs(draws.log_evidence[0] - exact.log_evidence[0]) < 0.1)
+    True
+    """
 
     def __call__(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
         """Return log psi of R unfinished prefixes.
@@ -188,19 +229,19 @@ class Twist(Protocol):
         posterior
             The posterior that is being sampled.
         prompt_index
-            Which prompt each prefix follows, shape (R,).
+            Index of the prompt that each prefix follows, shape (R,).
         prefixes
             The tokens so far, shape (R, t); t = 0 asks for the start value.
 
         Returns
         -------
-        Shape (R,), float64.
+        log psi of each prefix in nats, shape (R,), float64.
         """
 
 
 @runtime_checkable
 class TwistRecipe(Protocol):
-    """A twist that has to be made for a posterior: estimated from prior draws, or learned."""
+    """A recipe for a twist that has to be made for each posterior: estimated from prior draws, or learned."""
 
     def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Twist:
-        """Return the twist, which says as its attribute `training`, a `Cost`, what it took to make it."""
+        """Return the twist; its attribute `training`, a `Cost`, holds the seconds and tokens that it took to make it."""

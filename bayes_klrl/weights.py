@@ -1,7 +1,7 @@
-"""Log-space importance weights: their mean, their effective number, and what can be trusted of both.
+"""Log-space importance weights: their mean, their effective sample size, and diagnostics of both.
 
-Everything acts on the last axis, is NumPy float64, takes -inf as a legal log-weight (likelihood 0) and never writes into
-the caller's arrays. W denotes normalised weights, sum(W) = 1.
+All functions act on the last axis, compute in NumPy float64, accept -inf as a legal log-weight (likelihood 0) and never write
+into the caller's arrays. W denotes normalised weights, sum(W) = 1.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ __all__ = [
 
 
 def check_log_weights(log_weights: ArrayLike) -> FloatArray:
-    """Return the log-weights as float64, refusing NaN and +inf, which no likelihood can give."""
+    """Return the log-weights as float64, refusing NaN and +inf, which no likelihood can have."""
     log_w = np.asarray(log_weights, dtype=np.float64)
     if np.isnan(log_w).any() or np.isposinf(log_w).any():
         bad = log_w[np.isnan(log_w) | np.isposinf(log_w)][0]
         raise BayesKLRLError(
-            f"Log-weights must be finite or -inf; got {bad}. A likelihood of 0 is -inf; NaN is an error upstream."
+            f"Log-weights must be finite or -inf; got {bad}. A likelihood of 0 is -inf; a NaN comes from an "
+            "error in the computation before."
         )
     return log_w
 
@@ -64,7 +65,7 @@ def normalised(log_weights: ArrayLike) -> FloatArray:
     Raises
     ------
     BayesKLRLError
-        If every log-weight of a row is -inf: there is nothing to normalise.
+        If every log-weight of a row is -inf, so that the sum is 0.
     """
     log_w = check_log_weights(log_weights)
     total = logsumexp(log_w)
@@ -93,17 +94,17 @@ def effective_sample_size(log_weights: ArrayLike) -> FloatArray:
 
 
 def grouped_ess(log_weights: FloatArray, groups: IntArray) -> float:
-    """Return 1 / sum_g (sum_{n in g} W_n)^2: how many independent ancestors the weights rest on.
+    """Return 1 / sum_g (sum_{n in g} W_n)^2, the effective number of independent ancestors.
 
-    After resampling, draws that descend from one particle are one another's copies up to their last tokens. Counting
-    families, not draws, keeps the number honest where Kish's reads N of N right after resampling.
+    After resampling, draws that descend from one particle are copies of each other up to their last tokens. Kish's number is
+    N of N right after resampling; this one counts families instead of draws, and so is not too optimistic.
 
     Parameters
     ----------
     log_weights
-        Shape (N,).
+        Unnormalised log-weights, shape (N,).
     groups
-        Which family each draw belongs to, integers below N, shape (N,).
+        The family that each draw belongs to, integers below N, shape (N,).
     """
     if np.isneginf(log_weights).all():
         return 0.0
@@ -118,21 +119,21 @@ def log_evidence_se(ess: ArrayLike, num_draws: int, num_resampled: ArrayLike = 0
 
         Var(Z-hat / Z) ~ 1 - (N / (N - 1))^(k + 1) (1 - sum_E (sum_{n in E} W_n)^2),
 
-    which for k = 0 is the importance-sampling formula (1 / ESS - 1 / N) N / (N - 1). It can come out negative; then k = 0,
-    which is on the safe side, stands in for it.
+    which for k = 0 is the importance-sampling formula (1 / ESS - 1 / N) N / (N - 1). The estimate can be negative; then the
+    formula with k = 0, which is never smaller, replaces it.
 
     Parameters
     ----------
     ess
-        Effective sample size, by families where particles were resampled (`grouped_ess`).
+        Effective sample size; counted by families where particles were resampled (`grouped_ess`).
     num_draws
-        N.
+        N, the number of draws.
     num_resampled
-        k, those by multinomial draws: other schemes add so little noise of their own that k = 0 is closer.
+        k, the number of resamplings by multinomial draws. Other schemes add so little noise that k = 0 is closer for them.
 
     Returns
     -------
-    Same shape as `ess`; infinite where ess is 0, NaN for one draw (no spread to see).
+    The standard error in nats, same shape as `ess`; infinite where ess is 0, NaN for a single draw.
     """
     ess = np.asarray(ess, dtype=np.float64)
     if num_draws < 2:
@@ -149,20 +150,20 @@ def psis(log_weights: ArrayLike) -> tuple[FloatArray, FloatArray]:
     """Return Pareto-smoothed normalised log-weights and the tail shape k (Vehtari et al. 2024).
 
     The largest M = ceil(min(N / 5, 3 sqrt(N))) weights are replaced by the expected order statistics of a generalised
-    Pareto law fitted to them. k < 0.5 is good, k < 0.7 usable. Always read k beside the effective sample size: it looks
-    fine for bounded rewards at ESS/N = 0.005 and is blind to a mode that was never drawn. Smoothed weights are biased:
-    not for certificates.
+    Pareto law fitted to them. k < 0.5 is good, k < 0.7 usable. Always read k together with the effective sample size: k
+    looks good for bounded rewards at ESS/N = 0.005, and it cannot see a mode that was never drawn. Smoothed weights are
+    biased: do not use them for certificates.
 
     Parameters
     ----------
     log_weights
-        Shape (..., N). Weights of 0 (-inf) stay 0 and do not enter the fit.
+        Unnormalised log-weights, shape (..., N). Weights of 0 (-inf) stay 0 and do not enter the fit.
 
     Returns
     -------
-    Smoothed log-weights, shape (..., N), logsumexp 0; and k, shape (...,): -inf where the largest weight fills the whole
-    tail (constant weights: perfect), NaN where there is no tail to fit: for fewer than 21 positive weights, or fewer than
-    5 distinct ones in the tail.
+    Smoothed log-weights, shape (..., N), whose logsumexp is 0; and k, shape (...,). k is -inf where the largest weight fills
+    the whole tail (constant weights, the best case), and NaN where there is no tail to fit: for fewer than 21 positive
+    weights, or fewer than 5 distinct ones in the tail.
     """
     log_w = check_log_weights(log_weights)
     smoothed = np.empty_like(log_w)
@@ -191,7 +192,7 @@ def _psis_row(log_w: FloatArray) -> tuple[FloatArray, float]:
     tail, exceedances = order[exceedances > 0], exceedances[exceedances > 0]
     if not tail.size:  # the largest weight fills the whole tail
         return smoothed, -np.inf
-    if np.unique(exceedances).size < 5:  # a reward of few levels is no Pareto tail: its k would be any number
+    if np.unique(exceedances).size < 5:  # a reward with few levels has no Pareto tail: its k would be arbitrary
         return smoothed, np.nan
     k, sigma = _fit_generalised_pareto(exceedances)
     quantiles = (np.arange(tail.size) + 0.5) / tail.size

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.backends import BACKENDS, quick_compilation
+from tests.helpers.backends import QUICK_AND_SLOW, quick_compilation
 
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
@@ -36,7 +36,7 @@ def one_torch_thread() -> None:
         torch.set_num_threads(1)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=QUICK_AND_SLOW)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """On which backend the prior of a test is; see `tests.helpers.backends.on`."""
     if request.param != "jax":

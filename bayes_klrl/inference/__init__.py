@@ -1,4 +1,4 @@
-"""Algorithms: everything that answers a posterior, one algorithm per file.
+"""Inference algorithms: each takes a posterior and returns draws or a policy, one algorithm per file.
 
 Read `sampling.importance` first, which is the shortest, then `smc.smc` with `smc.population`. The rooms are `sampling`
 (independent draws), `exact` (enumeration and backward messages), `mcmc` (Markov chains), `smc` (particles, and bounds on the

@@ -1,4 +1,4 @@
-"""A policy as users have it, tuned here or elsewhere, as a `LanguageModel` on the prior's vocabulary."""
+"""Turning a policy, tuned here or by another trainer, into a `LanguageModel` on the prior's vocabulary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bayes_klrl.typing import GuideRecipe, LanguageModel
 __all__ = ["as_policy", "covers_prior", "policy_draws"]
 
 _CONFIGS = ("config.json", "adapter_config.json")
-_MOST_ENTRIES = 10_000_000  # of n-gram tables whose zeros are compared
+_MOST_ENTRIES = 10_000_000  # largest n-gram tables whose zeros are compared
 _PROBE = "A quick test: 3 naïve foxes, isn't it?\n"
 
 
@@ -33,20 +33,19 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
     Parameters
     ----------
     policy
-        A language model, a `Fit` (of a `BayesianFit` the predictive), or a folder: what a `BayesianFit` saved, a Hugging Face
-        model, a PEFT adapter, or what a trainer of TRL's wrote, whose last `checkpoint-N` is taken where the model itself was
-        not saved. A folder is loaded at the prior's temperature, with the prior's EOS ids and on its device: all three belong
-        to the question, not to the answer. An adapter that names no base model, as of a model that was trained from memory,
-        is put on the prior.
+        A language model, a `Fit` (for a `BayesianFit`, its predictive policy), or a folder: what a `BayesianFit` saved, a
+        Hugging Face model, a PEFT adapter, or the output of a TRL trainer, whose last `checkpoint-N` is taken if the model
+        itself was not saved. A folder is loaded at the prior's temperature, with the prior's EOS ids and on its device,
+        because these three are part of the problem. An adapter that names no base model is put on the prior.
     posterior
-        Whose prior it must share the vocabulary with.
+        The posterior. The policy must have the vocabulary of its prior.
 
     Raises
     ------
     CheckpointError
-        If the folder is no model, or vocabulary, EOS ids or tokenizer are not the prior's.
+        If the folder holds no model, or if its vocabulary, EOS ids or tokenizer differ from the prior's.
     BayesKLRLError
-        If it is none of these things.
+        If `policy` is none of these, or if prompt and completion together exceed its context.
     """
     if isinstance(policy, Fit):
         policy = policy.guide
@@ -55,7 +54,7 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
     elif isinstance(policy, str | os.PathLike):
         policy = load_policy(Path(policy), posterior.prior)
     elif isinstance(policy, GuideRecipe):
-        raise BayesKLRLError("An SVI is a way to a policy: fit it first, and give svi.fit(posterior, seed=...).")
+        raise BayesKLRLError("An SVI is a recipe for a policy: fit it first, and pass svi.fit(posterior, seed=...).")
     check_language_model("The policy", policy)
     check_same_vocabulary(policy, posterior.prior)
     check_context(posterior.prompt_ids, posterior.max_new_tokens, policy)
@@ -65,9 +64,14 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
 def policy_draws(
     posterior: Posterior, policy: LanguageModel, num_draws: int, streams: Streams, *, progress: bool = False
 ) -> Draws:
-    """Return N draws of a policy for each prompt, weighing equally, scored by policy and prior in lockstep."""
+    """Return N draws per prompt from a policy, equally weighted, (P, N), scored under policy and prior while decoding."""
     drawn = draw(
-        (policy, posterior.prior), posterior, num_draws, streams, description="drawing from the policy", progress=progress
+        (policy, posterior.prior),
+        posterior,
+        num_draws,
+        streams,
+        description="drawing from the policy",
+        progress=progress,
     )
     draws = Draws.equally_weighted(
         posterior,
@@ -84,7 +88,8 @@ def policy_draws(
 def covers_prior(policy: LanguageModel, prior: LanguageModel) -> bool:
     """Return whether a policy is known to give positive probability to all that the prior does.
 
-    It is if it has full support or is the prior; of two n-gram models the tables say it. Where nobody knows, it is not.
+    It is known if the policy has full support or is the prior itself; for two n-gram models, their tables are compared. In all
+    other cases the answer is False.
     """
     if policy is prior or policy.full_support:
         return True
@@ -99,8 +104,8 @@ def covers_prior(policy: LanguageModel, prior: LanguageModel) -> bool:
 def load_policy(folder: Path, prior: LanguageModel) -> LanguageModel:
     """Return the model in a folder: an `NgramLM` of ours, or else a `TorchLM` at the prior's temperature.
 
-    The latter comes without a tokenizer, since the prior's reads all completions, and since trainers save one with a padding
-    token that the model has no logit for. What the ids mean is compared all the same.
+    The `TorchLM` has no tokenizer of its own: the prior's tokenizer reads all completions, and trainers often save one with a
+    padding token for which the model has no logit. That both tokenizers give each id the same meaning is still checked.
     """
     if not folder.is_dir():
         raise CheckpointError(f"There is no folder {str(folder)!r} to load a policy from.")
@@ -121,7 +126,7 @@ def load_policy(folder: Path, prior: LanguageModel) -> LanguageModel:
 
 
 def model_folder(folder: Path) -> Path:
-    """Return the folder itself if it holds a model, else its last `checkpoint-N`, as trainers leave them."""
+    """Return the folder itself if it holds a model, else its last `checkpoint-N` as written by a trainer."""
     if any((folder / name).is_file() for name in _CONFIGS) or any(folder.glob("*.gguf")):
         return folder
     checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
@@ -133,7 +138,7 @@ def model_folder(folder: Path) -> Path:
 
 
 def check_same_vocabulary(policy: LanguageModel, prior: LanguageModel) -> None:
-    """Refuse a policy whose token ids mean something else than the prior's."""
+    """Raise a `CheckpointError` if the policy's token ids do not mean the same as the prior's."""
     check_same_size(policy.vocab_size, prior)
     if policy.eos_token_ids != prior.eos_token_ids:
         raise CheckpointError(
@@ -144,17 +149,17 @@ def check_same_vocabulary(policy: LanguageModel, prior: LanguageModel) -> None:
 
 
 def check_same_size(vocab_size: int, prior: LanguageModel) -> None:
-    """Refuse a policy with more or fewer tokens than the prior."""
+    """Raise a `CheckpointError` if the policy has more or fewer tokens than the prior."""
     if vocab_size != prior.vocab_size:
         raise CheckpointError(
             f"The policy has {vocab_size} tokens, the prior {prior.vocab_size}. They must share one vocabulary: certify "
-            "against the model that the policy was tuned from. If tokens were added for the tuning, that is the model with "
+            "against the model that the policy was tuned from. If tokens were added for the tuning, use the model that has "
             "them."
         )
 
 
 def check_same_tokens(theirs: Any | None, ours: Any | None) -> None:
-    """Refuse tokenizers in which one id stands for two things; None is none, of which nothing is known."""
+    """Raise a `CheckpointError` if an id means different things in two tokenizers; a missing one (None) is not checked."""
     if theirs is None or ours is None or theirs is ours:
         return
     policy_tokens, prior_tokens = tokens_by_id(theirs), tokens_by_id(ours)
@@ -170,7 +175,10 @@ def check_same_tokens(theirs: Any | None, ours: Any | None) -> None:
 
 
 def tokens_by_id(tokenizer: Any) -> dict[int, Any]:
-    """Return what every id of a tokenizer stands for; of one without a vocabulary, the ids of a probe text by position."""
+    """Return the meaning of every id of a tokenizer.
+
+    A tokenizer without a vocabulary is represented by the ids that it gives to a probe text, by position.
+    """
     get_vocab = getattr(tokenizer, "get_vocab", None)
     if callable(get_vocab):
         return {int(i): token for token, i in get_vocab().items()}

@@ -1,4 +1,4 @@
-"""Where models lie on disk, whichever backend reads them: shipped names, tokenizer files, our own entry in config.json."""
+"""Files of saved models, for every backend: shipped models, tokenizer files, our own entry in config.json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = [
     "OWN_ENTRY",
     "TOKENIZER_FILES",
     "check_has_weights",
-    "not_finite",
+    "not_finite_error",
     "own_entries",
     "own_options",
     "shipped_folder",
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 OWN_ENTRY = "bayes_klrl"
-"""Where config.json keeps what defines the distribution beside the weights."""
+"""The entry of config.json that holds the EOS ids and the temperature, which define the distribution beside the weights."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -34,18 +34,19 @@ TOKENIZER_FILES = (
 
 
 def own_entries(eos_token_ids: Collection[int], temperature: float) -> dict[str, Any]:
-    """Return the entries of config.json that say how the weights are sampled: EOS for everybody, and ours."""
+    """Return the entries of config.json for sampling: `eos_token_id`, which all programs read, and our own entry."""
     eos = sorted(eos_token_ids)
     entry = eos[0] if len(eos) == 1 else eos or None
     return {"eos_token_id": entry, OWN_ENTRY: {"eos_token_id": eos, "temperature": temperature}}
 
 
 def own_options(entry: Any) -> dict[str, Any]:
-    """Return our entry of a config.json as options of a language model; {} if there is none."""
+    """Return our own entry of a config.json as options of a language model; {} if there is none."""
     entry = {} if entry is None else entry
     if not isinstance(entry, Mapping) or not entry.keys() <= {"eos_token_id", "temperature"}:
         raise CheckpointError(
-            f"The entry {OWN_ENTRY!r} of config.json holds eos_token_id and temperature; got {entry!r}. Take it out."
+            f"The entry {OWN_ENTRY!r} of config.json may hold eos_token_id and temperature only; got {entry!r}. "
+            "Remove the entry."
         )
     return dict(entry)
 
@@ -62,28 +63,28 @@ def shipped_names() -> list[str]:
 
 
 def check_has_weights(folder: Path) -> None:
-    """Refuse a folder without a configuration, or without weights of the only kind that is read.
+    """Refuse a folder without config.json, or without safetensors weights, the only kind that is read.
 
     Raises
     ------
     CheckpointError
-        Which says what to do.
+        If one of them is missing; the message says what to do.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{str(folder)!r} is not a model: it has no config.json. Give the folder that save_pretrained wrote."
+            f"{str(folder)!r} is not a model's folder: it has no config.json. Give the folder that save_pretrained wrote."
         )
     if not any(folder.glob("*.safetensors")):
         old = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
         cure = (
-            "convert its pickled weights with save_pretrained of transformers" if old else "is the download complete?"
+            "convert its pickled weights with save_pretrained of transformers." if old else "is the download complete?"
         )
-        raise CheckpointError(f"{str(folder)!r} has no safetensors weights, the only kind that is read; {cure}")
+        raise CheckpointError(f"{str(folder)!r} has no safetensors weights, the only kind that is read: {cure}")
 
 
-def not_finite(name: str, source: str) -> CheckpointError:
-    """Return the error about a tensor with NaN or infinite numbers."""
+def not_finite_error(name: str, source: str) -> CheckpointError:
+    """Return the error for a tensor with NaN or infinite numbers."""
     return CheckpointError(
-        f"{name} in {source!r} holds NaN or infinite numbers: the training that wrote it has diverged. Take an earlier "
-        "checkpoint."
+        f"{name} in {source!r} holds NaN or infinite numbers: the training run that wrote it has diverged. Use an "
+        "earlier checkpoint."
     )

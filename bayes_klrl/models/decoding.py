@@ -1,8 +1,8 @@
 """The one decode loop: completions drawn token by token from one model, scored in lockstep by others.
 
-Everything that draws completions (importance sampling, best-of-n, SMC, the Pyro site) steps a `Decoding`, but for models
-that can draw independent completions in one go. Weights and tokens live on the host in NumPy; log-probs and caches stay
-with the models.
+Everything that draws completions (importance sampling, best-of-n, SMC, the Pyro site) steps a `Decoding`. The exception is
+a model that can draw the rest of independent completions in one call (`Lockstep`). Tokens and summed log-probs are NumPy
+arrays on the host; next-token log-probs and caches stay on the device of the models.
 """
 
 from __future__ import annotations
@@ -21,20 +21,26 @@ from bayes_klrl.typing import Array, FloatArray, IntArray, LanguageModel, Lockst
 __all__ = ["Decoding", "check_proposal", "decode", "decode_by", "draw_blocks", "scoring_gap"]
 
 _ROWS_PER_BLOCK = 512
-_COMPACT_BELOW = 0.8
+_COMPACT_BELOW = 0.8  # share of the state rows in use below which the unused ones are dropped
 
 
 def check_proposal(proposal: LanguageModel, prior: LanguageModel, *, covers: bool = False) -> None:
-    """Refuse a proposal on another vocabulary, or one that cannot reach what the prior can.
+    """Refuse a proposal on another vocabulary, or one that gives probability 0 to tokens that the prior can draw.
 
-    With `covers` the caller knows that it reaches all that has posterior probability.
+    Parameters
+    ----------
+    proposal, prior
+        The two models.
+    covers
+        True if the caller knows that the proposal reaches everything that has posterior probability; support is then not
+        checked.
 
     Raises
     ------
     CheckpointError
         If vocabulary size or EOS ids differ.
     SupportError
-        If the prior gives mass to every token and the proposal does not: the evidence would be biased low, silently.
+        If the prior gives mass to every token and the proposal does not: the evidence would be biased low without warning.
     """
     if proposal is prior:
         return
@@ -42,12 +48,20 @@ def check_proposal(proposal: LanguageModel, prior: LanguageModel, *, covers: boo
     if prior.full_support and not proposal.full_support and not covers:
         raise SupportError(
             "The proposal gives probability 0 to some tokens that the prior can draw, so the posterior there would be "
-            "missed without a trace. Use a proposal with full support (no top-k or top-p, no masked logits)."
+            "missed without any warning. Use a proposal with full support (no top-k or top-p, no masked logits)."
         )
 
 
 def check_shares_vocabulary(what: str, lm: LanguageModel, prior: LanguageModel) -> None:
-    """Refuse what is no language model, or one whose vocabulary size or EOS ids are not the prior's."""
+    """Refuse an object that is not a language model, or one whose vocabulary size or EOS ids differ from the prior's.
+
+    Parameters
+    ----------
+    what
+        The name of the object at the start of the error message.
+    lm, prior
+        The object, and the model that it is compared with.
+    """
     check_language_model(what, lm)
     if lm.vocab_size != prior.vocab_size or lm.eos_token_ids != prior.eos_token_ids:
         raise CheckpointError(
@@ -57,34 +71,35 @@ def check_shares_vocabulary(what: str, lm: LanguageModel, prior: LanguageModel) 
 
 
 class Decoding:
-    """N completions for each of P prompts in the making; R = P * N rows, prompt by prompt.
+    """N unfinished or finished completions for each of P prompts; R = P * N rows, prompt by prompt.
 
-    Rows with the same prefix share one row of the models' states: after the prompt, after a resampling, and for as long
-    as a short or peaked distribution keeps drawing the same. Rows that have ended are dropped once a fifth of a state's
-    rows has ended. Otherwise states grow in place, and nothing is computed after the last token.
+    Rows with the same prefix share one row of the models' states: after the prompt, after a resampling, and as long as they
+    draw the same tokens. Rows that have ended are dropped from a state once they are more than a fifth of its rows.
+    Otherwise states grow in place. Nothing is computed after the last token.
 
     Parameters
     ----------
     models
-        The first draws, all of them score. One and the same object twice runs once; so does a model beside one that
-        wraps it: has it as its `base`, and gives both log-probs by `log_probs_with_base(state)`.
+        The language models. The first one draws, all of them score. An object that occurs twice is run once. So is a model
+        beside another one that wraps it, that is, one which has it as its `base` and returns the log-probs of both by
+        `log_probs_with_base(state)`.
     prompt_ids
-        The P prompts.
+        Token ids of the P prompts.
     num_draws
-        N.
+        N, the number of completions per prompt.
     max_new_tokens
-        T.
+        T, the largest length of a completion.
 
     Attributes
     ----------
     tokens, lengths
-        Shape (R, T) and (R,); lengths are those so far.
+        The tokens (R, T), with filler past the lengths, and the number of tokens so far (R,).
     finished
-        Which rows ended with EOS or are T tokens long, shape (R,).
+        True for rows that ended with EOS or are T tokens long, shape (R,).
     log_probs
-        log p(x_1:t | c) of each row under each model so far, shape (len(models), R), float64.
+        log p(x_1:t | c) of the tokens so far of each row under each model, in nats, shape (len(models), R), float64.
     model_tokens
-        Tokens that went through a model so far.
+        Number of tokens that went through a model so far.
     """
 
     def __init__(
@@ -112,10 +127,10 @@ class Decoding:
         self.finished = np.zeros(num_rows, dtype=bool)
         self.log_probs: FloatArray = np.zeros((len(models), num_rows))
         self._states: list[State] = [model.prefill(prompt_ids) for model in self._distinct]
-        # a mixture runs several
+        # a mixture counts as the several models that it runs
         self._num_models = sum(getattr(model, "num_models", 1) for model in self._distinct)
         self.model_tokens = self._num_models * sum(len(ids) for ids in prompt_ids)
-        # row i goes on from row _state_row[i] of the models' states; they lack the newest token
+        # row i continues row _state_row[i] of the models' states, which lack the newest token
         self._state_row: IntArray = self.prompt_index.copy()
         self._num_state_rows = num_prompts
 
@@ -125,19 +140,19 @@ class Decoding:
         return bool(self.finished.all())
 
     def step(self, uniforms: FloatArray, forced: IntArray | None = None) -> IntArray:
-        """Draw the next token of every unfinished row, or take the one it is given.
+        """Add one token to every unfinished row: a drawn one, or the forced one.
 
         Parameters
         ----------
         uniforms
-            From [0, 1), shape (R,); those of finished rows are not used.
+            Uniform random numbers in [0, 1), shape (R,); those of finished rows are not used.
         forced
-            The next token of rows that draw none, -1 for rows that do, shape (R,). A given token is scored as a drawn one
-            is, by the same call.
+            The next token of rows that must not draw, -1 for rows that draw, shape (R,). Forced tokens are scored by the
+            same call as drawn ones. None: all rows draw.
 
         Returns
         -------
-        The rows that finished by this token.
+        The indices of the rows that finished with this token.
         """
         if self.step_count:
             self._advance()
@@ -158,7 +173,7 @@ class Decoding:
         return rows[ended]
 
     def reorder(self, ancestors: IntArray) -> None:
-        """Replace row i by row `ancestors[i]`, which must be of the same prompt, shape (R,)."""
+        """Replace row i by row `ancestors[i]`, which must belong to the same prompt; ancestors of shape (R,)."""
         self.tokens, self.lengths = self.tokens[ancestors], self.lengths[ancestors]
         self.finished, self.log_probs = self.finished[ancestors], self.log_probs[:, ancestors]
         self._state_row = self._state_row[ancestors]
@@ -174,7 +189,7 @@ class Decoding:
         return found
 
     def _advance(self) -> None:
-        """Bring the states up to date with the newest tokens, one state row for each distinct unfinished prefix."""
+        """Append the newest tokens to the states, with one state row for each distinct unfinished prefix."""
         rows = np.flatnonzero(~self.finished)
         newest = self.tokens[rows, self.step_count - 1]
         owners = self._state_row[rows]
@@ -184,7 +199,7 @@ class Decoding:
             keys, group = distinct_in_order(owners * width + newest)
             parents, tokens = keys // width, keys % width
             if np.unique(parents).size == parents.size >= _COMPACT_BELOW * self._num_state_rows:
-                # one token for each state row that is still needed: grow in place, whatever the others are given
+                # one token for each state row that is still needed: grow in place, and feed the other rows filler
                 fed = np.full(self._num_state_rows, self._filler)
                 fed[parents] = tokens
             else:
@@ -196,23 +211,23 @@ class Decoding:
         self.model_tokens += self._num_models * self._num_state_rows
 
     def lockstep(self) -> Lockstep | None:
-        """Return how the models draw independent completions in one go, None if they cannot."""
+        """Return a function that draws independent completions from the models in one call; None if they offer none."""
         offered = None if self._carriers else getattr(self._distinct[0], "lockstep", None)
         drawing: Lockstep | None = None if offered is None else offered(self._distinct)
         return drawing
 
     def num_unfinished(self) -> tuple[int, int]:
-        """Return how many rows have not finished, and how many distinct prefixes they have."""
+        """Return the number of unfinished rows, and the number of distinct prefixes among them."""
         rows = np.flatnonzero(~self.finished)
         newest = self.tokens[rows, self.step_count - 1]
         return rows.size, np.unique(self._state_row[rows] * (int(newest.max(initial=0)) + 1) + newest).size
 
-    def finish(self, together: Lockstep, uniforms: FloatArray) -> None:
-        """Draw all that is missing in one go, by the uniforms (T, R) that steps would have taken."""
+    def finish(self, lockstep: Lockstep, uniforms: FloatArray) -> None:
+        """Draw all missing tokens in one call, by the uniforms (T, R) that single steps would have used."""
         rows = np.flatnonzero(~self.finished)
         done = self.step_count
         newest = self.tokens[rows, done - 1]
-        tokens, log_probs, model_tokens = together(self._states, self._state_row[rows], newest, uniforms[done:, rows])
+        tokens, log_probs, model_tokens = lockstep(self._states, self._state_row[rows], newest, uniforms[done:, rows])
         lengths = completion_lengths(tokens, self._eos)
         self.tokens[rows, done:] = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, self._filler)
         self.lengths[rows] += lengths
@@ -231,9 +246,9 @@ class Decoding:
 
 
 def distinct_in_order(keys: IntArray) -> tuple[IntArray, IntArray]:
-    """Return the distinct keys in order of first appearance, and which of them each key is.
+    """Return the distinct keys in order of first appearance, and the position of each key among them.
 
-    So rows that share nothing get state rows in their own order, and no later step has to gather.
+    In this order rows that share no prefix get state rows in their own order, and no later step has to gather.
 
     Examples
     --------
@@ -248,10 +263,10 @@ def distinct_in_order(keys: IntArray) -> tuple[IntArray, IntArray]:
 
 
 def scoring_gap(decoding: Decoding, models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds]) -> FloatArray:
-    """Return by how much decoded and teacher-forced log-probs differ, the worst of each prompt, in nats, (P,).
+    """Return the largest difference between decoded and teacher-forced log-probs of each prompt's completions, in nats, (P,).
 
-    All weights come from decoding alone, so this is no error of theirs; it says how far the model is from being one
-    distribution in its precision (0.07 nats a sequence were measured in bfloat16, 1e-4 is normal in float32).
+    All weights come from decoding alone, so the difference is not an error of the weights. It says how far the model, in its
+    precision, is from being one distribution (0.07 nats per sequence were measured in bfloat16, 1e-4 is normal in float32).
     """
     sequences = decoding.sequences()
     decoded = decoding.log_probs.reshape(len(models), *sequences.lengths.shape)
@@ -270,7 +285,8 @@ def decode(
 ) -> Decoding:
     """Return N completions per prompt, drawn independently from `models[0]` and scored by all, by one generator.
 
-    The generator is left where the steps that were needed leave it. See `decode_by` for draws that belong to a seed.
+    The generator ends in the state in which it would be after drawing the uniforms of the steps that were needed only. For
+    draws that belong to a seed use `decode_by`.
     """
     before, num_rows = rng.bit_generator.state, len(prompt_ids) * num_draws
     decoding = decode_by(models, prompt_ids, rng.random((max_new_tokens, num_rows)))
@@ -282,23 +298,24 @@ def decode(
 def decode_by(models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds], uniforms: FloatArray) -> Decoding:
     """Return N completions per prompt, drawn independently from `models[0]` and scored by all.
 
-    Step by step, until the models can do the rest in one go and that is faster: from the same uniforms.
+    Tokens are drawn step by step until the models can draw the rest in one call and this is faster. The result is the same,
+    since both use the same uniforms.
 
     Parameters
     ----------
     models, prompt_ids
-        See `Decoding`.
+        The models and the prompts, as for `Decoding`.
     uniforms
-        From [0, 1), shape (T, P * N), prompt by prompt.
+        Uniform random numbers in [0, 1), shape (T, P * N), prompt by prompt.
     """
     max_new_tokens, num_rows = uniforms.shape
     num_draws = num_rows // len(prompt_ids)
     decoding = Decoding(models, prompt_ids, num_draws, max_new_tokens)
-    together = decoding.lockstep()
+    lockstep = decoding.lockstep()
     while not decoding.done:
         decoding.step(uniforms[decoding.step_count])
-        if together is not None and not decoding.done and together.pays(*decoding.num_unfinished()):
-            decoding.finish(together, uniforms)
+        if lockstep is not None and not decoding.done and lockstep.is_faster(*decoding.num_unfinished()):
+            decoding.finish(lockstep, uniforms)
     return decoding
 
 
@@ -317,11 +334,11 @@ def draw_blocks(
     Parameters
     ----------
     models, prompt_ids, num_draws, max_new_tokens
-        See `Decoding`.
+        The models, the prompts, N and T, as for `Decoding`.
     streams
-        The random numbers. How draws are spread over decodings does not change them.
+        The source of all random numbers. A draw does not depend on the block that it is in.
     keys
-        What names the prompts in their streams; None: `prompt_keys` of them.
+        The key of each prompt's stream; None: `prompt_keys(prompt_ids)`.
     first
         Number of the first draw.
     """

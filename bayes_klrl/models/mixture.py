@@ -1,13 +1,13 @@
-"""`MixtureLM`: several language models as one, drawn from by drawing a model first and then a completion.
+"""The mixture of several language models as one language model, `MixtureLM`.
 
     p(x) = sum_s w_s p_s(x)
 
-Token by token, the next-token distributions are averaged with the weights that the models have *after* what was read,
+Token by token, the next-token distributions are averaged with the weights that the models have *after* the tokens so far,
 
-    p(a | x_<t) = sum_s w_s(x_<t) p_s(a | x_<t),    w_s(x_<t) = w_s p_s(x_<t) / sum_u w_u p_u(x_<t),
+    p(a | x_<t) = sum_s w_s(x_<t) p_s(a | x_<t),    w_s(x_<t) = w_s p_s(x_<t) / sum_u w_u p_u(x_<t).
 
-which a state carries. Averaging them with the prior weights w_s would be another distribution: one that may change its mind
-in the middle of a completion.
+A decoding state holds these weights. An average with the constant weights w_s would be another distribution, one that may
+switch between models in the middle of a completion.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ __all__ = ["MixtureLM"]
 
 @dataclass(eq=False)
 class MixtureState:
-    """R rows: every model's state, and how much each model has to say after what was read."""
+    """The state of R rows: the state of every model, and the weight of every model after the tokens so far."""
 
     states: tuple[State, ...]
     log_weights: FloatArray  # (S, R), normalised over S
-    log_probs: FloatArray | None = field(default=None, repr=False)  # (S, R, V) of the models, once somebody asked
+    log_probs: FloatArray | None = field(default=None, repr=False)  # (S, R, V) of the models; None until needed
 
 
 class MixtureLM:
-    """A `LanguageModel` that is the mixture of others, exactly, in sampling and scoring alike.
+    """A `LanguageModel` that is the exact mixture of others, in sampling and in scoring.
 
     It is the predictive distribution of a Bayesian policy, sum_s p_s(x) / S with p_s drawn from the posterior, and the
     *defensive mixture* `MixtureLM([q, prior], [1 - eps, eps])`: as a proposal its importance weights are at most
-    exp(r / alpha) / eps, so that a mode which q has forgotten is drawn with bounded weights (Hesterberg 1995).
+    exp(r / alpha) / eps, so that a mode which q has lost is still drawn, and with bounded weights (Hesterberg 1995).
 
     Parameters
     ----------
     models
-        S language models on one vocabulary.
+        The S language models, on one vocabulary.
     weights
         S positive numbers, which are normalised; None: all equal.
 
@@ -89,17 +89,17 @@ class MixtureLM:
 
     @property
     def models(self) -> tuple[LanguageModel, ...]:
-        """What is mixed."""
+        """The S language models."""
         return self._models
 
     @property
     def num_models(self) -> int:
-        """How many models a token goes through."""
+        """Number of models that every token goes through."""
         return sum(getattr(model, "num_models", 1) for model in self._models)
 
     @property
     def weights(self) -> FloatArray:
-        """The models' weights before anything is read, shape (S,), in sum 1."""
+        """The models' weights before the first token, shape (S,), with sum 1."""
         weights: FloatArray = np.exp(self._log_weights)
         return weights
 
@@ -115,23 +115,23 @@ class MixtureLM:
 
     @property
     def full_support(self) -> bool:
-        """Whether any model has it: such a model never loses all its weight."""
+        """True if at least one model has full support: such a model never loses all its weight."""
         return any(model.full_support for model in self._models)
 
     @property
     def tokenizer(self) -> Any | None:
-        """See `LanguageModel`; the first that a model has."""
+        """See `LanguageModel`; the first tokenizer that one of the models has."""
         return self._attribute("tokenizer", None)
 
     @property
     def context_length(self) -> int | None:
-        """See `LanguageModel`; the shortest."""
+        """See `LanguageModel`; the shortest of the models' context lengths."""
         lengths = [getattr(model, "context_length", None) for model in self._models]
         return min((length for length in lengths if length is not None), default=None)
 
     @property
     def prompt_apart(self) -> bool:
-        """See `LanguageModel`; only if it is so for all."""
+        """See `LanguageModel`; true if it is true for all models."""
         return all(getattr(model, "prompt_apart", False) for model in self._models)
 
     @property
@@ -141,13 +141,13 @@ class MixtureLM:
 
     @property
     def bos_token_id(self) -> int | None:
-        """See `LanguageModel`; the first that a model has."""
+        """See `LanguageModel`; the first BOS id that one of the models has."""
         bos: int | None = self._attribute("bos_token_id", None)
         return bos
 
     @property
     def half_precision(self) -> bool:
-        """Whether any model has fewer bits than float32."""
+        """True if the weights of at least one model have fewer bits than float32."""
         return any(getattr(model, "half_precision", False) for model in self._models)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -165,14 +165,14 @@ class MixtureLM:
 
     def next_log_probs(self, state: MixtureState) -> FloatArray:
         """See `LanguageModel`. Shape (R, V), float64 on the host."""
-        return over_models(state.log_weights[..., None] + self._log_probs(state))
+        return logsumexp_over_models(state.log_weights[..., None] + self._log_probs(state))
 
     def append(self, state: MixtureState, tokens: IntArray) -> MixtureState:
         """See `LanguageModel`: what was read says which model wrote it."""
         tokens = np.asarray(tokens)
         check_ids(tokens, self.vocab_size)
         joint = state.log_weights + self._log_probs(state)[:, np.arange(len(tokens)), tokens]
-        total = over_models(joint)
+        total = logsumexp_over_models(joint)
         impossible = np.isneginf(total)  # no model can have written it: whatever is said after it has probability 0
         log_weights = np.where(impossible, state.log_weights, joint - np.where(impossible, 0.0, total))
         states = tuple(model.append(part, tokens) for model, part in zip(self._models, state.states, strict=True))
@@ -185,12 +185,14 @@ class MixtureLM:
         return MixtureState(states, state.log_weights[:, rows], known)
 
     def token_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> FloatArray:
-        """See `LanguageModel`; float64 on the host and not differentiable: train the models, not their mixture."""
+        """See `LanguageModel`; float64 on the host, not differentiable: train the models, not their mixture."""
         per_model = self._scored(prompts, sequences)
         before = self._log_weights[:, None, None, None]
-        prefix = over_models(before + per_model.cumsum(axis=3))  # log p(x_1:t), (P, N, T)
+        prefix = logsumexp_over_models(before + per_model.cumsum(axis=3))  # log p(x_1:t), (P, N, T)
         previous = np.concatenate([np.zeros_like(prefix[..., :1]), prefix[..., :-1]], axis=2)
-        possible = np.isfinite(previous)  # past an impossible token there is nothing left to lose
+        possible = np.isfinite(
+            previous
+        )  # after a token of probability 0 the conditional is undefined: 0 keeps the sum right
         found = np.where(possible, prefix - np.where(possible, previous, 0.0), 0.0)
         return np.where(sequences.mask, found, 0.0)
 
@@ -201,7 +203,7 @@ class MixtureLM:
         )
 
     def _log_probs(self, state: MixtureState) -> FloatArray:
-        """Return every model's next-token log-probs, shape (S, R, V); the models are asked once for each state."""
+        """Return every model's next-token log-probs, shape (S, R, V); the models are called once for each state."""
         if state.log_probs is None:
             pairs = zip(self._models, state.states, strict=True)
             state.log_probs = np.stack(
@@ -219,18 +221,18 @@ class MixtureLM:
         return next((model for model in self._models if model.tokenizer is not None), self._models[0])
 
 
-def over_models(log_values: FloatArray) -> FloatArray:
+def logsumexp_over_models(log_values: FloatArray) -> FloatArray:
     """Return logsumexp over the first axis."""
     return logsumexp(np.moveaxis(log_values, 0, -1))
 
 
 def checked_weights(weights: Sequence[float] | FloatArray | None, num_models: int) -> FloatArray:
-    """Return the weights, in sum 1."""
+    """Return the weights, normalised to sum 1."""
     if weights is None:
         return np.full(num_models, 1.0 / num_models)
     try:
         given = np.asarray(weights, dtype=np.float64)
-    except (TypeError, ValueError):  # words, or rows of several lengths
+    except (TypeError, ValueError):  # strings, or rows of different lengths
         given = np.empty(0)
     if given.shape != (num_models,) or not (np.isfinite(given).all() and (given > 0).all()):
         raise BayesKLRLError(

@@ -1,8 +1,8 @@
 """Policies as tables over every prefix of a problem small enough to enumerate.
 
-A `PrefixTree` numbers the prefixes of an enumeration and carries values from the completions back to the root; a
-`PrefixPolicy` is one next-token distribution a prefix. Every policy is in this family, so what a trainer converges to in
-it is the doing of its loss and not of a network that could not do better.
+A `PrefixTree` numbers the prefixes of an enumeration and propagates values from the completions back to the empty prefix. A
+`PrefixPolicy` holds one next-token distribution per prefix. Every policy on the problem has this form. So the policy that a
+trainer converges to in this family shows the effect of its loss alone, not the limits of a network.
 """
 
 from __future__ import annotations
@@ -23,28 +23,29 @@ from bayes_klrl.weights import logsumexp
 __all__ = ["PrefixPolicy", "PrefixTree", "StateValue"]
 
 StateValue: TypeAlias = Callable[[IntArray, FloatArray], FloatArray]
-"""V(s) of some prefixes, from their numbers (K,) and what follows each token, Q (P, K, V): returns (P, K)."""
+"""A function of the numbers of K prefixes, (K,), and the values Q of their tokens, (P, K, V), that returns V(s), (P, K)."""
 
 
 @dataclass(frozen=True, eq=False)
 class PrefixTree:
-    """Every unfinished prefix of an enumeration, the empty one first, by length.
+    """Every unfinished prefix of an enumeration, ordered by length, the empty prefix first.
 
     Parameters
     ----------
     sequences
-        Every completion of one prompt once, shape (1, M, T), as `all_sequences` gives them.
+        Every completion of one prompt exactly once, shape (1, M, T), as `all_sequences` returns them.
     vocab_size
-        V.
+        V, the number of tokens.
 
     Attributes
     ----------
     states
-        Which prefix stands before each token, shape (M, T); 0 past a completion's length.
+        Number of the prefix before each token, shape (M, T); 0 past a completion's length.
     prefixes
-        The tokens of each prefix, S tuples.
+        The tokens of each of the S prefixes.
     leaf, child
-        What a token makes of a prefix, shape (S, V): the completion it ends, or the longer prefix; -1 where not.
+        The number of the completion, or of the longer prefix, that a prefix becomes by one more token, shape (S, V) each; -1
+        where there is none.
     """
 
     sequences: Sequences
@@ -87,7 +88,7 @@ class PrefixTree:
         return mask
 
     def backward(self, terminal: FloatArray, state_value: StateValue) -> FloatArray:
-        """Return Q(s, a), shape (P, S, V): the completion's value, or V of the longer prefix, -inf where neither is.
+        """Return Q(s, a), shape (P, S, V): the completion's value, or V of the longer prefix; -inf where there is neither.
 
             Q(s, a) = terminal(sa)  if sa is complete,  else  V(sa);     V(s) = state_value(s, Q(s, .))
 
@@ -96,7 +97,7 @@ class PrefixTree:
         terminal
             Values of the completions, shape (P, M).
         state_value
-            How a prefix's value follows from those of its tokens.
+            The function that computes a prefix's value from the values of its tokens.
         """
         q = np.where(self.leaf >= 0, terminal[:, self.leaf], -np.inf)
         lengths = np.array([len(prefix) for prefix in self.prefixes])
@@ -108,9 +109,9 @@ class PrefixTree:
         return q
 
     def conditionals(self, log_mass: FloatArray) -> FloatArray:
-        """Return log p(a | s), shape (P, S, V), of a distribution over completions log p(x) + constant, shape (P, M).
+        """Return log p(a | s), shape (P, S, V), of a distribution that is given as log p(x) + constant, shape (P, M).
 
-        Where a prefix has no mass its tokens are equally likely.
+        After a prefix of probability 0 all tokens are equally likely.
         """
         log_q = self.backward(log_mass, lambda _, q: logsumexp(q))
         total = logsumexp(log_q)[..., None]
@@ -125,16 +126,31 @@ class PrefixTree:
 
 @dataclass(frozen=True, eq=False)
 class PrefixPolicy:
-    """A policy with a next-token distribution of its own after every prefix.
+    """A table of next-token distributions, one for every prompt and every unfinished prefix of a small problem.
+
+    This is not a language model: it cannot be decoded, and it knows the prompts and completions of its own posterior only. It
+    is the exact form of a policy. `log_probs` gives the probability of every completion at once, so that ELBO and KL are sums
+    and not estimates. `language_model` turns it into an `NgramLM`, which has the methods of a `LanguageModel`.
 
     Parameters
     ----------
     posterior
-        Whose completions these are.
+        The posterior whose prompts and completions the table covers.
     tree
-        The enumeration.
+        The enumeration of its completions and prefixes.
     table
         log q(a | c, s) in nats, shape (P, S, V).
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> policy = bk.posterior_policy(bk.Posterior(coin, longer, max_new_tokens=2))
+    >>> policy.tree.prefixes, policy.table.shape
+    (((), (0,)), (1, 2, 2))
+    >>> bool(np.isclose(np.exp(policy.log_probs).sum(), 1.0))
+    True
     """
 
     posterior: Posterior
@@ -143,17 +159,17 @@ class PrefixPolicy:
 
     @property
     def sequences(self) -> Sequences:
-        """Every completion once for every prompt, shape (P, M, T), in the order of `log_probs`."""
+        """Every completion exactly once for each prompt, shape (P, M, T), in the order of `log_probs`."""
         one, copies = self.tree.sequences, self.posterior.num_prompts
         return Sequences(np.repeat(one.tokens, copies, axis=0), np.repeat(one.lengths, copies, axis=0))
 
     @property
     def log_probs(self) -> FloatArray:
-        """Log q(x | c) of every completion, shape (P, M)."""
+        """Log q(x | c) of every completion in nats, shape (P, M)."""
         return self.tree.log_probs(self.table)
 
     def kl_to(self, log_p: FloatArray) -> FloatArray:
-        """Return KL(q || p), shape (P,), for log p of every completion, shape (P, M)."""
+        """Return KL(q || p) in nats, shape (P,), from log p of every completion, shape (P, M)."""
         log_q = self.log_probs
         with np.errstate(invalid="ignore"):
             terms = np.where(np.isneginf(log_q), 0.0, np.exp(log_q) * (log_q - log_p))
@@ -167,7 +183,7 @@ class PrefixPolicy:
         ------
         BayesKLRLError
             If two prefixes would share a context: without an EOS token the padding before the start is token 0, which
-            looks like a first token.
+            cannot be distinguished from a first token 0.
         """
         posterior, vocab_size = self.posterior, self.tree.vocab_size
         width = posterior.max_new_tokens - 1 + max(len(ids) for ids in posterior.prompt_ids)
@@ -179,7 +195,7 @@ class PrefixPolicy:
                 context = tuple(read[len(read) - width :])
                 if context in seen:
                     raise BayesKLRLError(
-                        f"The prefix {list(prefix)} of prompt {p} cannot be told from another by its context {context}. "
+                        f"The prefix {list(prefix)} of prompt {p} has the same context {context} as another prefix. "
                         "Score with `log_probs` instead, or give the problem an EOS token."
                     )
                 seen.add(context)

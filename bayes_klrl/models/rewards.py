@@ -1,6 +1,7 @@
 """Ready-made reward functions on text, with the signature that TRL gives them.
 
-They return plain numbers; `bk.Reward(fn, alpha=...)` turns them into likelihoods. They need the extra `rewards`.
+They return plain numbers; `bk.Reward(fn, alpha=...)` turns them into likelihoods. They need `pip install
+'bayes_klrl[rewards]'`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def sentiment(completions: Sequence[str]) -> list[float]:
 
 
 def similarity_to(target: str) -> Callable[[Sequence[str]], list[float]]:
-    """Return a reward of closeness to a target text: 1 minus the normalised Levenshtein distance, from 0 to 1.
+    """Return a reward function for closeness to a target text: 1 minus the normalised Levenshtein distance, from 0 to 1.
 
     Examples
     --------
@@ -38,7 +39,7 @@ def similarity_to(target: str) -> Callable[[Sequence[str]], list[float]]:
     try:
         from rapidfuzz.distance import Levenshtein
     except ImportError as error:
-        raise _missing("rapidfuzz") from error
+        raise _missing_package("rapidfuzz") from error
 
     def similarity(completions: Sequence[str]) -> list[float]:
         return [float(Levenshtein.normalized_similarity(text, target)) for text in completions]
@@ -52,10 +53,10 @@ def _vader() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError as error:
-        raise _missing("vaderSentiment") from error
+        raise _missing_package("vaderSentiment") from error
     return SentimentIntensityAnalyzer()
 
 
-def _missing(package: str) -> BayesKLRLError:
-    """Return the error of a missing extra."""
+def _missing_package(package: str) -> BayesKLRLError:
+    """Return the error for a missing optional package."""
     return BayesKLRLError(f"This reward needs the package {package}: pip install 'bayes_klrl[rewards]'.")

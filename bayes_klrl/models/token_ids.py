@@ -1,4 +1,4 @@
-"""What every model with a Hugging Face tokenizer does alike: text to ids and back, EOS ids, refusals of ids and lengths."""
+"""Helpers of every model with a Hugging Face tokenizer: text to ids and back, EOS ids, checks of ids and lengths."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def require_tokenizer(lm: Any, purpose: str) -> Any:
-    """Return the model's tokenizer, or refuse to `purpose` without one."""
+    """Return the model's tokenizer; raise an error that names `purpose` ("encode", "decode") if it has none."""
     if lm.tokenizer is None:
         name = type(lm).__name__
         raise BayesKLRLError(
@@ -36,7 +36,7 @@ def require_tokenizer(lm: Any, purpose: str) -> Any:
 
 
 def encoded(tokenizer: Any, texts: Sequence[str], *, keep_eos: bool) -> list[list[int]]:
-    """Return the ids of each text; a final EOS that the tokenizer adds goes unless `keep_eos`."""
+    """Return the ids of each text; a final EOS that the tokenizer adds is removed unless `keep_eos`."""
     prompts = [list(tokenizer.encode(text)) for text in texts]
     if keep_eos:
         return prompts
@@ -53,20 +53,20 @@ def decoded(tokenizer: Any, ids: Sequence[TokenIds]) -> list[str]:
 
 
 def ends_with_added_eos(tokenizer: Any, text: str, ids: list[int]) -> bool:
-    """Return whether the last of a text's ids is an EOS that the tokenizer added, not one that the text ends with.
+    """Return whether the tokenizer added the EOS at the end of a text's ids.
 
-    Nor a word it does not know, whose id may well be that of EOS.
+    False for an EOS that the text itself ends with, and for an unknown word whose id is that of EOS.
     """
     eos = getattr(tokenizer, "eos_token_id", None)
     if eos is None or ids[-1:] != [eos]:
         return False
     if set(ids) == {getattr(tokenizer, "bos_token_id", None)}:
-        return False  # one id for BOS and EOS, and no more than that: it is the BOS
+        return False  # BOS and EOS share one id and there is no other: this is the BOS
     return trailing(eos, ids) > trailing(eos, tokenizer.encode(text, add_special_tokens=False))
 
 
 def trailing(token: int, ids: Sequence[int]) -> int:
-    """Return how many ids at the end are `token`."""
+    """Return the number of ids at the end that equal `token`."""
     return next((count for count, i in enumerate(reversed(ids)) if i != token), len(ids))
 
 
@@ -89,7 +89,7 @@ def resolved_eos(
 
 
 def eos_set(given: int | Collection[int]) -> frozenset[int]:
-    """Return one id or several as a set, refusing what is no id."""
+    """Return one id or several as a set; refuse anything that is not a token id."""
     ids: Any = [given] if isinstance(given, Integral) else given
     if (
         isinstance(ids, str)
@@ -106,7 +106,7 @@ def first_token(candidates: Sequence[Any], vocab_size: int) -> int | None:
 
 
 def check_tokenizer_fits(tokenizer: Any | None, vocab_size: int) -> None:
-    """Refuse a tokenizer that knows more ids than the model."""
+    """Refuse a tokenizer that has more ids than the model."""
     if tokenizer is not None and len(tokenizer) > vocab_size:
         raise CheckpointError(
             f"The tokenizer has {len(tokenizer)} ids but the model's vocabulary has {vocab_size}: they do "
@@ -115,7 +115,7 @@ def check_tokenizer_fits(tokenizer: Any | None, vocab_size: int) -> None:
 
 
 def check_prompts(prompts: Sequence[TokenIds], vocab_size: int, bos_token_id: int | None) -> None:
-    """Refuse no prompts, a prompt without tokens, and ids outside the vocabulary."""
+    """Refuse an empty list of prompts, a prompt without tokens, and ids outside the vocabulary."""
     if len(prompts) == 0:
         raise BayesKLRLError("At least one prompt is needed; got none.")
     for index, prompt in enumerate(prompts):
@@ -123,14 +123,14 @@ def check_prompts(prompts: Sequence[TokenIds], vocab_size: int, bos_token_id: in
             raise BayesKLRLError(f"Prompt {index} must be a list of token ids; got {prompt!r}. Encode texts first.")
         if len(prompt) == 0:
             raise BayesKLRLError(
-                f"Prompt {index} has no tokens, and a transformer predicts nothing from nothing. Start it with a "
-                f"token, for example the BOS id ({bos_token_id} here)."
+                f"Prompt {index} has no tokens, and a transformer needs at least one token to predict the next. Start the "
+                f"prompt with a token, for example the BOS id ({bos_token_id} here)."
             )
         check_ids(np.asarray(prompt), vocab_size)
 
 
 def check_ids(ids: IntArray, vocab_size: int) -> None:
-    """Refuse ids outside the vocabulary, and numbers that are no ids."""
+    """Refuse ids outside the vocabulary, and numbers that are not integers."""
     if ids.size and ids.dtype.kind not in "iu":
         raise BayesKLRLError(f"Token ids must be integers; got {ids.ravel()[0]!r} among them.")
     if ids.size and not (0 <= ids.min() and ids.max() < vocab_size):

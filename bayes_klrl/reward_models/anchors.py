@@ -1,10 +1,10 @@
-"""What the rewards of an ensemble amount to under the prior: log Z_theta(c), by which the cut posterior divides.
+"""The evidence log Z_theta(c) of each reward of an ensemble under the prior, by which the cut posterior divides.
 
     Z_theta(c) = E_p0[exp(r_theta(x) / alpha) phi(x)],   phi the other factors of the likelihood
 
-by enumeration where there are few completions, else from one frozen pool of prior draws. A pool's error is a fixed one: the
-target is then the mixture of the p*_theta with weights Z_theta / Z-hat_theta in place of equal ones, off by the standard
-error of log Z-hat_theta each.
+by enumeration where there are few completions, otherwise from one fixed pool of prior draws. The error of a pool is fixed,
+too: the target is then the mixture of the p*_theta with weights Z_theta / Z-hat_theta instead of equal weights, and the log of
+each weight is wrong by about the standard error of log Z-hat_theta.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from bayes_klrl.weights import effective_sample_size, log_evidence_se, logsumexp
 __all__ = ["Anchors", "measured_anchors", "posterior_batch"]
 
 _LEAST_ESS = 10  # below it an estimate is refused (theory.md 7.1)
-_STREAM = 18  # of the pool, apart from an algorithm's own
+_STREAM = 18  # stream of the pool, apart from the streams of algorithms
 
 
 @dataclass(frozen=True, eq=False)
 class Anchors:
-    """What S rewards amount to under the prior, for each of P prompts.
+    """The evidence and the mean of S rewards under the prior, for each of P prompts.
 
     Parameters
     ----------
     log_evidence
-        log Z_theta(c), shape (P, S).
+        log Z_theta(c) in nats, shape (P, S).
     log_evidence_se
-        Its standard error, 0 by enumeration, shape (P, S).
+        The standard error of `log_evidence`, shape (P, S); 0 for an enumeration.
     ess
-        How many draws from p*_theta the pool is worth, infinite by enumeration, shape (P, S).
+        Effective sample size of the pool for p*_theta, shape (P, S); infinite for an enumeration.
     mean
-        E_p0[r_theta], shape (P, S).
+        E_p0[r_theta], in units of reward, shape (P, S).
     exact
         Whether all completions were enumerated.
     """
@@ -55,12 +55,12 @@ class Anchors:
     exact: bool
 
     def check_ess(self, alpha: float) -> None:
-        """Refuse log Z_theta that too few draws of the pool count for.
+        """Refuse estimates of log Z_theta that rest on too few effective draws of the pool.
 
         Raises
         ------
         BayesKLRLError
-            Naming the theta, its effective sample size and the cures.
+            If an effective sample size is below 10; the message names the theta, the number and the cures.
         """
         least = np.unravel_index(int(self.ess.argmin()), self.ess.shape)
         if self.ess[least] < _LEAST_ESS:
@@ -75,18 +75,22 @@ class Anchors:
 def measured_anchors(
     base: Posterior, features: FeatureMap, thetas: FloatArray, alpha: float, *, num_draws: int, seed: int, most: int
 ) -> Anchors:
-    """Return the anchors of r_theta = theta . z, thetas (S, J).
+    """Return the anchors of the rewards r_theta = theta . z.
 
     Parameters
     ----------
     base
-        Prior, prompts, and the other factors as its likelihood.
+        The posterior whose likelihood holds the other factors only.
     features
-        Completions to standardised features z.
+        Function from completions to standardised features z.
+    thetas
+        The S draws of theta, shape (S, J).
+    alpha
+        Units of reward per nat.
     num_draws, seed
-        Of the pool.
+        Draws per prompt in the pool, and their seed.
     most
-        How many completions are enumerated at most, over all prompts.
+        The largest number of completions, over all prompts, that is enumerated; with more of them the pool is used.
     """
     prior = base.prior
     exact = num_sequences(prior.vocab_size, len(prior.eos_token_ids), base.max_new_tokens) * base.num_prompts <= most
@@ -117,7 +121,7 @@ def measured_anchors(
 
 
 def posterior_batch(posterior: Posterior, x: Sequences, p: int | None = None) -> Batch:
-    """Return completions (P, N, T) of a posterior's prompts as feature functions see them; those of prompt `p` only."""
+    """Return completions (P, N, T) of a posterior as a batch for feature functions; only those of prompt `p` if given."""
     prompts = np.arange(posterior.num_prompts) if p is None else np.array([p])
     return Batch(
         x.tokens[prompts].reshape(-1, x.tokens.shape[2]),

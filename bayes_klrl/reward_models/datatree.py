@@ -31,14 +31,14 @@ def reward_posterior_to_arviz(
     design: FloatArray,
     scores: FloatArray | None,
 ) -> Any:
-    """Return what the installed ArviZ summarises: an InferenceData in 0.x, a DataTree in 1.x.
+    """Return the object that the installed ArviZ summarises: an InferenceData in 0.x, a DataTree in 1.x.
 
     Parameters
     ----------
     draws, scales, sample_stats, design, scores
-        See `RewardPosterior`.
+        The fields of a `RewardPosterior`.
     log_likelihood
-        Of each observation under each draw, shape (C, S, n).
+        The log-likelihood of each observation under each draw in nats, shape (C, S, n).
     """
     site = "preferred" if scores is None else "scores"
     seen = np.ones(len(design)) if scores is None else scores

@@ -1,13 +1,13 @@
-"""A reward of which only a posterior is known, as a likelihood: an ensemble of S draws of theta (theory.md 1.10).
+"""An uncertain reward as a likelihood: an ensemble of S draws of theta from its posterior (theory.md 1.10).
 
     cut            r(x) = alpha log mean_theta exp(r_theta(x) / alpha - log Z_theta)    E_theta[p*_theta]: the default
     joint          r(x) = alpha log mean_theta exp(r_theta(x) / alpha)                  theta with weight Z_theta: optimistic
-    plug-in        r(x) = mean_theta r_theta(x)                                         as if the mean were known
-    conservative   r(x) = mean_theta r_theta(x) - k sd_theta r_theta(x)                 pays for what is known
+    plug-in        r(x) = mean_theta r_theta(x)                                         the mean reward, as if it were known
+    conservative   r(x) = mean_theta r_theta(x) - k sd_theta r_theta(x)                 penalises uncertainty
 
-The cut posterior is the mixture of the posteriors of each theta, each normalised: uncertainty goes from the data to the
-completions, and no theta gains weight by being easy to please. Divided by its own Z_theta, every r_theta is one function of
-the completion, and their joint posterior is the cut one; so every algorithm that takes a reward samples it.
+The cut posterior is the mixture of the normalised posteriors of all theta: uncertainty goes from the data to the completions,
+and a theta does not gain weight because it gives high rewards. With every exp(r_theta / alpha) divided by its Z_theta, the
+joint posterior is the cut one; its reward is one function of the completion, so every algorithm samples it.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class UncertainWeights(Protocol):
 
     @property
     def features(self) -> FeatureMap:
-        """Completions to standardised features z."""
+        """Function from completions to standardised features z."""
 
     @property
     def from_preferences(self) -> bool:
-        """Whether r_theta is known up to a constant per prompt only."""
+        """Whether r_theta is only known up to a constant per prompt."""
 
     def thetas(self, num: int | None = None) -> FloatArray:
         """Return `num` draws of theta, shape (num, J); None: all of them."""
@@ -62,39 +62,57 @@ def _no_reward(tokens: IntArray, lengths: IntArray) -> FloatArray:  # noqa: ARG0
 class EnsembleReward(Factor):
     """An uncertain reward r_theta, theta ~ p(theta | data), as a factor of a `Posterior`'s likelihood.
 
-    Within a posterior it knows the prior and the prompts, and `anchors` are measured when they are first needed: by
-    enumeration where there are few completions, else from `num_draws` prior draws of each prompt. Tempered, or in another
-    posterior, it is measured anew, for log Z_theta depends on alpha, prior and prompts.
+    Inside a posterior it knows the prior and the prompts, and `anchors` are measured when they are first needed: by
+    enumeration where there are few completions, otherwise from `num_draws` prior draws per prompt. When it is tempered or put
+    into another posterior, it is measured anew, because log Z_theta depends on alpha, prior and prompts.
 
     Parameters
     ----------
     model
-        The posterior of theta.
+        The posterior of theta, a `RewardPosterior`.
     alpha
         Units of reward per nat.
     target
-        "cut", "joint", "plug-in" or "conservative"; see the file.
+        The use that is made of the uncertainty: "cut", "joint", "plug-in" or "conservative"; the module has the formulas.
     anchor
-        For "joint" and "conservative", which change when a constant is added to one r_theta: "mean" subtracts E_p0[r_theta]
-        of each prompt, "none" takes r_theta as it is. Needed for a reward learned from preferences, which leave that constant
-        open; for one learned from scores None means "none".
+        For the targets "joint" and "conservative", which change when a constant is added to one r_theta: "mean" subtracts
+        E_p0[r_theta] of each prompt, "none" takes r_theta as it is. It must be given for a reward learned from preferences,
+        which do not determine that constant; for a reward learned from scores None means "none".
     num_thetas
-        S, evenly spaced draws of theta.
+        S, the number of draws of theta, evenly spaced over those of the model.
     caution
-        k of "conservative".
+        k, the number of standard deviations that the target "conservative" subtracts.
     num_draws, seed
-        Of the pool of prior draws.
+        Draws per prompt in the pool of prior draws, and their seed.
     max_sequences
-        Enumerate if there are no more completions than this, over all prompts.
+        The largest number of completions, over all prompts, for which the anchors are enumerated.
     name
-        For tables and errors.
+        Name in tables and error messages; None: one that names the target.
     base
-        Prior, prompts and other factors that the anchors are of. `Posterior` sets it.
+        Posterior of the other factors, which the anchors are measured on. `Posterior` sets it.
 
     Raises
     ------
     BayesKLRLError
-        For bad arguments; for a joint or conservative target of a reward that is open to shifts without `anchor`.
+        If an argument is wrong, or a joint or conservative target lacks the `anchor` that it needs.
+
+    Examples
+    --------
+    `RewardPosterior.reward` makes one. Here three draws of theta are given by hand instead of by NUTS:
+
+    >>> import bayes_klrl as bk
+    >>> from bayes_klrl.reward_models.features import FeatureMap
+    >>> class ThreeRewards:
+    ...     features = FeatureMap(bk.TokenFeatures(lambda tokens, lengths: lengths), np.zeros(1), None, np.ones(1))
+    ...     from_preferences = True
+    ...     def thetas(self, num=None):
+    ...         return np.array([[0.5], [1.0], [1.5]])
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> uncertain = bk.EnsembleReward(ThreeRewards(), alpha=1.0, num_thetas=3)
+    >>> posterior = bk.Posterior(coin, uncertain, max_new_tokens=3)
+    >>> exact = bk.Exact().run(posterior, seed=0)
+    >>> bool(abs(exact.log_evidence[0]) < 1e-9)  # log 1: every exp(r_theta) is divided by its Z_theta
+    True
     """
 
     model: UncertainWeights
@@ -113,7 +131,7 @@ class EnsembleReward(Factor):
     def __post_init__(self) -> None:
         if not isinstance(self.model, UncertainWeights):
             raise BayesKLRLError(
-                f"An ensemble is of a bk.RewardPosterior, as bk.RewardModel(...).fit returns it; got {self.model!r}."
+                f"An EnsembleReward needs a bk.RewardPosterior, as bk.RewardModel(...).fit returns it; got {self.model!r}."
             )
         check_alpha_and_bounds(self)
         if self.target not in get_args(Target) or self.anchor not in (None, *get_args(Anchor)):
@@ -126,7 +144,7 @@ class EnsembleReward(Factor):
         check_count("seed", self.seed, least=0)
         check_count("max_sequences", self.max_sequences, least=0)
         check_count("num_thetas", self.num_thetas)
-        _ = self.thetas  # there must be as many
+        _ = self.thetas  # refuses more than there are
         if self.shift_matters and self.anchor is None and self.model.from_preferences:
             raise BayesKLRLError(
                 f"The {self.target} posterior changes when a constant is added to one r_theta, and preferences leave that "
@@ -140,7 +158,7 @@ class EnsembleReward(Factor):
 
     @property
     def label(self) -> str:
-        """The given name, or the target's."""
+        """The given name, or one that names the target."""
         return self.name or f"uncertain reward ({self.target})"
 
     @property
@@ -178,7 +196,7 @@ class EnsembleReward(Factor):
         )
 
     def rewards(self, x: Batch | Sequences | Draws | Sequence[Sequence[int]]) -> FloatArray:
-        """Return r_theta(x), as the model has them: (S, M) of a batch, (P, S, N) of completions of the posterior's prompts."""
+        """Return r_theta(x) without anchors: (S, M) for a batch, (P, S, N) for completions of the posterior's prompts."""
         if isinstance(x, Batch):
             of_batch: FloatArray = self.thetas @ self.model.features(x).T
             return of_batch
@@ -235,10 +253,10 @@ class EnsembleReward(Factor):
 
     @property
     def _posterior(self) -> Posterior:
-        """Prior, prompts and other factors."""
+        """The posterior of the other factors, with prior and prompts."""
         if self.base is None:
             raise BayesKLRLError(
-                f"{self.label!r} depends on the prior and the prompts: put it into a bk.Posterior(prior, reward, ...) and ask "
+                f"{self.label!r} depends on the prior and the prompts: put it into a bk.Posterior(prior, reward, ...) and use "
                 "`ensemble_of(posterior)`, or the posterior itself."
             )
         return self.base

@@ -1,7 +1,7 @@
-"""Features of completions, which a linear reward weighs: a user's function of text or tokens, or hidden states of a model.
+"""Features of completions for linear rewards: a user's function of text or tokens, or hidden states of a model.
 
-`FeatureMap` standardises them as the training set was: z = (f - mean) @ projection / scale, so that one prior scale suits
-all weights, and means the same whatever units the features have.
+`FeatureMap` standardises features by the training set, z = (f - mean) @ projection / scale, so that one prior scale suits all
+weights, and does not depend on the units of the features.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ class Features(Protocol):
         """Return the features, shape (M, J), float64, finite."""
 
     def of(self, prior: LanguageModel) -> Features:
-        """Return the features as they are learned from completions of this prior."""
+        """Return the features for a reward that is learned from completions of this prior."""
 
     def check(self, prior: LanguageModel, columns: frozenset[str]) -> None:
-        """Refuse, before any work, what this prior and these columns cannot give."""
+        """Refuse, before any work, features that need what this prior and these columns do not have."""
 
 
 @dataclass(frozen=True, eq=False)
 class TextFeatures:
-    """Features by a function of text, with the signature of a `Reward`'s, which returns J numbers a completion.
+    """Features given by a function of text with the signature of a `Reward`'s, which returns J numbers per completion.
 
-    A bare function given to `RewardModel` becomes one.
+    `RewardModel` makes one of a bare function.
     """
 
     fn: Callable[..., Any]
@@ -52,7 +52,7 @@ class TextFeatures:
         return self
 
     def check(self, prior: LanguageModel, columns: frozenset[str]) -> None:
-        """See `Features`; also refuses to read text that nobody can decode."""
+        """See `Features`; also refuses a function of text if the prior cannot decode its tokens."""
         if TextCall.of(self.fn, columns, _label(self.fn)).reads_text and prior.tokenizer is None:
             raise TextRewardError(
                 f"The features {_label(self.fn)!r} read text, but the prior has no tokenizer. Give the model a tokenizer, or "
@@ -66,11 +66,21 @@ class TextFeatures:
 
 @dataclass(frozen=True, eq=False)
 class TokenFeatures:
-    """Features by a function of token arrays, `fn(tokens (N, T), lengths (N,)) -> (N, J)`; see `TokenReward`.
+    """Features given by a function of token arrays.
+
+    Parameters
+    ----------
+    fn
+        `fn(tokens (N, T) int, lengths (N,) int) -> (N, J)` on NumPy arrays; the arguments are those of a `TokenReward`.
 
     Examples
     --------
-    >>> first_and_length = TokenFeatures(lambda tokens, lengths: np.stack([tokens[:, 0], lengths], axis=1))
+    Two features per completion, its first token and its length, for a reward model:
+
+    >>> import bayes_klrl as bk
+    >>> features = bk.TokenFeatures(lambda tokens, lengths: np.stack([tokens[:, 0], lengths], axis=1))
+    >>> bk.RewardModel(features).features is features
+    True
     """
 
     fn: Callable[..., Any]
@@ -97,28 +107,35 @@ class TokenFeatures:
 class HiddenStates:
     """The last hidden state of a language model after it has read the prompt and the completion's last token but EOS.
 
-    It is what the next token would be predicted from: for a finished completion, what EOS was predicted from.
+    The model predicts the next token from this state; in a finished completion, it predicted EOS from it.
 
     Parameters
     ----------
     lm
         A model with `features(prompts, sequences) -> (P, N, T, F)`, such as `TorchLM`, over the same tokens as the prior.
         None: the prior itself.
+
+    Examples
+    --------
+    Hidden states have many dimensions, so a reward model weighs their principal components:
+
+    >>> import bayes_klrl as bk
+    >>> model = bk.RewardModel(bk.HiddenStates(), num_components=4)
+    >>> model.features.lm is None, model.num_components
+    (True, 4)
     """
 
     lm: Any | None = None
 
     def of(self, prior: LanguageModel) -> HiddenStates:
-        """See `Features`: a model of their own, whatever the completions are drawn from later."""
+        """Return features whose model is fixed, even if later completions are drawn from another model; see `Features`."""
         return HiddenStates(prior) if self.lm is None else self
 
     def check(self, prior: LanguageModel, columns: frozenset[str]) -> None:
         """See `Features`."""
         lm = prior if self.lm is None else self.lm
         if not hasattr(lm, "features"):
-            raise BayesKLRLError(
-                f"A {type(lm).__name__} has no hidden states; use a bk.TorchLM, or a function of your own."
-            )
+            raise BayesKLRLError(f"A {type(lm).__name__} has no hidden states; use a bk.TorchLM, or your own function.")
         if lm.vocab_size != prior.vocab_size:
             raise BayesKLRLError(
                 f"The hidden states are those of a model of {lm.vocab_size} tokens, and the prior has {prior.vocab_size}: "
@@ -126,14 +143,14 @@ class HiddenStates:
             )
 
     def check_room(self, prompt_ids: Sequence[TokenIds], max_new_tokens: int, prior: LanguageModel) -> None:
-        """Refuse completions that leave no room: the state after T tokens is read as what predicts token T + 1."""
+        """Refuse prompts too long for the context, which must hold T + 1 new tokens: the last state predicts token T + 1."""
         lm = prior if self.lm is None else self.lm
         context, longest, read = getattr(lm, "context_length", None), max(map(len, prompt_ids)), max_new_tokens + 1
         needed = max(longest, read) if getattr(lm, "prompt_apart", False) else longest + read
         if context is not None and needed > context:
             raise BayesKLRLError(
-                f"A prompt of {longest} tokens, max_new_tokens = {max_new_tokens} and one more token, which hidden states are "
-                f"read before, exceed the model's context of {context} tokens. Shorten one of them."
+                f"A prompt of {longest} tokens, max_new_tokens = {max_new_tokens} and one more token, which the last "
+                f"hidden state predicts, exceed the model's context of {context} tokens. Shorten one of them."
             )
 
     def __call__(self, batch: Batch) -> FloatArray:
@@ -141,7 +158,7 @@ class HiddenStates:
         lm = batch.prior if self.lm is None else self.lm
         read = batch.lengths - batch.sequences.finished(batch.prior.eos_token_ids)[0]
         prompt_ids = encoded_prompts(tuple(batch.prompts), lm)
-        # the state after t tokens predicts token t + 1, which has to be there, whatever it is
+        # the state after t tokens predicts token t + 1, so there must be one; any token will do
         room = int(read.max(initial=0)) + 1
         tokens = np.full((len(batch), room), pad_token(batch.prior.eos_token_ids))
         kept = min(room, batch.tokens.shape[1])
@@ -157,7 +174,7 @@ class HiddenStates:
         return _checked(result, "hidden states", batch)
 
     def _states(self, lm: Any, prompts: list[Any], tokens: IntArray, read: IntArray) -> FloatArray:
-        """Return the state after `read` tokens, tokens (P, N, T + 1) and read (P, N) to (P, N, F), in chunks of draws."""
+        """Return the state after `read` (P, N) tokens of `tokens` (P, N, T + 1), shape (P, N, F), in chunks of draws."""
         parts: list[np.ndarray] = []
         start, step = 0, 1
         while start < tokens.shape[1]:
@@ -172,7 +189,7 @@ class HiddenStates:
 
 
 def as_features(given: Any) -> Features:
-    """Return a bare function as features of text, and features as they are."""
+    """Return features as they are, and a bare function as features of text."""
     if isinstance(given, TextFeatures | TokenFeatures | HiddenStates):
         return given
     if not callable(given):
@@ -184,18 +201,18 @@ def as_features(given: Any) -> Features:
 
 @dataclass(frozen=True, eq=False)
 class FeatureMap:
-    """Features, and how the training set standardises them.
+    """Features with their standardisation by the training set.
 
     Parameters
     ----------
     features
-        Completions to raw features (M, F).
+        Function from M completions to raw features (M, F).
     mean
-        Of the training set, shape (F,).
+        Means of the raw features over the training set, shape (F,).
     projection
-        Principal components, shape (F, J); None: every feature by itself, J = F.
+        Principal components, shape (F, J); None: no projection, J = F.
     scale
-        Standard deviations of the training set after that, shape (J,).
+        Standard deviations of the projected features over the training set, shape (J,).
     """
 
     features: Features
@@ -210,7 +227,7 @@ class FeatureMap:
         Raises
         ------
         BayesKLRLError
-            For a feature that never varies, or more components than there are.
+            If a feature does not vary, or fewer components exist than are asked for.
         """
         with np.errstate(over="ignore"):
             too_large = ~np.isfinite(np.square(raw).sum(axis=0))
@@ -245,7 +262,7 @@ class FeatureMap:
 
     @property
     def num_features(self) -> int:
-        """J, after the projection."""
+        """J, the number of features after the projection."""
         return len(self.scale)
 
     def __call__(self, batch: Batch) -> FloatArray:
@@ -265,16 +282,18 @@ class FeatureMap:
 
 
 def _label(fn: Any) -> str:
-    """Return what errors call a feature function."""
+    """Return the name of a feature function in error messages."""
     return f"features {getattr(fn, '__name__', type(fn).__name__)}"
 
 
 def _checked(outcome: Any, label: str, batch: Batch) -> FloatArray:
-    """Return features as float64 (M, J), or say what is wrong with them and where."""
+    """Return features as float64 (M, J); an error says which value is wrong, and for which completion."""
     num = len(batch)
     if outcome is None or isinstance(outcome, str | bytes) or not hasattr(outcome, "__len__") or len(outcome) != num:
         got = f"{len(outcome)} rows" if hasattr(outcome, "__len__") else repr(outcome)
-        raise RewardError(f"The {label} returned {got} for {num} completions. Return one row of numbers a completion.")
+        raise RewardError(
+            f"The {label} returned {got} for {num} completions. Return one row of numbers per completion."
+        )
     rows = to_host(outcome.double()) if hasattr(outcome, "detach") else outcome
     try:
         values = np.asarray(rows, dtype=np.float64)
@@ -298,7 +317,7 @@ def _checked(outcome: Any, label: str, batch: Batch) -> FloatArray:
 
 
 def _equal_groups(prompt_index: IntArray) -> list[tuple[IntArray, IntArray]]:
-    """Return the rows of each prompt, prompts with equally many together: prompts (P,) and rows (P, N)."""
+    """Return groups of prompts that have equally many rows: for each group its prompts (P,) and their rows (P, N)."""
     prompts, counts = np.unique(prompt_index, return_counts=True)
     by_prompt = np.split(np.argsort(prompt_index, kind="stable"), np.cumsum(counts)[:-1])
     groups = []

@@ -25,30 +25,33 @@ _SAME = 1e-12
 
 @dataclass(frozen=True, eq=False)
 class RewardModel:
-    """A reward linear in features of completions, its weights inferred from preferences or scores by NUTS.
+    """A reward that is linear in features of completions, and whose weights NUTS infers from preferences or scores.
 
         theta ~ Normal(0, prior_scale^2),   P(x_w > x_l) = sigmoid(theta . (z(x_w) - z(x_l)))
 
     Parameters
     ----------
     features
-        A function with the signature of a `Reward`'s that returns J numbers a completion; `TokenFeatures(fn)`; or
-        `HiddenStates(lm)`. They are standardised by the training set.
+        A function with the signature of a `Reward`'s that returns J numbers per completion; `TokenFeatures(fn)`; or
+        `HiddenStates(lm)`. Features are standardised by the training set.
     prior_scale
-        Standard deviation of the weights, units of reward for one standard deviation of a feature. None: inferred,
-        HalfNormal(1).
+        Prior standard deviation of the weights, in units of reward per standard deviation of a feature. None: it is inferred,
+        with the prior HalfNormal(1).
     num_components
-        Use as many principal components of the training set's features in their place; hidden states are many.
+        Number of principal components of the training set's features that replace the features, for instance of hidden
+        states, which have many dimensions. None: the features themselves.
     num_chains, num_draws, num_warmup, target_accept
-        Of NUTS; `num_draws` of each chain.
+        Options of NUTS: number of chains, draws and warm-up steps per chain, and the acceptance probability to adapt to.
     drop_ties
-        Leave pairs out whose two completions have the same features, instead of refusing them.
+        Whether pairs whose two completions have the same features are left out; otherwise they are refused.
 
     Examples
     --------
     >>> model = RewardModel(lambda completions: [[len(c), c.count("!")] for c in completions])
     >>> model.prior_scale, model.num_chains
     (1.0, 4)
+
+    `fit` infers the weights; `RewardPosterior` has an example of it.
     """
 
     features: Any
@@ -80,21 +83,21 @@ class RewardModel:
         Parameters
         ----------
         prior
-            The language model whose completions they are: it encodes texts, and lends hidden states.
+            The language model whose completions the data are about: it encodes texts and computes hidden states.
         data
-            What was preferred, or scored.
+            The preferences or scores to learn from.
         seed
-            Of the chains.
+            Seed for all random numbers of the chains.
         accept_unconverged
-            Return draws that have not converged (R-hat above 1.01, bulk or tail ESS below 400, or a thousandth of the
-            transitions divergent) all the same; their `diagnostics.problems` say so.
+            Whether to return draws that have not converged (R-hat above 1.01, bulk or tail ESS below 400, or more than a
+            thousandth of the transitions divergent) instead of raising; their `diagnostics.problems` say what is wrong.
 
         Raises
         ------
         BayesKLRLError
-            If the data or their features cannot be used, before anything is sampled.
+            If the data or their features cannot be used; this is checked before anything is sampled.
         ConvergenceError
-            If the chains have not converged; carries the draws.
+            If the chains have not converged; its `result` holds the draws.
         ImportError
             If NumPyro is not installed.
         """
@@ -132,20 +135,20 @@ class RewardModel:
         if result.diagnostics.problems and not accept_unconverged:
             raise ConvergenceError(
                 f"NUTS has not converged: {'; '.join(result.diagnostics.problems)}. Raise num_warmup and num_draws "
-                "(target_accept too for divergences), run at least 2 chains, or accept_unconverged=True. The draws are this "
-                "error's `result`.",
+                "(target_accept too for divergences), run at least 2 chains, or accept_unconverged=True. This error's "
+                "`result` holds the draws.",
                 result,
             )
         return result
 
     def _without_ties(self, design: FloatArray) -> FloatArray:
-        """Return the feature differences of pairs that can be told apart."""
+        """Return the feature differences of the pairs whose two completions have different features."""
         tied = np.abs(design).max(axis=1) <= _SAME
         if not tied.any():
             return design
         if not self.drop_ties:
             raise BayesKLRLError(
-                f"Pair {int(tied.argmax())} is a tie: its two completions have identical features, so that it says nothing "
+                f"Pair {int(tied.argmax())} is a tie: its two completions have identical features, so it is no information "
                 f"({int(tied.sum())} of {len(design)} pairs are). Remove them (drop_ties=True), or add features that tell "
                 "them apart."
             )
@@ -158,7 +161,7 @@ class RewardModel:
 
 
 def diagnosed(theta: FloatArray, scales: dict[str, FloatArray], num_divergent: int) -> ChainDiagnostics:
-    """Return the diagnostics of theta (C, S, J) and of scales (C, S)."""
+    """Return the convergence diagnostics of theta (C, S, J) and of the scales (C, S)."""
     names = (*(f"theta[{j}]" for j in range(theta.shape[2])), *scales)
     values = np.stack([*np.moveaxis(theta, 2, 0), *scales.values()])
     bulk, sd = ess_bulk(values), values.std(axis=(1, 2))
@@ -191,7 +194,7 @@ def _arguments(
 
 
 def _nuts() -> Any:
-    """Return the sampler, or say what is missing for it."""
+    """Return the sampler; the error of a missing package names the extra to install."""
     try:
         from bayes_klrl.reward_models.numpyro_program import run_nuts
     except ModuleNotFoundError as error:

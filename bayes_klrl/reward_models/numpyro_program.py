@@ -4,9 +4,9 @@
     preferences   P(x_w > x_l) = sigmoid(theta . (f(x_w) - f(x_l)))          (Bradley and Terry)
     scores        y = theta . f(x) + noise,   noise given or ~ HalfNormal(sd of y)
 
-Float64, 1.3 times the time of float32: the energy of thousands of pairs is then exact to all digits that its differences
-are judged by, and results meet quadrature. All chains advance in one program ("vectorized"): one matrix product a leapfrog
-step serves them all, half the time of one chain after another on one thread.
+It runs in float64, which takes 1.3 times the time of float32: NUTS needs differences of the energy of thousands of pairs, and
+in float64 results agree with quadrature. All chains advance in one program ("vectorized"): each leapfrog step is one matrix
+product for all of them, which takes half the time of running one chain after another on one thread.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bayes_klrl.typing import FloatArray
 
 __all__ = ["reward_program", "run_nuts"]
 
-_DECISIVE = 50  # observations a weight, from where on they decide it more than its prior
+_DECISIVE = 50  # observations per weight, above which they determine it more than its prior
 _FIELDS = ("diverging", "num_steps", "accept_prob", "potential_energy")
 
 
@@ -39,20 +39,20 @@ def reward_program(
     *,
     centred: bool = False,
 ) -> None:
-    """Weights theta of standardised features, site "theta", and what was observed.
+    """The joint model of weights theta of standardised features, site "theta", and of the observations.
 
     Parameters
     ----------
     design
-        f(x_w) - f(x_l) of each pair, or f(x) of each score, shape (n, J).
+        The difference f(x_w) - f(x_l) for each pair, or f(x) for each score, shape (n, J).
     scores
-        What was observed, shape (n,); None for preferences.
+        The observed scores, shape (n,); None for preferences.
     noise
-        Standard deviation of the scores; None: inferred, site "noise", with `noise_scale`.
+        Standard deviation of the scores; None: it is inferred, site "noise", with the prior HalfNormal(noise_scale).
     prior_scale
-        tau; None: inferred, site "prior_scale".
+        tau; None: it is inferred, site "prior_scale".
     centred
-        Sample theta itself, which mixes better where the data decide it, instead of z = theta / tau.
+        Whether to sample theta itself, which mixes better where the data determine it, instead of z = theta / tau.
     """
     if prior_scale is None:
         prior_scale = numpyro.sample("prior_scale", dist.HalfNormal(1.0))
@@ -80,12 +80,16 @@ def run_nuts(
     target_accept: float,
     seed: int,
 ) -> tuple[dict[str, FloatArray], dict[str, np.ndarray]]:
-    """Return draws of each site, (C, S, ...), and NUTS's own statistics of each, (C, S).
+    """Return the draws of each site, shape (C, S, ...), and NUTS's statistics of each draw, shape (C, S).
 
     Parameters
     ----------
     data
-        The arguments of `reward_program`; those of one kind and shape are compiled for once.
+        The arguments of `reward_program`. Data of the same kind and shape are compiled only once.
+    num_chains, num_warmup, num_draws, target_accept
+        See `RewardModel`.
+    seed
+        Seed for all random numbers.
     """
     with jax.enable_x64(True):
         arguments = {name: jnp.asarray(value, dtype=jnp.float64) for name, value in data.items()}
@@ -98,9 +102,9 @@ def run_nuts(
 
 @lru_cache(maxsize=16)
 def _compiled(num_chains: int, num_warmup: int, num_draws: int, target_accept: float, centred: bool) -> Any:
-    """Return the whole run as one jitted function of key and data, which compiles once for each shape of them.
+    """Return the whole run as one jitted function of key and data, which compiles once for each shape of the data.
 
-    `MCMC.run` itself compiles its loop anew in every run, three seconds each.
+    `MCMC.run` itself compiles its loop anew in every run, which takes three seconds each time.
     """
 
     @jax.jit

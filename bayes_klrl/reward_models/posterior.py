@@ -4,8 +4,8 @@
     scores        y = mean(y) + r_theta(x) + noise                              (Gaussian)
     prior         theta ~ Normal(0, prior_scale^2), prior_scale given or ~ HalfNormal(1)
 
-`bayes_klrl.reward_models.model.RewardModel` makes one; the program is `numpyro_program`. A reward known
-from preferences is known up to a constant, the same for all completions of a prompt. Scores know it, but it cancels in every
+`bayes_klrl.reward_models.model.RewardModel` makes one; the NumPyro program is in `numpyro_program`. Preferences determine a
+reward up to a constant, the same for all completions of a prompt. Scores determine the constant too, but it cancels in every
 posterior over completions, so the mean score is left out.
 """
 
@@ -30,25 +30,25 @@ if TYPE_CHECKING:
 
 __all__ = ["ChainDiagnostics", "RewardPosterior", "observed"]
 
-MAX_R_HAT, MIN_ESS, MAX_DIVERGENT = 1.01, 400, 1e-3  # Vehtari et al. 2021; of divergences a thousandth
+MAX_R_HAT, MIN_ESS, MAX_DIVERGENT = 1.01, 400, 1e-3  # Vehtari et al. 2021; divergent transitions: a thousandth
 
 
 @dataclass(frozen=True, eq=False)
 class ChainDiagnostics:
-    """Whether Markov chains have converged, by parameter.
+    """Convergence diagnostics of Markov chains, one value per parameter.
 
     Parameters
     ----------
     names
-        K parameters.
+        The names of the K parameters.
     mean, sd
-        Of all draws, shape (K,).
+        Mean and standard deviation of all draws, shape (K,).
     mcse
         Monte Carlo standard error of the mean, sd / sqrt(bulk ESS), shape (K,).
     r_hat, ess_bulk, ess_tail
-        Vehtari et al. (2021), shape (K,).
+        R-hat, bulk and tail effective sample size (Vehtari et al. 2021), shape (K,).
     num_divergent, num_draws
-        Divergent transitions, and transitions in all.
+        Number of divergent transitions, and of all transitions.
     """
 
     names: tuple[str, ...]
@@ -63,7 +63,7 @@ class ChainDiagnostics:
 
     @property
     def problems(self) -> list[str]:
-        """What speaks against convergence, in words: R-hat above 1.01 or unknown, ESS below 400, divergences."""
+        """The signs that the chains have not converged, in words: R-hat above 1.01 or unknown, ESS below 400, divergences."""
         found = []
         worst = int(np.argmax(np.nan_to_num(self.r_hat, nan=np.inf)))
         if not self.r_hat[worst] <= MAX_R_HAT:
@@ -77,7 +77,7 @@ class ChainDiagnostics:
         return found
 
     def table(self) -> pd.DataFrame:
-        """Return one row a parameter."""
+        """Return a table with one row per parameter."""
         import pandas as pd
 
         columns = ("mean", "sd", "mcse", "r_hat", "ess_bulk", "ess_tail")
@@ -95,28 +95,48 @@ class ChainDiagnostics:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RewardPosterior:
-    """Draws of theta, how they came out, and what they say of completions.
+    """Draws of the weights theta of a reward model, with their diagnostics; `RewardModel.fit` returns one.
 
     Parameters
     ----------
     draws
-        theta of standardised features, shape (C, S, J): chains, draws, features.
+        The weights theta of standardised features, shape (C, S, J): chains, draws, features.
     scales
         Draws of `prior_scale` and `noise` where they are inferred, shape (C, S) each.
     diagnostics
         R-hat, ESS and divergences.
     sample_stats
-        NUTS's own, shape (C, S) each: `diverging`, `num_steps`, `accept_prob`, `potential_energy`.
+        NUTS's statistics, shape (C, S) each: `diverging`, `num_steps`, `accept_prob`, `potential_energy`.
     features
-        Completions to standardised features.
+        Function from completions to standardised features.
     prior
-        The language model whose completions they are.
+        The language model whose completions the data are about.
     design
-        What the likelihood saw: z(chosen) - z(rejected), or z(x), shape (n, J).
+        The features that the likelihood depends on: z(chosen) - z(rejected), or z(x), shape (n, J).
     scores, noise
-        The observed scores less their mean, and their noise, shape (n,); None for preferences, and for noise inferred.
+        The observed scores minus their mean, and their noise, shape (n,); both are None for preferences, and the noise is
+        None where it is inferred.
     seconds
         Wall time of the fit, compilation included.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> prior = bk.NgramLM.fit(["ha!", "ha ha!", "hm.", "no."], order=2)
+    >>> pairs = bk.Preferences("", chosen=["ha!", "ha ha!", "ha!"], rejected=["hm.", "no.", "no."])
+    >>> model = bk.RewardModel(
+    ...     lambda completions: [[len(c), c.count("!")] for c in completions], num_chains=2, num_draws=50, num_warmup=50
+    ... )
+    >>> learned = model.fit(prior, pairs, seed=0, accept_unconverged=True)  # far too few draws, to be quick
+    >>> learned
+    RewardPosterior(3 preferences, 2 features, 2 chains x 50 draws)
+    >>> learned.predict(bk.Preferences("", chosen=["hm!"], rejected=["hm."])) > 0.5
+    array([ True])
+
+    As a likelihood, with its uncertainty:
+
+    >>> bk.Posterior(prior, learned.reward(alpha=0.5), max_new_tokens=4)
+    Posterior(prior=NgramLM, likelihood='uncertain reward (cut)', alpha=0.5, prompts=1, max_new_tokens=4)
     """
 
     draws: FloatArray
@@ -132,17 +152,17 @@ class RewardPosterior:
 
     @property
     def num_features(self) -> int:
-        """J."""
+        """J, the number of features."""
         return int(self.draws.shape[2])
 
     @property
     def from_preferences(self) -> bool:
-        """Whether the data are preferences, so that r_theta is known up to a constant only."""
+        """Whether the data are preferences, which determine r_theta only up to a constant."""
         return self.scores is None
 
     @property
     def mean(self) -> FloatArray:
-        """E[theta], shape (J,): the weights of the plug-in reward."""
+        """The posterior mean E[theta], shape (J,): the weights of the plug-in reward."""
         result: FloatArray = self.draws.mean(axis=(0, 1))
         return result
 
@@ -166,9 +186,9 @@ class RewardPosterior:
         Parameters
         ----------
         pairs
-            New ones.
+            The pairs to predict.
         plug_in
-            The same for the mean reward as if it were known, which is too sure of itself.
+            Whether to use the mean reward as if it were known, which makes predictions overconfident.
         """
         if not isinstance(pairs, Preferences):
             raise BayesKLRLError(f"predict takes bk.Preferences, pairs of completions; got {type(pairs).__name__}.")
@@ -191,8 +211,9 @@ class RewardPosterior:
         return EnsembleReward(self, alpha=alpha, **options)
 
     def to_arviz(self) -> Any:
-        """Return what the installed ArviZ summarises; with the log-likelihood, so that `az.loo` compares models of one
-        data set.
+        """Return the object that the installed ArviZ summarises.
+
+        It holds the log-likelihood, so that `az.loo` compares models of one data set.
         """
         from bayes_klrl.reward_models.datatree import reward_posterior_to_arviz
 
@@ -210,7 +231,7 @@ class RewardPosterior:
 
 
 def observed(data: Preferences | Scores, z: FloatArray) -> tuple[FloatArray, FloatArray | None]:
-    """Return design (n, J) and centred scores (n,) or None, of standardised features of a data set's batch."""
+    """Return the design (n, J), and the centred scores (n,) or None, from the standardised features of a data set's batch."""
     if isinstance(data, Preferences):
         return np.subtract(*np.split(z, 2)), None
     return z, data.scores - data.scores.mean()

@@ -1,6 +1,6 @@
-"""What people said of completions: which of two they prefer, or a score; the data of a reward model.
+"""Preferences between completions, and scores of completions: the data of a reward model.
 
-Everything that can be wrong with such data is refused here, by its index, before any model is run.
+Invalid data are refused here, before any model is run, and the error gives the index of the wrong entry.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _TRL = ("prompt", "chosen", "rejected")
 
 @dataclass(frozen=True, eq=False)
 class Preferences:
-    """n comparisons of two completions of one prompt, of which the first was preferred.
+    """n pairs of completions of one prompt each, of which the first was preferred to the second.
 
     Parameters
     ----------
     prompts
-        n prompts, texts or lists of token ids; or one for all of them.
+        n prompts, texts or lists of token ids; or one prompt for all pairs.
     chosen, rejected
-        n completions each, all texts or all lists of token ids (EOS included where there is one).
+        The n preferred and the n other completions, all texts or all lists of token ids (EOS included where there is one).
     columns
-        Further data of the pairs, each of length n, which feature functions may ask for by name.
+        Further data about the pairs, each column of length n, which feature functions may ask for by name.
 
     Raises
     ------
     BayesKLRLError
-        For no pairs, lengths that differ, a completion that is neither text nor token ids, or a tie.
+        If there are no pairs, lengths differ, a completion is neither text nor token ids, or a pair is a tie.
 
     Examples
     --------
@@ -71,9 +71,9 @@ class Preferences:
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> Preferences:
-        """Return the preferences in rows of TRL's standard format, {"prompt", "chosen", "rejected"}, as datasets iterate.
+        """Return the preferences in rows of TRL's standard format, {"prompt", "chosen", "rejected"}, such as a dataset's.
 
-        What else is in the rows becomes columns. The conversational format is refused: apply the chat template first.
+        All other keys of the rows become columns. The conversational format is refused: apply the chat template first.
         """
         listed = list(rows)
         _check_not_empty(len(listed), "preferences")
@@ -83,7 +83,7 @@ class Preferences:
                 raise BayesKLRLError(f"Row {i} has no {missing}: a row is {{'prompt', 'chosen', 'rejected'}}.")
             if any(isinstance(row[name], list) and any(isinstance(m, Mapping) for m in row[name]) for name in _TRL):
                 raise BayesKLRLError(
-                    f"Row {i} is conversational (lists of messages). Apply the chat template first: rows of text are read."
+                    f"Row {i} is conversational (lists of messages). Apply the chat template first: rows must be text."
                 )
         names = sorted(set(listed[0]) - set(_TRL) - RESERVED_NAMES)
         columns = {name: [row.get(name) for row in listed] for name in names}
@@ -117,40 +117,45 @@ class Preferences:
         return Preferences(prompts, chosen, rejected, columns)
 
     def check_winners(self) -> None:
-        """Refuse to learn from comparisons that one completion wins every time."""
+        """Refuse data in which one completion wins every comparison."""
         if len(set(self.chosen)) == 1:
             raise BayesKLRLError(
                 f"One winner only: {self.chosen[0]!r} wins every comparison ({len(self)}). The likelihood then has no "
-                "maximum, and the posterior would be the prior's choice. Add comparisons that other completions win."
+                "maximum, and the prior alone would limit the weights. Add comparisons that other completions win."
             )
 
     def batch(self, prior: LanguageModel) -> Batch:
-        """Return all 2n completions as feature functions see them: the chosen ones, then the rejected."""
+        """Return all 2n completions as the batch that feature functions see: the chosen ones, then the rejected ones."""
         return training_batch(prior, self.prompts, [*self.chosen, *self.rejected], self.columns)
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """n completions with a score each, r(x) observed with Gaussian noise.
+    """n completions with one score each, an observation of r(x) with Gaussian noise.
 
     Parameters
     ----------
     prompts
-        n prompts, texts or lists of token ids; or one for all of them.
+        n prompts, texts or lists of token ids; or one prompt for all completions.
     completions
         n completions, all texts or all lists of token ids.
     scores
-        A number for each.
+        The n scores, finite numbers.
     noise
-        Standard deviation of the scores about the reward: one for all, or one each. None: inferred.
+        Standard deviation of the scores about the reward: one number for all, or n numbers. None: it is inferred.
     columns
-        See `Preferences`.
+        Further data about the completions, each column of length n, which feature functions may ask for by name.
 
     Raises
     ------
     BayesKLRLError
-        For no scores, lengths that differ, a score that is no finite number, scores that are all the same, or noise that is
-        not positive.
+        If there are no scores, lengths differ, a score is not finite, all scores are equal, or the noise is not positive.
+
+    Examples
+    --------
+    >>> rated = Scores("Say hello.", ["Hello!", "Hi!", "No."], scores=[5, 4, 1], noise=0.5)
+    >>> len(rated), rated.scores, rated.noise
+    (3, array([5., 4., 1.]), array([0.5, 0.5, 0.5]))
     """
 
     prompts: Sequence[Any]
@@ -180,13 +185,13 @@ class Scores:
         return len(self.completions)
 
     def batch(self, prior: LanguageModel) -> Batch:
-        """Return the completions as feature functions see them."""
+        """Return the completions as the batch that feature functions see."""
         return training_batch(prior, self.prompts, self.completions, self.columns)
 
 
 @dataclass(frozen=True, eq=False)
 class _GivenTexts(Batch):
-    """Completions that were given as texts, which feature functions see as they were given."""
+    """A batch of completions that were given as texts; feature functions see exactly these texts."""
 
     texts: tuple[str, ...] = ()
 
@@ -199,9 +204,10 @@ class _GivenTexts(Batch):
 def training_batch(
     prior: LanguageModel, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
 ) -> Batch:
-    """Return completions as feature functions see them; of n prompts in turn, over and over.
+    """Return completions as the batch that feature functions see; they follow the n prompts in order, again and again.
 
-    A text is encoded by the prior's tokenizer and ends with EOS; a BOS that the tokenizer adds goes, for it is the prompt's.
+    A text is encoded by the prior's tokenizer and ends with EOS. A BOS that the tokenizer adds is removed, because it belongs
+    to the prompt.
     """
     texts = isinstance(completions[0], str)
     ids = _encoded(prior, completions) if texts else [list(row) for row in completions]
@@ -264,14 +270,14 @@ def _check_one_kind(completions: Sequence[Any]) -> None:
 
 
 def _set_common(data: Preferences | Scores, num: int) -> None:
-    """Set prompts and columns of a frozen data set, one a row, refusing other lengths and reserved names."""
+    """Set prompts and columns of a frozen data set, one entry per row; other lengths and reserved names are refused."""
     prompts: Any = data.prompts
     listed = [*prompts] if hasattr(prompts, "__iter__") and not isinstance(prompts, str | bytes) else None
     if isinstance(prompts, str) or (listed and all(_is_id(token) for token in listed)):
         listed = [prompts] * num
     if listed is None or len(listed) != num:
         raise BayesKLRLError(
-            f"prompts is one prompt for all, or a list of {num}, one a row; got "
+            f"prompts is one prompt for all, or a list of {num}, one per row; got "
             f"{repr(prompts) if listed is None else str(len(listed)) + ' of them'}."
         )
     if not all(isinstance(prompt, str) for prompt in listed):
@@ -286,7 +292,7 @@ def _set_common(data: Preferences | Scores, num: int) -> None:
     for name, values in data.columns.items():
         if name in RESERVED_NAMES or isinstance(values, str) or not hasattr(values, "__len__") or len(values) != num:
             raise BayesKLRLError(
-                f"Column {name!r} needs one value a row, {num} in a list, and a name that is not reserved; got {values!r}."
+                f"Column {name!r} needs one value per row, {num} in a list, and a name that is not reserved; got {values!r}."
             )
     object.__setattr__(data, "prompts", tuple(listed))
     object.__setattr__(data, "columns", {name: tuple(values) for name, values in data.columns.items()})
@@ -298,7 +304,7 @@ def _all_ids(prompt: Any) -> bool:
 
 
 def _numbers(name: str, values: Any) -> FloatArray:
-    """Return a list of numbers as float64 (n,), naming the first that is none."""
+    """Return a list of numbers as float64 (n,); the error names the first entry that is not a number."""
     if isinstance(values, str | bytes) or not hasattr(values, "__len__"):
         raise BayesKLRLError(f"{name} is a list of numbers; got {values!r}.")
     numbers = np.empty(len(values))
@@ -313,7 +319,7 @@ def _numbers(name: str, values: Any) -> FloatArray:
 
 
 def _positive_noise(noise: Any, num: int) -> FloatArray:
-    """Return the noise of each score, shape (n,)."""
+    """Return the noise of each score, shape (n,), refusing values that are not positive and finite."""
     each = [noise] * num if np.ndim(noise) == 0 else noise
     sds = _numbers("noise", each)
     if sds.shape != (num,) or not (np.isfinite(sds) & (sds > 0)).all():

@@ -4,8 +4,8 @@
     joint     prop. to p0 E_theta[exp(r_theta / alpha)]                theta with weight Z_theta: optimistic
     cut       E_theta[p0 exp(r_theta / alpha) / Z_theta]               uncertainty goes one way: the default
 
-Rewards learned from preferences are known up to a constant a_theta. Plug-in and cut do not depend on it; the joint posterior
-does, so there it says nothing unless every reward is anchored (with log Z_theta = 0 it is the cut posterior).
+Rewards learned from preferences are known up to a constant a_theta. Plug-in and cut posterior do not depend on it. The joint
+posterior does, so it has no meaning unless every reward is anchored (with log Z_theta = 0 it is the cut posterior).
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ def reward_target_weights(
     Parameters
     ----------
     rewards
-        r_theta(x_n) of S draws of theta, equally likely, shape (S, N); -inf is legal.
+        The rewards r_theta(x_n) for S equally likely draws of theta, shape (S, N); -inf is legal.
     alpha
         Units of reward per nat.
     target
-        "cut", "joint" or "plug-in".
+        The posterior that the weights are for: "cut", "joint" or "plug-in".
     log_weights
-        log p0(x_n) - log q(x_n) of draws from q, shape (N,); None: the prior's own.
+        log p0(x_n) - log q(x_n) in nats for draws from q, shape (N,); None: the draws are from the prior.
 
     Raises
     ------
     BayesKLRLError
-        For another target, shapes that do not fit, or rewards under which no draw is possible.
+        If the target is unknown, the shapes do not fit, or no draw has a positive weight.
 
     Examples
     --------
-    A shift of one member changes the joint posterior alone:
+    A constant added to the reward of one theta changes the joint posterior only:
 
     >>> rewards = np.array([[0.0, 1.0], [1.0, 0.0]])
     >>> shifted = rewards + np.array([[0.0], [3.0]])
@@ -61,7 +61,7 @@ def reward_target_weights(
     check_positive("alpha", alpha)
     log_likelihood = check_log_weights(np.asarray(rewards, dtype=np.float64) / alpha)
     if log_likelihood.ndim != 2 or not log_likelihood.size:
-        raise BayesKLRLError(f"rewards must have the shape (S, N), one row a theta; got {log_likelihood.shape}.")
+        raise BayesKLRLError(f"rewards must have the shape (S, N), one row per theta; got {log_likelihood.shape}.")
     pool = np.zeros(log_likelihood.shape[1]) if log_weights is None else check_log_weights(log_weights)
     if pool.shape != log_likelihood.shape[1:]:
         raise BayesKLRLError(f"log_weights must have the shape (N,) = {log_likelihood.shape[1:]}; got {pool.shape}.")

@@ -1,14 +1,14 @@
-"""What an uncertain reward leaves uncertain in generations.
+"""The part of the variance of generations that an uncertain reward causes.
 
-Draws of the posterior of an `EnsembleReward`, weighted W_n, are reweighted to the posterior of each theta by itself,
+Draws of the posterior of an `EnsembleReward`, with weights W_n, are reweighted to the posterior of each theta,
 
     w_theta(x_n) prop. to W_n exp(r_theta(x_n) / alpha - l(x_n)),   l the log-likelihood that the draws were weighted by,
 
-so that for any f of completions, with E_theta over the ensemble and all of it under the cut posterior E_theta[p*_theta],
+so that for any function f of completions, with E_theta over the ensemble and Var f under the cut posterior E_theta[p*_theta],
 
     Var f = E_theta Var_{p*_theta} f  (generation)  +  Var_theta E_{p*_theta} f  (reward)
 
-holds exactly for the reweighted draws. Their noise adds to the second part about Var f / ESS, so read it beside `ess`.
+holds exactly for the reweighted draws. Their noise adds about Var f / ESS to the second part, so compare it with `ess`.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ __all__ = ["RewardUncertainty", "VarianceParts", "reward_uncertainty"]
 
 @dataclass(frozen=True)
 class VarianceParts:
-    """The variance of a function of completions under the cut posterior, of each prompt, shape (P,).
+    """The variance of a function f of completions under the cut posterior and its two parts, per prompt, shape (P,).
 
     Parameters
     ----------
     mean
-        E f.
+        The mean E f.
     total
-        Var f, the sum of the parts.
+        The variance Var f, the sum of the two parts.
     generation
-        E_theta Var_{p*_theta} f: what would remain if the reward were known.
+        E_theta Var_{p*_theta} f: the variance that would remain if the reward were known.
     reward
-        Var_theta E_{p*_theta} f: what more preferences would take away.
+        Var_theta E_{p*_theta} f: the variance that more preferences would remove.
     """
 
     mean: FloatArray
@@ -57,7 +57,7 @@ class VarianceParts:
 
     @property
     def share(self) -> FloatArray:
-        """How much of the variance is the reward's, from 0 to 1; NaN for what does not vary."""
+        """The share of the variance that the reward causes, from 0 to 1; NaN where f does not vary."""
         with np.errstate(invalid="ignore"):
             result: FloatArray = self.reward / self.total
         return result
@@ -65,20 +65,41 @@ class VarianceParts:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RewardUncertainty:
-    """How sure the reward model is of each of N draws for P prompts.
+    """The uncertainty of the reward model about each of N draws for P prompts; `reward_uncertainty` returns one.
 
     Parameters
     ----------
     reward_mean, reward_sd
-        Over theta, of r_theta(x) less E_p0[r_theta] of its prompt, shape (P, N).
+        Mean and standard deviation over theta of r_theta(x) - E_p0[r_theta], the expectation for the prompt, shape (P, N).
     inclusion_mean, inclusion_sd
-        Over theta, of the weight w_theta(x) that a completion has among these draws, shape (P, N).
+        Mean and standard deviation over theta of the weight w_theta(x) that a completion has among these draws, shape (P, N).
     weights
-        w_theta(x), summing to 1 over N, shape (P, S, N).
+        The weights w_theta(x), which sum to 1 over N, shape (P, S, N).
     ess
         Effective sample size of these draws for each p*_theta, shape (P, S); NaN for an enumeration.
     draws
         The draws.
+
+    Examples
+    --------
+    Two rewards, one for many tokens and one against, given by hand instead of by `RewardModel.fit`:
+
+    >>> import bayes_klrl as bk
+    >>> from bayes_klrl.reward_models.features import FeatureMap
+    >>> class TwoRewards:
+    ...     features = FeatureMap(bk.TokenFeatures(lambda tokens, lengths: lengths), np.zeros(1), None, np.ones(1))
+    ...     from_preferences = True
+    ...     def thetas(self, num=None):
+    ...         return np.array([[-5.0], [5.0]])
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> posterior = bk.Posterior(coin, bk.EnsembleReward(TwoRewards(), alpha=1.0, num_thetas=2), max_new_tokens=3)
+    >>> uncertainty = bk.reward_uncertainty(posterior, bk.Exact().run(posterior, seed=0))
+
+    Nearly all of the variance of the length comes from not knowing the reward:
+
+    >>> draws = uncertainty.draws
+    >>> uncertainty.decompose(draws.lengths).share > 0.9
+    array([ True])
     """
 
     reward_mean: FloatArray
@@ -95,14 +116,15 @@ class RewardUncertainty:
         Parameters
         ----------
         values
-            f(x) of each draw, shape (P, N), or (N,) for one prompt; or a function of a list of texts.
+            The value f(x) of each draw, shape (P, N), or (N,) for one prompt; or a function that maps a list of texts to a
+            list of numbers.
         """
         if callable(values):
             values = [values(texts) for texts in self.draws.texts()]
         try:
             f = np.asarray(values, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise BayesKLRLError(f"values must be numbers, one a draw: {error}.") from error
+            raise BayesKLRLError(f"values must be numbers, one per draw: {error}.") from error
         f = f[None] if f.ndim == 1 and len(self.ess) == 1 else f
         if f.shape != self.draws.shape or not np.isfinite(f).all():
             raise BayesKLRLError(
@@ -114,7 +136,7 @@ class RewardUncertainty:
         return VarianceParts(means.mean(axis=1), generation + reward, generation, reward)
 
     def table(self) -> pd.DataFrame:
-        """Return one row a draw: `Draws.to_pandas` with reward and inclusion, mean and sd."""
+        """Return one row per draw: `Draws.to_pandas` with mean and sd of reward and inclusion."""
         names = ("reward_mean", "reward_sd", "inclusion_mean", "inclusion_sd")
         return self.draws.to_pandas().assign(**{name: getattr(self, name).ravel() for name in names})
 
@@ -125,19 +147,37 @@ class RewardUncertainty:
 
 
 def reward_uncertainty(posterior: Posterior, draws: Draws) -> RewardUncertainty:
-    """Return what the uncertainty of the reward means for draws of its posterior.
+    """Return the uncertainty of the reward about each draw of its posterior.
 
     Parameters
     ----------
     posterior
-        With an `EnsembleReward` in its likelihood, of any target.
+        A posterior with an `EnsembleReward`, of any target, in its likelihood.
     draws
-        Of this posterior by any algorithm; weighted, or weighing equally.
+        Draws of this posterior by any algorithm, weighted or equally weighted.
 
     Raises
     ------
     BayesKLRLError
-        If the reward is certain, or the draws are of another posterior.
+        If there is no `EnsembleReward` in the likelihood, or the draws are of another posterior.
+
+    Examples
+    --------
+    Two rewards, given by hand instead of by `RewardModel.fit`, that disagree more about longer completions:
+
+    >>> import bayes_klrl as bk
+    >>> from bayes_klrl.reward_models.features import FeatureMap
+    >>> class TwoRewards:
+    ...     features = FeatureMap(bk.TokenFeatures(lambda tokens, lengths: lengths), np.zeros(1), None, np.ones(1))
+    ...     from_preferences = True
+    ...     def thetas(self, num=None):
+    ...         return np.array([[1.0], [2.0]])
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> posterior = bk.Posterior(coin, bk.EnsembleReward(TwoRewards(), alpha=1.0, num_thetas=2), max_new_tokens=3)
+    >>> draws = bk.ImportanceSampling(500).run(posterior, seed=0)
+    >>> uncertainty = bk.reward_uncertainty(posterior, draws)
+    >>> uncertainty.reward_sd.shape, uncertainty.weights.shape
+    ((1, 500), (1, 2, 500))
     """
     ensemble = ensemble_of(posterior)
     if draws.prompts != posterior.prompts or not np.isclose(draws.alpha, posterior.alpha, rtol=1e-12):
@@ -145,8 +185,8 @@ def reward_uncertainty(posterior: Posterior, draws: Draws) -> RewardUncertainty:
     sequences = posterior.sequences(draws)
     if not np.allclose(draws.reward, posterior.reward(sequences), rtol=1e-6, atol=1e-6 * posterior.alpha):
         raise BayesKLRLError(
-            "These draws are of another posterior: their rewards are not what its likelihood, target included, gives them."
-            " Give the posterior that they were drawn for."
+            "These draws are of another posterior: their rewards differ from those of its likelihood, target included. Give "
+            "the posterior that they were drawn for."
         )
     rewards = ensemble.rewards(sequences)
     own = ensemble.values(posterior_batch(posterior, sequences)).reshape(draws.shape) / ensemble.alpha

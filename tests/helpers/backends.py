@@ -10,21 +10,36 @@ head's rows sum to zero, so that b drops out and
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import pytest
 
 import bayes_klrl as bk
 from bayes_klrl.sequences import pad_token
 
-__all__ = ["BACKENDS", "as_jax", "ngram_of", "on", "precision", "prior_on", "quick_compilation"]
+__all__ = [
+    "BACKENDS",
+    "QUICK_AND_SLOW",
+    "as_jax",
+    "crossed",
+    "ngram_of",
+    "on",
+    "precision",
+    "prior_on",
+    "quick_compilation",
+]
 
 BACKENDS = ("ngram", "torch", "jax")
 """NumPy's `NgramLM` in float64; `TorchLM` and `JaxLM` in float32."""
+
+QUICK_AND_SLOW = ("ngram", "torch", pytest.param("jax", marks=pytest.mark.slow))
+"""The same, JAX among the slow tests: it compiles. `tests.models.test_backends` compares it with torch among the quick ones."""
 
 _LONGEST = 256
 _tables: WeakKeyDictionary[Any, bk.NgramLM] = WeakKeyDictionary()
@@ -72,6 +87,21 @@ def as_jax(lm: bk.LanguageModel) -> bk.JaxLM:
 def precision(backend: str, exact: float) -> float:
     """The tolerance in nats of a completion's log-prob: `exact` in float64, 1e-4 in float32 (theory.md 1.4)."""
     return exact if backend == "ngram" else max(exact, 1e-4)
+
+
+def crossed(**values: Iterable[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by every combination of some values on NumPy, and by the first of them on every backend.
+
+    What the values choose between is computed by the host, whatever the backend. The test takes `backend` and the names.
+    """
+    combinations = list(itertools.product(*map(list, values.values())))
+    params = []
+    for param in QUICK_AND_SLOW:
+        backend, marks = (param, ()) if isinstance(param, str) else (param.values[0], param.marks)
+        for combination in combinations if backend == "ngram" else combinations[:1]:
+            name = "-".join([str(backend), *(getattr(value, "__name__", str(value)) for value in combination)])
+            params.append(pytest.param(backend, *combination, id=name, marks=marks))
+    return pytest.mark.parametrize(",".join(["backend", *values]), params, indirect=["backend"])
 
 
 @contextmanager

@@ -10,24 +10,25 @@ import pytest
 import bayes_klrl as bk
 from bayes_klrl.models import decoding as decoding_module
 from bayes_klrl.randomness import DRAWS_PER_BLOCK, Streams, prompt_keys
+from tests.algorithms import DRAWING, ROWS
 from tests.helpers.backends import on
 
 Prompts = list[list[int]]
 
-PREFIXES: dict[str, Callable[[int], bk.Algorithm]] = {
-    "importance sampling": bk.ImportanceSampling,
-    "best of n": lambda num: bk.BestOfN(3, num),
-    "rejection": bk.RejectionSampling,
-    "quasi-rejection": lambda num: bk.QuasiRejection(num, bound=2.0),
-    "exact, by messages": bk.Exact,
-}
-OF_PROMPTS = PREFIXES | {
-    "SMC": lambda num: bk.SMC(num, ess_threshold=1.0),
-    "SMC, multinomial": lambda num: bk.SMC(num, ess_threshold=1.0, resampling="multinomial"),
-    "suffix MH": lambda num: bk.SuffixMH(4, num),
-    "annealed SMC": lambda num: bk.AnnealedSMC(num, schedule=(0.3, 1.0)),
-    "guide": lambda num: bk.ImportanceSampling(num, proposal=bk.NgramLM(np.log(np.full((4,), 0.25)), eos_token_id=3)),
-}
+MESSAGES = {"exact, by messages": bk.Exact}
+PREFIXES: dict[str, Callable[[int], bk.Algorithm]] = MESSAGES | {row.name: row.make for row in ROWS if row.prefixes}
+OF_PROMPTS = (
+    MESSAGES
+    | {row.name: row.make for row in DRAWING if row.name not in ("AnnealedSMC", "Exact")}
+    | {
+        "SMC, always": lambda num: bk.SMC(num, ess_threshold=1.0),
+        "SMC, multinomial": lambda num: bk.SMC(num, ess_threshold=1.0, resampling="multinomial"),
+        "AnnealedSMC": lambda num: bk.AnnealedSMC(num, schedule=(0.3, 1.0)),  # a pilot's schedule is shared by prompts
+        "guide": lambda num: bk.ImportanceSampling(
+            num, proposal=bk.NgramLM(np.log(np.full((4,), 0.25)), eos_token_id=3)
+        ),
+    }
+)
 
 
 def posterior_of(prompts: Prompts, method: str = "") -> bk.Posterior:

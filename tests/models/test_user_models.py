@@ -6,19 +6,11 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from tests.algorithms import EVERY_REWARD, named
 from tests.helpers.truth import completions
 from tests.helpers.user_models import Classifier, RecurrentLM, TextLM
 
-ALGORITHMS = {
-    "IS": bk.ImportanceSampling(2000),
-    "SMC": bk.SMC(500),
-    "Exact": bk.Exact(),
-    "Exact draws": bk.Exact(num_draws=2000),
-    "best of n": bk.BestOfN(4, 500),
-    "annealed SMC": bk.AnnealedSMC(1000),
-    "suffix MH": bk.SuffixMH(500, 1, num_warmup=60),
-    "quasi-rejection": bk.QuasiRejection(500, bound=2.5),
-}
+ALGORITHMS = {"Exact, enumerated": bk.Exact()} | named(EVERY_REWARD, 2000)
 
 
 def classifier_posterior() -> bk.Posterior:
@@ -89,14 +81,16 @@ def test_algorithms_answer_a_users_model(case: tuple[bk.Posterior, Any], name: s
         drawn = [index[tuple(x)] for x in rows]
         np.testing.assert_allclose(draws.log_prior[p], log_prior[p, drawn], atol=1e-12)
         np.testing.assert_array_equal(draws.reward[p], reward[p, drawn])
-    if name == "best of n":
+    if name == "BestOfN":
         assert (draws.reward.mean(axis=1) > (np.exp(log_prior) * reward).sum(axis=1)).all()
         return
     if not np.isnan(draws.log_evidence).any():
         assert (np.abs(draws.log_evidence - log_evidence) <= 4 * draws.log_evidence_se + 1e-12).all()
         assert (draws.log_evidence_se < 0.1).all()
     posterior_mean = (np.exp(log_joint - log_evidence[:, None]) * reward).sum(axis=1)
-    np.testing.assert_allclose(draws.mean(draws.reward), posterior_mean, atol=1e-12 if name == "Exact" else 0.15)
+    np.testing.assert_allclose(
+        draws.mean(draws.reward), posterior_mean, atol=1e-12 if name == "Exact, enumerated" else 0.15
+    )
 
 
 def test_best_of_n_labels_have_the_order_statistics_law() -> None:

@@ -267,7 +267,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "inference/sampling/order_statistics.py",
         "np.where(tied, atoms, integral(upper) - integral(lower))",
         "np.where(tied, integral(upper) - integral(lower), integral(upper) - integral(lower))",
-        ("tests/inference/sampling/test_rejection.py::test_the_law_of_best_of_n[ngram-7]",),
+        ("tests/inference/sampling/test_rejection.py::test_the_law_of_best_of_n[7]",),
     ),
     # --- frontier and certificates
     Mutant(
@@ -399,7 +399,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "randomness.py",
         "keys.append((seen[content], *content))",
         "keys.append((0, *content))",
-        ("tests/inference/test_seeds.py::test_a_prompts_draws_do_not_depend_on_the_others[importance sampling]",),
+        ("tests/inference/test_seeds.py::test_a_prompts_draws_do_not_depend_on_the_others[ImportanceSampling]",),
     ),
     Mutant(
         "a prompt named by its place",
@@ -420,6 +420,6 @@ MUTANTS: tuple[Mutant, ...] = (
         "inference/sampling/accept_reject.py",
         "first = int(accepted.num_drawn[prompts[0]])",
         "first = 0",
-        ("tests/inference/test_seeds.py::test_many_draws_begin_with_few[rejection]",),
+        ("tests/inference/test_seeds.py::test_many_draws_begin_with_few[RejectionSampling]",),
     ),
 )

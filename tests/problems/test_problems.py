@@ -154,7 +154,7 @@ def test_means_that_cannot_be_had_are_refused() -> None:
         bk.moment_constraint(prior, [length, zeros], [2.5, 2.0], max_new_tokens=4)
     with pytest.raises(bk.BayesKLRLError, match="hard constraint has no"):
         bk.moment_constraint(prior, bk.Constraint(lambda completions: [True]), 0.5, max_new_tokens=4)
-    with pytest.raises(bk.BayesKLRLError, match="one finite number a feature, 1 in all"):
+    with pytest.raises(bk.BayesKLRLError, match="one finite number per feature, 1 in all"):
         bk.moment_constraint(prior, length, [1.0, 2.0], max_new_tokens=4)
     with pytest.raises(bk.BudgetError, match="Raise num_draws"):
         bk.moment_constraint(prior, zeros, 2.9, max_new_tokens=4, num_draws=100)

@@ -1,5 +1,7 @@
 """What `import bayes_klrl` and `bayes-klrl --help` load, how long they take, and that the public names are one list."""
 
+import doctest
+import inspect
 import os
 import subprocess
 import sys
@@ -73,6 +75,16 @@ def test_every_public_name_is_there_and_documented(name: str) -> None:
     assert (value.__doc__ or "").strip()
     assert value.__module__ == HOMES[name]
     assert name in sys.modules[value.__module__].__all__
+
+
+@pytest.mark.parametrize("name", sorted(HOMES))
+def test_every_public_name_has_an_example_that_runs(name: str) -> None:
+    # doctest collects the `>>>` lines of classes and functions, and pytest runs them with the tests
+    _, heading, examples = inspect.cleandoc(getattr(bayes_klrl, name).__doc__).partition("\nExamples\n--------\n")
+    assert heading, f"bk.{name} has no section Examples in its docstring"
+    assert any(not example.options for example in doctest.DocTestParser().get_examples(examples)), (
+        f"the section Examples of bk.{name} has no line `>>> ...` that runs"
+    )
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

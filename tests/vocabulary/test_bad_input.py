@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from tests.algorithms import EVERY_REWARD, named
 from tests.helpers.user_models import RecurrentLM, TextLM
 
 
@@ -22,15 +23,7 @@ class WithoutSupport(RecurrentLM):
     full_support = False
 
 
-ALGORITHMS = {
-    "Exact": bk.Exact(),
-    "IS": bk.ImportanceSampling(8),
-    "best of n": bk.BestOfN(2, 4),
-    "SMC": bk.SMC(8),
-    "quasi-rejection": bk.QuasiRejection(8, bound=10.0),
-    "suffix MH": bk.SuffixMH(2, 4, num_warmup=2),
-    "annealed SMC": bk.AnnealedSMC(8),
-}
+ALGORITHMS = named(EVERY_REWARD, 8)
 
 
 def longer(alpha: Any = 1.0) -> bk.TokenReward:
@@ -349,7 +342,7 @@ def test_svi_options_that_the_posterior_does_not_allow(options: dict[str, Any], 
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, None, "0", True])
-@pytest.mark.parametrize("name", ["IS", "best of n", "SMC", "quasi-rejection", "suffix MH", "annealed SMC"])
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name != "Exact"])  # enumerated here, without a seed
 def test_a_seed_is_a_non_negative_integer(name: str, seed: Any) -> None:
     with pytest.raises(bk.BayesKLRLError, match="seed must be an integer of at least 0"):
         ALGORITHMS[name].run(posterior(TextLM()), seed=seed)

@@ -186,7 +186,7 @@ def test_reserved_names_are_no_columns(name: str) -> None:
 
 @pytest.mark.parametrize("values", [[1], [1, 2, 3], "ab", 7, None])
 def test_a_column_has_one_value_a_prompt(values: Any) -> None:
-    with pytest.raises(bk.BayesKLRLError, match="'weight' needs one value a prompt, a list of length 2"):
+    with pytest.raises(bk.BayesKLRLError, match="'weight' needs one value per prompt, a list of length 2"):
         posterior(prompts=[[0], [1]], weight=values)
 
 

@@ -1,12 +1,12 @@
-"""A sparse back-off n-gram model as a chain, without a dense column per token.
+"""A sparse back-off n-gram model as a chain of states, without a dense column per token.
 
-A state is the longest seen suffix of the text, a node of the trie of contexts; node 0 is the empty one. What a node h does
-not spell out it leaves to its parent h' (h without its oldest token), so sums over tokens recurse over orders:
+A state is the longest seen suffix of the text, a node of the trie of contexts; node 0 is the empty context. For tokens
+without an entry of their own, a node h uses its parent h' (h without its oldest token), so sums recurse over orders:
 
     sum_a p(a | h) g(h a) = sum_{a in E(h)} [p(a | h) g(h a) - w(h) p(a | h') g(h' a)] + w(h) sum_a p(a | h') g(h' a),
 
-E(h) the tokens with an arc at h, or after which the longest seen suffix is longer than after h'. At the highest order both
-lead to the same context, and the bracket is one non-negative number.
+where E(h) are the tokens with an arc at h, or after which the longest seen suffix is longer than after h'. At the highest
+order both lead to the same context, and the bracket is one non-negative number.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from bayes_klrl.typing import FloatArray, IntArray, TokenIds
 
 __all__ = ["BackoffChain"]
 
-_NOISY, _CANCELLED = 1e2, 1e4  # how much larger a term may be than the sum: to note it, to have lost too much
+_NOISY, _CANCELLED = 1e2, 1e4  # ratio of a term to the sum from which it is recorded, and from which the sum is redone
 
 
 @dataclass(frozen=True, eq=False)
 class _Level:
-    """One order of the trie with numbers that are global.
+    """One order of the trie; nodes are numbered over all orders.
 
     Parameters
     ----------
     nodes
         The nodes of this level.
     parents
-        The node without its oldest token, shape (C,).
+        The parent of each node, which is the node without its oldest token, shape (C,).
     log_backoff
         log w(h), shape (C,).
     arcs
-        The table's level.
+        The level of the table with the explicit log-probs.
     extension_keys, extensions
-        h V + a, sorted, of the nodes at the next level that are h followed by a, h counted within this level; and those
-        nodes.
+        For each node of the next level that is h followed by a: the key h V + a, sorted, with h counted within this level;
+        and the node itself.
     """
 
     nodes: slice
@@ -59,7 +59,10 @@ class _Level:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """The sums of one order's nodes: what is added, from arrivals and nodes below, and what is taken away (or None)."""
+    """The sums at one order's nodes as sparse matrices.
+
+    `added` acts on arrivals and nodes of lower order; what `removed` gives is subtracted, and None subtracts nothing.
+    """
 
     nodes: slice
     added: Any
@@ -67,13 +70,13 @@ class _Part:
 
 
 class BackoffChain:
-    """See the module; `M` is never formed."""
+    """A sparse back-off n-gram model as a `Chain`; `M` is never formed, see the module."""
 
     def __init__(self, prior: NgramLM, table: BackoffTable) -> None:
         self._prior, self._table, self._size = prior, table, table.vocab_size
         self._levels, last_tokens = _trie(table)
         self.num_states = 1 + last_tokens.size
-        # arrival j < H - 1 is node j + 1; then the tokens after which no context was ever seen
+        # arrival j < H - 1 leads to node j + 1; the others are tokens after which no context was seen
         root_arrivals = np.full(self._size, -1, dtype=np.int64)
         if table.levels:
             root_arrivals[table.levels[0].context_keys] = np.arange(len(table.levels[0].context_keys))
@@ -83,7 +86,7 @@ class BackoffChain:
         self.arrival_states = np.concatenate([np.arange(1, self.num_states), np.zeros(unseen.size, dtype=np.int64)])
         self.arrival_tokens = np.concatenate([last_tokens, unseen])
         parts = [table.unigram, *(part for level in table.levels for part in (level.arc_log_probs, level.log_backoff))]
-        # back-off multiplies once an order
+        # back-off multiplies once per order
         least = [float(part[np.isfinite(part)].min(initial=0.0)) for part in parts]
         self.least_log_prob = float(sum(least))
 
@@ -94,11 +97,11 @@ class BackoffChain:
         return totals, cancelled
 
     def _stacked(self, values: FloatArray) -> tuple[FloatArray, NDArray[np.bool_] | None]:
-        """Return the values with the sums of every node below them, (J + H, K), and where four digits were lost, (H, K)."""
+        """Return the values and the sums at every node, (J + H, K), and which sums lost four digits, (H, K) or None."""
         num = len(values)
         stacked = np.empty((num + self.num_states, values.shape[1]))
         stacked[:num] = values
-        # `noise` of a node: the largest number that went into its sum, if that is large against the sum itself
+        # `noise` of a node: the largest number in its sum, if it is large compared with the sum itself
         noise = cancelled = None
         for depth, part in enumerate(self._parts):
             total = part.added @ stacked[: num + part.nodes.start]
@@ -120,7 +123,7 @@ class BackoffChain:
         return stacked, cancelled
 
     def expect_log(self, values: FloatArray) -> FloatArray:
-        """See `Chain.expect_log`: with p = w p', p log p = w (p' log p' + p' log w)."""
+        """See `Chain.expect_log`; with p = w p', p log p = w (p' log p' + p' log w)."""
         stacked = self._stacked(values)[0]
         total = np.empty((self.num_states, values.shape[1]))
         for part, (own, below) in zip(self._parts, self._log_parts, strict=True):
@@ -136,7 +139,7 @@ class BackoffChain:
             stacked[: num + part.nodes.start] += part.added.T @ own
             if part.removed is not None:
                 stacked[:num] -= part.removed.T @ own
-        collected: FloatArray = np.maximum(stacked[:num], 0.0)  # what cancels leaves rounding errors of either sign
+        collected: FloatArray = np.maximum(stacked[:num], 0.0)  # terms that cancel leave rounding errors of either sign
         return collected
 
     def row(self, state: int) -> tuple[FloatArray, IntArray]:
@@ -151,7 +154,7 @@ class BackoffChain:
         return log_probs, arrivals
 
     def _path(self, state: int) -> list[tuple[_Level, int]]:
-        """Return the levels from the shortest suffix of a node to itself, and its number within each."""
+        """Return the levels from the shortest suffix of a node to the node itself, and the suffix's number in each level."""
         path: list[tuple[_Level, int]] = []
         while state:
             level = next(each for each in self._levels if each.nodes.start <= state < each.nodes.stop)
@@ -160,7 +163,7 @@ class BackoffChain:
         return path[::-1]
 
     def beliefs(self, prior_state: IntArray) -> tuple[IntArray, FloatArray]:
-        """See `Chain.beliefs`: the longest suffix that was seen."""
+        """See `Chain.beliefs`; the only state is the longest suffix that was seen."""
         states = np.zeros((len(prior_state), 1), dtype=np.int64)
         for level, (_, row, within) in zip(self._levels, self._table.seen(prior_state), strict=True):
             states[row, 0] = level.nodes.start + within
@@ -183,7 +186,7 @@ class BackoffChain:
         return ngram_state(self._prior, prompt_ids, prompt_index, prefixes)
 
     def _explicit(self, depth: int, level: _Level) -> _Explicit:
-        """Return of every (h, a) in E(h): h within the level, log p(a | h), arrival; the same for what h' would give."""
+        """Return, for every (h, a) with a in E(h): h within the level, log p(a | h), arrival, and the last two by back-off."""
         within, tokens = np.divmod(np.union1d(level.arcs.arc_keys, level.extension_keys), self._size)
         here = self._lookup(depth, within, tokens)
         below = self._lookup(depth - 1, self._parents(depth, within), tokens)
@@ -211,7 +214,7 @@ class BackoffChain:
 
     @cached_property
     def _parts(self) -> list[_Part]:
-        """The formula as sparse matrices, one order after another."""
+        """The formula as sparse matrices, one per order."""
         root = np.zeros(self._size, dtype=np.int64)
         parts = [
             _Part(slice(0, 1), self._sparse(slice(0, 1), [(root, self._root_arrivals, np.exp(self._table.unigram))]))
@@ -233,7 +236,7 @@ class BackoffChain:
 
     @cached_property
     def _log_parts(self) -> list[tuple[Any, Any]]:
-        """The same for p log p: what acts on the values and the plain sums below, and what acts on the log sums below."""
+        """The same for p log p: matrices on values and plain sums of lower order, and matrices on their p log p sums."""
         root = np.zeros(self._size, dtype=np.int64)
         unigram = self._sparse(slice(0, 1), [(root, self._root_arrivals, _plogp(self._table.unigram))])
         parts = [(unigram, self._below(slice(0, 1), []))]
@@ -247,12 +250,12 @@ class BackoffChain:
         return parts
 
     def _sparse(self, nodes: slice, entries: list[_Entries], num_below: int | None = None) -> Any:
-        """Return entries (node within the level, column, value), summed, as a matrix on arrivals and nodes below."""
+        """Return the sum of entries (node within the level, column, value) as a matrix on arrivals and lower nodes."""
         below = nodes.start if num_below is None else num_below
         return _csr(entries, (nodes.stop - nodes.start, self.arrival_states.size + below))
 
     def _below(self, nodes: slice, entries: list[_Entries]) -> Any:
-        """Return entries (node within the level, node below, value) as a matrix."""
+        """Return the sum of entries (node within the level, lower node, value) as a matrix on lower nodes."""
         return _csr(entries, (nodes.stop - nodes.start, nodes.start))
 
 
@@ -271,12 +274,12 @@ def _csr(entries: list[_Entries], shape: tuple[int, int]) -> Any:
 
 
 def _plogp(log_p: FloatArray) -> FloatArray:
-    """Return p log p, 0 for p = 0."""
+    """Return p log p, with 0 for p = 0."""
     return np.where(np.isneginf(log_p), 0.0, np.exp(log_p) * np.where(np.isneginf(log_p), 0.0, log_p))
 
 
 def _trie(table: BackoffTable) -> tuple[list[_Level], IntArray]:
-    """Return the levels with global node numbers, and the newest token of every node but the root."""
+    """Return the levels with nodes numbered over all orders, and the newest token of every node except the root."""
     size = table.vocab_size
     starts = np.cumsum([1, *(len(level.context_keys) for level in table.levels)])
     newest: list[IntArray] = []
@@ -290,8 +293,8 @@ def _trie(table: BackoffTable) -> tuple[list[_Level], IntArray]:
             place, found = find_keys(table.levels[depth - 1].context_keys, prefixes[-1][parent] * size + oldest)
             if not found.all():
                 raise BayesKLRLError(
-                    "This back-off table has a context without the context that is one token shorter at the new end, so it "
-                    "is no chain over seen contexts. Tables made by NgramLM.fit have none such."
+                    "This back-off table has a context but not the same context without its newest token, so it is not a "
+                    "chain of seen contexts. Use a table made by NgramLM.fit, which always has both."
                 )
             prefixes.append(place)
         else:

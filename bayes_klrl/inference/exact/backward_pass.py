@@ -4,8 +4,8 @@
     B_t(h, d) = log sum_a p0(a | h) exp( r_a(d, a) / alpha + [a is EOS ? r_T(d') / alpha : B_{t+1}(h a, d')] ),
     d' = delta(d, a)
 
-Within a step sums are products with the prior's matrix, in probabilities relative to the largest term of each d. What
-underflows there, or is lost to cancellation, is done again term by term in logs, so every message has full precision.
+The sums of a step are products with the prior's matrix, in probabilities relative to the largest term of each d. Sums that
+underflow or lose digits to cancellation are computed again term by term in logs, so every message has full precision.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from bayes_klrl.weights import logsumexp
 
 __all__ = ["BackwardPass", "ExactCell", "Step", "StoredMessages"]
 
-_LEAST_LOG = -600.0  # exp() of less is too near to the smallest number there is
+_LEAST_LOG = -600.0  # exp of less is close to the smallest float64
 _LEAST = math.exp(_LEAST_LOG)
 
 
 @dataclass(frozen=True, eq=False)
 class ExactCell:
-    """A sum that was done term by term: B_t(state, column) = `log_total`.
+    """A sum that was computed term by term: B_t(state, column) = `log_total`.
 
     Parameters
     ----------
     state, column
-        h and d.
+        The prior's state h and the automaton's state d.
     arrivals, log_probs, weights
         The arrivals j from h, log M[h, j], and the share of each in the sum, shape (m,) each.
     log_total
@@ -52,16 +52,16 @@ class ExactCell:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One step of the recursion: everything that depends on B_{t+1}.
+    """One step of the recursion, from B_{t+1} to B_t.
 
     Parameters
     ----------
     weights
-        exp(log worth of arrival j from automaton state d - shift of d), shape (J, D).
+        exp(log value of arrival j from automaton state d - shift of d), shape (J, D).
     totals
-        sum_j M[h, j] weights[j, d], shape (H, D); 0 in cells that are in `exact`.
+        sum_j M[h, j] weights[j, d], shape (H, D); 0 in the cells of `exact`.
     exact
-        The cells that this is too coarse for.
+        The cells for which this sum is not precise enough.
     message
         B_t, shape (H, D).
     """
@@ -73,16 +73,16 @@ class Step:
 
 
 class BackwardPass:
-    """The recursion of one prior and one likelihood; see the module.
+    """The recursion for one prior and one likelihood; see the module.
 
     Parameters
     ----------
     chain
-        The prior.
+        The prior as a chain.
     potential
-        The likelihood.
+        The likelihood on an automaton.
     eos_token_ids
-        What ends a completion.
+        The tokens that end a completion.
     """
 
     def __init__(self, chain: Chain, potential: AutomatonPotential, eos_token_ids: frozenset[int]) -> None:
@@ -93,22 +93,22 @@ class BackwardPass:
         self.next_columns: IntArray = potential.transitions.T[tokens]
         self.log_paid: FloatArray = potential.token.T[tokens]
         self.log_paid[self.ends] += potential.final[self.next_columns[self.ends]]
-        # an ended completion is worth what it was paid: it reads the 0 that is put behind the messages
+        # an ended completion has no future value: it reads the 0 that is appended to the messages
         after = chain.arrival_states[:, None] * self.num_columns + self.next_columns
         self.after = np.where(self.ends[:, None], chain.num_states * self.num_columns, after)
 
     @property
     def last_message(self) -> FloatArray:
-        """B_T, shape (H, D)."""
+        """The message B_T, shape (H, D)."""
         return np.tile(self.potential.final, (self.chain.num_states, 1))
 
     def gather(self, values: FloatArray) -> FloatArray:
-        """Return values[h', d'], given as (H, D), where each arrival leads from each d, 0 for what ends; shape (J, D)."""
+        """Return values[h', d'] of the cell that arrival j leads to from d, (J, D), for values (H, D); 0 if the token ends."""
         gathered: FloatArray = np.append(values, 0.0)[self.after]
         return gathered
 
     def log_values(self, next_message: FloatArray) -> FloatArray:
-        """Return log of what arrival j is worth from automaton state d, given B_{t+1}, shape (J, D)."""
+        """Return the log value of arrival j from automaton state d, reward plus message, given B_{t+1}, shape (J, D)."""
         values = self.gather(next_message)
         values += self.log_paid
         return values
@@ -134,7 +134,7 @@ class BackwardPass:
         return Step(weights, totals, exact, message)
 
     def _out_of_range(self, log_values: FloatArray, shift: FloatArray) -> NDArray[np.bool_]:
-        """Return the columns in which a term may have become 0 by underflow, shape (D,)."""
+        """Return the columns in which a term may have underflowed to 0, shape (D,)."""
         least = np.where(np.isfinite(log_values), log_values, np.inf).min(axis=0)
         with np.errstate(invalid="ignore"):
             outside: NDArray[np.bool_] = least - shift + self.chain.least_log_prob < _LEAST_LOG
@@ -152,16 +152,16 @@ class BackwardPass:
 
 
 class StoredMessages:
-    """B_0, ..., B_T of a pass: all of them if they fit into memory, else every sqrt(T)-th and the stretch read last.
+    """The messages B_0, ..., B_T: all of them if they fit into memory, otherwise every sqrt(T)-th and the last stretch read.
 
     Parameters
     ----------
     backward
         The recursion.
     num_tokens
-        T.
+        Largest number of tokens, T.
     bytes_in_memory
-        How much may be kept.
+        Largest size of all messages, in bytes, at which they are all kept.
     """
 
     def __init__(self, backward: BackwardPass, num_tokens: int, bytes_in_memory: int = 2**28) -> None:
@@ -177,7 +177,7 @@ class StoredMessages:
                 self._kept[t] = message
 
     def at(self, t: int) -> FloatArray:
-        """Return B_t, shape (H, D); cheap when read in order, either way."""
+        """Return B_t, shape (H, D); cheap if read in increasing or decreasing order of t."""
         if t in self._kept:
             return self._kept[t]
         if t not in self._stretch:

@@ -1,4 +1,4 @@
-"""Enumeration of every completion, and the posterior on them.
+"""Enumeration of all completions, and the exact posterior on them.
 
 log Z = logsumexp_x [ log p0(x) + r(x) / alpha ]   over all x that end with EOS or are T tokens long (theory.md 5.1)
 """
@@ -19,12 +19,12 @@ __all__ = ["all_sequences", "enumerated_posterior", "num_sequences"]
 
 
 def enumerated_posterior(posterior: Posterior, *, method: str) -> Draws:
-    """Return every completion once, in one order for all prompts, with its exact posterior weight.
+    """Return every completion once with its exact posterior weight, (P, N), in the same order for all prompts.
 
     Raises
     ------
     SupportError
-        If every completion of some prompt has likelihood 0.
+        If every completion of some prompt has likelihood 0 or prior probability 0.
     """
     prior = posterior.prior
     one_prompt = all_sequences(prior.vocab_size, prior.eos_token_ids, posterior.max_new_tokens)
@@ -55,7 +55,7 @@ def enumerated_posterior(posterior: Posterior, *, method: str) -> Draws:
 
 
 def num_sequences(vocab_size: int, num_eos: int, max_new_tokens: int) -> int:
-    """Return how many completions there are: those that end with EOS, and those cut at T tokens."""
+    """Return the number of completions: those that end with EOS, and those cut at T tokens."""
     inner = vocab_size - num_eos
     ended_early: int = sum(inner ** (length - 1) * num_eos for length in range(1, max_new_tokens))
     cut: int = inner ** (max_new_tokens - 1) * vocab_size
@@ -63,7 +63,7 @@ def num_sequences(vocab_size: int, num_eos: int, max_new_tokens: int) -> int:
 
 
 def all_sequences(vocab_size: int, eos_token_ids: Collection[int], max_new_tokens: int) -> Sequences:
-    """Return every completion once, by length and then in lexicographic order, shape (1, N, T)."""
+    """Return every completion once, sorted by length and then lexicographically, shape (1, N, T)."""
     eos = np.array(sorted(eos_token_ids), dtype=np.int64)
     inner = np.setdiff1d(np.arange(vocab_size), eos)
     prefixes = np.zeros((1, 0), dtype=np.int64)
@@ -82,6 +82,6 @@ def all_sequences(vocab_size: int, eos_token_ids: Collection[int], max_new_token
 
 
 def _extended(prefixes: np.ndarray, last_tokens: np.ndarray) -> np.ndarray:
-    """Return every prefix followed by every token, in lexicographic order."""
+    """Return every prefix followed by every token, in lexicographic order, shape (K * len(last_tokens), t + 1)."""
     repeated = np.repeat(prefixes, last_tokens.size, axis=0)
     return np.column_stack([repeated, np.tile(last_tokens, len(prefixes))])

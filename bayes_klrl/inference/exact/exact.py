@@ -1,7 +1,7 @@
 """The exact posterior: every completion enumerated, or independent draws by backward messages.
 
-Enumeration takes any prior and reward, and few completions; messages take an n-gram or hidden Markov prior and rewards that
-an automaton computes, at lengths of thousands. Which of the two it is, is decided here.
+Enumeration works for any prior and reward, if there are few completions. Backward messages work for an n-gram or hidden Markov
+prior with rewards that an automaton computes, at lengths of thousands. `Exact` chooses between the two.
 """
 
 from __future__ import annotations
@@ -32,18 +32,20 @@ class Exact:
     Parameters
     ----------
     num_draws
-        None: the enumeration itself, every completion once, in the same order for all prompts, weighted; where there are
-        too many, and backward messages are possible, 1000 draws. A number: that many independent draws from the exact
-        posterior, weighing equally, by messages where they are possible.
+        None returns every completion once, weighted, in the same order for all prompts; if there are too many and backward
+        messages are possible, 1000 draws instead. A number N returns N independent, equally weighted draws per prompt from
+        the exact posterior, by messages if possible.
     max_sequences
-        Refuse to enumerate more completions than this, over all prompts.
+        The largest number of completions, over all prompts, that is enumerated.
 
     See Also
     --------
-    bayes_klrl.inference.exact.messages.backward_messages : moments, marginals, log p* of anything and the optimal twist.
+    bayes_klrl.inference.exact.messages.backward_messages : moments, marginals, log p*(x) and the optimal twist.
 
     Examples
     --------
+    A coin is tossed until tails (token 1), at most twice; the reward is the number of tosses.
+
     >>> import numpy as np, bayes_klrl as bk
     >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
     >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
@@ -61,14 +63,14 @@ class Exact:
         check_count("max_sequences", self.max_sequences)
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
-        """See `Algorithm.run`; the seed matters for independent draws only.
+        """See `Algorithm.run`; the seed is used for independent draws only.
 
         Raises
         ------
         BayesKLRLError
             If there are more than `max_sequences` completions, and messages are impossible.
         SupportError
-            If every completion has likelihood 0: there is no posterior.
+            If every completion of some prompt has likelihood 0, so that there is no posterior.
         """
         start = time.perf_counter()
         prior = posterior.prior
@@ -88,7 +90,7 @@ class Exact:
         return replace(draws, cost=replace(draws.cost, seconds=time.perf_counter() - start))
 
     def _by_enumeration(self, posterior: Posterior, seed: int) -> Draws:
-        """Return every completion with its weight, or draws from among them."""
+        """Return every completion with its weight, or independent draws from these."""
         exact = enumerated_posterior(posterior, method=type(self).__name__)
         if self.num_draws is None:
             return exact
@@ -100,7 +102,7 @@ class Exact:
         )
 
     def _by_messages(self, posterior: Posterior, seed: int) -> Draws:
-        """Return independent draws from the posterior, solved by dynamic programming."""
+        """Return independent draws from the posterior by backward messages."""
         messages = backward_messages(posterior)
         sequences = messages.draw(self.num_draws or _DRAWS_BY_MESSAGES, Streams.of(seed))
         reward, log_prior = posterior.reward(sequences), posterior.log_prior(sequences)

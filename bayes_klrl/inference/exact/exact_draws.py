@@ -1,7 +1,7 @@
-"""What can be had exactly of a posterior: its evidence, and draws that follow it to the letter.
+"""Exact posterior draws, and the exact evidence if it is known, by the cheapest method that is possible.
 
-An upper bound on log Z needs an exact draw (theory.md 4.4), and nothing that a sampler converges to will do. In order
-of cost: backward messages, enumeration, rejection under a declared bound of the reward.
+An upper bound on log Z needs an exact draw (theory.md 4.4); a sampler that converges to the posterior is not enough. The
+methods in order of cost: backward messages, enumeration, rejection with a declared bound of the reward.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ __all__ = ["ExactDraws", "exact_draws"]
 
 @dataclass(frozen=True, eq=False)
 class ExactDraws:
-    """Exact posterior draws, and how they were had.
+    """Exact posterior draws, and how they were obtained.
 
     Parameters
     ----------
     draws
-        Independent draws of weight 1, (P, N); None if there are none.
+        Independent, equally weighted draws, (P, N); None if there are none.
     log_evidence
         The exact log Z of each prompt, (P,); None if it is not known.
     source
-        "messages", "enumeration", "rejection" or "the caller"; if there are no draws, why.
+        "messages", "enumeration", "rejection" or "the caller"; if there are no draws, the reason.
     cost
-        Of getting them.
+        The cost of obtaining the draws.
     """
 
     draws: Draws | None
@@ -54,20 +54,20 @@ def exact_draws(
     max_proposals: int,
     progress: bool = False,
 ) -> ExactDraws:
-    """Return exact posterior draws if there is a way to them.
+    """Return exact posterior draws, if a method for them is possible.
 
     Parameters
     ----------
     posterior
         The posterior.
     num_draws
-        N where a draw costs next to nothing: by messages, from an enumeration.
+        Number of draws per prompt by messages or from an enumeration, where a draw costs almost nothing.
     num_rejection_draws
-        N by rejection, where a draw costs exp(r_max / alpha) / Z completions.
+        Number of draws per prompt by rejection, where a draw costs exp(r_max / alpha) / Z completions.
     seed
-        Of the draws.
+        Seed for all random numbers.
     max_sequences, max_proposals
-        The most completions, over all prompts, to enumerate; and to propose for each prompt.
+        The largest number of completions to enumerate, over all prompts, and to propose, per prompt.
     progress
         Show a progress bar.
     """
@@ -84,7 +84,7 @@ def exact_draws(
         draws = RejectionSampling(num_rejection_draws, max_proposals=max_proposals).run(
             posterior, seed=seed, progress=progress
         )
-    except BudgetError as error:  # those accepted within a fixed number of proposals are exact and independent, too
+    except BudgetError as error:  # draws accepted within a fixed number of proposals are exact and independent, too
         if error.draws is None or error.draws.shape[1] == 0:
             why = f"rejection accepted none of {max_proposals:,} proposals for some prompt (`max_proposals`)"
             return ExactDraws(None, None, why, Cost() if error.draws is None else error.draws.cost)

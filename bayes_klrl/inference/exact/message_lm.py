@@ -1,9 +1,9 @@
-"""What messages are good for inside other algorithms: the optimal twist, and the posterior itself as a language model.
+"""Solved messages inside other algorithms: the optimal twist, and the posterior itself as a language model.
 
     log psi*_t(x_1:t) = sum_{u <= t} r_a(d_u, x_u) / alpha + B_t(h_t, d_t)
     p*(a | x_1:t) = p0(a | h_t) exp( r_a / alpha + B_{t+1}(h_t a, d') - B_t(h_t, d_t) )
 
-With the policy as proposal every importance weight is Z; with the twist besides so is every intermediate one.
+With the language model as proposal every importance weight is Z; with the twist in addition, so is every intermediate weight.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["MessageLM", "MessageTwist"]
 
 
 class SolvedMessages(Protocol):
-    """What a solved posterior offers to its twist and its language model; `Messages` has it, see there."""
+    """The part of `Messages` that the twist and the language model need: R rows are prefixes, each with its prior state."""
 
     @property
     def posterior(self) -> Posterior:
@@ -38,29 +38,44 @@ class SolvedMessages(Protocol):
 
     @property
     def potential(self) -> AutomatonPotential:
-        """The automaton's rewards and transitions."""
+        """The likelihood in nats on one automaton."""
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Largest number of tokens, T."""
 
     def log_worth(self, prior_state: State, columns: IntArray, t: int) -> FloatArray:
         """Return log E_p0[likelihood of what follows] after t tokens, shape (R,)."""
 
     def log_terms(self, prior_state: State, columns: IntArray, t: int) -> FloatArray:
-        """Return log p0(a | .) + `log_worth` of every next token a, shape (R, V)."""
+        """Return log p*(a | .) + `log_worth` of every next token a, shape (R, V)."""
 
 
 @dataclass(frozen=True, eq=False)
 class MessageTwist:
-    """The optimal twist of the posterior that the messages are of; a good one for a prior like it (theory.md 3.9).
+    """The optimal twist of the solved posterior; for a similar prior a good one (theory.md 3.9).
 
-    Called with another posterior it reads that one's prompts, and needs the same vocabulary and max_new_tokens.
+    It can be called with another posterior that has the same vocabulary and max_new_tokens, and then reads its prompts.
 
     Parameters
     ----------
     messages
-        The backward messages.
+        The solved posterior, as returned by `backward_messages`.
+
+    Examples
+    --------
+    With the optimal twist and the proposal made from it, two particles give log Z exactly.
+
+    >>> import numpy as np, bayes_klrl as bk
+    >>> from bayes_klrl.inference.exact.messages import backward_messages
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+    >>> odd = bk.Automaton.counts(0, modulo=2, vocab_size=2)
+    >>> reward = bk.AutomatonReward(odd, final_rewards=[0.0, 1.0], alpha=1.0)
+    >>> posterior = bk.Posterior(coin, reward, max_new_tokens=10)
+    >>> messages = backward_messages(posterior)
+    >>> draws = bk.SMC(2, twist=messages.twist(), proposal="twisted").run(posterior, seed=0)
+    >>> bool(np.isclose(draws.log_evidence[0], messages.log_evidence[0]))
+    True
     """
 
     messages: SolvedMessages
@@ -79,7 +94,7 @@ class MessageTwist:
     ) -> FloatArray:
         """Return log psi* of every one-token extension, (R, V); see `bayes_klrl.models.twists.simple.next_log_psi`.
 
-        Tokens that the messages' own prior cannot draw have none: -inf.
+        It is -inf for tokens to which the prior of the messages gives probability 0.
         """
         state, columns, paid = self._read(posterior, prompt_index, prefixes)
         log_prior = self.messages.posterior.prior.next_log_probs(state)
@@ -91,12 +106,12 @@ class MessageTwist:
     def _read(
         self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray
     ) -> tuple[State, IntArray, FloatArray]:
-        """Return the prior's state after each prefix, the automaton's, and what it has paid in nats."""
+        """Return the prior's state and the automaton's state after each prefix, and the reward so far in nats, (R,)."""
         messages = self.messages
         if posterior.max_new_tokens != messages.num_tokens:
             raise BayesKLRLError(
-                f"The twist is of completions of {messages.num_tokens} tokens, the posterior has max_new_tokens = "
-                f"{posterior.max_new_tokens}. Make the messages of a posterior with the same."
+                f"The twist is for completions of {messages.num_tokens} tokens, the posterior has max_new_tokens = "
+                f"{posterior.max_new_tokens}. Compute the messages of a posterior with the same max_new_tokens."
             )
         state = messages.chain.prefix_state(posterior.prompt_ids, prompt_index, prefixes)
         columns = np.zeros(len(prefixes), dtype=np.int64)
@@ -109,8 +124,8 @@ class MessageTwist:
 
 
 @dataclass(frozen=True, eq=False)
-class _PolicyState:
-    """Where the policy is: the prior's state, the automaton's (R,), and how many tokens have been drawn."""
+class _DecodingState:
+    """The decoding state: the prior's state, the automaton's states (R,), and the number of tokens so far."""
 
     prior: State
     columns: IntArray
@@ -119,14 +134,31 @@ class _PolicyState:
 
 @dataclass(frozen=True, eq=False)
 class MessageLM:
-    """p*(x_t | c, x_<t) of a solved posterior as a `LanguageModel`; it exists for max_new_tokens tokens.
+    """A posterior that was solved by messages, as a `LanguageModel` with next-token probabilities p*(x_t | c, x_<t).
 
-    After a prefix of posterior probability 0, which it never draws, it goes on as the prior does.
+    It is defined for the first max_new_tokens tokens. After a prefix of posterior probability 0, which it never draws, it
+    continues as the prior does. It is unrelated to `bk.posterior_policy`, which enumerates a small posterior and returns a
+    table, a `PrefixPolicy`; this one takes lengths of thousands.
 
     Parameters
     ----------
     messages
-        The backward messages.
+        The solved posterior, as returned by `backward_messages`.
+
+    Examples
+    --------
+    As a proposal it makes every importance weight equal to Z.
+
+    >>> import numpy as np, bayes_klrl as bk
+    >>> from bayes_klrl.inference.exact.messages import backward_messages
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+    >>> odd = bk.Automaton.counts(0, modulo=2, vocab_size=2)
+    >>> reward = bk.AutomatonReward(odd, final_rewards=[0.0, 1.0], alpha=1.0)
+    >>> posterior = bk.Posterior(coin, reward, max_new_tokens=100)
+    >>> messages = backward_messages(posterior)
+    >>> draws = bk.ImportanceSampling(5, proposal=messages.policy()).run(posterior, seed=0)
+    >>> bool(np.allclose(draws.log_weights, messages.log_evidence[0]))
+    True
     """
 
     messages: SolvedMessages
@@ -134,7 +166,7 @@ class MessageLM:
 
     @property
     def posterior(self) -> Posterior:
-        """What it is the policy of; as a proposal for this one it covers all that it must."""
+        """The solved posterior; as a proposal for it, this model covers everything of positive probability."""
         return self.messages.posterior
 
     @property
@@ -167,15 +199,15 @@ class MessageLM:
         """See `LanguageModel.decode`."""
         return self.posterior.prior.decode(ids)
 
-    def prefill(self, prompts: Sequence[TokenIds]) -> _PolicyState:
+    def prefill(self, prompts: Sequence[TokenIds]) -> _DecodingState:
         """See `LanguageModel.prefill`."""
-        return _PolicyState(self.posterior.prior.prefill(prompts), np.zeros(len(prompts), dtype=np.int64), 0)
+        return _DecodingState(self.posterior.prior.prefill(prompts), np.zeros(len(prompts), dtype=np.int64), 0)
 
-    def next_log_probs(self, state: _PolicyState) -> FloatArray:
+    def next_log_probs(self, state: _DecodingState) -> FloatArray:
         """See `LanguageModel.next_log_probs`."""
         if state.t >= self.messages.num_tokens:
             raise BayesKLRLError(
-                f"The posterior policy is of completions of at most {self.messages.num_tokens} tokens; nothing comes after."
+                f"The solved posterior has completions of at most {self.messages.num_tokens} tokens, and no token after them."
             )
         log_terms = self.messages.log_terms(state.prior, state.columns, state.t)
         totals = logsumexp(log_terms)
@@ -186,17 +218,17 @@ class MessageLM:
             log_probs[dead] = prior.next_log_probs(prior.select(state.prior, dead))
         return log_probs
 
-    def append(self, state: _PolicyState, tokens: IntArray) -> _PolicyState:
+    def append(self, state: _DecodingState, tokens: IntArray) -> _DecodingState:
         """See `LanguageModel.append`."""
         columns = self.messages.potential.transitions[state.columns, tokens]
-        return _PolicyState(self.posterior.prior.append(state.prior, tokens), columns, state.t + 1)
+        return _DecodingState(self.posterior.prior.append(state.prior, tokens), columns, state.t + 1)
 
-    def select(self, state: _PolicyState, rows: IntArray) -> _PolicyState:
+    def select(self, state: _DecodingState, rows: IntArray) -> _DecodingState:
         """See `LanguageModel.select`."""
-        return _PolicyState(self.posterior.prior.select(state.prior, rows), state.columns[rows], state.t)
+        return _DecodingState(self.posterior.prior.select(state.prior, rows), state.columns[rows], state.t)
 
     def token_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> FloatArray:
-        """See `LanguageModel.token_log_probs`: log p0 plus the change of log psi*, with no sum over the vocabulary."""
+        """See `LanguageModel.token_log_probs`; log p0 plus the change of log psi*, without a sum over the vocabulary."""
         messages, prior = self.messages, self.posterior.prior
         num_prompts, num_draws, width = sequences.tokens.shape
         log_prior = prior.token_log_probs(prompts, sequences)
@@ -210,13 +242,13 @@ class MessageLM:
             paid = messages.potential.token[state.columns, read]
             state = self.append(state, read)
             after = self._worth_after(state, np.isin(read, list(self.eos_token_ids)))
-            alive = rows[np.isfinite(worth[rows])]  # elsewhere the policy is the prior
+            alive = rows[np.isfinite(worth[rows])]  # the other rows follow the prior
             log_probs[alive, t] += paid[alive] + after[alive] - worth[alive]
             worth = after
         by_prompt: FloatArray = log_probs.reshape(log_prior.shape)
         return by_prompt
 
-    def _worth_after(self, state: _PolicyState, ended: np.ndarray) -> FloatArray:
-        """Return log of what rows are worth after their newest token, the final reward for those that ended."""
+    def _worth_after(self, state: _DecodingState, ended: np.ndarray) -> FloatArray:
+        """Return `log_worth` after the newest token, (R,), or the final reward in nats of rows that ended."""
         worth = self.messages.log_worth(state.prior, state.columns, state.t)
         return np.where(ended, self.messages.potential.final[state.columns], worth)

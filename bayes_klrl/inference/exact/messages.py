@@ -2,8 +2,8 @@
 
     log Z = B_0(start),    p*(x) = p0(x) exp(r(x) / alpha) / Z                                    (theory.md 5.2, 5.4)
 
-At lengths of thousands, in time linear in T: log evidence, independent draws, log p* of anything, moments, marginals, the
-optimal twist and the posterior policy. It is dynamic programming, soft value iteration in RL's words, with nothing learned.
+In time linear in T, at lengths of thousands: log evidence, independent draws, log p*(x), moments, marginals, the optimal twist
+and the posterior as a language model. This is dynamic programming, called soft value iteration in RL; nothing is learned.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ _ENTRIES_PER_CHUNK = 2**21
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Exact summaries of a posterior, one number a prompt, shape (P,), in nats but for the rewards.
+    """Exact summaries of a posterior, one number per prompt, shape (P,) each, in nats except for rewards.
 
     Parameters
     ----------
     reward, variance
         E[r] and Var[r] under the posterior, in the reward's own units.
     kl
-        KL(p* || p0): how far from the prior.
+        KL(p* || p0), the divergence of the posterior from the prior.
     kl_from_prior
-        KL(p0 || p*); inf where the prior can draw what has likelihood 0.
+        KL(p0 || p*); inf if the prior can draw a completion of likelihood 0.
     entropy
-        -E log p*(x) under the posterior; NaN for a hidden Markov prior, whose completions have none in closed form.
+        -E log p*(x) under the posterior; NaN for a hidden Markov prior, for which there is no closed form.
     prior_reward
         E[r] under the prior.
     log_ess_ratio
-        log of ESS / N of importance sampling from the prior as N grows, 2 log Z(b) - log Z(2b), b = 1 / alpha.
+        The limit of log(ESS / N) of importance sampling from the prior, 2 log Z(b) - log Z(2b) with b = 1 / alpha.
     """
 
     reward: FloatArray
@@ -68,18 +68,18 @@ class Moments:
 
 
 class Messages:
-    """A posterior that has been solved; made by `backward_messages`.
+    """A solved posterior, as returned by `backward_messages`.
 
     Attributes
     ----------
     posterior
-        What was solved.
+        The posterior that was solved.
     potential
         Its likelihood in nats on one automaton.
     chain
-        Its prior as the messages see it.
+        Its prior as a chain of states.
     log_evidence
-        log Z of each prompt, exact, shape (P,).
+        The exact log Z of each prompt, shape (P,).
     """
 
     def __init__(self, posterior: Posterior, chain: Chain, potential: AutomatonPotential) -> None:
@@ -100,12 +100,12 @@ class Messages:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """Largest number of tokens, T."""
         return self.posterior.max_new_tokens
 
     @cached_property
     def _start(self) -> tuple[IntArray, FloatArray]:
-        """The chain's states (P, m) after each prompt and their log-probabilities (P, m)."""
+        """The chain's possible states after each prompt and their log-probabilities, (P, m) each."""
         return self.chain.beliefs(self.posterior.prior.prefill(self.posterior.prompt_ids))
 
     def _log_evidence(self, message: FloatArray) -> FloatArray:
@@ -121,19 +121,19 @@ class Messages:
         prior_state
             The prior's decoding state of R rows.
         columns
-            The state of `potential`'s automaton, shape (R,).
+            The states of `potential`'s automaton, shape (R,).
         t
-            0..T.
+            Number of tokens so far, 0..T.
         """
         states, log_probs = self.chain.beliefs(prior_state)
         return logsumexp(log_probs + self._stored.at(t)[states, columns[:, None]])
 
     def log_terms(self, prior_state: State, columns: IntArray, t: int) -> FloatArray:
-        """Return log p*(a | .) + `log_worth` of every next token a, shape (R, V); see there."""
+        """Return log p*(a | .) + `log_worth` of every next token a, shape (R, V); parameters as in `log_worth`."""
         return self.chain.log_terms(prior_state, self._values_after(t), columns)
 
     def _values_after(self, t: int) -> FloatArray:
-        """Return log of what every arrival is worth as token t + 1, shape (J, D), keeping those last asked for."""
+        """Return the log value of every arrival as token t + 1, shape (J, D); the last result is kept."""
         if self._values[0] != t:
             self._values = (t, self._backward.log_values(self._stored.at(t + 1)))
         return self._values[1]
@@ -141,11 +141,11 @@ class Messages:
     _values: tuple[int, FloatArray] = (-1, np.zeros(0))
 
     def log_posterior(self, x: Sequences | Draws | SequenceOf[SequenceOf[int]]) -> FloatArray:
-        """Return log p*(x | c), normalised, shape (P, N), for completions as in `Posterior.log_joint`."""
+        """Return the normalised log p*(x | c), shape (P, N), for completions as in `Posterior.log_joint`."""
         return self.posterior.log_joint(x) - self.log_evidence[:, None]
 
     def draw(self, num_draws: int, seed: int | Streams) -> Sequences:
-        """Return N independent posterior draws of each prompt, by ancestral sampling from p*(a | h, d, t)."""
+        """Return N independent posterior draws per prompt, (P, N, T), by ancestral sampling from p*(a | h, d, t)."""
         check_count("num_draws", num_draws)
         streams = seed if isinstance(seed, Streams) else Streams.of(seed)
         posterior, prior = self.posterior, self.posterior.prior
@@ -153,7 +153,7 @@ class Messages:
         index = np.repeat(np.arange(posterior.num_prompts), num_draws)
         tokens = np.full((index.size, self.num_tokens), posterior.pad_token, dtype=np.int64)
         lengths = np.zeros(index.size, dtype=np.int64)
-        state, columns, rows = prior.select(prior.prefill(posterior.prompt_ids), index), np.zeros_like(index), index
+        state, columns = prior.select(prior.prefill(posterior.prompt_ids), index), np.zeros_like(index)
         rows = np.arange(index.size)
         for t in range(self.num_tokens):
             drawn = self._next_tokens(state, columns, t, uniforms[t, rows])
@@ -169,7 +169,7 @@ class Messages:
         return Sequences(tokens.reshape(*shape, -1), lengths.reshape(shape))
 
     def _next_tokens(self, state: State, columns: IntArray, t: int, uniforms: FloatArray) -> IntArray:
-        """Return a token of each row, some rows at a time so that memory is bounded."""
+        """Return the next token of each row, computed for some rows at a time to bound memory."""
         step = max(1, _ENTRIES_PER_CHUNK // self.posterior.prior.vocab_size)
         drawn = np.empty(columns.size, dtype=np.int64)
         for start in range(0, columns.size, step):
@@ -180,7 +180,7 @@ class Messages:
         return drawn
 
     def moments(self) -> Moments:
-        """Return mean and variance of the reward, KLs, entropy and the prior's importance-sampling efficiency."""
+        """Return mean and variance of the reward, KLs, entropy and the efficiency of importance sampling from the prior."""
         alpha = self.posterior.alpha
         moments = path_moments(self._backward, self._stored, self.num_tokens)
         states, weights = self._posterior_start
@@ -204,12 +204,12 @@ class Messages:
 
     @property
     def _posterior_start(self) -> tuple[IntArray, FloatArray]:
-        """The chain's states (P, m) after each prompt and their posterior probabilities (P, m)."""
+        """The chain's possible states after each prompt and their posterior probabilities, (P, m) each."""
         states, log_probs = self._start
         return states, np.exp(log_probs + self._stored.at(0)[states, 0] - self.log_evidence[:, None])
 
     def _prior_mean(self) -> FloatArray:
-        """Return E_p0[r / alpha] of each prompt."""
+        """Return E_p0[r / alpha] of each prompt, (P,)."""
         states, log_probs = self._start
         values = prior_mean(self._backward, self.num_tokens)[states, 0]
         possible = np.isfinite(log_probs)
@@ -217,7 +217,7 @@ class Messages:
         return mean
 
     def _squared_log_evidence(self) -> FloatArray:
-        """Return log E_p0[likelihood^2] of each prompt."""
+        """Return log E_p0[likelihood^2] of each prompt, (P,)."""
         backward = BackwardPass(self.chain, self.potential.scaled(2.0), self.posterior.prior.eos_token_ids)
         message = backward.last_message
         for _ in range(self.num_tokens):
@@ -225,7 +225,7 @@ class Messages:
         return self._log_evidence(message)
 
     def marginals(self) -> Marginals:
-        """Return the laws of length, tokens and automaton states under the posterior."""
+        """Return the distributions of length, tokens and automaton states under the posterior; they are computed once."""
         return self._marginals
 
     @cached_property
@@ -233,20 +233,12 @@ class Messages:
         vocab_size = self.posterior.prior.vocab_size
         return forward_marginals(self._backward, self._stored, self.num_tokens, vocab_size, self._posterior_start)
 
-    def length_law(self) -> FloatArray:
-        """Return P(|x| = t), t = 1..T, shape (P, T); see `Marginals`."""
-        return self._marginals.length_law
-
-    def token_marginals(self) -> FloatArray:
-        """Return P(x_t = a and t <= |x|), shape (P, T, V); see `Marginals`."""
-        return self._marginals.tokens
-
     def twist(self) -> MessageTwist:
-        """Return the optimal twist: log psi* of any prefix; times alpha it is the soft value."""
+        """Return the optimal twist, log psi* of any prefix; alpha times it is the soft value of RL."""
         return MessageTwist(self)
 
     def policy(self) -> MessageLM:
-        """Return the posterior as a language model, to draw from, to score with, or as a `proposal`."""
+        """Return the posterior as a language model, for drawing, for scoring, or as a `proposal`."""
         return MessageLM(self)
 
 
@@ -256,18 +248,20 @@ def backward_messages(posterior: Posterior) -> Messages:
     Parameters
     ----------
     posterior
-        Its prior is an `NgramLM` (dense or sparse) or an `HmmLM`, its likelihood a product of `AutomatonReward` and
-        `AutomatonConstraint`.
+        A posterior whose prior is an `NgramLM` (dense or sparse) or an `HmmLM`, and whose likelihood is a product of
+        `AutomatonReward` and `AutomatonConstraint`.
 
     Raises
     ------
     BayesKLRLError
-        If it is another one.
+        If prior or likelihood are of another kind.
     SupportError
         If some prompt has no completion of positive likelihood.
 
     Examples
     --------
+    The reward is 1 for an odd number of zeros, which has prior probability 1 / 2.
+
     >>> import numpy as np, bayes_klrl as bk
     >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
     >>> odd = bk.Automaton.counts(0, modulo=2, vocab_size=2)
@@ -285,7 +279,7 @@ def backward_messages(posterior: Posterior) -> Messages:
 
 
 def why_no_messages(posterior: Posterior) -> str | None:
-    """Return what stands in the way of backward messages, or None."""
+    """Return the reason why backward messages are impossible, or None if they are possible."""
     prior = posterior.prior
     if not isinstance(prior, NgramLM | HmmLM):
         return f"the prior is a {type(prior).__name__}, not a bk.NgramLM or bk.HmmLM"
@@ -295,7 +289,7 @@ def why_no_messages(posterior: Posterior) -> str | None:
 
 
 def chain_of(prior: LanguageModel) -> Chain | None:
-    """Return a prior as a chain, or None if it is none."""
+    """Return a prior as a chain of states, or None if it is of another kind."""
     if isinstance(prior, HmmLM):
         return HmmChain(prior)
     if isinstance(prior, NgramLM) and isinstance(prior.table, BackoffTable):

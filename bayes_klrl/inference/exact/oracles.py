@@ -1,4 +1,4 @@
-"""What losses converge to, computed exactly: the posterior, the myopic policies, and the alpha that fits a policy best.
+"""Exact fixed points of training losses: the posterior, the myopic policies, and the alpha that fits a policy best.
 
 With b = 1 / alpha, by one recursion from the completions back to the empty prefix (theory.md 2.8):
 
@@ -6,8 +6,8 @@ With b = 1 / alpha, by one recursion from the completions back to the empty pref
     myopic           V(end) = r;    V(s) = sum_a q(a|s) V(sa);                 q(a|s) prop. to p0(a|s) exp(b V(sa))
     forward myopic   the same V;                                               q(a|s) = alpha p0(a|s) / (lambda(s) - V(sa))
 
-The posterior's value of a prefix is soft; the myopic one is hard, because a KL summed over tokens with the prefixes taken
-as given has no term for what a token makes the later tokens cost (theory.md 2.8). The myopic policy is the fixed point of
+The posterior's value of a prefix is soft; the myopic one is hard, because a KL summed over tokens with given prefixes has no
+term for the KL that a token causes at later tokens (theory.md 2.8). The myopic policy is the fixed point of
 the reverse KL of every token, sum_t KL(q_t || p0_t): GRPO with TRL's bias correction. The forward myopic one is that of
 sum_t KL(p0_t || q_t), the plain k3 of the original GRPO: there q (Q - V) = alpha (q - p0) at every prefix, which is the
 formula above with lambda = alpha + V. With T = 1 the first two coincide.
@@ -36,16 +36,16 @@ _MAX_INVERSE_ALPHA_NATS = 500.0  # b times the rewards' range, past which a post
 
 @dataclass(frozen=True, eq=False)
 class Enumerated:
-    """A posterior with all its completions laid out: M completions, S prefixes.
+    """A posterior with all of its M completions and S prefixes enumerated.
 
     Parameters
     ----------
     posterior
-        The problem.
+        The posterior.
     tree
-        Its prefixes.
+        The tree of its prefixes.
     log_prior, reward
-        Of every completion, shape (P, M).
+        log p0(x) and reward of every completion, shape (P, M) each.
     prior_table
         log p0(a | s), shape (P, S, V).
     """
@@ -58,7 +58,7 @@ class Enumerated:
 
     @classmethod
     def of(cls, posterior: Posterior) -> Enumerated:
-        """Return the enumeration, refusing what is too large for a table or has completions that cannot be compared.
+        """Return the enumeration of a posterior.
 
         Raises
         ------
@@ -71,7 +71,7 @@ class Enumerated:
             raise BayesKLRLError(
                 f"A table over every prefix is for problems of at most {_MAX_SEQUENCES:,} completions; this one has "
                 f"{float(count) * posterior.num_prompts:.3g} (vocabulary {prior.vocab_size}, {posterior.max_new_tokens} "
-                "tokens). Take a smaller vocabulary or max_new_tokens; a loss shows what it does on a small problem too."
+                "tokens). Use a smaller vocabulary or max_new_tokens; a loss shows its behaviour on a small problem, too."
             )
         tree = PrefixTree(
             all_sequences(prior.vocab_size, prior.eos_token_ids, posterior.max_new_tokens), prior.vocab_size
@@ -88,7 +88,7 @@ class Enumerated:
         return cls(posterior, tree, log_prior, reward, tree.conditionals(log_prior))
 
     def log_posterior(self, inverse_alpha: float) -> FloatArray:
-        """Return log p*_b(x) of every completion at b = `inverse_alpha`, which may be 0 or negative, shape (P, M)."""
+        """Return log p*_b(x) of every completion at b = `inverse_alpha`, shape (P, M); b may be 0 or negative."""
         log_joint = self.log_prior + inverse_alpha * self.reward
         log_p: FloatArray = log_joint - logsumexp(log_joint)[:, None]
         return log_p
@@ -102,7 +102,10 @@ class Enumerated:
         return self.policy(self.myopic_tables(np.array([alpha]), forward=forward))
 
     def myopic_tables(self, alphas: FloatArray, *, forward: bool = False) -> FloatArray:
-        """Return the myopic tables of P prompts at one alpha, or of one prompt at A alphas, (P or A, S, V)."""
+        """Return next-token log-probs of the myopic policies of P prompts at one alpha, or of one prompt at A alphas.
+
+        Shape (P, S, V) or (A, S, V).
+        """
         tokens = _forward_tokens if forward else _reverse_tokens
         alpha = alphas[:, None, None]
 
@@ -116,33 +119,12 @@ class Enumerated:
 
 
 def posterior_policy(posterior: Posterior) -> PrefixPolicy:
-    """Return the posterior itself as next-token distributions, what leave-one-out (RLOO, SVI) converges to.
-
-    Examples
-    --------
-    >>> from bayes_klrl import problems
-    >>> posterior = problems.audit_posterior()
-    >>> posterior_policy(posterior).language_model().full_support
-    True
-    """
-    problem = Enumerated.of(posterior)
-    return problem.policy(problem.tree.conditionals(problem.log_prior + problem.reward / posterior.alpha))
-
-
-def myopic_policy(posterior: Posterior, *, alpha: float | None = None, forward: bool = False) -> PrefixPolicy:
-    """Return what a KL penalty in the loss, summed over tokens, converges to: "GRPO with beta" should be compared to this.
-
-        q(a|s) prop. to p0(a|s) exp(V(sa) / alpha),   V(s) = sum_a q(a|s) V(sa),   V(end) = r      (theory.md 2.8)
+    """Return the posterior itself as a table of next-token distributions, the fixed point of leave-one-out (RLOO, `SVI`).
 
     Parameters
     ----------
     posterior
-        The problem; at most 20,000 completions.
-    alpha
-        Units of reward per nat; None: the posterior's.
-    forward
-        The fixed point of sum_t KL(p0_t || q_t), the k3 of the original GRPO, instead: q(a|s) = alpha p0(a|s) /
-        (lambda(s) - V(sa)).
+        The posterior, with at most 20,000 completions.
 
     Returns
     -------
@@ -155,7 +137,46 @@ def myopic_policy(posterior: Posterior, *, alpha: float | None = None, forward: 
 
     Examples
     --------
-    The myopic policy is further from the prior than the posterior is, at the same alpha.
+    A completion is one token, whose reward is 0 or log 3, so that token 1 has posterior probability 3 / 4.
+
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+    >>> reward = bk.TokenReward(lambda tokens, lengths: np.log(3) * tokens[:, 0], alpha=1.0)
+    >>> policy = bk.posterior_policy(bk.Posterior(coin, reward, max_new_tokens=1))
+    >>> np.exp(policy.log_probs).round(6)
+    array([[0.25, 0.75]])
+    """
+    problem = Enumerated.of(posterior)
+    return problem.policy(problem.tree.conditionals(problem.log_prior + problem.reward / posterior.alpha))
+
+
+def myopic_policy(posterior: Posterior, *, alpha: float | None = None, forward: bool = False) -> PrefixPolicy:
+    """Return the fixed point of a KL penalty in the loss, summed over tokens; "GRPO with beta" should be compared to this.
+
+        q(a|s) prop. to p0(a|s) exp(V(sa) / alpha),   V(s) = sum_a q(a|s) V(sa),   V(end) = r      (theory.md 2.8)
+
+    Parameters
+    ----------
+    posterior
+        The posterior, with at most 20,000 completions.
+    alpha
+        KL coefficient in units of reward per nat; None for the posterior's.
+    forward
+        Return the fixed point of sum_t KL(p0_t || q_t), the k3 of the original GRPO, instead:
+        q(a|s) = alpha p0(a|s) / (lambda(s) - V(sa)).
+
+    Returns
+    -------
+    A policy with `log_probs` of every completion, shape (P, M), `table` of every prefix, and `language_model()`.
+
+    Raises
+    ------
+    BayesKLRLError
+        If the problem is too large, or a reward is -inf.
+
+    Examples
+    --------
+    At the same alpha, the myopic policy is further from the prior than the posterior is.
 
     >>> from bayes_klrl import problems
     >>> posterior = problems.audit_posterior()
@@ -169,15 +190,15 @@ def myopic_policy(posterior: Posterior, *, alpha: float | None = None, forward: 
 
 
 def implied_inverse_alpha(problem: Enumerated, log_q: FloatArray) -> float:
-    """Return the b of the posterior nearest to a policy, of one prompt: R(b) = E_q[r] (theory.md 1.7).
+    """Return the b of the posterior nearest to a policy, for one prompt; it solves R(b) = E_q[r] (theory.md 1.7).
 
-    That b minimises KL(q || p*_b), and the minimum is KL(q || p0) - KL(p*_b || p0). Negative where the policy's reward is
-    below the prior's; cut off where the posterior is a point mass to float64.
+    This b minimises KL(q || p*_b), and the minimum is KL(q || p0) - KL(p*_b || p0). It is negative if the policy's mean reward
+    is below the prior's, and limited to values at which the posterior is not yet a point mass in float64.
 
     Parameters
     ----------
     problem
-        Of one prompt.
+        The enumerated posterior, with one prompt.
     log_q
         log q(x) of every completion, shape (M,).
     """
@@ -198,9 +219,9 @@ def implied_inverse_alpha(problem: Enumerated, log_q: FloatArray) -> float:
 
 
 def nearest_myopic(problem: Enumerated, log_q: FloatArray, *, forward: bool = False) -> tuple[float, float]:
-    """Return (alpha, KL(q || myopic policy at that alpha)) of the best alpha, for one prompt and log q(x) (M,).
+    """Return the alpha whose myopic policy is nearest to q, and KL(q || that policy), for one prompt and log q(x) (M,).
 
-    By a grid from 1/1000 to 1000 times the posterior's alpha, refined around its best point.
+    The search uses a grid from 1/1000 to 1000 times the posterior's alpha, which is refined around its best point.
     """
     low, high = np.log(problem.posterior.alpha) + np.array([-1.0, 1.0]) * np.log(1e3)
     for _ in range(_NUM_REFINEMENTS):
@@ -213,14 +234,14 @@ def nearest_myopic(problem: Enumerated, log_q: FloatArray, *, forward: bool = Fa
 
 
 def _reverse_tokens(log_prior: FloatArray, q: FloatArray, alpha: FloatArray) -> FloatArray:
-    """Return log of p0 exp(Q / alpha), normalised over tokens, shape (P, K, V); alpha of shape (P or 1, 1, 1)."""
+    """Return log of p0 exp(Q / alpha), normalised over tokens, shape (P, K, V), for alpha of shape (P or 1, 1, 1)."""
     log_joint = log_prior + q / alpha
     log_p: FloatArray = log_joint - logsumexp(log_joint)[..., None]
     return log_p
 
 
 def _forward_tokens(log_prior: FloatArray, q: FloatArray, alpha: FloatArray) -> FloatArray:
-    """Return log of alpha p0 / (lambda - Q), shape (P, K, V); lambda by bisection on the total, which falls in lambda.
+    """Return log of alpha p0 / (lambda - Q), shape (P, K, V); bisection finds lambda, since the total decreases in lambda.
 
     With g = lambda - max Q, the total sum_a alpha p0 / (g + max Q - Q) is at most 1 at g = alpha and at least 1 at
     g = alpha p0 of the best token.

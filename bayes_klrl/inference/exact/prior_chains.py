@@ -1,8 +1,8 @@
-"""Priors as chains: what backward messages need to know of a prior, for dense n-gram tables and hidden Markov models.
+"""Priors as chains of states, as backward messages need them: dense n-gram tables and hidden Markov models.
 
 A chain has H states. It moves by drawing one of J *arrivals*, each of which is a token and the state it leads to; M[h, j]
-is the probability of arrival j in state h. All sums over next tokens are then products with the matrix M, which nobody
-need store: a bigram's is its table, a back-off model's is sparse, an HMM's is transitions times emissions.
+is the probability of arrival j in state h. All sums over next tokens are then products with the matrix M, which need not be
+stored: for a bigram M is its table, for a back-off model it is sparse, for an HMM it is transitions times emissions.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ __all__ = ["Chain", "DenseChain", "HmmChain"]
 
 
 class Chain(Protocol):
-    """The matrix M of a prior, and where a prior's decoding state is in the chain."""
+    """The matrix M of a prior, and the map from the prior's decoding states to states of the chain."""
 
     num_states: int
-    """H."""
+    """Number of states, H."""
     arrival_states: IntArray
-    """Where each arrival leads, shape (J,)."""
+    """The state that each arrival leads to, shape (J,)."""
     arrival_tokens: IntArray
     """The token of each arrival, shape (J,)."""
     least_log_prob: float
-    """The smallest finite log M."""
+    """The smallest finite entry of log M."""
 
     def expect(self, values: FloatArray) -> tuple[FloatArray, NDArray[np.bool_] | None]:
         """Return sum_j M[h, j] values[j, k], shape (H, K), for values (J, K).
 
-        Second, where sums of non-negative values lost more than four digits to cancellation, bool (H, K); None for
-        nowhere.
+        The second result, bool (H, K), marks sums of non-negative values that lost more than four digits to cancellation; None
+        if no sum did.
         """
 
     def expect_log(self, values: FloatArray) -> FloatArray | None:
-        """Return sum_a p(a | h) log p(a | h) values[., k], shape (H, K); None if the token does not tell the arrival."""
+        """Return sum_a p(a | h) log p(a | h) values[j(a), k], shape (H, K); None if a token has several arrivals j."""
 
     def collect(self, mass: FloatArray) -> FloatArray:
         """Return sum_h M[h, j] mass[h, k], shape (J, K), for mass (H, K)."""
 
     def row(self, state: int) -> tuple[FloatArray, IntArray]:
-        """Return (log M[h, j], j) of every j that can follow state h, shape (m,) each."""
+        """Return log M[h, j] and j of all arrivals j that can follow state h, shape (m,) each."""
 
     def beliefs(self, prior_state: State) -> tuple[IntArray, FloatArray]:
-        """Return the chain's states (R, m) and the log-probability of each (R, m), given the prior's decoding state."""
+        """Return the chain's possible states and their log-probabilities, (R, m) each, given the prior's decoding state."""
 
     def log_terms(self, prior_state: State, log_values: FloatArray, columns: IntArray) -> FloatArray:
         """Return log sum over arrivals j by token a of M[., j] exp(log_values[j, column]), shape (R, V).
@@ -60,21 +60,21 @@ class Chain(Protocol):
         Parameters
         ----------
         prior_state
-            R rows.
+            The prior's decoding state of R rows.
         log_values
-            Shape (J, D).
+            Log values of arrivals, shape (J, D).
         columns
-            Which column of `log_values` each row takes, shape (R,).
+            The column of `log_values` that each row uses, shape (R,).
         """
 
     def prefix_state(self, prompt_ids: Sequence[TokenIds], prompt_index: IntArray, prefixes: IntArray) -> State:
-        """Return the prior's decoding state after each prompt and prefix, (R, t)."""
+        """Return the prior's decoding state of R rows, after the prompt and the prefix (R, t) of each."""
 
 
 class DenseChain:
-    """An n-gram table as a chain: a state is a context, an arrival the next context (for n = 1 the token).
+    """An n-gram table as a chain: a state is a context, an arrival is the next context (for n = 1 the token).
 
-    Contexts are numbered in base V, oldest token first; `M` is held as (S, A, V): S numbers of all but the oldest token,
+    Contexts are numbered in base V, oldest token first; `M` is stored as (S, A, V): S numbers of all but the oldest token,
     A oldest tokens, V next tokens.
     """
 
@@ -93,7 +93,7 @@ class DenseChain:
 
     @cached_property
     def _plogp(self) -> FloatArray:
-        """All p log p in the shape of `_probs`."""
+        """All entries of p log p, in the shape of `_probs`."""
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where(self._probs > 0, self._probs * np.log(self._probs), 0.0)
 
@@ -121,7 +121,7 @@ class DenseChain:
         return self._log_rows[state], self._arrivals(np.array([state]))[0]
 
     def beliefs(self, prior_state: IntArray) -> tuple[IntArray, FloatArray]:
-        """See `Chain.beliefs`: the context is known."""
+        """See `Chain.beliefs`; the context is known, so there is one state."""
         states = self._numbers(prior_state)[:, None]
         return states, np.zeros(states.shape)
 
@@ -140,19 +140,19 @@ class DenseChain:
         return ngram_state(self._prior, prompt_ids, prompt_index, prefixes)
 
     def _numbers(self, contexts: IntArray) -> IntArray:
-        """Return each context's number, shape (R,)."""
+        """Return the number of each context, shape (R,)."""
         width = contexts.shape[1]
         numbers: IntArray = contexts @ self._size ** np.arange(width - 1, -1, -1, dtype=np.int64)
         return numbers
 
     def _arrivals(self, states: IntArray) -> IntArray:
-        """Return the arrival by each token, shape (R, V)."""
+        """Return the arrival by each token from each state, shape (R, V)."""
         arrivals: IntArray = (states % self._num_suffixes)[:, None] * self._size + np.arange(self._size)
         return arrivals
 
 
 def ngram_state(prior: NgramLM, prompt_ids: Sequence[TokenIds], prompt_index: IntArray, prefixes: IntArray) -> IntArray:
-    """Return the last n - 1 tokens of each prompt and prefix, shape (R, n - 1)."""
+    """Return the last n - 1 tokens of each prompt with its prefix, shape (R, n - 1)."""
     width = prior.order - 1
     before = prior.prefill(prompt_ids)[prompt_index]
     read = np.concatenate([before, prefixes[:, max(0, prefixes.shape[1] - width) :]], axis=1)
@@ -160,9 +160,9 @@ def ngram_state(prior: NgramLM, prompt_ids: Sequence[TokenIds], prompt_index: In
 
 
 class HmmChain:
-    """A hidden Markov model as a chain: a state is (z_t after its token was emitted), the last one is the start.
+    """A hidden Markov model as a chain: a state is the hidden z_t after its token was emitted, and the last one is the start.
 
-    Arrival z V + a: the hidden state becomes z and emits a, M[h, (z, a)] = A[h, z] E[z, a] (theory.md 5.4).
+    By arrival z V + a the hidden state becomes z and emits a, so that M[h, (z, a)] = A[h, z] E[z, a] (theory.md 5.4).
     """
 
     def __init__(self, prior: HmmLM) -> None:
@@ -184,7 +184,7 @@ class HmmChain:
         return expected, None
 
     def expect_log(self, values: FloatArray) -> None:
-        """See `Chain.expect_log`: p0(x) is a sum over hidden paths."""
+        """See `Chain.expect_log`; None, because p0(x) is a sum over hidden paths."""
         return
 
     def collect(self, mass: FloatArray) -> FloatArray:
@@ -199,7 +199,7 @@ class HmmChain:
         return log_row, np.arange(log_row.size)
 
     def beliefs(self, prior_state: FloatArray) -> tuple[IntArray, FloatArray]:
-        """See `Chain.beliefs`: the filter."""
+        """See `Chain.beliefs`; these are the filter's probabilities of hidden states."""
         with np.errstate(divide="ignore"):
             log_filter = np.log(prior_state)
         return np.tile(np.arange(self.num_states), (len(prior_state), 1)), log_filter
@@ -216,7 +216,7 @@ class HmmChain:
             with np.errstate(divide="ignore"):
                 log_terms[rows] = np.log(hidden[rows] @ np.exp(log_joint - shift)) + shift
                 lost = rows[(log_terms[rows] < shift - 600).any(axis=1)]
-                for row in lost:  # what the likely hidden states are worth is out of range of the others: term by term
+                for row in lost:  # the terms differ by more than float64 can hold: sum them in logs
                     log_terms[row] = logsumexp((np.log(hidden[row])[:, None] + log_joint).T)
         return log_terms
 

@@ -1,4 +1,4 @@
-"""Exact expectations under a solved posterior: moments by a second backward pass, marginals by a forward one."""
+"""Exact expectations under a solved posterior: moments by a second backward pass, marginals by a forward pass."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ __all__ = ["Marginals", "PathMoments", "forward_marginals", "path_moments", "pri
 
 @dataclass(frozen=True, eq=False)
 class Marginals:
-    """What a completion looks like under the posterior, exactly.
+    """Exact marginal distributions of a completion under the posterior.
 
     Parameters
     ----------
     length_law
-        P(|x| = t) for t = 1..T, shape (P, T); completions cut at T tokens have length T.
+        P(|x| = t) for t = 1..T, shape (P, T); a completion that is cut at T tokens has length T.
     truncated
         P(x does not end with EOS), shape (P,).
     tokens
         P(x_t = a and t <= |x|), shape (P, T, V).
     automaton_states
-        P(automaton's state after t tokens), t = 0..T, shape (P, T + 1, D); it stays where a completion ended. The automaton
-        is the smallest one of the whole likelihood, `Messages.potential`.
+        P(automaton is in state d after t tokens) for t = 0..T, shape (P, T + 1, D); after a completion ends, the state does
+        not change. The automaton is the smallest one for the whole likelihood, `Messages.potential`.
     """
 
     length_law: FloatArray
@@ -38,14 +38,14 @@ class Marginals:
 
 @dataclass(frozen=True, eq=False)
 class PathMoments:
-    """Moments of what is still to come from (h, d), all of shape (H, D).
+    """Posterior moments of the rest of a completion from the states (h, d), all of shape (H, D).
 
     Parameters
     ----------
     mean, variance
-        Of the log-likelihood.
+        Mean and variance of the remaining log-likelihood r / alpha.
     log_prior
-        E[log p0(rest)], or None for a hidden Markov prior.
+        E[log p0(rest)]; None for a hidden Markov prior.
     """
 
     mean: FloatArray
@@ -54,13 +54,13 @@ class PathMoments:
 
 
 def path_moments(backward: BackwardPass, messages: StoredMessages, num_tokens: int) -> PathMoments:
-    """Return moments at t = 0 under the posterior.
+    """Return the moments at t = 0 under the posterior.
 
     With w the weights p*(a | h, d, t), f = r_a / alpha + mean_{t+1}:
 
         mean_t = sum_a w f,   variance_t = sum_a w (variance_{t+1} + f^2) - mean_t^2,
 
-    f taken relative to a constant near its mean, so that the difference of squares costs no digits.
+    f is taken relative to a constant near its mean, so that the difference of squares loses no digits.
     """
     paid = np.where(np.isneginf(backward.log_paid), 0.0, backward.log_paid)
     mean = np.where(np.isneginf(backward.last_message), 0.0, backward.last_message)
@@ -84,7 +84,7 @@ def path_moments(backward: BackwardPass, messages: StoredMessages, num_tokens: i
 
 
 def _averages(chain: Chain, step: Step, values: tuple[FloatArray, ...]) -> list[FloatArray]:
-    """Return sum_j p*(j | h, d) values[j, d] for several values, 0 in impossible cells, shape (H, D) each."""
+    """Return sum_j p*(j | h, d) values[j, d] for each array of values, shape (H, D) each; 0 in impossible cells."""
     stacked = np.concatenate([step.weights * value for value in values], axis=1)
     averages = []
     for value, total in zip(values, np.split(chain.expect(stacked)[0], len(values), axis=1), strict=True):
@@ -96,7 +96,7 @@ def _averages(chain: Chain, step: Step, values: tuple[FloatArray, ...]) -> list[
 
 
 def _own_log_prior(step: Step, expected: FloatArray) -> FloatArray:
-    """Return sum_a p*(a | h, d) log p0(a | h) from sums over p0 log p0, shape (H, D)."""
+    """Return sum_a p*(a | h, d) log p0(a | h), shape (H, D), from the weighted sums of p0 log p0 in `expected`."""
     average = np.where(step.totals > 0, expected / np.where(step.totals > 0, step.totals, 1.0), 0.0)
     for cell in step.exact:
         possible = cell.weights > 0
@@ -105,7 +105,7 @@ def _own_log_prior(step: Step, expected: FloatArray) -> FloatArray:
 
 
 def prior_mean(backward: BackwardPass, num_tokens: int) -> FloatArray:
-    """Return E_p0[log-likelihood of the rest] from (h, d), -inf where likelihood 0 can be met, shape (H, D)."""
+    """Return E_p0[log-likelihood of the rest] from (h, d), shape (H, D); -inf if likelihood 0 has positive probability."""
     hopeless_paid = np.isneginf(backward.log_paid)
     paid = np.where(hopeless_paid, 0.0, backward.log_paid)
     hopeless = np.isneginf(backward.last_message)
@@ -131,15 +131,15 @@ def forward_marginals(
 ) -> Marginals:
     """Return the marginals of each prompt.
 
-    pi_t(h, d), the posterior probability of being unfinished there after t tokens, moves by
+    pi_t(h, d), the posterior probability of being unfinished in state (h, d) after t tokens, follows
     pi_{t+1}(h', d') = sum over arrivals of pi_t(h, d) p*(j | h, d, t).
 
     Parameters
     ----------
     backward, messages, num_tokens, vocab_size
-        The solved posterior.
+        The recursion, its messages, T and V of the solved posterior.
     start
-        The chain's states (P, m) after each prompt and their posterior probabilities (P, m).
+        The chain's possible states after each prompt and their posterior probabilities, (P, m) each.
     """
     chain, num_columns = backward.chain, backward.num_columns
     states, probs = start
@@ -169,7 +169,7 @@ def forward_marginals(
 
 
 def _arrived(chain: Chain, step: Step, growing: FloatArray) -> list[FloatArray]:
-    """Return the mass of each arrival from each automaton state, (J, D) for each prompt, from that of (h, d)."""
+    """Return the mass of each arrival from each automaton state, (J, D) for each prompt, given the mass of (h, d)."""
     possible = step.totals > 0
     sources = np.where(possible, growing / np.where(possible, step.totals, 1.0), 0.0)
     num_prompts, num_states, num_columns = growing.shape

@@ -1,4 +1,4 @@
-"""Markov chains on completions, by suffix moves; see `suffix_moves` for the step and its acceptance."""
+"""Markov chains on completions by suffix moves; `suffix_moves` has the step and its acceptance probability."""
 
 from __future__ import annotations
 
@@ -23,40 +23,51 @@ from bayes_klrl.typing import FloatArray, LanguageModel
 
 __all__ = ["SuffixMH"]
 
-_START = 1  # of the streams that starts of chains are drawn from
-_START_PROPOSALS = 10_000  # prior draws for each prompt among which a chain's start is looked for
+_START = 1  # number of the streams that draw the starts of chains
+_START_PROPOSALS = 10_000  # most prior draws per prompt in the search for starts
 
 
 @dataclass(frozen=True)
 class SuffixMH:
-    """Several Markov chains for each prompt that redraw the end of a completion and accept or not.
+    """Several Markov chains per prompt that redraw the end of a completion and accept or reject it.
 
-    Chains start from prior draws of positive likelihood. They advance together, all prompts' in one decoding a sweep; kept
-    tokens pass through the model again, beside those that are drawn.
+    Chains start from prior draws of positive likelihood. The chains of all prompts advance together, with one decoding per
+    sweep; kept tokens pass through the model again together with new ones.
 
     Parameters
     ----------
     num_chains
-        C for each prompt; two or more, or R-hat cannot be computed.
+        Number of chains per prompt, C. R-hat needs at least two.
     num_draws
-        D kept of each chain, so that N = C * D.
+        Number of draws kept per chain, D, so that N = C * D.
     num_warmup
-        Sweeps that are not kept.
+        Number of sweeps before the first draw is kept.
     thinning
-        Sweeps for each draw that is kept.
+        Number of sweeps per kept draw.
     proposal
-        Draws the new suffix; see `ImportanceSampling`.
+        The model that draws new suffixes, as in `ImportanceSampling`.
     cut
-        How many tokens are kept: uniform on 0 .. |x| - 1 ("own_length"), or on 0 .. T - 1 with nothing done where the
-        completion is shorter ("max_length"). Both are exact; the first wastes no sweep.
+        The number of tokens that are kept is uniform on 0 .. |x| - 1 ("own_length"), or uniform on 0 .. T - 1, with no move if
+        the completion is shorter ("max_length"). Both are exact; the first wastes no sweep.
 
     Notes
     -----
-    Draws are ordered chain by chain: draw d of chain c is n = c * D + d, as `Draws.info["chain"]` (N,) says, and
-    `Draws.to_arviz()` has C chains. Of each prompt, (P,): `acceptance_rate`, and for the scalars `reward`, `log_prior` and
-    `length` ArviZ's R-hat and bulk ESS, `r_hat_reward` and so on, `ess_bulk_reward` and so on, NaN where a scalar is
-    constant. `Draws.ess` is the smallest of the three bulk ESS. Above R-hat = 1.01 the chains disagree; below it they may
-    all have missed the same mode.
+    Draws are ordered chain by chain: draw d of chain c is n = c * D + d, `Draws.info["chain"]` (N,) gives its chain, and
+    `Draws.to_arviz()` has C chains. `Draws.info` also has, in shape (P,), `acceptance_rate` and, for the scalars `reward`,
+    `log_prior` and `length`, ArviZ's R-hat and bulk ESS (`r_hat_reward`, `ess_bulk_reward` and so on), NaN if the scalar is
+    constant. `Draws.ess` is the smallest of the three bulk ESS. An R-hat above 1.01 means that the chains disagree; a smaller
+    one does not exclude that all of them miss the same mode.
+
+    Examples
+    --------
+    The reward is the number of heads among four tosses of a coin, with posterior mean 4 e / (1 + e) = 2.92.
+
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+    >>> heads = bk.TokenReward(lambda tokens, lengths: tokens.sum(axis=1), alpha=1.0)
+    >>> draws = bk.SuffixMH(4, 250, thinning=4).run(bk.Posterior(coin, heads, max_new_tokens=4), seed=0)
+    >>> draws.shape, bool(abs(draws.reward.mean() - 2.92) < 0.2), bool(draws.info["r_hat_reward"][0] < 1.05)
+    ((1, 1000), True, True)
     """
 
     num_chains: int
@@ -74,12 +85,12 @@ class SuffixMH:
         check_cut(self.cut)
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
-        """See `Algorithm.run`; `log_proposal` is NaN, for chains have no proposal density.
+        """See `Algorithm.run`; `log_proposal` is NaN, because draws of a chain have no proposal density.
 
         Raises
         ------
         BudgetError
-            If no prior draw of some prompt has positive likelihood: there is nowhere to start.
+            If some prompt has no prior draw of positive likelihood, so that its chains have no start.
         """
         proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         models, start = (proposal, posterior.prior), time.perf_counter()
@@ -102,7 +113,7 @@ class SuffixMH:
         return self._draws(posterior, kept, rate, cost)
 
     def _draws(self, posterior: Posterior, kept: list[States], rate: FloatArray, cost: Cost) -> Draws:
-        """Return the kept states, chain by chain, with what ArviZ says of them."""
+        """Return the kept states, chain by chain, with ArviZ's diagnostics."""
         shape = (posterior.num_prompts, self.num_chains * self.num_draws)
 
         def chain_by_chain(name: str) -> np.ndarray:  # (D, P * C, ...) to (P, C * D, ...)
@@ -131,9 +142,9 @@ class SuffixMH:
 def starting_states(
     posterior: Posterior, models: tuple[LanguageModel, LanguageModel], num_chains: int, streams: Streams
 ) -> tuple[States, int]:
-    """Return prior draws of positive likelihood, one a chain, and the model tokens they took.
+    """Return prior draws of positive likelihood, one per chain, and the number of model tokens they took.
 
-    `models` are (proposal, prior). Where fewer are found than there are chains, several chains start from the same one.
+    `models` are (proposal, prior). If fewer draws are found than there are chains, several chains start from the same one.
     """
 
     def possible(drawn: Drawn) -> FloatArray:
@@ -155,7 +166,7 @@ def starting_states(
         p = int(found.num_accepted.argmin())
         raise BudgetError(
             f"None of {found.num_proposals[p]} prior draws of prompt {p} ({posterior.prompts[p]!r}) has positive likelihood, "
-            "so that a chain has nowhere to start. Use bk.SMC with a twist that knows the constraint, or relax it to log(eps)."
+            "so that chains have nowhere to start. Use bk.SMC with a twist that knows the constraint, or relax it to log(eps)."
         )
     rows = np.arange(num_chains) % found.num_accepted[:, None]
     prompt = np.arange(posterior.num_prompts)[:, None]
@@ -169,7 +180,7 @@ def starting_states(
 
 
 def _counted(proposed: np.ndarray, accepted: np.ndarray, moved: Moved) -> tuple[np.ndarray, np.ndarray]:
-    """Return the counts of proposed and accepted moves, one sweep more."""
+    """Return the counts (R,) of proposed and accepted moves after one more sweep."""
     return proposed + moved.proposed, accepted + moved.accepted
 
 

@@ -4,10 +4,10 @@
 
     ratio = w(x') / w(x) [|x| / |x'| if t is uniform on 0 .. |x| - 1],   w(x) = p0(x) exp(s r(x) / alpha) / q(x)
 
-The prefix cancels, so whole completions can stand in the ratio; with q = p0 it is exp(s (r' - r) / alpha). s = 1 leaves
-the posterior invariant, 0 < s < 1 a tempered one. If t is uniform on 0 .. T - 1 whatever |x|, and nothing happens where t >=
-|x|, both directions are equally likely and there is no factor of lengths. Forgetting it where it belongs is the classical
-mistake: long completions are cut at any one place less often.
+The prefix cancels, so the ratio can be computed from whole completions; with q = p0 it is exp(s (r' - r) / alpha). The move
+leaves the posterior invariant for s = 1, and a tempered posterior for 0 < s < 1. If t is uniform on 0 .. T - 1 whatever |x|,
+with no move for t >= |x|, both directions are equally likely and there is no factor |x| / |x'|. In the other case the factor
+is needed, because a long completion is cut at any given place less often; omitting it is a common mistake.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ CUTS = ("own_length", "max_length")
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """One completion a chain or particle, R = P * N rows, prompt by prompt.
+    """One completion per chain or particle, R = P * N rows, prompt by prompt.
 
     Parameters
     ----------
     tokens, lengths, reward
-        Shapes (R, T), (R,) and (R,).
+        The completions and their rewards, shapes (R, T), (R,) and (R,).
     log_probs
-        log q(x) and log p0(x), (2, R).
+        log q(x) and log p0(x) in nats, (2, R).
     """
 
     tokens: IntArray
@@ -50,7 +50,7 @@ class States:
         return States(self.tokens[rows], self.lengths[rows], self.reward[rows], self.log_probs[:, rows])
 
     def where(self, chosen: np.ndarray, other: States) -> States:
-        """Return `other`'s rows where chosen (R,), one's own elsewhere."""
+        """Return the rows of `other` where `chosen` (R,) is true, and its own rows elsewhere."""
         return States(
             np.where(chosen[:, None], other.tokens, self.tokens),
             np.where(chosen, other.lengths, self.lengths),
@@ -59,7 +59,7 @@ class States:
         )
 
     def log_weights(self, posterior: Posterior, power: FloatArray | float) -> FloatArray:
-        """Return log p0 + s r / alpha - log q, (R,), with s = `power`, a number or one a row."""
+        """Return log p0 + s r / alpha - log q, (R,), with s = `power`, a number or an array (R,)."""
         log_proposal, log_prior = self.log_probs
         log_ratio = np.where(np.isneginf(log_prior), -np.inf, log_prior - log_proposal)
         weights: FloatArray = log_ratio + tempered(posterior.likelihood.log_likelihood(self.reward), power)
@@ -67,20 +67,23 @@ class States:
 
 
 def tempered(log_likelihood: FloatArray, power: FloatArray | float) -> FloatArray:
-    """Return s times the log-likelihood; what is impossible stays so at every s, 0 included."""
+    """Return s times the log-likelihood; -inf stays -inf at every s, including 0."""
     with np.errstate(invalid="ignore"):  # 0 * -inf
         result: FloatArray = np.where(np.isneginf(log_likelihood), -np.inf, power * log_likelihood)
     return result
 
 
 def check_cut(cut: object) -> None:
-    """Refuse an unknown rule for cuts."""
+    """Raise a `BayesKLRLError` for an unknown rule for cuts."""
     if cut not in CUTS:
         raise BayesKLRLError(f"Unknown rule for cuts {cut!r}; choose one of {list(CUTS)}.")
 
 
 def draw_cuts(lengths: IntArray, max_new_tokens: int, cut: str, uniforms: FloatArray) -> IntArray:
-    """Return t, how many tokens are kept, (R,): uniform below each length, or below T for all."""
+    """Return t, the number of kept tokens of each row, (R,): uniform on 0 .. |x| - 1, or on 0 .. T - 1 for "max_length".
+
+    `uniforms` are random numbers from [0, 1), shape (R,).
+    """
     below = lengths if cut == "own_length" else np.full(lengths.shape, max_new_tokens)
     return np.minimum((uniforms * below).astype(np.int64), below - 1)
 
@@ -88,16 +91,16 @@ def draw_cuts(lengths: IntArray, max_new_tokens: int, cut: str, uniforms: FloatA
 def log_acceptance(
     log_weights: FloatArray, new_log_weights: FloatArray, lengths: IntArray, new_lengths: IntArray, cut: str
 ) -> FloatArray:
-    """Return log min(1, ratio) of moves from x to x'; 0 from where the weight is 0, which is no place to stay.
+    """Return log min(1, ratio) of moves from x to x', (R,); 0 if x has weight 0, so that such a state is always left.
 
     Parameters
     ----------
     log_weights, new_log_weights
-        log w of x and x'.
+        log w(x) and log w(x'), (R,) each.
     lengths, new_lengths
-        |x| and |x'|.
+        |x| and |x'|, (R,) each.
     cut
-        One of `CUTS`.
+        The rule for cuts, one of `CUTS`.
     """
     with np.errstate(invalid="ignore"):  # -inf - -inf
         log_ratio = new_log_weights - log_weights
@@ -109,7 +112,17 @@ def log_acceptance(
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """Where a move led: the states, which rows had something to redraw, which of these accepted, and the cost."""
+    """The result of one move of every row.
+
+    Parameters
+    ----------
+    states
+        The states after the move.
+    proposed, accepted
+        Whether a row was cut before its end, and whether its new suffix was accepted, bool (R,) each.
+    model_tokens
+        Number of tokens that passed through a model.
+    """
 
     states: States
     proposed: np.ndarray
@@ -125,23 +138,23 @@ def suffix_move(
     cut: str,
     rngs: Generators,
 ) -> Moved:
-    """Move every row once, all of them in one decoding: kept tokens are given, the others drawn.
+    """Move every row once, all rows in one decoding: kept tokens are forced, the others are drawn.
 
     Parameters
     ----------
     posterior
         The posterior.
     models
-        (q, p0).
+        The language models (q, p0).
     states
-        The rows, N for each prompt.
+        The current completions, N per prompt.
     power
-        s, a number or one a row.
+        s, a number or an array (R,).
     cut
-        One of `CUTS`.
+        The rule for cuts, one of `CUTS`.
     rngs
-        One generator for each prompt, the source of cuts, tokens and decisions. Every move takes as much from each, whatever
-        the lengths of completions.
+        One generator per prompt for cuts, tokens and decisions. Every move takes the same number of values from each,
+        whatever the lengths of completions.
     """
     num_rows = states.lengths.size
     num_draws = num_rows // posterior.num_prompts

@@ -1,4 +1,4 @@
-"""Posteriors that are defined by the means they must have, instead of by a reward.
+"""Posteriors that are defined by given means of features instead of by a reward.
 
-Read `constraints` first (`moment_constraint`), then `feasibility` (whether any distribution has such means).
+Read `constraints` first (`moment_constraint`), then `feasibility` (the check that some distribution has these means).
 """

@@ -1,11 +1,11 @@
-"""Posteriors by what they must look like on average: the generative distributional control of Khalifa et al. (2021).
+"""Posteriors with given means of features: the generative distributional control of Khalifa et al. (2021).
 
-Of all distributions with E[f_j(x)] = mu_j, j = 1..J, the nearest to the prior in KL is
+Among all distributions with E[f_j(x)] = mu_j, j = 1..J, the nearest to the prior in KL is
 
     p_lambda(x) = p0(x) exp(sum_j lambda_j f_j(x)) / Z(lambda),
 
-lambda the minimum of the convex log Z(lambda) - lambda . mu, gradient E_lambda[f] - mu, Hessian Cov_lambda[f] (theory.md
-1.13). So alpha_j = 1 / lambda_j: a target for the mean chooses the KL coefficient, and a reward need not be weighed by hand.
+where lambda minimises the convex log Z(lambda) - lambda . mu, with gradient E_lambda[f] - mu and Hessian Cov_lambda[f]
+(theory.md 1.13). So alpha_j = 1 / lambda_j: a target for the mean determines the KL coefficient.
 """
 
 from __future__ import annotations
@@ -32,33 +32,45 @@ __all__ = ["MomentConstraint", "moment_constraint"]
 
 Feature = Likelihood | Callable[..., Any]
 
-_LEAST_ESS = 10  # below it nothing is said of a mean (theory.md 7.1)
-_TOLERANCE = 1e-10  # of a mean, in prior standard deviations
-_COARSE = 1e-6  # what is good enough where the objective has no more digits
+_LEAST_ESS = 10  # smallest effective sample size at which a mean is reported (theory.md 7.1)
+_TOLERANCE = 1e-10  # error of a mean, in prior standard deviations
+_COARSE = 1e-6  # accepted error if the objective has no more digits
 _MAX_STEPS, _SMALLEST_STEP = 200, 1e-12
-_SMALLEST_LAMBDA = 1e-12  # a target that the prior meets by itself
+_SMALLEST_LAMBDA = 1e-12  # used if the prior already has the target mean
 
 
 @dataclass(frozen=True, eq=False)
 class MomentConstraint:
-    """The nearest posterior that has the means asked for.
+    """The distribution nearest to the prior that has the given means, as returned by `moment_constraint`.
 
     Parameters
     ----------
     posterior
-        Its likelihood is the product of exp(lambda_j f_j).
+        The posterior whose likelihood is the product of exp(lambda_j f_j).
     lambdas
-        (J,), one for all prompts.
+        The weights lambda of the features, the same for all prompts, (J,).
     means
-        E[f] under it, as far as known: exactly, or by the reweighted pool; mean over prompts, (J,).
+        E[f] under the posterior, mean over prompts, (J,): exact, or estimated by the reweighted pool.
     prior_means
-        E[f] under the prior, (J,).
+        E[f] under the prior, mean over prompts, (J,).
     log_evidence
         log Z(lambda) of each prompt, (P,).
     ess
-        Effective sample size of the pool at lambda, (P,); NaN where all completions were enumerated.
+        Effective sample size of the pool at lambda, (P,); NaN if all completions were enumerated.
     is_exact
-        Whether they were.
+        Whether all completions were enumerated.
+
+    Examples
+    --------
+    The result holds a posterior for any algorithm; here token 1 has prior probability 0.1 and gets probability 0.5.
+
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.9, 0.1]), eos_token_id=None)
+    >>> is_1 = bk.TokenReward(lambda tokens, lengths: tokens[:, 0], alpha=1.0)
+    >>> found = bk.moment_constraint(coin, is_1, 0.5, max_new_tokens=1)
+    >>> exact = bk.Exact().run(found.posterior, seed=0)
+    >>> exact.mean(exact.tokens[..., 0]).round(6), found.alphas.round(3)
+    (array([0.5]), array([0.455]))
     """
 
     posterior: Posterior
@@ -71,7 +83,7 @@ class MomentConstraint:
 
     @property
     def alphas(self) -> FloatArray:
-        """1 / lambda, (J,): the KL coefficients that RL would need; negative where a mean is pushed down."""
+        """1 / lambda, (J,): the KL coefficients that RL would need; negative if the mean is below the prior's."""
         alphas: FloatArray = 1 / self.lambdas
         return alphas
 
@@ -93,37 +105,39 @@ def moment_constraint(
     Parameters
     ----------
     prior, prompts, max_new_tokens
-        See `Posterior`. With several prompts one lambda is found, and E[f] is a mean over prompts.
+        The language model, prompts and largest number of tokens, as in `Posterior`. For several prompts one lambda is found,
+        and E[f] is the mean over prompts.
     features
-        One or J of: a function of a list of completions, a `Reward`, `TokenReward` or `AutomatonReward`. They are read for
-        their functions; alphas are replaced.
+        One feature or a list of J: each is a function of a list of completions, a `Reward`, `TokenReward` or
+        `AutomatonReward`. Only their functions are used; their alphas are replaced.
     targets
-        mu, one number a feature.
+        The means mu, one number per feature.
     num_draws
-        Size of the pool of prior draws; None: every completion is enumerated, if there are at most `max_sequences`, and the
-        pool has 10,000 draws otherwise.
+        Number of prior draws per prompt in the pool. None enumerates all completions if there are at most `max_sequences`,
+        and otherwise uses 10,000 draws.
     seed
-        Of the pool.
+        Seed for all random numbers.
     max_sequences
-        See `num_draws`.
+        The largest number of completions, over all prompts, that is enumerated.
     progress
         Show a progress bar.
 
     Raises
     ------
     BayesKLRLError
-        If no distribution has these means (mu outside the hull of f), or none with a finite lambda (mu on its boundary).
+        If no distribution has these means (mu is outside the convex hull of f), or none with a finite lambda (mu is on its
+        boundary).
     BudgetError
-        If the pool is too small to say: effective sample size below 10 at lambda.
+        If the pool is too small: the effective sample size at lambda is below 10.
 
     Examples
     --------
-    A feature of prior mean 0.07 that shall hold half of the time: lambda = logit 0.5 - logit 0.07.
+    A feature with prior mean 0.07 gets mean 0.5, so that lambda = logit 0.5 - logit 0.07.
 
     >>> import numpy as np, bayes_klrl as bk
     >>> coin = bk.NgramLM(np.log([0.93, 0.07]), eos_token_id=None)
     >>> is_1 = bk.TokenReward(lambda tokens, lengths: tokens[:, 0], alpha=1.0)
-    >>> found = moment_constraint(coin, is_1, 0.5, max_new_tokens=1)
+    >>> found = bk.moment_constraint(coin, is_1, 0.5, max_new_tokens=1)
     >>> found.lambdas.round(3), found.means.round(6)
     (array([2.587]), array([0.5]))
     """
@@ -142,8 +156,8 @@ def moment_constraint(
     if not is_exact and ess.min() < _LEAST_ESS:
         raise BudgetError(
             f"At lambda = {lambdas.round(3).tolist()} the pool of {values.shape[1]:,} prior draws has an effective sample "
-            f"size of {ess.min():.1f}, too few to know the mean of anything. Raise num_draws, or ask for means nearer to the "
-            f"prior's, {_means(values, log_base).round(3).tolist()}."
+            f"size of {ess.min():.1f}, too small to estimate a mean. Raise num_draws, or ask for means nearer to the prior's, "
+            f"{_means(values, log_base).round(3).tolist()}."
         )
     return MomentConstraint(
         posterior=Posterior(prior, _product(factors, lambdas), prompts=prompts, max_new_tokens=max_new_tokens),
@@ -167,7 +181,7 @@ def _factors(features: Feature | Sequence[Feature]) -> tuple[Factor, ...]:
             if not isinstance(feature, Reward | TokenReward | AutomatonReward):
                 raise BayesKLRLError(
                     f"A feature is a function of completions, a bk.Reward, bk.TokenReward or bk.AutomatonReward; got "
-                    f"{feature!r}. A hard constraint has no mean to aim for: multiply it into the posterior instead."
+                    f"{feature!r}. A hard constraint has no mean to choose: multiply it into the posterior instead."
                 )
             factors.append(feature)
     if not factors:
@@ -182,7 +196,7 @@ def _targets(targets: float | Sequence[float], num: int) -> FloatArray:
     except (TypeError, ValueError):
         mu = np.array([np.nan])
     if mu.shape != (num,) or not np.isfinite(mu).all():
-        raise BayesKLRLError(f"targets needs one finite number a feature, {num} in all; got {targets!r}.")
+        raise BayesKLRLError(f"targets needs one finite number per feature, {num} in all; got {targets!r}.")
     return mu
 
 
@@ -215,7 +229,7 @@ def _at_alpha(factor: Factor, alpha: float) -> Factor:
 
 
 def _negated(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return -fn with the same signature, which is what says what a reward is called with."""
+    """Return -fn with the same signature, because the signature decides how a reward is called."""
 
     @wraps(fn)
     def negative(*arguments: Any, **named: Any) -> FloatArray:
@@ -227,7 +241,7 @@ def _negated(fn: Callable[..., Any]) -> Callable[..., Any]:
 def _support(
     base: Posterior, factors: tuple[Factor, ...], num_draws: int | None, seed: int, progress: bool
 ) -> tuple[FloatArray, FloatArray]:
-    """Return f, shape (P, N, J), on all completions or on a pool of prior draws, and their log prior weights (P, N)."""
+    """Return f of all completions or of a pool of prior draws, shape (P, N, J), and their log prior weights (P, N)."""
     if num_draws is None:
         draws = enumerated_posterior(base, method="enumeration")
         log_base = draws.log_prior
@@ -242,12 +256,12 @@ def _support(
     ]
     values = np.stack(columns, axis=2)
     if not np.isfinite(values[np.isfinite(log_base)]).all():
-        raise BayesKLRLError("A feature is -inf for a completion that the prior can draw, so it has no mean.")
+        raise BayesKLRLError("A feature is -inf for a completion that the prior can draw, so it has no finite mean.")
     return np.where(np.isfinite(log_base)[..., None], values, 0.0), log_base
 
 
 def _newton(values: FloatArray, log_base: FloatArray, mu: FloatArray) -> FloatArray:
-    """Return argmin of mean_p log Z_p(lambda) - lambda . mu, each step halved until it descends (Armijo)."""
+    """Return the minimum of mean_p log Z_p(lambda) - lambda . mu by Newton steps, halved until they descend (Armijo), (J,)."""
     lambdas = np.zeros(len(mu))
     spread = np.sqrt(np.maximum(np.diag(_covariance(values, log_base)), np.finfo(float).tiny))
 
@@ -263,25 +277,25 @@ def _newton(values: FloatArray, log_base: FloatArray, mu: FloatArray) -> FloatAr
         before, slope, size = objective(lambdas), float(gradient @ step), 1.0
         while size > _SMALLEST_STEP and objective(lambdas + size * step) > before + 1e-4 * size * slope:
             size /= 2
-        if size <= _SMALLEST_STEP:  # the digits of the objective are spent
+        if size <= _SMALLEST_STEP:  # the objective has no more digits
             break
         lambdas = lambdas + size * step
     if (np.abs(gradient) <= _COARSE * spread).all():
         return lambdas
     raise BayesKLRLError(
         f"Newton's method stopped {np.abs(gradient).max():.2g} short of the targets, at lambda = {lambdas.round(3).tolist()}: "
-        "they are too near what only few completions reach. Move them towards the prior's means."
+        "only few completions reach means near the targets. Move the targets towards the prior's means."
     )
 
 
 def _means(values: FloatArray, log_weights: FloatArray) -> FloatArray:
-    """Return E[f], mean over prompts, (J,)."""
+    """Return E[f] by self-normalised weights, mean over prompts, (J,)."""
     means: FloatArray = np.einsum("pn,pnj->pj", normalised(log_weights), values).mean(axis=0)
     return means
 
 
 def _covariance(values: FloatArray, log_weights: FloatArray) -> FloatArray:
-    """Return Cov[f], mean over prompts, (J, J)."""
+    """Return Cov[f] by self-normalised weights, mean over prompts, (J, J)."""
     weights = normalised(log_weights)
     centred = values - np.einsum("pn,pnj->pj", weights, values)[:, None]
     covariance: FloatArray = np.einsum("pn,pnj,pnk->jk", weights, centred, centred) / len(weights)

@@ -1,8 +1,8 @@
-"""Whether any distribution can have the means that were asked for: mu must lie inside the convex hull of the features.
+"""The check that some distribution has the given means: mu must lie inside the convex hull of the features.
 
-mu is on the boundary, or outside, when a direction u != 0 has u . f(x) >= u . mu for all x, with ">" for some: then
-log Z(lambda) - lambda . mu decreases for ever along -u, and no lambda is best. With several prompts hulls add: min over x for
-each prompt, mean over prompts.
+mu is on the boundary or outside if there is a direction u != 0 with u . f(x) >= u . mu for all x, and ">" for some x. Then
+log Z(lambda) - lambda . mu decreases without end along -u, and no lambda is optimal. For several prompts the hulls are
+averaged: the minimum over x is taken for each prompt, then the mean over prompts.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ _SOLVER_ROUNDING = 1e-6  # linear programmes are solved to 1e-7
 
 
 def check_feasible(values: FloatArray, log_base: FloatArray, targets: FloatArray, is_exact: bool) -> None:
-    """Refuse targets on the boundary of the hull of the features, or outside it.
+    """Raise a `BayesKLRLError` if the targets are not inside the convex hull of the features.
 
     Parameters
     ----------
     values
-        f, shape (P, N, J).
+        The features f of N completions per prompt, shape (P, N, J).
     log_base
-        Log prior weights, (P, N); what has none does not count.
+        Log prior weights, (P, N); completions of weight -inf are ignored.
     targets
-        mu, (J,).
+        The means mu, (J,).
     is_exact
-        Whether these are all completions, or a pool of draws.
+        Whether these are all completions, rather than a pool of draws.
 
     Raises
     ------
     BayesKLRLError
-        With the range that one feature can have, or what several cannot have together.
+        If a target is outside or at an end of the range of its feature, or if several targets cannot hold together.
     """
     possible = [np.unique(rows[np.isfinite(weights)], axis=0) for rows, weights in zip(values, log_base, strict=True)]
     low = np.mean([rows.min(axis=0) for rows in possible], axis=0)
@@ -51,32 +51,32 @@ def check_feasible(values: FloatArray, log_base: FloatArray, targets: FloatArray
         if not least + _ROUNDING < target < most - _ROUNDING:
             raise BayesKLRLError(
                 f"The mean {target:g} of feature {j} is an end of its range {where}, {least:g} to {most:g}: lambda would be "
-                "infinite. Ask for a mean strictly between, or for this value always, by a bk.Constraint (a hard one, "
-                f"with no alpha).{more}"
+                "infinite. Ask for a mean strictly between the ends, or demand this value of every completion by a "
+                f"bk.Constraint, which has no alpha.{more}"
             )
     if len(targets) > 1:
         _check_jointly(possible, targets, high - low, where, more)
 
 
 def _check_jointly(possible: list[FloatArray], targets: FloatArray, spread: FloatArray, where: str, more: str) -> None:
-    """Refuse means that each feature can have, but not all at once."""
+    """Raise a `BayesKLRLError` if each feature can have its mean, but not all together."""
     scaled = [(rows - targets) / spread for rows in possible]
     if _best_direction(scaled, np.mean([rows.mean(axis=0) for rows in scaled], axis=0)) <= _SOLVER_ROUNDING:
         return
     outside = _best_direction(scaled, None) > _SOLVER_ROUNDING
     what = "No distribution gives" if outside else "Only distributions on a part of all completions give"
-    cure = "or replace one of them by a bk.Constraint (a hard one, with no alpha)" if not outside else "together"
+    cure = "together" if outside else "or replace one of them by a bk.Constraint, which has no alpha"
     raise BayesKLRLError(
-        f"{what} the features the means {targets.tolist()} at once {where}: they are "
-        f"{'outside' if outside else 'on the boundary of'} the hull of their values. Ask for means that can be had, {cure}."
+        f"{what} the features the means {targets.tolist()} together {where}: they are "
+        f"{'outside' if outside else 'on the boundary of'} the hull of their values. Ask for means that are possible {cure}."
         f"{more}"
     )
 
 
 def _best_direction(scaled: list[FloatArray], objective: FloatArray | None) -> float:
-    """Return the most that a supporting direction u in [-1, 1]^J can have, of u . objective or else of mean_p min_x u . f.
+    """Return the maximum over supporting directions u in [-1, 1]^J of u . objective, or of mean_p min_x u . f if it is None.
 
-    A linear programme in u and m_p <= u . f_p(x) for all x, with mean_p m_p >= 0.
+    This is a linear programme in u and m_p <= u . f_p(x) for all x, with mean_p m_p >= 0.
     """
     from scipy.optimize import linprog
 

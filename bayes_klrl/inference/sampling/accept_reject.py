@@ -1,10 +1,10 @@
-"""Propose, accept with a probability, until there are enough: what rejection, quasi-rejection and chain starts share.
+"""Proposing and accepting until there are N draws: the loop shared by rejection, quasi-rejection and the starts of chains.
 
     x ~ q,   accept with probability min(1, w(x) / B),   w = p0(x) exp(r(x) / alpha) / q(x) or any other weight
 
-Proposals are drawn in blocks that adapt to the acceptance rate; each prompt's stream of proposals is read in order and
-ends with its N-th acceptance. So blocks leave no trace: what is accepted are independent draws of q min(1, w / B) over its
-sum, and the number of proposals has the negative binomial law.
+Proposals are drawn in blocks whose size adapts to the acceptance rate; each prompt's stream of proposals is read in order
+and ends with its N-th acceptance. The result therefore does not depend on the blocks: accepted completions are independent
+draws from q min(1, w / B), normalised, and the number of proposals has a negative binomial distribution.
 """
 
 from __future__ import annotations
@@ -27,28 +27,29 @@ from bayes_klrl.weights import logsumexp
 
 __all__ = ["Accepted", "accept_reject", "check_max_proposals"]
 
-_ACCEPTANCE = 1  # of the streams that decide on acceptance
-_MAX_ROWS = 4096  # of one block, over all prompts
-_MARGIN = 1.2  # how many more than expected are proposed at once: a little waste against one block more
+_ACCEPTANCE = 1  # number of the streams that decide on acceptance
+_MAX_ROWS = 4096  # most proposals in one block, over all prompts
+_MARGIN = 1.2  # proposals per expected need: a little waste is cheaper than one more block
 
 LogWeights = Callable[[Drawn], FloatArray]
 
 
 @dataclass(eq=False)
 class Accepted:
-    """The first N accepted proposals of each of P prompts; fewer where a budget ended.
+    """The first N accepted proposals of each of P prompts; fewer if the budget ends first.
 
     Parameters
     ----------
     tokens, lengths, log_probs, reward
-        Shapes (P, N, T), (P, N), (models, P, N) and (P, N); rows past `num_accepted` mean nothing.
+        The accepted completions, shapes (P, N, T), (P, N), (models, P, N) and (P, N); entries from `num_accepted` on are
+        not used.
     num_accepted, num_proposals
-        Of each prompt, (P,); proposals up to and including the N-th acceptance.
+        Acceptances of each prompt, and proposals up to and including the N-th acceptance, (P,) each.
     num_drawn, log_sum_weights, log_sum_acceptance
-        Over every proposal drawn, those after the N-th acceptance included, (P,): their number, log sum of w, and log
-        sum of min(1, w / B).
+        Number, log sum of w and log sum of min(1, w / B) of all proposals that were drawn, (P,) each. Proposals after the
+        N-th acceptance are included.
     model_tokens
-        Tokens that went through a model.
+        Number of tokens that passed through a model.
     """
 
     tokens: IntArray
@@ -64,7 +65,7 @@ class Accepted:
 
     @classmethod
     def none(cls, num_models: int, posterior: Posterior, num_draws: int) -> Accepted:
-        """Return what is there before the first block."""
+        """Return the empty record before the first block."""
         shape = (posterior.num_prompts, num_draws)
         zero, nothing = np.zeros(shape[0], dtype=np.int64), np.full(shape[0], -np.inf)
         return cls(
@@ -81,20 +82,20 @@ class Accepted:
 
     @property
     def log_mean_weight(self) -> FloatArray:
-        """Log mean of w over every proposal, (P,): the importance-sampling estimate of log Z."""
+        """Log mean of w over all proposals, (P,): the importance-sampling estimate of log Z."""
         return self.log_sum_weights - np.log(self.num_drawn)
 
     @property
     def log_acceptance_rate(self) -> FloatArray:
-        """Log mean of min(1, w / B) over every proposal, (P,)."""
+        """Log mean of min(1, w / B) over all proposals, (P,)."""
         return self.log_sum_acceptance - np.log(self.num_drawn)
 
     def open_prompts(self, max_proposals: int) -> IntArray:
-        """Return the prompts that lack draws and have budget left; all of them have proposed equally often."""
+        """Return the indices of prompts that need more draws and have budget left; they all have equally many proposals."""
         return np.flatnonzero((self.num_accepted < self.reward.shape[1]) & (self.num_proposals < max_proposals))
 
     def next_block(self, prompts: IntArray, max_proposals: int) -> int:
-        """Return how many to propose next for each open prompt: what the neediest of them probably lacks."""
+        """Return the number of proposals per open prompt in the next block: what the slowest of them is expected to need."""
         lacking, drawn = self.reward.shape[1] - self.num_accepted[prompts], self.num_drawn[prompts]
         rate = np.maximum(np.exp(self.log_sum_acceptance[prompts]), 0.5) / np.maximum(drawn, 1)
         needed = np.where(drawn == 0, lacking, _MARGIN * lacking / rate).max()
@@ -104,7 +105,7 @@ class Accepted:
     def add(
         self, prompts: IntArray, drawn: Drawn, log_weights: FloatArray, log_acceptance: FloatArray, taken: np.ndarray
     ) -> None:
-        """Take the accepted proposals of a block, in order, as many as are lacking."""
+        """Store the accepted proposals of a block in order, up to N in all."""
         for row, p in enumerate(prompts):
             start = self.num_accepted[p]
             chosen = np.flatnonzero(taken[row])[: self.reward.shape[1] - start]
@@ -126,12 +127,13 @@ class Accepted:
         self.model_tokens += drawn.model_tokens
 
     def draws(self, posterior: Posterior, method: str, cost: Cost) -> Draws:
-        """Return what was accepted as draws that weigh equally: N of each prompt, or as many as each prompt has.
+        """Return the accepted completions as N equally weighted draws per prompt.
 
         Raises
         ------
         BudgetError
-            If some prompt lacks draws. It carries those that every prompt has, the first ones; none if a prompt has none.
+            If some prompt has fewer than N. The error carries the first M draws of every prompt, where M is the smallest
+            number of acceptances; it carries None if M = 0.
         """
         num_draws, least = self.reward.shape[1], int(self.num_accepted.min())
         draws = None
@@ -150,7 +152,7 @@ class Accepted:
             raise BudgetError(
                 f"{method}: {self.num_accepted[p]} of num_draws = {num_draws} draws of prompt {p} "
                 f"({posterior.prompts[p]!r}) were accepted in {self.num_proposals[p]} proposals. Raise max_proposals, use "
-                "a larger alpha, or bk.SMC, which needs no acceptance.",
+                "a larger alpha, or use bk.SMC, which has no acceptance step.",
                 draws,
             )
         return draws
@@ -168,20 +170,20 @@ def accept_reject(
     description: str,
     progress: bool,
 ) -> Accepted:
-    """Propose until each prompt has N acceptances or has spent its budget.
+    """Propose until each prompt has N acceptances or has used up its budget.
 
     Parameters
     ----------
     models, posterior
-        See `draw`: `models[0]` proposes.
+        The models that score completions, of which `models[0]` proposes, and the posterior; see `draw`.
     log_weights
-        log w of drawn proposals, (P, N).
+        A function that returns log w of drawn proposals, (P, N).
     log_bound
-        log B.
+        The bound log B, in nats.
     num_draws, max_proposals
-        N, and the most proposals for each prompt.
+        Number of acceptances wanted per prompt, N, and the largest number of proposals per prompt.
     streams, description, progress
-        See `draw`.
+        Random numbers, title of the progress bar and whether it is shown; see `draw`.
     """
     keys = prompt_keys(posterior.prompt_ids)
     accepted = Accepted.none(len(models), posterior, num_draws)
@@ -204,9 +206,9 @@ def accept_reject(
 
 
 def check_max_proposals(max_proposals: object, num_draws: int) -> None:
-    """Refuse a budget that could not hold as many acceptances as are wanted."""
+    """Raise a `BayesKLRLError` if `max_proposals` is smaller than `num_draws`."""
     check_count("max_proposals", max_proposals)
     if max_proposals < num_draws:  # type: ignore[operator]
         raise BayesKLRLError(
-            f"max_proposals = {max_proposals} for each prompt is less than num_draws = {num_draws}. Raise max_proposals."
+            f"max_proposals = {max_proposals} per prompt is less than num_draws = {num_draws}. Raise max_proposals."
         )

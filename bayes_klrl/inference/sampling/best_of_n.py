@@ -1,8 +1,8 @@
 """Best-of-n: draw n completions from the prior, keep the one of highest reward.
 
-No posterior, but what most people run first. With rewards that do not tie, KL(best-of-n || p0) = log n - (n - 1) / n; with
-ties it is lower (Beirami et al. 2024), see `order_statistics`. Its draws have no density that can be evaluated, hence no
-weights.
+Best-of-n does not sample from the posterior; it is the baseline that most people run first. If rewards never tie,
+KL(best-of-n || p0) = log n - (n - 1) / n; with ties it is smaller (Beirami et al. 2024), see `order_statistics`. The density
+of a draw cannot be evaluated, so draws have no importance weights.
 """
 
 from __future__ import annotations
@@ -25,19 +25,31 @@ __all__ = ["BestOfN"]
 
 @dataclass(frozen=True)
 class BestOfN:
-    """Draws that each are the best of n prior draws; ties go to the first.
+    """Draws each of which is the best of n prior draws; among equal rewards the first one is taken.
 
     Parameters
     ----------
     n
-        Candidates for each draw.
+        Number of candidates per draw.
     num_draws
-        N for each prompt, so that n * N completions are decoded.
+        Number of draws per prompt, N; n * N completions per prompt are decoded.
 
     Notes
     -----
-    `Draws.info`, each of shape (P,) and estimated from the rewards of all n * N candidates: `kl_prior`, KL(best-of-n || p0)
-    in nats, ties included, and `win_rate` against one prior draw.
+    `Draws.info` has two entries of shape (P,), estimated from the rewards of all n * N candidates: `kl_prior`, which is
+    KL(best-of-n || p0) in nats with ties taken into account, and `win_rate`, the probability of a higher reward than one prior
+    draw, with ties counted half.
+
+    Examples
+    --------
+    The reward is the length; the best of 32 coin sequences has the largest length, 3.
+
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> draws = bk.BestOfN(32, num_draws=4).run(bk.Posterior(coin, longer, max_new_tokens=3), seed=0)
+    >>> draws.reward
+    array([[3., 3., 3., 3.]])
     """
 
     n: int
@@ -48,7 +60,7 @@ class BestOfN:
         check_count("num_draws", self.num_draws)
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
-        """See `Algorithm.run`; `log_proposal` is NaN, for best-of-n has no density that can be evaluated."""
+        """See `Algorithm.run`; `log_proposal` is NaN, because the density of best-of-n cannot be evaluated."""
         start = time.perf_counter()
         drawn = draw(
             (posterior.prior,),
@@ -59,7 +71,7 @@ class BestOfN:
             progress=progress,
         )
         candidates = drawn.reward.reshape(-1, self.num_draws, self.n)
-        best = candidates.argmax(axis=2) + self.n * np.arange(self.num_draws)  # (P, N), the first of equals
+        best = candidates.argmax(axis=2) + self.n * np.arange(self.num_draws)  # (P, N), the first among equals
         prompt = np.arange(len(best))[:, None]
         draws = Draws.equally_weighted(
             posterior,

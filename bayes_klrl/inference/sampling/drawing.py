@@ -1,4 +1,4 @@
-"""Independent completions of a model with everything they are judged by: what importance sampling and guides share."""
+"""Independent completions of a model with their log-probs and rewards, for importance sampling and for guides."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ __all__ = ["Drawn", "draw"]
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """N completions for each of P prompts.
+    """N completions for each of P prompts, with their log-probs and rewards.
 
     Parameters
     ----------
     sequences
         The completions.
     log_probs
-        Under each model, shape (models, P, N).
+        The log-prob of each completion under each model in nats, shape (models, P, N).
     reward
-        Shape (P, N).
+        The reward of each completion, shape (P, N).
     model_tokens
-        Tokens that went through a model.
+        Number of tokens that went through a model.
     info
-        For a model in half precision `scoring_gap`, (P,), of the first block.
+        For a model in half precision `scoring_gap`, shape (P,): the largest difference between decoded and teacher-forced
+        log-probs in the first block, in nats. Empty for other models.
     """
 
     sequences: Sequences
@@ -53,11 +54,27 @@ def draw(
     prompts: IntArray | None = None,
     first: int = 0,
 ) -> Drawn:
-    """Return N completions a prompt drawn from `models[0]`, scored by all of them and by the reward.
+    """Return N completions per prompt drawn from `models[0]`, scored by all models and by the reward.
 
-    Rewards are computed block by block, so that one that fails does so early. With `prompts`, indices of some of the
-    posterior's, only these are drawn for, and P is their number. The draws are numbers `first`, `first` + 1, ... of each
-    prompt's stream: the same ones whatever N is, and whichever other prompts there are.
+    Rewards are computed block by block, so that a reward that fails does so early. The draws of a prompt depend neither on N
+    nor on the other prompts.
+
+    Parameters
+    ----------
+    models
+        The models; the first one draws, and all of them score.
+    posterior
+        The posterior whose prompts and reward are used.
+    num_draws
+        N, the number of completions per prompt.
+    streams
+        The random numbers.
+    description, progress
+        Text of the progress display, and whether to show it.
+    prompts
+        Indices of the prompts to draw for; P is then their number. None: all prompts of the posterior.
+    first
+        The draws are those with the numbers `first`, `first` + 1, ... in each prompt's stream.
     """
     index = np.arange(posterior.num_prompts) if prompts is None else prompts
     prompt_ids = [posterior.prompt_ids[p] for p in index]

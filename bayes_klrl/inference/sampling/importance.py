@@ -2,8 +2,8 @@
 
     x_n ~ q,   log w_n = log p0(x_n) + r(x_n) / alpha - log q(x_n),   log Z-hat = logmeanexp_n log w_n
 
-E[Z-hat] = Z exactly, for any q that is positive where the posterior is. From the prior, log w = r / alpha, and ESS / N
-tends to Z(b)^2 / Z(2b): it takes exp(KL(p* || p0)) draws and more (Chatterjee and Diaconis 2018).
+E[Z-hat] = Z exactly, for any q that is positive where the posterior is. With the prior as proposal, log w = r / alpha, and
+ESS / N tends to Z(b)^2 / Z(2b) with b = 1 / alpha; at least exp(KL(p* || p0)) draws are needed (Chatterjee and Diaconis 2018).
 """
 
 from __future__ import annotations
@@ -26,17 +26,20 @@ __all__ = ["ImportanceSampling"]
 
 @dataclass(frozen=True)
 class ImportanceSampling:
-    """Weighted draws from a proposal; the reference beside which every other method is shown.
+    """Weighted draws from a proposal: the baseline that every other method is compared with.
 
     Parameters
     ----------
     num_draws
-        N for each prompt.
+        Number of draws per prompt, N.
     proposal
-        A language model on the prior's vocabulary; None: the prior; an `SVI`: fitted first, then corrected.
+        The model to draw from: None for the prior, a language model on the prior's vocabulary, or a recipe such as `SVI`,
+        which is fitted first, so that its draws are then corrected by weights.
 
     Examples
     --------
+    A fair coin is tossed once and the reward is 1 for either side, so that log Z = 1.
+
     >>> import numpy as np, bayes_klrl as bk
     >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
     >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
@@ -57,7 +60,7 @@ class ImportanceSampling:
         Raises
         ------
         BudgetError
-            If no draw of some prompt has positive likelihood; it carries the draws.
+            If some prompt has no draw of positive likelihood. The error carries the draws.
         """
         proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         start = time.perf_counter()
@@ -88,7 +91,7 @@ def require_positive_weight(draws: Draws) -> Draws:
         p = int(np.isneginf(draws.log_evidence).argmax())
         raise BudgetError(
             f"None of the {draws.shape[1]} draws of prompt {p} ({draws.prompts[p]!r}) has positive likelihood. Draw more, "
-            "use a proposal that knows the constraint, or relax it to log(eps). The draws are in this error's `draws`.",
+            "use a proposal that knows the constraint, or relax it to log(eps). This error's `draws` holds the draws.",
             draws,
         )
     return draws

@@ -1,12 +1,13 @@
-"""Best-of-n by order statistics: its law, its divergence from the prior and its win rate, ties included.
+"""The exact distribution of best-of-n by order statistics: its density, its KL from the prior and its win rate, with ties.
 
-Let the prior give the mass m_l to the level l of equal reward, and F_l to rewards up to it. The best of n draws is in level
-l with probability F_l^n - F_{l-1}^n, and within a level it follows the prior, so (theory.md 6.5; Beirami et al. 2024)
+Let the prior give mass m_l to the completions of equal reward at level l, and mass F_l to rewards up to that level. The best
+of n draws is at level l with probability F_l^n - F_{l-1}^n, and within a level it follows the prior, so
+(theory.md 6.5; Beirami et al. 2024)
 
     p_n(x) = p0(x) / m_l (F_l^n - F_{l-1}^n),   KL(p_n || p0) = sum_l (F_l^n - F_{l-1}^n) log ((F_l^n - F_{l-1}^n) / m_l)
 
-Where rewards never tie the sum becomes an integral over F of n F^(n-1) log(n F^(n-1)) from 0 to 1, which is
-log n - (n - 1) / n, an upper bound in every case.
+If rewards never tie, the sum becomes the integral of n F^(n-1) log(n F^(n-1)) over F from 0 to 1, which is
+log n - (n - 1) / n. This value is an upper bound in every case.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _OfLevels = Callable[[FloatArray, np.ndarray, int], float]
 
 
 def best_of_n_kl_bound(n: int) -> float:
-    """Return log n - (n - 1) / n, attained where rewards never tie."""
+    """Return the bound log n - (n - 1) / n on the KL in nats, attained if rewards never tie."""
     check_count("n", n)
     return float(np.log(n) - (n - 1) / n)
 
@@ -38,18 +39,22 @@ def best_of_n_kl(reward: ArrayLike, n: int, log_prior: ArrayLike | None = None) 
     Parameters
     ----------
     reward
-        Of every completion if `log_prior` is given, and the result is exact; else of M draws from the prior, and it is the
-        estimate with their shares as level masses.
+        Rewards, shape (..., M): of every completion if `log_prior` is given, and the result is exact; otherwise of M draws
+        from the prior, and the result is an estimate in which each level's mass is its share of the draws.
     n
-        Candidates.
+        Number of candidates.
     log_prior
-        log p0 of every completion, of the shape of `reward`.
+        log p0 of every completion, in the shape of `reward`.
+
+    Returns
+    -------
+    The KL in nats, in the shape of `reward` without its last axis.
 
     Notes
     -----
-    A reward that only one of M draws has tells nothing about ties: such draws count as a continuum, for which the integral
-    is known, so that rewards without ties give the bound exactly. Where rare levels hide among them the estimate is too
-    high, never above the bound; it tends to the exact value as M grows.
+    A reward that occurs once among M draws says nothing about ties. Such draws are treated as a continuum, for which the
+    integral is known, so that rewards without ties give the bound exactly. If some of them belong to rare levels the estimate
+    is too high, but never above the bound; it tends to the exact value as M grows.
 
     Examples
     --------
@@ -63,12 +68,12 @@ def best_of_n_kl(reward: ArrayLike, n: int, log_prior: ArrayLike | None = None) 
 
 
 def best_of_n_win_rate(reward: ArrayLike, n: int, log_prior: ArrayLike | None = None) -> FloatArray:
-    """Return how often the best of n beats one prior draw, ties counting half: n / (n + 1) where rewards never tie.
+    """Return the probability that the best of n beats one prior draw, ties counted half: n / (n + 1) if rewards never tie.
 
     Parameters
     ----------
     reward, n, log_prior
-        See `best_of_n_kl`.
+        Rewards, number of candidates and prior log-probabilities, as in `best_of_n_kl`.
     """
     check_count("n", n)
     return _over_rows(_wins_of_levels, reward, n, log_prior)
@@ -80,20 +85,20 @@ def best_of_n_log_probs(exact: Draws, n: int) -> FloatArray:
     Parameters
     ----------
     exact
-        What `Exact().run` returned.
+        The draws that `Exact().run` returned, which are all completions.
     n
-        Candidates.
+        Number of candidates.
 
     Raises
     ------
     BayesKLRLError
-        If the draws are not every completion once.
+        If the draws are not every completion exactly once.
     """
     check_count("n", n)
     total = np.exp(exact.log_prior).sum(axis=1)
     if np.abs(total - 1).max() > 1e-4:
         raise BayesKLRLError(
-            f"The exact law of best-of-n needs every completion once, prior masses summing to 1; these sum to {total}. Use "
+            f"The exact law of best-of-n needs every completion once, and prior masses that sum to 1; got {total}. Use "
             "bk.Exact().run(posterior, seed=0)."
         )
     log_probs = np.empty(exact.shape)
@@ -106,7 +111,7 @@ def best_of_n_log_probs(exact: Draws, n: int) -> FloatArray:
 
 
 def _over_rows(function: _OfLevels, reward: ArrayLike, n: int, log_prior: ArrayLike | None) -> FloatArray:
-    """Return a function of (mass, is_tied, n) applied to each row of levels, shape of `reward` without its last axis."""
+    """Return function(mass, is_tied, n) of the levels of each row, in the shape of `reward` without its last axis."""
     r = np.asarray(reward, dtype=np.float64)
     known = None if log_prior is None else np.asarray(log_prior, dtype=np.float64)
     result = np.empty(r.shape[:-1])
@@ -117,7 +122,7 @@ def _over_rows(function: _OfLevels, reward: ArrayLike, n: int, log_prior: ArrayL
 
 
 def _levels(reward: FloatArray, log_prior: FloatArray | None) -> tuple[np.ndarray, FloatArray, np.ndarray]:
-    """Return each row's level (M,), the levels' masses in the order of reward, and which of them are known to be atoms."""
+    """Return the level of each reward (M,), the masses of levels in increasing order of reward, and which are known atoms."""
     _, level, count = np.unique(reward, return_inverse=True, return_counts=True)
     if log_prior is None:
         return level, count / reward.size, count > 1
@@ -126,7 +131,7 @@ def _levels(reward: FloatArray, log_prior: FloatArray | None) -> tuple[np.ndarra
 
 
 def _edges(mass: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Return F below each level and F up to it."""
+    """Return F_{l-1} and F_l of each level."""
     upper = np.minimum(mass.cumsum(), 1.0)
     upper[-1] = 1.0
     return np.concatenate([[0.0], upper[:-1]]), upper
@@ -140,7 +145,7 @@ def _level_law(mass: FloatArray, n: int) -> FloatArray:
 
 
 def _kl_of_levels(mass: FloatArray, tied: np.ndarray, n: int) -> float:
-    """Return the sum over atoms, and the integral over the others."""
+    """Return the KL: the sum over atoms plus the integral over the other levels."""
     law, (lower, upper) = _level_law(mass, n), _edges(mass)
 
     def integral(F: FloatArray) -> FloatArray:  # of n F^(n-1) log(n F^(n-1))

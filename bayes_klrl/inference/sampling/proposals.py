@@ -13,7 +13,7 @@ Proposal = LanguageModel | GuideRecipe | None
 
 
 def resolve_proposal(proposal: Proposal, posterior: Posterior, seed: int, progress: bool) -> tuple[LanguageModel, Cost]:
-    """Return the language model to draw from, and what it cost to train it.
+    """Return the language model to draw from, and the cost of its training.
 
     None is the prior itself; a recipe such as `SVI` is fitted under the same seed.
     """
@@ -21,7 +21,7 @@ def resolve_proposal(proposal: Proposal, posterior: Posterior, seed: int, progre
         fit = proposal.fit(posterior, seed=seed, progress=progress)
         return fit.guide, fit.training
     lm = posterior.prior if proposal is None else proposal
-    # a solved posterior leaves out only what has posterior probability 0: as its own proposal it misses nothing
+    # a solved posterior gives probability 0 only where the posterior does: as its own proposal it misses nothing
     covers = getattr(lm, "posterior", None) is posterior
     check_proposal(lm, posterior.prior, covers=covers)
     check_context(posterior.prompt_ids, posterior.max_new_tokens, lm)

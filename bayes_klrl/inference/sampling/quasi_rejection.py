@@ -1,11 +1,11 @@
-"""Quasi-rejection sampling: rejection with a bound that need not hold, and how far that is from the posterior.
+"""Quasi-rejection sampling: rejection with a bound that need not hold, and estimates of the resulting error.
 
     x ~ q,   w(x) = p0(x) exp(r(x) / alpha) / q(x),   accept with probability min(1, w(x) / B)
     output p_B(x) = min(p0(x) exp(r(x) / alpha), B q(x)) / Z_B,   acceptance rate Z_B / B
 
     TVD(p*, p_B) <= 1 - Z_B / Z,   KL(p_B || p*) <= log(Z / Z_B)                       (Eikema et al. 2022; theory.md 6.4)
 
-A larger B is closer to the posterior and accepts less: the one knob between quality and cost.
+A larger B gives draws closer to the posterior and accepts fewer of them: B trades quality against cost.
 """
 
 from __future__ import annotations
@@ -29,31 +29,33 @@ __all__ = ["QuasiRejection"]
 
 @dataclass(frozen=True)
 class QuasiRejection:
-    """Independent draws of p_B, an approximation of the posterior whose divergence is estimated beside it.
+    """Independent draws from p_B, an approximation of the posterior, with estimates of its distance to the posterior.
 
     Parameters
     ----------
     num_draws
-        N for each prompt.
+        Number of draws per prompt, N.
     bound
-        log B in nats, any finite number, the same for all prompts: where log w = log p0 + r / alpha - log q exceeds it,
-        the posterior is cut down to B q. From the prior, r_max / alpha makes it rejection sampling.
+        log B in nats, any finite number, the same for all prompts. Where log w = log p0 + r / alpha - log q exceeds it,
+        the posterior is cut down to B q. With the prior as proposal, r_max / alpha gives rejection sampling.
     proposal
-        See `ImportanceSampling`.
+        The model that proposes, as in `ImportanceSampling`.
     max_proposals
-        The most completions that are proposed for each prompt.
+        The largest number of completions proposed per prompt.
 
     Notes
     -----
-    `Draws.info`, each of shape (P,), estimated from every proposal: `acceptance_rate`, mean min(1, w / B);
-    `tvd_bound`, 1 - Z_B / Z; `kl_bound`, log(Z / Z_B) in nats, of KL(p_B || p*); `kl_prior`, KL(p_B || p0);
-    `log_evidence_estimate`, log Z; and `num_proposals` up to and including the N-th acceptance.
+    `Draws.info` has these entries of shape (P,), estimated from all proposals: `acceptance_rate`, the mean of min(1, w / B);
+    `tvd_bound`, 1 - Z_B / Z; `kl_bound`, log(Z / Z_B) in nats, which bounds KL(p_B || p*); `kl_prior`, KL(p_B || p0) in nats;
+    `log_evidence_estimate`, the estimate of log Z; and `num_proposals` up to and including the N-th acceptance.
 
-    These are importance-sampling estimates from q: a mode that q has hardly shown is missing from them, too. Then Z is too
-    low, and both bounds look too good. They are no certificate.
+    These are importance-sampling estimates from q. If q hardly ever draws some mode of the posterior, the estimate of Z is too
+    low and both bounds look better than they are, so they are not a certificate.
 
     Examples
     --------
+    With B = exp(r_max / alpha) the draws are exact, and the bound on the total variation distance is 0.
+
     >>> import numpy as np, bayes_klrl as bk
     >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
     >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
@@ -73,12 +75,13 @@ class QuasiRejection:
         check_max_proposals(self.max_proposals, self.num_draws)
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
-        """See `Algorithm.run`; `log_proposal` is NaN, for the density of p_B holds the unknown log Z_B.
+        """See `Algorithm.run`; `log_proposal` is NaN, because the density of p_B contains the unknown log Z_B.
 
         Raises
         ------
         BudgetError
-            If some prompt spent `max_proposals` before its N-th acceptance; it carries the draws that every prompt has.
+            If some prompt reaches `max_proposals` before its N-th acceptance. The error carries as many draws as all prompts
+            have.
         """
         proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         start = time.perf_counter()
@@ -102,7 +105,7 @@ class QuasiRejection:
         )
         cost = replace(training, seconds=time.perf_counter() - start)
         draws = accepted.draws(posterior, type(self).__name__, cost)
-        # log Z - log Z_B, both from the same proposals, so never below 0 but by rounding
+        # log Z - log Z_B from the same proposals, so negative only by rounding
         kl_bound = np.maximum(accepted.log_mean_weight - accepted.log_acceptance_rate - self.bound, 0.0)
         # log p_B - log p0 of the draws: log min(w, B) + log q - log p0 - log Z_B
         log_proposal, log_prior = accepted.log_probs

@@ -2,8 +2,9 @@
 
     x ~ p0,   accept with probability exp((r(x) - r_max) / alpha),   acceptance rate Z exp(-r_max / alpha)
 
-What is accepted follows the posterior exactly, whatever the number of proposals (theory.md 6.3). It takes exp(r_max / alpha) /
-Z proposals a draw, so it is for mild posteriors, and for the few exact draws that make a certificate two-sided.
+Accepted completions follow the posterior exactly, whatever the number of proposals (theory.md 6.3). One draw takes
+exp(r_max / alpha) / Z proposals on average, so this is for posteriors near the prior, and for the few exact draws that make a
+certificate two-sided.
 """
 
 from __future__ import annotations
@@ -27,26 +28,26 @@ __all__ = ["RejectionSampling"]
 
 @dataclass(frozen=True)
 class RejectionSampling:
-    """Independent draws of the exact posterior.
+    """Independent draws from the exact posterior.
 
-    The likelihood must declare `bounds` with a finite upper end; values above it are errors of the reward. A bound that is
-    not tight costs proposals, not exactness. A `Constraint` has the upper end 0.
+    The likelihood must declare `bounds` with a finite upper end; a reward above it raises an error. A bound that is not tight
+    costs more proposals, and the draws remain exact. A `Constraint` has the upper end 0.
 
     Parameters
     ----------
     num_draws
-        N for each prompt.
+        Number of draws per prompt, N.
     max_proposals
-        The most completions that are proposed for each prompt.
+        The largest number of completions proposed per prompt.
 
     Notes
     -----
-    `Draws.info`, each of shape (P,): `num_proposals` up to and including the N-th acceptance; `acceptance_rate`, the mean
-    acceptance probability of every proposal drawn; `log_evidence_estimate`, the log of an unbiased estimate of Z,
+    `Draws.info` has three entries of shape (P,): `num_proposals` up to and including the N-th acceptance; `acceptance_rate`,
+    the mean acceptance probability of all proposals; and `log_evidence_estimate`, the log of an unbiased estimate of Z,
 
-        Z-hat = exp(r_max / alpha) (N - 1) / (num_proposals - 1)
+        Z-hat = exp(r_max / alpha) (N - 1) / (num_proposals - 1),
 
-    (the number of proposals is negative binomial); NaN for N = 1.
+    which holds because the number of proposals is negative binomial; it is NaN for N = 1.
 
     Examples
     --------
@@ -66,15 +67,15 @@ class RejectionSampling:
         check_max_proposals(self.max_proposals, self.num_draws)
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
-        """See `Algorithm.run`; `log_proposal` is NaN, for the density of an exact draw holds the unknown log Z.
+        """See `Algorithm.run`; `log_proposal` is NaN, because the density of an exact draw contains the unknown log Z.
 
         Raises
         ------
         BayesKLRLError
-            If the reward has no declared upper bound, before any model is run.
+            If the reward declares no upper bound; this is checked before any model runs.
         BudgetError
-            If some prompt spent `max_proposals` before its N-th acceptance; it carries the draws that every prompt has,
-            which are exact ones.
+            If some prompt reaches `max_proposals` before its N-th acceptance. The error carries as many draws as all prompts
+            have; these are exact.
         """
         start = time.perf_counter()
         log_bound = largest_log_likelihood(posterior)
@@ -99,7 +100,7 @@ class RejectionSampling:
 
 
 def largest_log_likelihood(posterior: Posterior) -> float:
-    """Return r_max / alpha from the declared bounds, or say that there are none."""
+    """Return r_max / alpha in nats from the declared bounds; raise a `BayesKLRLError` if there are none."""
     bounds = posterior.likelihood.bounds
     if bounds is None or np.isposinf(bounds[1]):
         raise BayesKLRLError(
@@ -111,7 +112,7 @@ def largest_log_likelihood(posterior: Posterior) -> float:
 
 
 def _info(accepted: Accepted, log_bound: float, num_draws: int) -> dict[str, np.ndarray]:
-    """Return what the proposals say; see `RejectionSampling`."""
+    """Return the entries of `Draws.info`; see `RejectionSampling`."""
     with np.errstate(divide="ignore", invalid="ignore"):  # N = 1 has no unbiased estimate of this form
         rate = np.log(np.float64(num_draws - 1)) - np.log(accepted.num_proposals - 1)
     return {

@@ -2,13 +2,13 @@
 
     p_s(x) prop. p0(x) exp(s r(x) / alpha),   0 = s_0 < s_1 < ... < s_m = 1
 
-At each step weights gain (s_j - s_{j-1}) r / alpha by the particles before they move, log Z-hat collects the weights
-whenever they are spent on resampling, and every particle then makes suffix moves that leave p_{s_j} invariant (Neal 2001;
-Del Moral, Doucet and Jasra 2006). exp(log Z-hat) is unbiased for a schedule that is fixed beforehand: one chosen from the
-same particles would bias it, so the schedule comes from a pilot with a seed of its own and is then frozen.
+At each step log-weights gain (s_j - s_{j-1}) r / alpha of the particles before they move, log Z-hat adds up logmeanexp of the
+weights at every resampling, and every particle then makes suffix moves that leave p_{s_j} invariant (Neal 2001; Del Moral,
+Doucet and Jasra 2006). exp(log Z-hat) is unbiased for a schedule that is fixed beforehand. A schedule chosen from the same
+particles would bias it, so a pilot run with its own random numbers chooses the schedule, which is then fixed.
 
-Where particles of `SMC` grow token by token and need a twist to see the reward coming, these are whole completions all
-along. On the way they estimate the whole frontier of reward against KL between the prior and alpha.
+Particles of `SMC` grow token by token and need a twist to anticipate the reward; here they are whole completions throughout.
+Along the path they also estimate the frontier of reward against KL between the prior and the posterior at alpha.
 """
 
 from __future__ import annotations
@@ -36,38 +36,51 @@ from bayes_klrl.weights import grouped_ess, log_evidence_se, logmeanexp, psis
 
 __all__ = ["AnnealedSMC"]
 
-_MOST_STEPS = 100  # of a schedule that a pilot chooses
-_PILOT_STREAM, _MOVES = 1, 2
+_MOST_STEPS = 100  # most steps of a schedule that a pilot chooses
+_PILOT_STREAM, _MOVES = 1, 2  # numbers of the streams of the pilot and of moves
 
 
 @dataclass(frozen=True)
 class AnnealedSMC:
-    """Particles that start as prior draws and follow the posterior as its reward is turned on.
+    """Particles that start as prior draws and follow tempered posteriors while the reward is turned on.
 
     Parameters
     ----------
     num_particles
-        N for each prompt; every prompt has a population of its own.
+        Number of particles per prompt, N; every prompt has its own population.
     schedule
-        s_1 < ... < s_m = 1, the same for all prompts; or None: chosen for each prompt by a pilot.
+        The powers s_1 < ... < s_m = 1, the same for all prompts, or None: a pilot run chooses them for each prompt.
     conditional_ess
-        What the pilot holds the conditional ESS / N at, a number between 0 and 1: nearer 1, more and smaller steps.
+        The pilot chooses each step so that conditional ESS / N has this value, between 0 and 1; values near 1 give more and
+        smaller steps.
     num_pilot
-        Particles of the pilot for each prompt.
+        Number of particles per prompt in the pilot run.
     num_moves
-        Suffix moves of each particle at each step.
+        Number of suffix moves per particle and step.
     ess_threshold, resampling
-        See `SMC`. Nothing is resampled at the end.
+        When and how to resample, as in `SMC`. Nothing is resampled at the end.
     proposal, cut
-        See `SuffixMH`.
+        The model that draws new suffixes, and the rule for cuts, as in `SuffixMH`.
 
     Notes
     -----
-    `Draws.info` holds the path, (P, m + 1) from s = 0 on, padded with s = 1 for prompts of fewer steps: `schedule`,
+    `Draws.info` holds the path, shape (P, m + 1) from s = 0 on, padded with s = 1 for prompts with fewer steps: `schedule`,
     `path_log_evidence` (log Z(s)), `path_reward` (E[r] under p_s), `path_kl` (KL(p_s || p0) in nats), `path_ess`, and
-    `acceptance_rate` of the moves. At s = 0 stands the prior restricted to what has positive likelihood: its log evidence is
-    the log prior mass of the constraints. `Draws.ess` counts families, as that of `SMC`; moves make their members differ, so
-    it is on the safe side. `log_proposal` is NaN.
+    `acceptance_rate` of the moves. The target at s = 0 is the prior restricted to completions of positive likelihood, and its
+    log evidence is the log prior mass of the constraints. `Draws.ess` counts families, as in `SMC`; because moves make the
+    members of a family differ, it is a cautious value. `log_proposal` is NaN.
+
+    Examples
+    --------
+    The reward is the number of heads among four tosses of a coin, log Z = 4 log((1 + e) / 2) = 2.48.
+
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+    >>> heads = bk.TokenReward(lambda tokens, lengths: tokens.sum(axis=1), alpha=1.0)
+    >>> annealed = bk.AnnealedSMC(1000, schedule=(0.3, 1.0))
+    >>> draws = annealed.run(bk.Posterior(coin, heads, max_new_tokens=4), seed=0)
+    >>> draws.info["schedule"], bool(abs(draws.log_evidence[0] - 2.48) < 0.2)
+    (array([[0. , 0.3, 1. ]]), True)
     """
 
     num_particles: int
@@ -98,7 +111,7 @@ class AnnealedSMC:
         Raises
         ------
         BudgetError
-            If all particles of some prompt have likelihood 0; it carries the draws.
+            If all particles of some prompt have likelihood 0. The error carries the draws.
         """
         proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         models, start = (proposal, posterior.prior), time.perf_counter()
@@ -121,7 +134,7 @@ class AnnealedSMC:
     def _resolved_schedule(
         self, posterior: Posterior, models: tuple[LanguageModel, LanguageModel], seed: int
     ) -> tuple[FloatArray, int]:
-        """Return s_1 to s_m of each prompt, (P, m), and the model tokens it took to choose them."""
+        """Return s_1 to s_m of each prompt, (P, m), and the number of model tokens that choosing them took."""
         if self.schedule is not None:
             return np.tile(np.array(self.schedule), (posterior.num_prompts, 1)), 0
         rngs = Streams.of(seed, _PILOT_STREAM, _MOVES).generators(posterior.prompt_ids)
@@ -138,7 +151,7 @@ class AnnealedSMC:
         return np.stack(steps, axis=1), swarm.model_tokens
 
     def _draws(self, posterior: Posterior, swarm: Swarm, cost: Cost) -> Draws:
-        """Return the particles with their final weights and the accumulated log evidence in them."""
+        """Return the particles, their final weights including the accumulated log evidence."""
         states, shape = swarm.states, swarm.shape
         draws = Draws.equally_weighted(
             posterior,
@@ -163,13 +176,13 @@ class AnnealedSMC:
 
 
 def _checked_schedule(schedule: object) -> tuple[float, ...]:
-    """Return s_1 to s_m as floats, refusing what does not climb from above 0 to 1."""
+    """Return s_1 to s_m as floats; raise a `BayesKLRLError` unless they increase from above 0 to exactly 1."""
     try:
         powers = tuple(float(power) for power in schedule)  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         powers = ()
     if not powers or powers[-1] != 1 or not (np.diff((0.0, *powers)) > 0).all():
         raise BayesKLRLError(
-            f"A schedule is numbers that climb from above 0 to exactly 1, such as (0.1, 0.3, 1.0); got {schedule!r}."
+            f"A schedule must increase from above 0 to exactly 1, such as (0.1, 0.3, 1.0); got {schedule!r}."
         )
     return powers

@@ -1,13 +1,13 @@
 """Conditional SMC: an upper bound on log Z from one exact posterior draw (theory.md 3.10).
 
-Particle 0 is a retained completion x* ~ p*. It emits the tokens of x*, its ancestor is always itself, the others are drawn
-and resampled as ever, multinomially from all N particles. Weights and log Z-hat are those of plain SMC, but now
+Particle 0 is a retained completion x* ~ p*: it follows the tokens of x*, and its ancestor is always itself. The others are
+drawn as in plain SMC and resampled multinomially from all N particles. Weights and log Z-hat are those of plain SMC, but now
 
     E[1 / Z-hat] = 1 / Z,   so   E[log Z-hat] >= log Z   and   P(log Z-hat + log(1 / delta) < log Z) <= delta
 
-over x* and the other particles (Grosse et al. 2015; Zhao et al. 2024). With plain SMC, which bounds log Z from below, it
-brackets log Z by sampling alone. All of it rests on x* being exact: conditioned on the output of SMC, of a Markov chain or of
-best-of-n it is no bound (theory.md 3.10).
+over x* and the other particles (Grosse et al. 2015; Zhao et al. 2024). Together with plain SMC, which bounds log Z from below,
+it brackets log Z by sampling alone. All of this requires that x* is an exact posterior draw: conditioned on the output of SMC,
+of a Markov chain or of best-of-n it is not a bound (theory.md 3.10).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ _EXACT_METHODS = ("Exact", "RejectionSampling")
 
 @dataclass(frozen=True)
 class ConditionalSMC:
-    """SMC whose particle 0 is given.
+    """SMC with one particle fixed to an exact posterior draw, for upper bounds on log Z.
 
     Parameters
     ----------
     smc
-        Number of particles, proposal, twist and threshold. Its `resampling` is not used: multinomial it must be. To share
-        twist and proposal with the runs that give the lower bound, prepare it once: `smc, cost = smc.prepared(posterior,
-        seed)`.
+        The sampler with number of particles, proposal, twist and threshold. Its `resampling` is not used, because it must be
+        multinomial here. To share twist and proposal with the runs for the lower bound, prepare it once:
+        `smc, cost = smc.prepared(posterior, seed)`.
 
     Examples
     --------
-    Between a lower and an upper bound on log Z, by 20 runs each:
+    Log Z lies between the means of 20 runs of plain and of conditional SMC, up to sampling error:
 
     >>> import numpy as np, bayes_klrl as bk
     >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
@@ -66,24 +66,26 @@ class ConditionalSMC:
             )
 
     def run(self, posterior: Posterior, retained: Sequences | Draws, *, seed: int, progress: bool = False) -> Draws:
-        """Return the particles, retained one first, with log Z-hat as `log_evidence`.
+        """Return the particles, the retained one first, with log Z-hat as `log_evidence`.
 
         Parameters
         ----------
         posterior, seed, progress
-            See `Algorithm.run`.
+            The posterior, seed for all random numbers, and whether to show a progress bar; see `Algorithm.run`.
         retained
-            One exact posterior draw for each prompt, (P, 1, T).
+            One exact posterior draw per prompt, (P, 1, T).
 
         Raises
         ------
+        BayesKLRLError
+            If there is more than one completion per prompt, or if they are known not to be exact draws.
         SupportError
             If a retained completion has weight 0.
         """
         given = retainable(posterior, retained)
         if given.lengths.shape[1] != 1:
             raise BayesKLRLError(
-                f"One run retains one completion a prompt; got {given.lengths.shape[1]}. For several runs use log_evidences."
+                f"One run retains one completion per prompt; got {given.lengths.shape[1]}. For several runs use log_evidences."
             )
         ready, training = self.smc.prepared(posterior, seed, progress)
         start = time.perf_counter()
@@ -94,20 +96,20 @@ class ConditionalSMC:
             model_tokens=training.model_tokens + tokens,
         )
         draws = population.draws(type(self).__name__, cost)
-        # the formula of the standard error is for runs in which every particle is drawn
+        # the standard error's formula assumes that every particle is drawn
         return replace(draws, log_evidence_se=np.full(posterior.num_prompts, np.nan))
 
     def log_evidences(
         self, posterior: Posterior, retained: Sequences | Draws, *, seed: int, progress: bool = False
     ) -> EvidenceRuns:
-        """Return log Z-hat of M independent runs, (P, M), decoded together.
+        """Return log Z-hat of M independent runs, shape (P, M); all runs are decoded together.
 
         Parameters
         ----------
         posterior, seed, progress
-            See `Algorithm.run`.
+            The posterior, seed for all random numbers, and whether to show a progress bar; see `Algorithm.run`.
         retained
-            M independent exact posterior draws for each prompt, (P, M, T), one a run.
+            M independent exact posterior draws per prompt, (P, M, T), one for each run.
         """
         given = retainable(posterior, retained)
         ready, training = self.smc.prepared(posterior, seed, progress)
@@ -115,28 +117,28 @@ class ConditionalSMC:
 
 
 def retainable(posterior: Posterior, retained: Sequences | Draws) -> Sequences:
-    """Return what is retained as outcomes of the posterior, refusing draws that are known not to be exact.
+    """Return the completions to retain, (P, M, T), after checking that they can be exact draws from the posterior.
 
     Parameters
     ----------
     posterior
-        The posterior that they are draws of.
+        The posterior they were drawn from.
     retained
-        Draws, or bare completions, for whose exactness the caller answers.
+        Draws of an exact method, or bare completions, which the caller knows to be exact.
 
     Raises
     ------
     BayesKLRLError
-        For draws of an approximate method, weighted ones, and those of another posterior.
+        If they are draws of an approximate method, weighted draws, or draws from another posterior.
     """
     if isinstance(retained, Draws) and (retained.method not in _EXACT_METHODS or np.ptp(retained.log_weights) > 0):
         raise BayesKLRLError(
-            f"Draws of {retained.method}, weighted or resampled, are not exact posterior draws, and conditioned on them "
-            "nothing is bounded. Retain those of bk.RejectionSampling(...) or bk.Exact(num_draws=...). If you know them "
-            "to be exact, give `draws.sequences`."
+            f"Draws of {retained.method}, weighted or resampled, are not exact posterior draws, and conditioning on them "
+            "gives no bound. Retain draws from bk.RejectionSampling(...) or bk.Exact(num_draws=...). If you know that "
+            "these are exact, pass `draws.sequences`."
         )
     if isinstance(retained, Draws) and not (
         retained.prompts == posterior.prompts and np.isclose(retained.alpha, posterior.alpha, rtol=1e-12)
     ):
-        raise BayesKLRLError("The exact draws are of another posterior: their prompts or their alpha differ.")
+        raise BayesKLRLError("The exact draws are from another posterior: their prompts or their alpha differ.")
     return posterior.sequences(retained)

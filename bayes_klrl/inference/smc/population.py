@@ -1,4 +1,4 @@
-"""The particles of sequential Monte Carlo: how they grow, are weighted and resampled, for plain and conditional SMC."""
+"""The particles of sequential Monte Carlo: growing, weighting and resampling them, for plain and conditional SMC."""
 
 from __future__ import annotations
 
@@ -29,45 +29,45 @@ from bayes_klrl.weights import (
 __all__ = ["RESAMPLING_STREAM", "EvidenceRuns", "Population", "evidence_runs", "grown"]
 
 RESAMPLING_STREAM = 3
-"""Number of the streams that resampling takes; tokens are drawn by the streams that importance sampling has, too."""
+"""Number of the streams used for resampling; tokens use the same streams as in importance sampling."""
 
-_MAX_ROWS = 8192  # of particles that are decoded together, where there is a choice
+_MAX_ROWS = 8192  # most particles decoded together, if runs can be split
 
 
 class Prepared(Protocol):
-    """The options of a run; an `SMC` that is prepared has them, see there."""
+    """The options of a run with proposal and twist fitted; `SMC.prepared` returns one."""
 
     @property
     def num_particles(self) -> int:
-        """N."""
+        """Number of particles per prompt and run, N."""
 
     @property
     def proposal(self) -> Any:
-        """The language model that proposes."""
+        """The language model that proposes tokens."""
 
     @property
     def twist(self) -> Any:
-        """The fitted twist."""
+        """A `Twist`, log psi of unfinished prefixes."""
 
     @property
     def ess_threshold(self) -> float:
-        """Resample where ESS < ess_threshold * N."""
+        """Resample when ESS < ess_threshold * N."""
 
     @property
     def resampling(self) -> str:
-        """Name of the scheme."""
+        """Name of the resampling scheme."""
 
 
 @dataclass(frozen=True, eq=False)
 class EvidenceRuns:
-    """What M independent runs say of the evidence of each of P prompts.
+    """Estimates of the log evidence of P prompts by M independent runs.
 
     Parameters
     ----------
     log_evidence
-        log Z-hat of each run, (P, M); -inf where a run died.
+        log Z-hat of each run, (P, M); -inf if all particles of a run have weight 0.
     cost
-        Of all runs together.
+        The cost of all runs together.
     """
 
     log_evidence: FloatArray
@@ -75,22 +75,22 @@ class EvidenceRuns:
 
 
 class Population:
-    """The particles of all prompts with their weights, R = P * M * N rows: M independent runs a prompt, N particles a run.
+    """The particles of all prompts with their weights: M independent runs per prompt, N particles per run, R = P * M * N rows.
 
     Parameters
     ----------
     posterior
         The posterior.
     decoding
-        Of M * N rows a prompt, from (proposal, prior), not stepped yet.
+        A decoding of M * N rows per prompt by (proposal, prior), before its first step.
     twist
         log psi of unfinished prefixes.
     models
-        (proposal, prior).
+        The language models (proposal, prior).
     num_runs
-        M; each has weights, resampling and evidence of its own, all of them share the decoding.
+        Number of runs per prompt, M. Each run has its own weights, resampling and evidence; all runs share the decoding.
     retained
-        Completions that particle 0 of every run is given instead of drawing, (P, M, T): conditional SMC.
+        Completions (P, M, T) that particle 0 of every run is forced to follow, for conditional SMC.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class Population:
         self._shape = (num_populations, num_rows // num_populations)
         self.reward: FloatArray = np.full(num_rows, -np.inf)
         self.log_psi = self._log_twist(np.arange(num_rows))
-        # the first increment divides by psi_0, so the start value is where log Z begins
+        # the first increment divides by psi_0, so log Z-hat starts at log psi_0
         self.log_evidence = self.log_psi.reshape(self._shape)[:, 0].copy()
         self.log_weights: FloatArray = np.zeros(num_rows)
         self.family: IntArray = np.tile(np.arange(self._shape[1]), self._shape[0])
-        # multinomial ones only: corrected for noise that the even schemes do not add, the standard error would read 0
+        # counts multinomial resampling only: with a correction for noise that other schemes do not add the error would be 0
         self.num_resampled = np.zeros(self._shape[0], dtype=np.int64)
         self.step_ess = np.full((self._shape[0], width), np.nan)
         self.ancestors = np.tile(np.arange(self._shape[1]), (self._shape[0], width, 1))
@@ -124,13 +124,13 @@ class Population:
         Parameters
         ----------
         uniforms
-            What tokens are drawn with, shape (T, R).
+            Uniform random numbers by which tokens are drawn, shape (T, R).
         threshold, scheme
-            Resample by this scheme where ESS < threshold * N.
+            A population is resampled by this scheme when ESS < threshold * N.
         rngs
-            What each population is resampled with, P * M generators.
+            The P * M generators for resampling, one per population.
         advance
-            Reports progress, once per token.
+            A function that reports progress, called once per token.
         """
         while not self._decoding.done:
             self.step(uniforms[self._decoding.step_count])
@@ -139,7 +139,7 @@ class Population:
             advance()
 
     def step(self, uniforms: FloatArray) -> None:
-        """Draw one token for every unfinished particle, by uniforms of shape (R,), and update its weight."""
+        """Draw one token for every unfinished particle, by uniform numbers (R,), and update its weight."""
         decoding = self._decoding
         live = ~decoding.finished
         log_proposal, log_prior = decoding.log_probs.copy()
@@ -153,7 +153,7 @@ class Population:
         growing = np.flatnonzero(~decoding.finished)
         if growing.size:
             log_psi[growing] = self._log_twist(growing)
-        with np.errstate(invalid="ignore"):  # a particle that was dead before stays dead: -inf - -inf
+        with np.errstate(invalid="ignore"):  # -inf - -inf: a particle of weight 0 keeps weight 0
             prior_term = decoding.log_probs[1] - log_prior
             increment = prior_term - (decoding.log_probs[0] - log_proposal) + (log_psi - self.log_psi)
             grown = np.where(live, self.log_weights + increment, self.log_weights)
@@ -163,7 +163,7 @@ class Population:
         self.step_ess[:, decoding.step_count - 1] = effective_sample_size(self.log_weights.reshape(self._shape))
 
     def resample_where_degenerate(self, threshold: float, scheme: Scheme, rngs: Generators) -> None:
-        """Resample each run whose ESS is below the threshold and which has an unfinished particle."""
+        """Resample each run that has an ESS below the threshold and an unfinished particle."""
         num_populations, num_particles = self._shape
         log_weights = self.log_weights.reshape(self._shape)
         unfinished = ~self._decoding.finished.reshape(self._shape).all(axis=1)
@@ -189,7 +189,7 @@ class Population:
         return log_mean.reshape(-1, self._num_runs)
 
     def draws(self, method: str, cost: Cost) -> Draws:
-        """Return the particles of one run a prompt, with the accumulated log evidence in their final weights."""
+        """Return the particles of one run per prompt, their final weights including the accumulated log evidence."""
         log_proposal, log_prior = self._decoding.log_probs.reshape(2, *self._shape)
         log_weights = self.log_weights.reshape(self._shape)
         draws = Draws.weighted(
@@ -219,7 +219,7 @@ class Population:
         return self.log_weights.reshape(self._shape)[:, 0].reshape(-1, self._num_runs)
 
     def _forced_tokens(self) -> IntArray | None:
-        """Return the next token of the retained particles, -1 for all others; None if there are none."""
+        """Return the next token of retained particles and -1 for all others, (R,); None if no particle is retained."""
         if self._retained is None:
             return None
         forced = np.full(self._shape, -1)
@@ -227,20 +227,20 @@ class Population:
         return forced.ravel()
 
     def _decoding_gap(self) -> dict[str, FloatArray]:
-        """Return `scoring_gap` for models in half precision."""
+        """Return {"scoring_gap": (P,)} if a model has half precision, else an empty dict."""
         models = self._models
         if not any(getattr(model, "half_precision", False) for model in models):
             return {}
         return {"scoring_gap": scoring_gap(self._decoding, models, self._posterior.prompt_ids)}
 
     def _log_twist(self, rows: IntArray) -> FloatArray:
-        """Return log psi of unfinished rows, checked."""
+        """Return log psi of unfinished rows, with shape and values checked."""
         decoding = self._decoding
         prefixes = decoding.tokens[rows, : decoding.step_count]
         values = check_log_weights(self._twist(self._posterior, decoding.prompt_index[rows], prefixes))
         if values.shape != rows.shape:
             raise BayesKLRLError(
-                f"The twist returned shape {values.shape} for {rows.size} prefixes; it must return one log psi a prefix."
+                f"The twist returned shape {values.shape} for {rows.size} prefixes; it must return one log psi per prefix."
             )
         return values
 
@@ -255,11 +255,12 @@ def grown(
     *,
     first_run: int = 0,
 ) -> tuple[Population, int]:
-    """Return the finished particles of M runs of a prepared `SMC`, and the model tokens they took.
+    """Return the finished particles of M runs of a prepared `SMC`, and the number of model tokens they took.
 
-    With `retained` (P, M, T), particle 0 of every run is given these tokens, and resampling is conditional multinomial.
+    With `retained` (P, M, T), particle 0 of every run follows these tokens, and resampling is conditional multinomial.
+    `first_run` is the number of the first run, which selects its random numbers.
     """
-    assert callable(ready.twist), "an SMC that was not prepared"
+    assert callable(ready.twist), "this SMC is not prepared"
     models = (cast("LanguageModel", ready.proposal), posterior.prior)
     num_rows = num_runs * ready.num_particles
     read_before = getattr(ready.twist, "model_tokens", 0)
@@ -288,7 +289,7 @@ def evidence_runs(
     training: Cost,
     progress: bool,
 ) -> EvidenceRuns:
-    """Return log Z-hat of M runs of a prepared `SMC`, conditional on `retained` (P, M, T) if given, block by block."""
+    """Return log Z-hat of M runs of a prepared `SMC`, run in blocks; conditional on `retained` (P, M, T) if given."""
     start, tokens, first = time.perf_counter(), 0, 0
     blocks = []
     for num in _runs_per_block(num_runs, posterior.num_prompts * ready.num_particles):
@@ -304,17 +305,17 @@ def evidence_runs(
 
 
 def _require_alive(log_weights: FloatArray, posterior: Posterior) -> None:
-    """Refuse retained completions that the posterior, the proposal or the twist says are impossible."""
+    """Raise a `SupportError` if a retained completion has weight 0 under posterior, proposal or twist."""
     if np.isneginf(log_weights).any():
         p, run = np.argwhere(np.isneginf(log_weights))[0]
         raise SupportError(
             f"Retained completion {run} of prompt {p} ({posterior.prompts[p]!r}) has weight 0: its likelihood or prior is 0, "
-            "so it is no posterior draw, or the twist is -inf on a prefix of it. Retain an exact draw, such as "
-            "bk.RejectionSampling gives."
+            "so it is not a posterior draw, or the twist is -inf on one of its prefixes. Retain an exact draw, for example "
+            "from bk.RejectionSampling."
         )
 
 
 def _runs_per_block(num_runs: int, num_rows: int) -> list[int]:
-    """Return how many runs to decode together, block by block, `num_rows` particles a run over all prompts."""
+    """Return the number of runs in each block; one run has `num_rows` particles over all prompts."""
     most = max(1, _MAX_ROWS // num_rows)
     return [min(most, num_runs - start) for start in range(0, num_runs, most)]

@@ -1,7 +1,7 @@
 """Bounds on log Z from both sides, from one or several ways of sampling.
 
-Runs with E[Z-hat] <= Z bound log Z from below, runs with E[1 / Z-hat] = 1 / Z from above (`evidence_bounds`). The best bound
-of several ways of sampling holds if each of them gets a share of the failure probability.
+Runs with E[Z-hat] <= Z bound log Z from below, runs with E[1 / Z-hat] = 1 / Z bound it from above (`evidence_bounds`). The
+best of the bounds from several ways of sampling is valid if each of them gets a share of the failure probability.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bayes_klrl.weights import logmeanexp
 __all__ = ["STATEMENTS", "PairedRuns", "policy_runs", "sandwich"]
 
 STATEMENTS = 4
-"""Statements of a certificate (lower bound, upper bound, ELBO, EUBO) that share its failure probability."""
+"""Number of statements of a certificate (lower bound, upper bound, ELBO, EUBO) that share its failure probability."""
 
 _GROUP = 16
 
@@ -36,7 +36,7 @@ class PairedRuns:
     lower
         log Z-hat with E[Z-hat] <= Z, shape (P, M).
     upper
-        log Z-hat with E[1 / Z-hat] = 1 / Z, shape (P, M'); None without exact draws.
+        log Z-hat with E[1 / Z-hat] = 1 / Z, shape (P, M'); None if there are no exact draws.
     """
 
     lower: FloatArray
@@ -44,7 +44,7 @@ class PairedRuns:
 
 
 def policy_runs(log_weights: FloatArray, exact_log_weights: FloatArray | None) -> PairedRuns:
-    """Return runs of importance sampling from the policy, made of draws that are there anyway, in groups of K = 16.
+    """Return runs of importance sampling from the policy, by splitting existing draws into groups of K = 16.
 
         lower:  Z-hat = mean of K weights           upper:  Z-hat = (w(x*) + sum of K - 1 weights) / K
 
@@ -67,9 +67,10 @@ def policy_runs(log_weights: FloatArray, exact_log_weights: FloatArray | None) -
 
 
 def sandwich(runs: list[PairedRuns], delta: float) -> tuple[FloatArray, FloatArray]:
-    """Return bounds on log Z by prompt, (P, 2), and on its mean, (2,), each end failing with probability <= delta / 4.
+    """Return bounds on log Z of each prompt, (P, 2), and on the mean of log Z, (2,).
 
-    Each way of sampling gets its share of that, and the best of the bounds holds with all of them.
+    Each end fails with probability at most delta / 4. The ways of sampling share this probability equally, so that all their
+    bounds hold together and the best one can be taken.
     """
     share = delta / STATEMENTS / len(runs)
     lower = np.max([evidence_lower_bound(run.lower, share) for run in runs], axis=0)

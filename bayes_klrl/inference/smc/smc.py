@@ -1,16 +1,17 @@
 """Sequential Monte Carlo over tokens, with twists (theory.md 3; Zhao et al. 2024).
 
-Intermediate targets gamma_t(x_1:t) = p0(x_1:t) psi_t(x_1:t); psi of a finished completion is its likelihood. A particle's
-log-weight grows by
+The intermediate targets are gamma_t(x_1:t) = p0(x_1:t) psi_t(x_1:t); psi of a finished completion is its likelihood. At each
+step a particle's log-weight grows by
 
     log p0(x_t | x_<t) + log psi_t(x_1:t) - log psi_{t-1}(x_<t) - log q(x_t | x_<t),
 
-and log Z-hat collects logmeanexp of the weights whenever they are spent on resampling. exp(log Z-hat) is unbiased for
-every scheme, adaptive or not; averaging log Z-hat over runs is a lower bound, not an estimate.
+and log Z-hat adds up logmeanexp of the weights at every resampling and at the end. exp(log Z-hat) is unbiased for every
+scheme, adaptive or not; the mean of log Z-hat over runs is a lower bound on log Z, not an unbiased estimate.
 
-psi = 1 on unfinished prefixes beside psi = likelihood on finished ones would be a mismatch of scale: whoever ends first
-takes the population (about 1.2 nats lost on a problem of 1093 strings). So the default twist is the constant Z of a small
-pilot, all particles of a prompt are resampled together, only while one of them is unfinished, and never at the end.
+With psi = 1 on unfinished prefixes but psi = likelihood on finished ones the scales would not match, and particles that end
+early would take over the population (a loss of about 1.2 nats on a problem of 1093 strings). The default twist is therefore
+the constant Z estimated by a small pilot. All particles of a prompt are resampled together, only while at least one of them
+is unfinished, and never at the end.
 """
 
 from __future__ import annotations
@@ -43,22 +44,34 @@ class SMC:
     Parameters
     ----------
     num_particles
-        N for each prompt; every prompt has a population of its own.
+        Number of particles per prompt, N; every prompt has its own population.
     proposal
-        See `ImportanceSampling`; or "twisted": the prior times the twist, one token ahead (`TwistedLM`).
+        The model that proposes tokens, as in `ImportanceSampling`, or "twisted": the prior times the twist, one token ahead
+        (`TwistedLM`).
     twist
-        log psi of unfinished prefixes: a `Twist`, a recipe such as `LearnedTwist`, which is fitted first under the same
-        seed, a number (a constant log psi), or None: the constant log Z of a 64-draw pilot from the prior, with a seed of
-        its own (not run where nothing can end early).
+        log psi of unfinished prefixes: a `Twist`; a recipe such as `LearnedTwist`, which is fitted first with the same seed;
+        a number, for a constant log psi; or None, for the constant log Z estimated by 64 prior draws with their own seed
+        (this pilot is omitted if no completion can end early).
     ess_threshold
-        Resample when ESS < ess_threshold * N. 0: never; 1: whenever weights differ.
+        Resample when ESS < ess_threshold * N: 0 means never, 1 whenever weights differ.
     resampling
         "systematic", "stratified", "residual" or "multinomial".
 
     Notes
     -----
-    `Draws.ess` counts families by first ancestor, so that it does not read N of N right after resampling; the usual ESS
-    of every step is in `Draws.info["step_ess"]` (P, T), the ancestors in `Draws.info["ancestors"]` (P, T, N).
+    `Draws.ess` counts families by first ancestor, so that it does not return to N right after resampling. The usual ESS of
+    every step is in `Draws.info["step_ess"]` (P, T), the ancestors are in `Draws.info["ancestors"]` (P, T, N).
+
+    Examples
+    --------
+    The reward is the number of heads among four tosses of a coin, log Z = 4 log((1 + e) / 2) = 2.48.
+
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+    >>> heads = bk.TokenReward(lambda tokens, lengths: tokens.sum(axis=1), alpha=1.0)
+    >>> draws = bk.SMC(1000).run(bk.Posterior(coin, heads, max_new_tokens=4), seed=0)
+    >>> draws.shape, bool(abs(draws.log_evidence[0] - 2.48) < 0.2)
+    ((1, 1000), True)
     """
 
     num_particles: int
@@ -81,7 +94,7 @@ class SMC:
         Raises
         ------
         BudgetError
-            If all particles of some prompt have likelihood 0; it carries the draws.
+            If all particles of some prompt have likelihood 0. The error carries the draws.
         """
         ready, training = self.prepared(posterior, seed, progress)
         start = time.perf_counter()
@@ -94,28 +107,36 @@ class SMC:
         return require_positive_weight(population.draws(type(self).__name__, cost))
 
     def log_evidences(self, posterior: Posterior, num_runs: int, *, seed: int, progress: bool = False) -> EvidenceRuns:
-        """Return log Z-hat of M independent runs, (P, M), decoded together.
+        """Return log Z-hat of M independent runs, shape (P, M); all runs are decoded together.
 
         The mean of each Z-hat is Z, so the mean of log Z-hat is at most log Z: with probability 1 - delta, whatever the
-        number of particles, log Z >= mean log Z-hat - log(1 / delta) / M (theory.md 3.11). Proposal and twist are made once,
-        from a stream of their own, and are the same in all runs.
+        number of particles, log Z >= mean log Z-hat - log(1 / delta) / M (theory.md 3.11). Proposal and twist are fitted once,
+        with random numbers of their own, and are the same in all runs.
 
         Parameters
         ----------
         posterior, seed, progress
-            See `Algorithm.run`.
+            The posterior, seed for all random numbers, and whether to show a progress bar; see `Algorithm.run`.
         num_runs
-            M.
+            Number of runs, M.
+
+        Examples
+        --------
+        >>> import numpy as np, bayes_klrl as bk
+        >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+        >>> heads = bk.TokenReward(lambda tokens, lengths: tokens.sum(axis=1), alpha=1.0)
+        >>> posterior = bk.Posterior(coin, heads, max_new_tokens=4)
+        >>> bk.SMC(64).log_evidences(posterior, 20, seed=0).log_evidence.shape
+        (1, 20)
         """
         check_count("num_runs", num_runs)
         ready, training = self.prepared(posterior, seed, progress)
         return evidence_runs(ready, posterior, num_runs, None, Streams.of(seed), training, progress)
 
     def prepared(self, posterior: Posterior, seed: int, progress: bool = False) -> tuple[SMC, Cost]:
-        """Return the same sampler with its proposal trained and its pilot run, and what that cost.
+        """Return the same sampler with proposal and twist fitted, and the cost of fitting them.
 
-        What it returns is itself prepared: preparing it again costs nothing and changes nothing, so that several runs can
-        share one twist.
+        Preparing a prepared sampler again costs nothing and changes nothing, so several runs can share one twist.
         """
         proposal, training = None, Cost()
         if not (isinstance(self.proposal, str) and self.proposal == "twisted"):
@@ -128,14 +149,14 @@ class SMC:
         return replace(self, proposal=proposal, twist=ready_twist), training + twist_training + pilot
 
     def _fitted_twist(self, posterior: Posterior, seed: int, progress: bool) -> tuple[Twist | float | None, Cost]:
-        """Return the twist, fitted if it is a recipe, and what that cost."""
+        """Return the twist, fitted if it is a recipe, and the cost of fitting it."""
         if callable(self.twist) or not isinstance(self.twist, TwistRecipe):
             return self.twist, Cost()
         fitted = self.twist.fit(posterior, seed=seed, progress=progress)
         return fitted, getattr(fitted, "training", Cost())
 
     def _resolved_twist(self, twist: Twist | float | None, posterior: Posterior, seed: int) -> tuple[Twist, int]:
-        """Return the twist to ask, and the model tokens of the pilot if there is one."""
+        """Return the twist as a function, and the number of model tokens that the pilot took."""
         if callable(twist):
             return twist, 0
         if twist is not None:

@@ -1,4 +1,4 @@
-"""Particles that are whole completions, tempered from the prior to the posterior: the state of `AnnealedSMC`."""
+"""The state of `AnnealedSMC`: particles that are whole completions, tempered from the prior to the posterior."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ __all__ = ["Swarm", "next_powers"]
 
 
 class Swarm:
-    """N weighted completions for each of P prompts, and what they said along the path.
+    """N weighted completions for each of P prompts, and their estimates along the path.
 
-    Made at s = 0: prior draws, those of likelihood 0 with weight 0, since what is impossible at any s > 0 is no part of the
-    base measure.
+    At s = 0 they are prior draws. Those of likelihood 0 get weight 0, because they are impossible at every s > 0.
 
     Parameters
     ----------
     posterior
         The posterior.
     models
-        (q, p0), q for the suffixes of moves.
+        The language models (q, p0), where q draws the suffixes of moves.
     num_particles
-        N.
-    rng
-        Source of the draws.
+        Number of particles per prompt, N.
+    streams
+        Random numbers for the prior draws.
     """
 
     def __init__(
@@ -62,17 +61,17 @@ class Swarm:
 
     @property
     def log_likelihood(self) -> FloatArray:
-        """R / alpha of the particles as they are, (P, N)."""
+        """Log-likelihood r / alpha of the current particles, (P, N)."""
         return self._posterior.likelihood.log_likelihood(self.states.reward.reshape(self.shape))
 
     def temper(self, power: FloatArray) -> None:
-        """Go from s to `power` (P,): weights gain (power - s) r / alpha, by the particles before they move."""
+        """Go from s to `power` (P,): log-weights gain (power - s) r / alpha of the particles before they move."""
         self.log_weights = self.log_weights + tempered(self.log_likelihood, (power - self.power)[:, None])
         self.power = power
         self._record()
 
     def resample_where_degenerate(self, threshold: float, scheme: Scheme, rngs: Generators) -> None:
-        """Resample each prompt whose ESS is below the threshold, its weights going into its log evidence."""
+        """Resample each prompt whose ESS is below the threshold, adding the log of its mean weight to its log evidence."""
         num_prompts, num_particles = self.shape
         local = np.tile(np.arange(num_particles), (num_prompts, 1))
         ess = effective_sample_size(self.log_weights)
@@ -86,7 +85,7 @@ class Swarm:
         self.states = self.states.taken((local + num_particles * np.arange(num_prompts)[:, None]).ravel())
 
     def move(self, num_moves: int, cut: str, rngs: Generators) -> None:
-        """Move every particle at its s; weights stay, for the moves leave the target of s invariant."""
+        """Move every particle at its s; weights do not change, because moves leave the target at s invariant."""
         power = np.repeat(self.power, self.shape[1])
         proposed, accepted = np.zeros(len(self.power)), np.zeros(len(self.power))
         for _ in range(num_moves):
@@ -98,7 +97,7 @@ class Swarm:
         self._add(acceptance_rate=accepted / np.maximum(proposed, 1))
 
     def _record(self) -> None:
-        """Write down what the weighted particles say of this s: log Z(s), E[r], KL(p_s || p0) and ESS."""
+        """Append the estimates at this s to the path: log Z(s), E[r], KL(p_s || p0) and ESS."""
         log_evidence = self.log_evidence + logmeanexp(self.log_weights)
         total = logsumexp(self.log_weights)
         with np.errstate(invalid="ignore"):  # 0 * -inf, and prompts whose particles all have weight 0
@@ -114,33 +113,33 @@ class Swarm:
         )
 
     def _add(self, **values: FloatArray) -> None:
-        """Append to the path."""
+        """Append named values of shape (P,) to the path."""
         for name, value in values.items():
             self.path.setdefault(name, []).append(value)
 
 
 def next_powers(swarm: Swarm, conditional_ess: float, least: float = 0.0) -> FloatArray:
-    """Return the largest s of each prompt, (P,), at which the next weights are still even enough.
+    """Return the largest next s of each prompt, (P,), that keeps the conditional ESS at its target or above.
 
         CESS(s') / N = (sum_n W_n v_n)^2 / sum_n W_n v_n^2,   v_n = exp((s' - s) r(x_n) / alpha)
 
-    falls from 1 as s' grows from s; it is bisected for `conditional_ess` (Zhou, Johansen and Aston 2016).
+    falls from 1 as s' grows from s; bisection finds where it equals `conditional_ess` (Zhou, Johansen and Aston 2016).
 
     Parameters
     ----------
     swarm
         The particles at s.
     conditional_ess
-        A number between 0 and 1.
+        Target of CESS / N, a number between 0 and 1.
     least
-        The least share of the way to 1 that is gone, so that the path ends.
+        Smallest step, as a share of the remaining distance to 1, so that the path ends.
     """
     left = 1.0 - swarm.power
     log_w, log_likelihood = swarm.log_weights, swarm.log_likelihood
 
     def is_even(step: FloatArray) -> np.ndarray:
         log_v = tempered(log_likelihood, step[:, None])
-        with np.errstate(invalid="ignore"):  # all weights 0: NaN is not even
+        with np.errstate(invalid="ignore"):  # all weights 0: NaN counts as not even
             log_share = 2 * logsumexp(log_w + log_v) - logsumexp(log_w) - logsumexp(log_w + 2 * log_v)
         even: np.ndarray = log_share >= np.log(conditional_ess)
         return even

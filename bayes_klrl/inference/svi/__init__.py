@@ -1,7 +1,7 @@
 """Stochastic variational inference: a guide is trained on the ELBO, which is KL-regularised RL, exactly.
 
 Read `svi` first (`SVI`, the recipe), then `fit` (`Fit`, its result), `loop` (the steps, their history, interruption), `steps`
-(how long a step may be), `estimators` (the leave-one-out baseline) and `refusals`. The rooms `pyro_backend` and
-`numpyro_backend` each hold the training, the ELBO and the sites of one library; `bayesian` (experimental) puts a distribution
-on the policy's parameters. `losses` are reference losses of trainers, written as `bk.audit` takes them.
+(learning-rate schedule and the limit of a step in nats), `estimators` (the leave-one-out baseline) and `refusals`. The rooms
+`pyro_backend` and `numpyro_backend` each hold the training, the ELBO and the sites of one library; `bayesian` (experimental)
+puts a distribution on the policy's parameters. `losses` are reference losses of trainers, written as `bk.audit` takes them.
 """

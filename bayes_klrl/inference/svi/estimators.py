@@ -1,4 +1,4 @@
-"""The leave-one-out baseline, which makes score-function gradients of the ELBO precise; written once, for every backend.
+"""The leave-one-out baseline, which lowers the variance of score-function gradients of the ELBO on every backend.
 
     grad ELBO ~ 1/N sum_n (log w_n - mean_{m != n} log w_m) grad log q(x_n)
               = 1/(N - 1) sum_n (log w_n - mean log w) grad log q(x_n)
@@ -20,7 +20,7 @@ def leave_one_out(values: Array) -> Array:
     Parameters
     ----------
     values
-        Shape (N, ...), N at least 2: an array of NumPy, torch or JAX.
+        An array of NumPy, torch or JAX, shape (N, ...), N at least 2.
 
     Examples
     --------

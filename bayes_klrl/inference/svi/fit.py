@@ -1,4 +1,4 @@
-"""A trained guide: the approximate posterior q that SVI ends with, its history, and draws from it."""
+"""The result of SVI: a trained guide q, the approximate posterior, with its history and draws from it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,34 @@ __all__ = ["Fit"]
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A trained guide.
+    """A trained guide, as `SVI.fit` returns it.
 
     Parameters
     ----------
     guide
-        The approximate posterior q.
+        The approximate posterior q, a language model.
     history
-        Of every step, means over prompts in nats: "elbo", "reward" (in its own units), "kl" (to the prior),
-        "log_weight_sd", "gradient_norm", "learning_rate", "step_kl" (as taken; NaN where it was not looked at), "seconds".
+        Arrays of one value per step, means over prompts in nats: "elbo", "reward" (in its own units), "kl" (to the prior),
+        "log_weight_sd", "gradient_norm", "learning_rate", "step_kl" (how far the step moved the guide; NaN where it was not
+        measured), "seconds".
     posterior
-        What it approximates.
+        The posterior that the guide approximates.
     training
         Seconds and tokens of the training.
     interrupted
-        Whether Ctrl-C ended it early.
+        Whether Ctrl-C ended the training early.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> fit = bk.SVI(num_steps=30).fit(posterior, seed=0)
+    >>> fit.history["elbo"].shape, bool(fit.history["elbo"][-1] > fit.history["elbo"][0])
+    ((30,), True)
+    >>> fit.run(100, seed=1)
+    Draws(SVI: 100 draws x 1 prompts, log evidence [nan])
     """
 
     guide: LanguageModel
@@ -48,7 +61,7 @@ class Fit:
 
     @property
     def training_tokens(self) -> int:
-        """Tokens that went through a model in training."""
+        """Number of tokens that went through a model in training."""
         return self.training.training_tokens
 
     @property
@@ -57,16 +70,16 @@ class Fit:
         return self.training.training_seconds
 
     def save(self, folder: str | Path) -> Path:
-        """Write the guide as `from_pretrained` reads it, adapters merged, and return the folder."""
+        """Write the guide in the format that `from_pretrained` reads, adapters merged, and return the folder."""
         if not hasattr(self.guide, "save_pretrained"):
             raise BayesKLRLError(f"A {type(self.guide).__name__} has no save_pretrained, so it cannot be saved.")
         self.guide.save_pretrained(folder)
         return Path(folder)
 
     def run(self, num_draws: int, seed: int, *, progress: bool = False) -> Draws:
-        """Return draws from the guide, weighing equally; `elbo` is their mean log-weight, the log-weights are not used.
+        """Return equally weighted draws from the guide; their `elbo` is the mean of log p0(x) + r(x) / alpha - log q(x).
 
-        To correct them for what the guide got wrong, `ImportanceSampling(num_draws, proposal=fit.guide)`.
+        `ImportanceSampling(num_draws, proposal=fit.guide)` corrects the draws for the difference of guide and posterior.
         """
         check_count("num_draws", num_draws)
         start, posterior = time.perf_counter(), self.posterior

@@ -1,6 +1,6 @@
 """The training loop that every backend shares: it runs the steps, keeps the history, and ends early without loss.
 
-The loop is `trained`; a backend gives it steps and the guide so far. Nothing here knows torch or JAX.
+The loop is `trained`; a backend gives it the steps and the guide so far. This module uses neither torch nor JAX.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["TrainingPlan", "run_training", "trained"]
 
 
 class TrainingPlan(Protocol):
-    """The numbers that a backend needs to train a guide; `SVI` has them, see there."""
+    """The numbers that a backend needs to train a guide; `SVI` has and documents them."""
 
     @property
     def num_steps(self) -> int:
-        """Gradient steps."""
+        """Number of gradient steps."""
 
     @property
     def num_particles(self) -> int:
-        """Completions per prompt and step."""
+        """Number of completions per prompt and step."""
 
     @property
     def learning_rate(self) -> float | None:
@@ -53,7 +53,7 @@ class TrainingPlan(Protocol):
 
     @property
     def prompts_per_step(self) -> int | None:
-        """Prompts that a step is made on; None: all."""
+        """Number of prompts that each step uses; None: all."""
 
 
 def trained(
@@ -72,7 +72,7 @@ def trained(
     plan, posterior
         The numbers of the training, and the posterior that the guide approximates.
     steps
-        See `run_training`; "elbo", "reward" and "kl" are among what each says.
+        See `run_training`; each item has "elbo", "reward" and "kl" among its keys.
     guide_so_far
         Returns the guide after the newest step.
     start, progress
@@ -101,28 +101,28 @@ def run_training(
     start: float,
     progress: bool,
 ) -> FitT:
-    """Return what was fitted after all steps, or after those before Ctrl-C.
+    """Return the fit after all steps, or after those before Ctrl-C.
 
     Parameters
     ----------
     name, num_steps
-        Of the training, for its progress.
+        Name of the training and its number of steps, for the progress display.
     steps
-        The training: each item says what a step saw, means over prompts in nats, and under "tokens" how many went through a
-        model.
+        The training, one item per step: means over prompts in nats, by name, and under "tokens" the number of tokens that
+        went through a model.
     fit_so_far
-        Returns what is fitted after the newest step, given the history, the cost, and whether it was interrupted.
+        Function that returns the fit after the newest step, given the history, the cost, and whether it was interrupted.
     status
-        What progress says of a step.
+        Function that returns the text that the progress display shows for a step.
     start
-        `time.perf_counter()` at the beginning.
+        `time.perf_counter()` at the beginning of the training.
     progress
-        Whether to show it.
+        Whether to show progress.
 
     Raises
     ------
     BayesKLRLError
-        Whatever a step raises; after the first step with what was learned as its attribute `fit`.
+        The error that a step raised; after the first step its attribute `fit` holds the fit so far.
     """
     history: dict[str, list[float]] = defaultdict(list)
     interrupted: list[bool] = []
@@ -142,7 +142,7 @@ def run_training(
     except BayesKLRLError as error:
         if history["seconds"]:
             error.fit = fit()
-            error.add_note(f"What was learned in the {len(history['seconds'])} steps before is in this error's `fit`.")
+            error.add_note(f"This error's `fit` holds what was learned in the {len(history['seconds'])} steps before.")
         raise
     return fit()
 
@@ -158,7 +158,7 @@ def _kept_on_interrupt(name: str, history: dict[str, list[float]], interrupted: 
         interrupted.append(True)
         with suppress(UserWarning):  # where warnings are errors: what was learned matters more
             warnings.warn(
-                f"{name} was interrupted after {len(history['seconds'])} steps. What it learned is kept: the guide so far is "
-                "in the returned Fit (fit.guide), and fit.save(folder) writes it.",
+                f"{name} was interrupted after {len(history['seconds'])} steps. What it learned is kept: the returned Fit has "
+                "the guide so far (fit.guide), and fit.save(folder) writes it.",
                 stacklevel=7,
             )

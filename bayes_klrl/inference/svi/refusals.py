@@ -1,4 +1,4 @@
-"""The refusals that SVI makes on every backend: no place for an adapter, an unbounded loss, programs that do not fit."""
+"""Errors that SVI raises on every backend: an adapter on the wrong model, an unbounded loss, programs that do not match."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["check_same_latents", "completion_text", "no_adapter", "no_density", 
 
 
 def no_adapter(prior: LanguageModel, adapter: object) -> None:
-    """Refuse an adapter for a model that has no place for it."""
+    """Refuse an adapter for a model that cannot have one."""
     if adapter is not None:
         raise BayesKLRLError(
             f"Adapters are for a bk.TorchLM; the prior is a {type(prior).__name__}. Leave the adapter out."
@@ -20,7 +20,7 @@ def no_adapter(prior: LanguageModel, adapter: object) -> None:
 
 
 def unbounded_loss(completion: str, what: str = "likelihood") -> UnboundedLossError:
-    """Return the error about a completion of likelihood 0 (or of another probability 0) that the guide drew."""
+    """Return the error about a completion that the guide drew, and whose likelihood (or other probability) is 0."""
     cure = "Relax the constraint: a reward of alpha * log(eps) instead of -inf (say eps = 1e-3), or use bk.SMC."
     if what == "prior probability":
         cure = "Start the guide as a copy of the prior, which never draws what the prior cannot."
@@ -40,18 +40,18 @@ def no_density(name: str, log_prob: float, completion: str) -> BayesKLRLError:
 
 
 def check_same_latents(model: Mapping[str, Any], guide: Mapping[str, Any]) -> None:
-    """Refuse programs that do not draw the same latents; sites by name, as Pyro's and NumPyro's traces have them alike.
+    """Refuse programs that do not draw the same latents; sites are given by name, as the traces of Pyro and NumPyro have them.
 
     Raises
     ------
     BayesKLRLError
-        Names the site that only the guide draws, auxiliary ones apart, or that it leaves out.
+        If a site, auxiliary ones apart, is drawn by the guide only, or not drawn by the guide; it is named.
     """
     for name, site in guide.items():
         latent = name in model and not model[name]["is_observed"]
         if not latent and not site["infer"].get("is_auxiliary"):
             raise BayesKLRLError(
-                f"The guide draws {name!r}, which is no latent site of the model: its log-density would count for nothing. "
+                f"The guide draws {name!r}, which is no latent site of the model: its log-density would not be balanced. "
                 "Add it to the model, or mark it with infer={'is_auxiliary': True}."
             )
     for name, site in model.items():
@@ -63,5 +63,5 @@ def check_same_latents(model: Mapping[str, Any], guide: Mapping[str, Any]) -> No
 
 
 def completion_text(lm: LanguageModel, ids: Sequence[int]) -> str:
-    """Return how to call a completion: its text, if there is one, and its ids."""
+    """Return the words by which an error names a completion: its text, if there is one, and its ids."""
     return f"{lm.decode([ids])[0]!r} (ids {ids})" if lm.tokenizer is not None else f"with ids {ids}"

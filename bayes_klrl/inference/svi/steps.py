@@ -1,4 +1,4 @@
-"""How long a training step may be: the schedule of learning rates, the clipping of gradients, a limit in nats.
+"""The length of training steps: the schedule of learning rates, the clipping of gradients, a limit in nats.
 
 Every training loop of the package (SVI on torch and on JAX, `BayesianSVI`, learned twists) takes them from here.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable
 __all__ = ["MAX_GRADIENT_NORM", "StepLimit", "learning_rate_schedule"]
 
 MAX_GRADIENT_NORM = 1.0
-"""Longer gradients are shortened to this."""
+"""The largest norm of a gradient; longer gradients are shortened to it."""
 
 _WARM_UP = 0.05
 _CALM = 0.1
@@ -23,9 +23,9 @@ def learning_rate_schedule(num_steps: int, warm_up: float = _WARM_UP) -> Callabl
     Parameters
     ----------
     num_steps
-        Steps of the whole training.
+        Number of steps of the whole training.
     warm_up
-        Share of the steps that rise; 0: the first step has the peak rate.
+        Share of the steps in which the rate rises; 0: the first step has the peak rate.
 
     Examples
     --------
@@ -40,19 +40,19 @@ def learning_rate_schedule(num_steps: int, warm_up: float = _WARM_UP) -> Callabl
 
 
 class StepLimit:
-    """How much of each step to take, so that none moves the guide by more than `max_kl` nats; see `pyro_backend.trust_region`.
+    """The share of each step to take, so that it moves the guide by at most `max_kl` nats; see `pyro_backend.trust_region`.
 
     Measuring costs a forward pass, so after a step below a tenth of `max_kl` the next nine are not measured.
 
     Parameters
     ----------
     max_kl
-        In nats; inf: never measure.
+        The most nats that a step may move the guide; inf: steps are never measured.
 
     Attributes
     ----------
     last_kl
-        How far the newest step went, in nats; NaN if it was not measured.
+        KL by which the newest step moved the guide, in nats; NaN if it was not measured.
 
     Examples
     --------
@@ -67,7 +67,7 @@ class StepLimit:
         self.last_kl = float("nan")
 
     def is_due(self) -> bool:
-        """Return whether the step about to be taken is to be measured."""
+        """Return whether the next step has to be measured."""
         self.last_kl = float("nan")
         if self._max_kl == float("inf"):
             return False
@@ -75,7 +75,7 @@ class StepLimit:
         return self._unmeasured == 0
 
     def share(self, kl: float) -> float:
-        """Return the share to take of a step that went `kl` nats far."""
+        """Return the share to take of a step that moved the guide by `kl` nats."""
         self.last_kl = min(kl, self._max_kl)
         if kl > self._max_kl:
             return float((self._max_kl / kl) ** 0.5)

@@ -1,9 +1,9 @@
-"""Stochastic variational inference: train a guide q on the ELBO, which is KL-regularised RL, exactly.
+"""Stochastic variational inference: train a guide q on the ELBO, which is exactly KL-regularised RL.
 
     E_q[r] / alpha - KL(q || p0) = ELBO(q) = log Z - KL(q || p*)
 
-The guide is a copy of the prior, or LoRA adapters over its frozen weights. `SVI` is the recipe, `Fit` what it made; the
-training itself is in `svi_pyro`, and for a `JaxLM` in `svi_numpyro`.
+The guide is a copy of the prior, or LoRA adapters over its frozen weights. `SVI` is the recipe and `Fit` its result; the
+training itself is in `pyro_backend`, and for a `JaxLM` in `numpyro_backend`.
 """
 
 from __future__ import annotations
@@ -33,27 +33,42 @@ class SVI:
     Parameters
     ----------
     num_steps
-        Gradient steps.
+        Number of gradient steps.
     num_particles
-        N completions a prompt and step, at least 2.
+        Completions per prompt that each step draws, at least 2.
     learning_rate
-        Of Adam, at its highest: it rises over the first steps and falls linearly to 0. None: 2e-3, for adapters 5e-3, for
-        an `NgramLM` 0.1.
+        Adam's peak rate: 5 % warm-up, then linear decay to 0. None: 2e-3 for a full copy of the prior, 5e-3 for adapters,
+        0.1 for an `NgramLM`.
     objective
-        "elbo".
+        Name of the objective; "elbo" is the only one.
     estimator
-        "leave_one_out", of variance zero at the posterior, or "rao_blackwell", of lower variance far from it
-        (see `bayes_klrl.inference.svi.pyro_backend.elbo`).
+        Name of the gradient estimator: "leave_one_out", which has variance zero at the posterior, or "rao_blackwell", which
+        has a lower variance far from it (see `bayes_klrl.inference.svi.pyro_backend.elbo`).
     adapter
         None: every parameter of a copy of the prior is trained. "lora" or a `peft` configuration: adapters over the
-        frozen prior.
+        frozen prior are trained.
     num_draws
-        N of `run`.
+        Completions per prompt that `run` draws.
     max_step_kl
-        A step that would move the guide by more nats is shortened to that (see `pyro_backend.trust_region`); inf:
-        never. Without it, a learning rate that suits one model collapses another onto one short completion.
+        The most nats that a step may move the guide; a longer step is shortened (see `pyro_backend.trust_region`). inf: no
+        limit. Without a limit, a learning rate that suits one model makes another collapse onto one short completion.
     prompts_per_step
-        Train on as many of the P prompts a step, drawn at random; None: on all.
+        Number of the P prompts that each step uses, drawn at random; None: all.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> fit = bk.SVI(num_steps=30).fit(posterior, seed=0)
+
+    The guide as a proposal, whose draws are then corrected by importance weights:
+
+    >>> draws = bk.ImportanceSampling(1000, proposal=fit.guide).run(posterior, seed=1)
+    >>> exact = bk.Exact().run(posterior, seed=0)
+    >>> bool(abs(draws.log_evidence[0] - exact.log_evidence[0]) < 0.1)
+    True
     """
 
     num_steps: int
@@ -91,8 +106,8 @@ class SVI:
         Raises
         ------
         UnboundedLossError
-            If a draw has likelihood 0: names the completion and the cure. This and any other error of ours after the first
-            step carries what was learned as its attribute `fit`.
+            If a draw has likelihood 0; the message names the completion and the cure. The attribute `fit` of this and of every
+            other `BayesKLRLError` that ends the training after its first step holds what was learned.
         """
         check_prompts_per_step(self.prompts_per_step, posterior.num_prompts)
         if isinstance(posterior.prior, JaxModel):

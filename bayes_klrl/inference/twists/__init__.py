@@ -1,4 +1,4 @@
-"""Twists that are fitted: by gradient steps, or as the exact twist of a simpler model.
+"""Fitting twists: by gradient steps, or as the exact twist of a simpler model.
 
 Read `learned` first (`LearnedTwist`), then `losses` and `training` behind it, and `distilled` (`DistilledTwist`, the exact
 twist of an n-gram model that imitates the prior).

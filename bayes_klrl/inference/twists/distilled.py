@@ -1,8 +1,8 @@
 """`DistilledTwist`: the exact twist of an n-gram model that imitates the prior (theory.md 3.9; Zhang et al. 2023, 2024).
 
-The reward must be an automaton's. An n-gram model is counted on draws from the prior, its posterior under the same reward is
-solved by backward messages, and the optimal twist of that one steers the real one. Weights stay exact: what the n-gram model
-gets wrong costs variance, not bias.
+An n-gram model is fitted by counting to draws from the prior, its posterior under the same reward is solved by backward
+messages, and the resulting optimal twist is used for the original posterior. The reward must be computed by an automaton.
+Weights remain exact: errors of the n-gram model increase the variance, but cause no bias.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = ["DistilledTwist", "FittedDistilled"]
 
 @dataclass(frozen=True)
 class DistilledTwist:
-    """A recipe of a twist for any prior and a reward that an automaton computes.
+    """A recipe for the twist of any prior and a reward that an automaton computes.
 
     Parameters
     ----------
     order
-        n of the n-gram model.
+        Order n of the n-gram model.
     num_draws
-        Completions a prompt from the prior that it is counted on.
+        Number of prior draws per prompt to which the n-gram model is fitted.
 
     Examples
     --------
@@ -43,9 +43,9 @@ class DistilledTwist:
     >>> odd = bk.Automaton.counts(0, modulo=2, vocab_size=2)
     >>> reward = bk.AutomatonReward(odd, final_rewards=[0.0, 1.0], alpha=0.1)
     >>> posterior = bk.Posterior(coin, reward, max_new_tokens=8)
-    >>> draws = bk.SMC(16, twist=DistilledTwist(), proposal="twisted").run(posterior, seed=0)
-    >>> abs(draws.log_evidence[0] - np.log((1 + np.exp(10)) / 2)) < 0.1
-    np.True_
+    >>> draws = bk.SMC(16, twist=bk.DistilledTwist(), proposal="twisted").run(posterior, seed=0)
+    >>> bool(abs(draws.log_evidence[0] - np.log((1 + np.exp(10)) / 2)) < 0.1)
+    True
     """
 
     order: int = 2
@@ -61,12 +61,13 @@ class DistilledTwist:
         Raises
         ------
         BayesKLRLError
-            If the likelihood is no automaton's.
+            If the likelihood is not computed by an automaton.
         """
         if automaton_potential(posterior.likelihood) is None:
             raise BayesKLRLError(
-                f"A DistilledTwist solves an n-gram model's posterior, and needs a likelihood of bk.AutomatonReward and "
-                f"bk.AutomatonConstraint alone; got {posterior.likelihood!r}. Use bk.CountingTwist or bk.LearnedTwist."
+                f"A DistilledTwist solves an n-gram model's posterior, and needs a likelihood made only of "
+                f"bk.AutomatonReward and bk.AutomatonConstraint; got {posterior.likelihood!r}. Use bk.CountingTwist or "
+                "bk.LearnedTwist."
             )
         start = time.perf_counter()
         ngram, model_tokens = self._imitation(posterior, seed)
@@ -82,7 +83,7 @@ class DistilledTwist:
         return FittedDistilled(solved.twist(), training)
 
     def _imitation(self, posterior: Posterior, seed: int) -> tuple[NgramLM, int]:
-        """Return the n-gram model of prior draws, each read from the end of its prompt, and the tokens they took."""
+        """Return the n-gram model of prior draws, read with the end of their prompts, and the model tokens they took."""
         prior, seen = posterior.prior, self.order - 1
         rows: list[list[int]] = []
         model_tokens = 0
@@ -97,14 +98,14 @@ class DistilledTwist:
 
 @dataclass(frozen=True, eq=False)
 class FittedDistilled:
-    """What `DistilledTwist.fit` makes.
+    """The twist that `DistilledTwist.fit` returns.
 
     Parameters
     ----------
     solved
         The optimal twist of the n-gram model's posterior.
     training
-        What drawing, counting and solving cost.
+        The cost of drawing, counting and solving.
     """
 
     solved: MessageTwist

@@ -1,6 +1,6 @@
-"""`LearnedTwist`: the recipe of a twist that is trained, on draws, towards the optimal one.
+"""`LearnedTwist`: the recipe for a twist that is trained on draws towards the optimal one.
 
-The losses are in `twist_losses`, the network in `models.torch_twist`, the training in `twist_training`.
+The losses are in `losses`, the training is in `training`, and the network is in `bayes_klrl.models.twists.neural`.
 """
 
 from __future__ import annotations
@@ -23,28 +23,36 @@ TWIST_LOSSES = ("ctl", "soft_q", "fudge")
 class LearnedTwist:
     """Train log psi_t(x_1:t) ~ log E_p0[exp(r(x) / alpha) | x_1:t] on the prior's hidden states.
 
-    The prior stays as it is; a head of two layers reads what it predicts its next token from. A prior without hidden states
-    gets a GRU over the tokens. Half of every step's draws come from the prior, half from the prior steered by the twist so
-    far ("fudge": all from the prior), weighted as draws from that mixture, so that what the twist overlooks is still drawn.
+    The prior is not changed; a head of two layers reads the hidden state from which the prior predicts its next token. For a
+    prior without hidden states, a GRU over the tokens is trained with the head. Half of the draws of each step come from the
+    prior and half from the prior times the current twist, weighted as draws from this mixture, so that completions which the
+    twist underrates are still drawn. For "fudge" all draws come from the prior.
 
     Parameters
     ----------
     num_steps
-        Gradient steps.
+        Number of gradient steps.
     loss
         "ctl": contrastive twist learning; "soft_q": path consistency, for finite rewards; "fudge": classification, for
         rewards with a declared upper bound. See `bayes_klrl.inference.twists.losses`.
     num_draws
-        Completions a prompt and step, an even number.
+        Number of completions per prompt and step, an even number.
     learning_rate
-        Of Adam; falls linearly to 0.
+        Adam's first rate, which decays linearly to 0.
     hidden
-        Units of the head's layers, and of the GRU.
+        Number of units of the head's layers, and of the GRU.
 
     Examples
     --------
-    >>> LearnedTwist(200, loss="fudge").num_draws
-    64
+    The reward is 5 if the last of four tosses is heads, with log Z = log((1 + exp(5)) / 2) = 4.31.
+
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+    >>> last = bk.TokenReward(lambda tokens, lengths: 5.0 * tokens[:, 3], alpha=1.0)
+    >>> twist = bk.LearnedTwist(50, num_draws=32)
+    >>> draws = bk.SMC(200, twist=twist, proposal="twisted").run(bk.Posterior(coin, last, max_new_tokens=4), seed=0)
+    >>> bool(abs(draws.log_evidence[0] - 4.31) < 0.1)
+    True
     """
 
     num_steps: int
@@ -57,14 +65,16 @@ class LearnedTwist:
         check_count("num_steps", self.num_steps)
         check_count("num_draws", self.num_draws, least=2)
         if self.num_draws % 2:
-            raise BayesKLRLError(f"num_draws must be even, for half are drawn from the prior; got {self.num_draws}.")
+            raise BayesKLRLError(f"num_draws must be even: half are drawn from the prior; got {self.num_draws}.")
         check_positive("learning_rate", self.learning_rate)
         check_count("hidden", self.hidden)
         if self.loss not in TWIST_LOSSES:
             raise BayesKLRLError(f"Unknown loss {self.loss!r}; choose one of {list(TWIST_LOSSES)}.")
 
     def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Twist:
-        """Return the trained twist, for `SMC(twist=...)` and `TwistedLM`; see `TwistRecipe.fit`.
+        """Return the trained twist, a `bayes_klrl.models.twists.neural.NeuralTwist`; see `TwistRecipe.fit`.
+
+        It can be passed to `SMC(twist=...)` and `TwistedLM`.
 
         Raises
         ------
@@ -80,11 +90,11 @@ class LearnedTwist:
         return train_twist(self, posterior, seed=seed, progress=progress)
 
     def _check_bound(self, posterior: Posterior) -> None:
-        """Refuse a likelihood that cannot be scaled into [0, 1]."""
+        """Raise a `BayesKLRLError` if the likelihood declares no bound by which to scale it into [0, 1]."""
         bounds = posterior.likelihood.bounds
         if bounds is None or not np.isfinite(bounds[1]):
             raise BayesKLRLError(
-                f"The loss 'fudge' classifies, and needs the largest likelihood there is to scale by; "
+                f"The loss 'fudge' trains a classifier on likelihoods scaled by their upper bound; "
                 f"{posterior.likelihood.name or 'the reward'!r} has bounds={bounds}. Declare bounds=(low, high), or use "
                 "loss='ctl'."
             )

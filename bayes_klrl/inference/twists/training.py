@@ -1,8 +1,8 @@
-"""The training loop of `LearnedTwist`: draw from prior and twisted prior, one loss, Adam; then set the scale.
+"""The training loop of `LearnedTwist`: draws from the prior and the twisted prior, a loss, Adam, and a final calibration.
 
     q_mix(x_1:t) = (p0(x_1:t) + q_psi(x_1:t)) / 2,     q_psi prop. to p0 psi token by token
 
-A draw's weight is that of a draw from the mixture (Veach and Guibas 1995), so no weight exceeds twice the likelihood however
+Draws are weighted as draws from the mixture (Veach and Guibas 1995), so that no weight exceeds twice the likelihood, however
 wrong the twist still is.
 """
 
@@ -32,18 +32,18 @@ from bayes_klrl.typing import Array, FloatArray, LanguageModel
 
 __all__ = ["train_twist"]
 
-_STREAM = 35  # of the seed: training draws are not those of the run that uses the twist
+_STREAM = 35  # number of the stream of training draws, which differ from those of the run that uses the twist
 _PILOT_DRAWS = 256
 _CALIBRATION_DRAWS = 512
 _LEAST_LABEL = 1e-4
 
 
 class TwistPlan(Protocol):
-    """The numbers of the training; `LearnedTwist` has them, see there."""
+    """The options of the training; `LearnedTwist` has and documents them."""
 
     @property
     def num_steps(self) -> int:
-        """Gradient steps."""
+        """Number of gradient steps."""
 
     @property
     def loss(self) -> str:
@@ -51,7 +51,7 @@ class TwistPlan(Protocol):
 
     @property
     def num_draws(self) -> int:
-        """Completions per prompt and step."""
+        """Number of completions per prompt and step."""
 
     @property
     def learning_rate(self) -> float:
@@ -59,12 +59,12 @@ class TwistPlan(Protocol):
 
     @property
     def hidden(self) -> int:
-        """Units of the head's layers."""
+        """Number of units of the head's layers."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Draws of one step, P prompts and N draws."""
+    """The draws of one step: P prompts, N draws each."""
 
     sequences: Sequences
     log_likelihood: Tensor  # (P, N) float64
@@ -74,7 +74,7 @@ class Batch:
 
     @property
     def log_base(self) -> Tensor:
-        """Draws weigh equally before their weights."""
+        """Log-weights of the draws, all 0, (P, N); see `losses`."""
         return torch.zeros_like(self.log_likelihood)
 
 
@@ -106,7 +106,7 @@ def train_twist(recipe: TwistPlan, posterior: Posterior, *, seed: int, progress:
 
 
 def untrained(recipe: TwistPlan, posterior: Posterior, seed: int) -> tuple[NeuralTwist, int]:
-    """Return the constant twist log Z-hat of a pilot as a network, and the tokens that took."""
+    """Return a network that is the constant twist log Z-hat of a pilot, and the number of model tokens the pilot took."""
     pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, Streams.of(seed, _PILOT_DRAWS))
     log_evidence, offsets, log_bound = log_evidence_of_pilot(log_likelihood), None, None
     if recipe.loss == "fudge":
@@ -137,7 +137,7 @@ def untrained(recipe: TwistPlan, posterior: Posterior, seed: int) -> tuple[Neura
 
 
 def token_embedding(features: Any, prior: LanguageModel, hidden: int) -> Tensor:
-    """Return where the head's token embedding starts: the prior's own, else one axis a token, else random."""
+    """Return the initial token embedding of the head: the prior's own if it has one, else one axis per token, else random."""
     if isinstance(features, LMFeatures):
         embedding: Tensor = features.token_embedding()
         return embedding
@@ -150,7 +150,7 @@ def token_embedding(features: Any, prior: LanguageModel, hidden: int) -> Tensor:
 def draw_batch(
     posterior: Posterior, twist: NeuralTwist, num_draws: int, rng: np.random.Generator, *, from_twist: bool
 ) -> Batch:
-    """Return N draws a prompt (N even): half from the prior and half from the twisted prior, or all from the prior."""
+    """Return N draws per prompt, N even: half from the prior and half from the twisted prior, or all from the prior."""
     shares: list[tuple[LanguageModel, int]] = [(posterior.prior, num_draws)]
     if from_twist:
         shares = [(posterior.prior, num_draws // 2), (TwistedLM(posterior, twist), num_draws // 2)]
@@ -199,11 +199,11 @@ def loss_of(name: str, posterior: Posterior, twist: NeuralTwist, batch: Batch) -
 def calibrated(
     twist: NeuralTwist, posterior: Posterior, num_draws: int, rng: np.random.Generator
 ) -> tuple[NeuralTwist, int]:
-    """Return the twist with constants by which psi_t has, on average over prefixes, the scale of the likelihood.
+    """Return the twist with constants that give psi_t, on average over prefixes, the scale of the likelihood, and the cost.
 
         exp(constant_{c,t}) = E_p0[exp(r / alpha) 1(|x| >= t)] / E_p0[psi_t(x_1:t) 1(|x| >= t)]
 
-    Contrastive learning leaves them open, and finished particles weigh their likelihood (theory.md 3.5, 3.8).
+    Contrastive learning does not determine them, and finished particles are weighted by their likelihood (theory.md 3.5, 3.8).
     """
     weights, model_tokens = [], 0
     for _ in range(-(-_CALIBRATION_DRAWS // num_draws)):
@@ -227,14 +227,14 @@ def calibrated(
 
 
 def outputs_of(posterior: Posterior, twist: NeuralTwist, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the features of every position, (P, N, T, F), and the head's outputs, (P, N, T, V)."""
+    """Return the features at every position, (P, N, T, F), and the head's outputs, (P, N, T, V)."""
     features = twist.features.everywhere(posterior.prompt_ids, batch.sequences)
     positions = torch.arange(posterior.max_new_tokens, device=features.device)
     return features, twist.head(features, positions)
 
 
 def scaled(twist: NeuralTwist, outputs: Tensor) -> Tensor:
-    """Return log psi from outputs of the P prompts that are trained on, (P, N, T, V)."""
+    """Return log psi, (P, N, T, V), from the head's outputs for the P prompts of the training."""
     offsets = torch.as_tensor(twist.offsets, device=outputs.device).to(outputs)[:, None, None, None]
     constants = torch.as_tensor(twist.constants, device=outputs.device).to(outputs)[:, None, :, None]
     return twist.log_psi(outputs, offsets, constants)
@@ -242,7 +242,7 @@ def scaled(twist: NeuralTwist, outputs: Tensor) -> Tensor:
 
 @torch.no_grad()
 def prior_log_probs(posterior: Posterior, twist: NeuralTwist, batch: Batch, features: Tensor) -> Tensor:
-    """Return log p0(. | x_<t) at every position, (P, N, T, V), float32; from the features where they are the prior's."""
+    """Return log p0(. | x_<t) at every position, (P, N, T, V), float32; computed from features if these are the prior's."""
     prior, everywhere = posterior.prior, getattr(posterior.prior, "position_log_probs", None)
     if isinstance(twist.features, LMFeatures):
         log_probs: Array = twist.features.lm.log_probs_from(features)
@@ -254,7 +254,7 @@ def prior_log_probs(posterior: Posterior, twist: NeuralTwist, batch: Batch, feat
 
 
 def stepped_log_probs(prior: LanguageModel, posterior: Posterior, batch: Batch) -> FloatArray:
-    """Return log p0(. | x_<t) at every position of a model that only steps, (P, N, T, V)."""
+    """Return log p0(. | x_<t) at every position, (P, N, T, V), for a model that can only decode step by step."""
     shape = batch.sequences.tokens.shape
     tokens = batch.tokens.cpu().numpy().reshape(-1, shape[2])
     state = prior.select(prior.prefill(posterior.prompt_ids), np.repeat(np.arange(shape[0]), shape[1]))
@@ -282,12 +282,12 @@ def mixture(log_prior_next: Tensor, scores: Tensor, soft_values: Tensor, batch: 
 
 
 def check_finite_likelihood(posterior: Posterior, batch: Batch) -> None:
-    """Refuse to regress on log 0."""
+    """Raise an `UnboundedLossError` if a draw has likelihood 0, since its log cannot be regressed."""
     impossible = batch.log_likelihood.isneginf()
     if impossible.any():
         p, n = impossible.nonzero()[0].tolist()
         ids = batch.sequences.tokens[p, n, : batch.sequences.lengths[p, n]].tolist()
         raise UnboundedLossError(
-            f"The loss 'soft_q' regresses the log-likelihood, and the completion of ids {ids} of prompt "
+            f"The loss 'soft_q' regresses on the log-likelihood, but the completion of ids {ids} for prompt "
             f"{posterior.prompts[p]!r} has likelihood 0. Use loss='ctl' or 'fudge', or relax the constraint to log(eps)."
         )

@@ -21,21 +21,21 @@ from bayes_klrl.typing import IntArray
 
 __all__ = ["regex_machine"]
 
-_MAX_FRAGMENTS = 100_000
+_MAX_STATES = 100_000
 
 
 def regex_machine(
     pattern: str, alphabet: Mapping[str, int], vocab_size: int, eos_token_ids: Collection[int]
 ) -> tuple[IntArray, NDArray[np.bool_]]:
-    """Return the smallest machine of a regular expression: transitions (D, V), and which states accept, (D,).
+    """Return the smallest automaton of a regular expression: transitions (D, V), and which states accept, (D,).
 
-    EOS ids leave every state as it is and are matched by nothing.
+    EOS ids leave every state unchanged and match nothing.
     """
     text = frozenset(range(vocab_size)) - frozenset(eos_token_ids)
     machine = _Machine()
     start, end = _Parser(pattern, alphabet, text, machine).parse()
     symbols = sorted({token for edges in machine.edges for tokens, _ in edges for token in tokens})
-    kinds: dict[tuple[int, ...], list[int]] = {}  # tokens that no edge tells apart
+    kinds: dict[tuple[int, ...], list[int]] = {}  # classes of tokens that all edges treat alike
     sets = list({tokens for edges in machine.edges for tokens, _ in edges})
     for token in symbols:
         kinds.setdefault(tuple(i for i, tokens in enumerate(sets) if token in tokens), []).append(token)
@@ -57,21 +57,23 @@ def regex_machine(
 
 @dataclass
 class _Machine:
-    """A nondeterministic automaton: `edges` that read one of a set of tokens, `jumps` that read nothing."""
+    """A nondeterministic automaton: `edges` read one of a set of tokens, `jumps` read none."""
 
     edges: list[list[tuple[frozenset[int], int]]] = field(default_factory=list)
     jumps: list[list[int]] = field(default_factory=list)
 
     def state(self) -> int:
         """Add a state and return its number."""
-        if len(self.edges) >= _MAX_FRAGMENTS:
-            raise BayesKLRLError("The regular expression is too large: its repetitions multiply. Write a smaller one.")
+        if len(self.edges) >= _MAX_STATES:
+            raise BayesKLRLError(
+                "The regular expression is too large, since its nested repetitions multiply. Write a smaller one."
+            )
         self.edges.append([])
         self.jumps.append([])
         return len(self.edges) - 1
 
     def closure(self, states: Collection[int]) -> frozenset[int]:
-        """Return all states that jumps lead to."""
+        """Return the given states and all states that jumps lead to from them."""
         seen, stack = set(states), list(states)
         while stack:
             for state in self.jumps[stack.pop()]:
@@ -86,7 +88,7 @@ class _Machine:
 
 
 class _Parser:
-    """Recursive descent; every method returns the (start, end) states of a fragment that it has added."""
+    """A recursive descent parser. Every method adds a fragment to the machine and returns its (start, end) states."""
 
     def __init__(self, pattern: str, alphabet: Mapping[str, int], text: frozenset[int], machine: _Machine) -> None:
         self._pattern, self._alphabet, self._text, self._machine = pattern, alphabet, text, machine
@@ -96,14 +98,14 @@ class _Parser:
         """Return the fragment of the whole pattern."""
         fragment = self._expression()
         if self._position < len(self._pattern):
-            raise self._error(f"{self._peek()!r} has no partner")
+            raise self._error(f"{self._peek()!r} was not opened")
         return fragment
 
     def _peek(self) -> str:
         return self._pattern[self._position : self._position + 1]
 
     def _take(self, symbol: str) -> bool:
-        """Step over `symbol` if it comes next."""
+        """Step over `symbol` if it comes next, and return whether it did."""
         found = self._peek() == symbol
         self._position += found
         return found
@@ -233,7 +235,7 @@ class _Parser:
                 raise self._error("a token is <id>; write \\< for the character")
             token = int(found[1])
             if token not in self._text:
-                raise self._error(f"token {token} is EOS, which is no part of the text, or outside the vocabulary")
+                raise self._error(f"token {token} is EOS, which is not part of the text, or outside the vocabulary")
             self._position = found.end()
             return token
         self._take("\\")

@@ -1,4 +1,4 @@
-"""Rewards and constraints that an automaton computes, and a product of them as one automaton.
+"""Rewards and constraints that an automaton computes, and products of them as one automaton.
 
 r(x) = sum_t r_a(d_t, x_t) + r_T(d_final),      d_{t+1} = delta(d_t, x_t)
 """
@@ -23,13 +23,13 @@ __all__ = ["AutomatonConstraint", "AutomatonPotential", "AutomatonReward", "auto
 
 
 class _AutomatonFactor(Factor):
-    """A factor that is a function of an automaton's path."""
+    """A factor that is a function of the states that an automaton visits."""
 
     automaton: Automaton
 
     @property
     def label(self) -> str:
-        """The given name, or the class's."""
+        """The given name, or the name of the class."""
         return self.name or type(self).__name__
 
     def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
@@ -43,27 +43,40 @@ class _AutomatonFactor(Factor):
 
 @dataclass(frozen=True, eq=False)
 class AutomatonReward(_AutomatonFactor):
-    """exp(r(x) / alpha) for a reward paid along an automaton's path.
+    """The likelihood exp(r(x) / alpha) of a reward that is a sum over the transitions of an automaton.
 
-    An ordinary likelihood for every algorithm; with an n-gram or hidden Markov prior, and other automaton factors only,
-    `Exact` solves its posterior at any length.
+        r(x) = sum_t r_a(d_t, x_t) + r_T(d_final),      d_{t+1} = delta(d_t, x_t)
+
+    It is an ordinary likelihood for every algorithm. With an n-gram or hidden Markov prior, and if all other factors are
+    automata too, `Exact` solves its posterior at any length.
 
     Parameters
     ----------
     automaton
-        How the state moves.
+        The automaton, with D states over V tokens.
     token_rewards
-        r_a, paid for each token read: (V,), or (D, V) if it depends on the state before. None: nothing.
+        r_a, the reward of each token: shape (V,), or (D, V) if it depends on the state before the token. None: zero.
     final_rewards
-        r_T, paid for the state after the last token, shape (D,). None: nothing. -inf is legal in both.
+        r_T, the reward of the state after the last token, shape (D,). None: zero. -inf is legal in both.
     alpha, bounds, name
-        See `Reward`.
+        The KL coefficient, the declared range of r and the name in tables and errors, as for `Reward`.
+
+    Raises
+    ------
+    BayesKLRLError
+        If a shape does not fit the automaton, or a reward is NaN or +inf.
 
     Examples
     --------
-    >>> even = Automaton.counts(0, modulo=2, vocab_size=3)
-    >>> (AutomatonReward(even, final_rewards=[1.0, 0.0], alpha=0.5) ** 2.0).alpha
-    0.25
+    Reward 1 for an even number of zeros, on a prior that never ends before 100 tokens:
+
+    >>> import bayes_klrl as bk
+    >>> even = bk.Automaton.counts(0, modulo=2, vocab_size=2)
+    >>> reward = bk.AutomatonReward(even, final_rewards=[1.0, 0.0], alpha=0.5)
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+    >>> exact = bk.Exact(num_draws=10).run(bk.Posterior(coin, reward, max_new_tokens=100), seed=0)
+    >>> bool(np.isclose(exact.log_evidence[0], np.log((np.exp(2) + 1) / 2)))
+    True
     """
 
     automaton: Automaton
@@ -105,21 +118,32 @@ class AutomatonReward(_AutomatonFactor):
 
 @dataclass(frozen=True, eq=False)
 class AutomatonConstraint(_AutomatonFactor):
-    """1[the automaton ends in an accepting state]: a hard limit, with no alpha.
+    """The likelihood 1[the automaton ends in an accepting state], a hard constraint without alpha.
 
     Parameters
     ----------
     automaton
-        How the state moves.
+        The automaton, with D states over V tokens.
     accepting
-        The states that fulfil the constraint; None: those of the automaton.
+        The states that fulfil the constraint; None: the accepting states of the automaton.
     name
-        For tables and errors.
+        The name in tables and errors.
+
+    Raises
+    ------
+    BayesKLRLError
+        If no state accepts.
 
     Examples
     --------
-    >>> AutomatonConstraint(Automaton.forbids([2], vocab_size=4)).accepting
-    (0,)
+    Completions of 3 tokens without two zeros in a row:
+
+    >>> import bayes_klrl as bk
+    >>> never_00 = bk.AutomatonConstraint(bk.Automaton.forbids([0, 0], vocab_size=2))
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+    >>> exact = bk.Exact().run(bk.Posterior(coin, never_00, max_new_tokens=3), seed=0)
+    >>> bool(np.isclose(exact.log_evidence[0], np.log(5 / 8)))
+    True
     """
 
     automaton: Automaton
@@ -160,11 +184,11 @@ class AutomatonPotential:
     Parameters
     ----------
     transitions
-        Shape (D, V), state 0 the start.
+        The next states, shape (D, V); state 0 is the start.
     token
-        Shape (D, V).
+        The weight of each token in each state, in nats, shape (D, V).
     final
-        Shape (D,).
+        The weight of the state after the last token, in nats, shape (D,).
     """
 
     transitions: Any
@@ -172,7 +196,7 @@ class AutomatonPotential:
     final: FloatArray
 
     def scaled(self, power: float) -> AutomatonPotential:
-        """Return the log-likelihood times a power; -inf stays what it is."""
+        """Return the log-likelihood times a positive power; -inf stays -inf."""
         return AutomatonPotential(self.transitions, power * self.token, power * self.final)
 
     def times(self, other: AutomatonPotential) -> AutomatonPotential:
@@ -184,16 +208,16 @@ class AutomatonPotential:
         ).minimal()
 
     def minimal(self) -> AutomatonPotential:
-        """Return the same log-likelihood on the smallest automaton, in which hopeless states, for one, are a single one."""
+        """Return the same log-likelihood on the smallest automaton; all states of likelihood 0, for example, become one."""
         weights, which = np.unique(np.column_stack([self.final, self.token]), axis=0, return_inverse=True)
         transitions, kept = minimal(self.transitions, which.ravel())
         return AutomatonPotential(transitions, weights[kept, 1:], weights[kept, 0])
 
 
 def automaton_potential(likelihood: Likelihood) -> AutomatonPotential | None:
-    """Return a likelihood as log-potentials of one automaton, in nats, or None if a factor is no automaton's.
+    """Return a likelihood as log-potentials of one automaton, in nats; None if a factor has no automaton.
 
-    Factors may have different alphas: each enters as its reward / its own alpha.
+    Factors may have different alphas: each one's reward is divided by its own alpha.
 
     Examples
     --------
@@ -216,20 +240,20 @@ def automaton_potential(likelihood: Likelihood) -> AutomatonPotential | None:
 
 
 def _from_start(automaton: Automaton, token: FloatArray, final: FloatArray) -> tuple[Any, FloatArray, FloatArray]:
-    """Return (transitions, token, final) of the states that can be reached, the start first."""
+    """Return (transitions, token, final) restricted to the states that can be reached, the start first."""
     loop = np.zeros((1, automaton.vocab_size), dtype=np.int64)
     transitions, pairs = product_machine(automaton.transitions, loop, (automaton.start, 0))
     return transitions, token[pairs[:, 0]], final[pairs[:, 0]]
 
 
 def _check_automaton(automaton: object) -> None:
-    """Refuse what is no automaton."""
+    """Refuse anything but an `Automaton`."""
     if not isinstance(automaton, Automaton):
-        raise BayesKLRLError(f"Rewards are paid along a bk.Automaton; got {automaton!r}.")
+        raise BayesKLRLError(f"The first argument must be a bk.Automaton; got {automaton!r}.")
 
 
 def _rewards(what: str, given: ArrayLike | None, shapes: tuple[tuple[int, ...], ...]) -> FloatArray:
-    """Return rewards as float64 of one of the shapes, zeros if none are given, refusing NaN and +inf."""
+    """Return rewards as float64 of one of the shapes, zeros if none are given; refuse NaN and +inf."""
     try:
         rewards = np.zeros(shapes[0]) if given is None else np.array(given, dtype=np.float64)
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""The tables of ready automata as plain arrays: transitions (D, V), state 0 the start."""
+"""Transition tables of automata as plain arrays, shape (D, V); state 0 is the start."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ S = TypeVar("S", bound=Hashable)
 
 
 def explored(start: S, successors: Callable[[S], Sequence[S]]) -> tuple[IntArray, list[S]]:
-    """Return the transitions between all states that can be reached, breadth first, and what the states are.
+    """Return the transitions between all states that can be reached, breadth first, and the list of these states.
 
-    `successors` gives a state's next states, one for each symbol.
+    Parameters
+    ----------
+    start
+        The first state.
+    successors
+        A function that returns a state's next states, one for each symbol.
     """
     number: dict[S, int] = {start: 0}
     states, rows = [start], []
@@ -52,20 +57,20 @@ def reachable(transitions: IntArray, start: int) -> IntArray:
 
 
 def minimal(transitions: IntArray, labels: IntArray) -> tuple[IntArray, IntArray]:
-    """Return the smallest machine with the same labels on all that can be read, and its labels (Moore 1956).
+    """Return the smallest automaton that gives every text the same label, and its labels (Moore 1956).
 
     Parameters
     ----------
     transitions
-        Shape (D, V).
+        The next states, shape (D, V).
     labels
-        What must not be confused, integers of shape (D,).
+        The label of each state, integers of shape (D,). States of different labels are never merged.
     """
     kept = reachable(transitions, 0)
     number = np.zeros(len(transitions), dtype=np.int64)
     number[kept] = np.arange(kept.size)
     transitions, labels = number[transitions[kept]], labels[kept]
-    columns = np.unique(transitions, axis=1)  # tokens that act alike need be looked at once
+    columns = np.unique(transitions, axis=1)  # equal columns need to be compared only once
     group = np.unique(labels, return_inverse=True)[1]
     while True:
         signature = np.column_stack([group, group[columns]])
@@ -82,7 +87,7 @@ def minimal(transitions: IntArray, labels: IntArray) -> tuple[IntArray, IntArray
 
 
 def pattern_machine(pattern: Sequence[int], vocab_size: int) -> IntArray:
-    """Return the table of Knuth, Morris and Pratt: state k has read the first k tokens of the pattern last."""
+    """Return the table of Knuth, Morris and Pratt (1977): in state k the last tokens were the first k of the pattern."""
     size = len(pattern)
     transitions = np.zeros((size + 1, vocab_size), dtype=np.int64)
     transitions[size] = size
@@ -96,7 +101,7 @@ def pattern_machine(pattern: Sequence[int], vocab_size: int) -> IntArray:
 
 
 def product_machine(first: IntArray, second: IntArray, start: tuple[int, int]) -> tuple[IntArray, IntArray]:
-    """Return the transitions of both machines run at once, and the pair that each state is, shape (D, 2)."""
+    """Return the transitions of two automata run in parallel, and the pair of states that each state is, shape (D, 2)."""
     pairs, token_class = np.unique(np.concatenate([first, second]), axis=1, return_inverse=True)
     left, right = pairs[: len(first)].tolist(), pairs[len(first) :].tolist()
     transitions, states = explored(start, lambda s: list(zip(left[s[0]], right[s[1]], strict=True)))
@@ -104,10 +109,10 @@ def product_machine(first: IntArray, second: IntArray, start: tuple[int, int]) -
 
 
 def levenshtein_machine(target: Sequence[int], cap: int, vocab_size: int) -> tuple[IntArray, IntArray]:
-    """Return the machine whose states are rows of the edit-distance table, and the distance of each, at most cap + 1.
+    """Return the automaton whose states are rows of the edit-distance table, and the distance of each, at most cap + 1.
 
-    A state is min(cap + 1, distance between what was read and each prefix of the target): nothing larger matters, since
-    entries along a row differ by at most 1 (Wagner and Fischer 1974; Schulz and Mihov 2002).
+    A state holds min(cap + 1, distance between the tokens read and each prefix of the target). Larger entries are not
+    needed, since entries along a row differ by at most 1 (Wagner and Fischer 1974; Schulz and Mihov 2002).
     """
     symbols = sorted(set(target))
     limit = cap + 1

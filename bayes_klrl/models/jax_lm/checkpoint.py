@@ -22,7 +22,7 @@ from bayes_klrl.errors import CheckpointError
 from bayes_klrl.models.checkpoint_files import (
     TOKENIZER_FILES,
     check_has_weights,
-    not_finite,
+    not_finite_error,
     own_entries,
     shipped_folder,
     shipped_names,
@@ -53,7 +53,7 @@ def check_numbers(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Refuse NaN and infinite weights."""
     for name, tensor in tensors.items():
         if not np.isfinite(tensor).all():
-            raise not_finite(name, str(folder))
+            raise not_finite_error(name, str(folder))
 
 
 def found_folder(name: str) -> Path:

@@ -18,7 +18,7 @@ __all__ = ["MODEL_TYPES", "architecture_of"]
 
 MODEL_TYPES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
 
-NO_MATTER = {
+IRRELEVANT_KEYS = {
     *("_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "model_type", OWN_ENTRY),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "initializer_range", "task_specific_params"),
     *("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "pretraining_tp", "n_ctx", "is_llama_config"),
@@ -35,30 +35,30 @@ NO_MATTER = {
 }
 """Keys that do not touch log-probs: dropout is off, EOS is the language model's business, the rest is book-keeping."""
 
-COMMON = {
+COMMON_VALUES = {
     "chunk_size_feed_forward": (0,),
     "is_decoder": (False, True),
     "is_encoder_decoder": (False,),
     "quantization_config": (None,),
 }
-GPT2_VALUES: dict[str, tuple[Any, ...]] = COMMON | {
+GPT2_VALUES: dict[str, tuple[Any, ...]] = COMMON_VALUES | {
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "reorder_and_upcast_attn": (False,),
     "add_cross_attention": (False,),
 }
-LLAMA_VALUES: dict[str, tuple[Any, ...]] = COMMON | {
+LLAMA_VALUES: dict[str, tuple[Any, ...]] = COMMON_VALUES | {
     "use_mrope": (False,),
     "partial_rotary_factor": (None, 1.0),
     "rope_interleaved": (False,),
 }
 """Options that are off in what we compute, and the values that say so."""
 
-GPT2_READ = {
+GPT2_KEYS = {
     *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function"),
     *("layer_norm_epsilon", "tie_word_embeddings"),
 }
-LLAMA_READ = {
+LLAMA_KEYS = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *(
         "num_key_value_heads",
@@ -77,7 +77,7 @@ ROPE_KEYS = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
-ROPE_NO_MATTER = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+ROPE_IRRELEVANT_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 
 
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
@@ -96,7 +96,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 def gpt2_architecture(config: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a GPT-2, its defaults those of the first one."""
-    check_keys(config, GPT2_READ, GPT2_VALUES)
+    check_keys(config, GPT2_KEYS, GPT2_VALUES)
     hidden_size, num_heads = size(config, "n_embd", 768), size(config, "n_head", 12)
     check_divides(config, "n_head", num_heads, hidden_size)
     return Architecture(
@@ -116,7 +116,7 @@ def gpt2_architecture(config: Mapping[str, Any]) -> Architecture:
 
 def llama_architecture(config: Mapping[str, Any], model_type: str) -> Architecture:
     """Return the architecture of a Llama or a relative; sizes have no defaults."""
-    check_keys(config, LLAMA_READ | BIAS_KEYS.get(model_type, set()), LLAMA_VALUES)
+    check_keys(config, LLAMA_KEYS | BIAS_KEYS.get(model_type, set()), LLAMA_VALUES)
     hidden_size, num_heads = size(config, "hidden_size"), size(config, "num_attention_heads")
     num_key_heads = 8 if model_type == "mistral" else num_heads  # what each class takes if it is not told
     if "num_key_value_heads" in config:
@@ -160,7 +160,7 @@ def rope_of(config: Mapping[str, Any]) -> Rope:
     if not isinstance(kind, str) or kind not in ROPE_KEYS:
         refuse(f"{key}.rope_type", kind, ROPE_KEYS)
     for name, value in entry.items():
-        if name not in ROPE_KEYS[kind] | ROPE_NO_MATTER:
+        if name not in ROPE_KEYS[kind] | ROPE_IRRELEVANT_KEYS:
             refuse(f"{key}.{name}", value, [*ROPE_KEYS[kind], "rope_type", "rope_theta"], what="keys")
     allowed(entry, "partial_rotary_factor", 1.0, (1.0,), prefix=f"{key}.")
     given = {name: number(entry, name, None, prefix=f"{key}.") for name in ROPE_KEYS[kind]}
@@ -205,7 +205,7 @@ def check_keys(config: Mapping[str, Any], read: Collection[str], values: Mapping
     for key, value in config.items():
         if key in values:
             allowed(config, key, value, values[key])
-        elif key not in read and key not in NO_MATTER:
+        elif key not in read and key not in IRRELEVANT_KEYS:
             refuse(key, value, [*read, *values], what="keys")
 
 

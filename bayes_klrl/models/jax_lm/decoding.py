@@ -20,10 +20,10 @@ from bayes_klrl.models.jax_lm.forward import Architecture, Cache, Parameters, lo
 from bayes_klrl.models.jax_lm.steps import advanced, prefill
 
 __all__ = [
-    "Kinds",
     "PaddedPrompts",
     "Reading",
     "Rows",
+    "StaticModels",
     "Weights",
     "draw_tokens",
     "emitted",
@@ -49,7 +49,7 @@ class PaddedPrompts(NamedTuple):
         return PaddedPrompts(self.tokens[index], self.padding[index])
 
 
-class Kinds(NamedTuple):
+class StaticModels(NamedTuple):
     """What is compiled for: models that read the same tokens in lockstep, the first of which draws; hashable."""
 
     architectures: tuple[Architecture, ...]
@@ -72,7 +72,7 @@ class Rows(NamedTuple):
 
 
 @partial(jax.jit, static_argnums=0)
-def sample_tokens(kinds: Kinds, weights: Weights, prompts: PaddedPrompts, uniforms: Any) -> tuple[Any, Any]:
+def sample_tokens(static: StaticModels, weights: Weights, prompts: PaddedPrompts, uniforms: Any) -> tuple[Any, Any]:
     """Return completions of the first model, shape (P, N, T), and their log-probs under each, (models, P, N, T).
 
     One `lax.scan` over tokens, with keys and values in buffers that it writes in place. Past EOS stand the lowest EOS id
@@ -80,7 +80,7 @@ def sample_tokens(kinds: Kinds, weights: Weights, prompts: PaddedPrompts, unifor
 
     Parameters
     ----------
-    kinds, weights
+    static, weights
         The models, which share one vocabulary.
     prompts
         The P prompts.
@@ -92,42 +92,44 @@ def sample_tokens(kinds: Kinds, weights: Weights, prompts: PaddedPrompts, unifor
     owners = jnp.arange(num_prompts).repeat(num_draws)
     columns = uniforms.reshape(-1, num_tokens).T.astype(jnp.float32)
     padding = prompts.padding[owners]
-    read = [prefill(*model, *prompts) for model in zip(kinds.architectures, weights.parameters, strict=True)]
+    read = [prefill(*model, *prompts) for model in zip(static.architectures, weights.parameters, strict=True)]
     caches = tuple(with_room(cache, owners, num_tokens - 1) for _, cache in read)
     none_finished = jnp.zeros(len(owners), dtype=bool)
-    first, scores = emitted(kinds, weights, [features[owners] for features, _ in read], none_finished, columns[0])
+    first, scores = emitted(static, weights, [features[owners] for features, _ in read], none_finished, columns[0])
 
     def one_token(rows: Rows, inputs: tuple[Any, Any]) -> tuple[Rows, tuple[Any, Any]]:
-        return next_token(kinds, weights, rows, padding, *inputs)
+        return next_token(static, weights, rows, padding, *inputs)
 
     slots = jnp.arange(num_tokens - 1, dtype=jnp.int32) + prompts.tokens.shape[1]
-    start = Rows(caches, first, is_eos(first, kinds.eos_token_ids))
+    start = Rows(caches, first, is_eos(first, static.eos_token_ids))
     _, (rest, more) = lax.scan(one_token, start, (columns[1:], slots))
     tokens = jnp.concatenate([first[None], rest]).T.reshape(uniforms.shape)
     log_probs = jnp.concatenate([scores[None], more]).transpose(1, 2, 0)
-    return tokens, log_probs.reshape(len(kinds.architectures), *uniforms.shape)
+    return tokens, log_probs.reshape(len(static.architectures), *uniforms.shape)
 
 
 def next_token(
-    kinds: Kinds, weights: Weights, rows: Rows, padding: Any, uniforms: Any, slot: Any
+    static: StaticModels, weights: Weights, rows: Rows, padding: Any, uniforms: Any, slot: Any
 ) -> tuple[Rows, tuple[Any, Any]]:
     """Return the rows with one more token, the tokens (R,), and their log-probs (models, R)."""
     steps = [
         advanced(architecture, parameters, cache, rows.newest, padding, slot)
-        for architecture, parameters, cache in zip(kinds.architectures, weights.parameters, rows.caches, strict=True)
+        for architecture, parameters, cache in zip(static.architectures, weights.parameters, rows.caches, strict=True)
     ]
-    tokens, log_probs = emitted(kinds, weights, [features for features, _ in steps], rows.finished, uniforms)
-    finished = rows.finished | is_eos(tokens, kinds.eos_token_ids)
+    tokens, log_probs = emitted(static, weights, [features for features, _ in steps], rows.finished, uniforms)
+    finished = rows.finished | is_eos(tokens, static.eos_token_ids)
     return Rows(tuple(cache for _, cache in steps), tokens, finished), (tokens, log_probs)
 
 
-def emitted(kinds: Kinds, weights: Weights, features: Sequence[Any], finished: Any, uniforms: Any) -> tuple[Any, Any]:
+def emitted(
+    static: StaticModels, weights: Weights, features: Sequence[Any], finished: Any, uniforms: Any
+) -> tuple[Any, Any]:
     """Return the tokens drawn from features, (R,), and their log-probs (models, R); filler and 0 where finished."""
     log_probs = [
         jax.nn.log_softmax(logits(architecture, parameters, states) / temperature)
-        for architecture, parameters, temperature, states in zip(kinds.architectures, *weights, features, strict=True)
+        for architecture, parameters, temperature, states in zip(static.architectures, *weights, features, strict=True)
     ]
-    filler = min(kinds.eos_token_ids, default=0)
+    filler = min(static.eos_token_ids, default=0)
     tokens = jnp.where(finished, filler, draw_tokens(log_probs[0], uniforms))
     taken = jnp.stack([jnp.take_along_axis(array, tokens[:, None], axis=1)[:, 0] for array in log_probs])
     return tokens, jnp.where(finished, 0.0, taken)

@@ -24,7 +24,7 @@ from jax import lax
 
 __all__ = ["ACTIVATIONS", "Architecture", "Cache", "Parameters", "Rope", "empty_cache", "hidden_states", "logits"]
 
-Weights: TypeAlias = Mapping[str, Any]
+NamedArrays: TypeAlias = Mapping[str, Any]
 Parameters: TypeAlias = Mapping[str, Any]
 
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
 }
 """Activations by the names that configurations have for them."""
 
-FAR = float(np.finfo(np.float32).min)
+MASKED_SCORE = float(np.finfo(np.float32).min)
 """The score of a slot that may not be looked at: its weight is exactly 0, and no gradient is NaN as -inf could make it."""
 
 
@@ -139,7 +139,7 @@ def hidden_states(
 
     near = None if architecture.window is None else within(slots, past.keys.shape[3], architecture.window)
 
-    def one_layer(hidden: Any, layer_inputs: tuple[Weights, Cache, Any]) -> tuple[Any, Cache]:
+    def one_layer(hidden: Any, layer_inputs: tuple[NamedArrays, Cache, Any]) -> tuple[Any, Cache]:
         weights, stored, slides = layer_inputs
         seen = mask if near is None else mask & (near | ~slides)
         return layer(architecture, weights, hidden, rotation, stored, seen)
@@ -174,7 +174,7 @@ def within(slots: Any, num_past: int, window: int) -> Any:
 
 
 def gpt2_layer(
-    architecture: Architecture, weights: Weights, hidden: Any, _rotation: Any, past: Cache, mask: Any
+    architecture: Architecture, weights: NamedArrays, hidden: Any, _rotation: Any, past: Cache, mask: Any
 ) -> tuple[Any, Cache]:
     """One layer of GPT-2; its matrices are stored (in, out)."""
     inner = layer_norm(weights, "ln_1", hidden, architecture.epsilon)
@@ -189,7 +189,7 @@ def gpt2_layer(
 
 
 def llama_layer(
-    architecture: Architecture, weights: Weights, hidden: Any, rotation: Any, past: Cache, mask: Any
+    architecture: Architecture, weights: NamedArrays, hidden: Any, rotation: Any, past: Cache, mask: Any
 ) -> tuple[Any, Cache]:
     """One layer of Llama or a relative; its matrices are stored (out, in)."""
     epsilon = architecture.epsilon
@@ -218,7 +218,7 @@ def attend(queries: Any, keys: Any, values: Any, past: Cache, mask: Any) -> tupl
     new = Cache(keys.swapaxes(1, 2), values.swapaxes(1, 2))
     grouped = queries.reshape(num_rows, num_new, num_key_heads, num_heads // num_key_heads, size) * size**-0.5
     scores = [multiply("rskgd,rkcd->rkgsc", grouped, stored) for stored in (past.keys, new.keys)]
-    joint = jnp.where(mask[:, None, None], jnp.concatenate(scores, axis=-1), FAR)
+    joint = jnp.where(mask[:, None, None], jnp.concatenate(scores, axis=-1), MASKED_SCORE)
     weights = jax.nn.softmax(joint, axis=-1)
     attended = multiply("rkgsc,rkcd->rskgd", weights[..., :num_past], past.values)
     attended = attended + multiply("rkgsc,rkcd->rskgd", weights[..., num_past:], new.values)
@@ -236,19 +236,19 @@ def rotate(heads: Any, cos: Any, sin: Any) -> Any:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
-def layer_norm(weights: Weights, name: str, inputs: Any, epsilon: float) -> Any:
+def layer_norm(weights: NamedArrays, name: str, inputs: Any, epsilon: float) -> Any:
     """LayerNorm over the last axis."""
     centred = inputs - inputs.mean(-1, keepdims=True)
     scaled = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
     return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
-def rms_norm(weights: Weights, name: str, inputs: Any, epsilon: float) -> Any:
+def rms_norm(weights: NamedArrays, name: str, inputs: Any, epsilon: float) -> Any:
     """RMSNorm over the last axis."""
     return inputs * lax.rsqrt(jnp.square(inputs).mean(-1, keepdims=True) + epsilon) * weights[f"{name}.weight"]
 
 
-def linear(weights: Weights, name: str, inputs: Any) -> Any:
+def linear(weights: NamedArrays, name: str, inputs: Any) -> Any:
     """A matrix stored (out, in), and its bias if it has one."""
     outputs = product(inputs, weights[f"{name}.weight"].T)
     return outputs + weights[f"{name}.bias"] if f"{name}.bias" in weights else outputs

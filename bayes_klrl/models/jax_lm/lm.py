@@ -21,12 +21,12 @@ from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.checkpoint_files import OWN_ENTRY, own_options
 from bayes_klrl.models.jax_lm.config import architecture_of
-from bayes_klrl.models.jax_lm.decoding import Kinds, PaddedPrompts, Reading, Weights, read_tokens, sample_tokens
+from bayes_klrl.models.jax_lm.decoding import PaddedPrompts, Reading, StaticModels, Weights, read_tokens, sample_tokens
 from bayes_klrl.models.jax_lm.forward import Parameters
 from bayes_klrl.models.jax_lm.lockstep import JaxLockstep
 from bayes_klrl.models.jax_lm.rows import (
-    LEAST,
-    ROOM,
+    MIN_BUCKET,
+    MIN_CAPACITY,
     Buffer,
     JaxState,
     chunk_size,
@@ -245,9 +245,9 @@ class JaxLM:
         if not always and np.array_equal(rows, np.arange(len(state.num_tokens))):
             return state
         rows = np.arange(len(state.num_tokens))[rows]  # refuses rows that are only there to fill a bucket
-        num_rows = len(state.padding) if always else bucket(len(rows), LEAST)
+        num_rows = len(state.padding) if always else bucket(len(rows), MIN_BUCKET)
         picked = padded_to(rows, num_rows)
-        capacity = bucket(state.length + 1, ROOM)
+        capacity = bucket(state.length + 1, MIN_CAPACITY)
         features, cache = gather_rows(state.features, state.buffer.arrays, picked, capacity)
         buffer = Buffer(cache, state.length)
         return JaxState(features, buffer, state.length, state.padding[picked], state.num_tokens[rows])
@@ -287,8 +287,11 @@ class JaxLM:
         """
         uniforms = jnp.asarray(uniforms, dtype=jnp.float32)
         self._check_rows(prompts, uniforms)
-        kinds, weights = Kinds((self._architecture,), self._eos), Weights((self._parameters,), (self.temperature,))
-        tokens, log_probs = sample_tokens(kinds, weights, prompts, uniforms)
+        static, weights = (
+            StaticModels((self._architecture,), self._eos),
+            Weights((self._parameters,), (self.temperature,)),
+        )
+        tokens, log_probs = sample_tokens(static, weights, prompts, uniforms)
         return tokens, log_probs[0]
 
     def score_tokens(self, prompts: PaddedPrompts, tokens: Array) -> Array:
@@ -312,9 +315,9 @@ class JaxLM:
         if any(type(model) is not JaxLM for model in models):  # one of a subclass may compute something else
             return None
         same: Any = models
-        kinds = Kinds(tuple(model._architecture for model in same), self._eos)
+        static = StaticModels(tuple(model._architecture for model in same), self._eos)
         parameters = tuple(model.parameters for model in same)
-        return JaxLockstep(kinds, Weights(parameters, tuple(model.temperature for model in same)))
+        return JaxLockstep(static, Weights(parameters, tuple(model.temperature for model in same)))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder that `from_pretrained` reads, and torch as well: weights, tokenizer, EOS ids.

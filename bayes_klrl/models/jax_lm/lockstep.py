@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bayes_klrl.models.jax_lm.decoding import Kinds, Rows, Weights, next_token
+from bayes_klrl.models.jax_lm.decoding import Rows, StaticModels, Weights, next_token
 from bayes_klrl.models.jax_lm.forward import Cache
-from bayes_klrl.models.jax_lm.rows import LEAST, JaxState, padded_to
+from bayes_klrl.models.jax_lm.rows import MIN_BUCKET, JaxState, padded_to
 from bayes_klrl.models.jax_lm.steps import bucket, gather_rows
 from bayes_klrl.models.token_ids import check_length
 from bayes_klrl.typing import Array, FloatArray, IntArray
@@ -29,10 +29,10 @@ __all__ = ["JaxLockstep"]
 GROWTH = 128
 """Buffers of up to as many slots are made at once, longer ones are doubled as they fill."""
 
-SHARED = 4
+MAX_SHARING = 4
 """The loop of steps computes a prefix once, whoever shares it; this one goes on when fewer than as many do."""
 
-CHEAP = 2**24
+CHEAP_STEP = 2**24
 """Rows x parameters up to which a step costs no more than the way to the host: sharing does not pay then."""
 
 
@@ -40,20 +40,20 @@ CHEAP = 2**24
 class JaxLockstep:
     """See `Lockstep`."""
 
-    kinds: Kinds
+    static: StaticModels
     weights: Weights
 
-    def pays(self, num_rows: int, num_prefixes: int) -> bool:
+    def is_faster(self, num_rows: int, num_prefixes: int) -> bool:
         """See `Lockstep`."""
         num_parameters = sum(array.size for array in jax.tree.leaves(self.weights.parameters))
-        return num_rows <= SHARED * num_prefixes or num_rows * num_parameters <= CHEAP
+        return num_rows <= MAX_SHARING * num_prefixes or num_rows * num_parameters <= CHEAP_STEP
 
     def __call__(
         self, states: Sequence[JaxState], state_rows: IntArray, newest: IntArray, uniforms: FloatArray
     ) -> tuple[IntArray, FloatArray, int]:
         """See `Lockstep`."""
         num_tokens, num_rows = uniforms.shape
-        for architecture in self.kinds.architectures:
+        for architecture in self.static.architectures:
             check_length(int(states[0].num_tokens[state_rows].max()) + num_tokens, architecture.context_length)
         taken = start = states[0].length
         needed = start + num_tokens
@@ -63,7 +63,7 @@ class JaxLockstep:
         tokens = np.zeros((num_tokens, num_rows), dtype=np.int64)
         log_probs, model_tokens = np.zeros((len(caches), num_rows)), 0
         while taken < needed and (going := ~np.asarray(rows.finished)[: len(index)]).any():
-            if bucket(int(going.sum()), LEAST) < len(padding) or taken == capacity_of(rows):
+            if bucket(int(going.sum()), MIN_BUCKET) < len(padding) or taken == capacity_of(rows):
                 kept = np.flatnonzero(going)
                 newest = np.asarray(rows.newest)[kept]
                 rows, padding = batch(rows.caches, newest, padding, kept, capacity(taken, needed))
@@ -82,11 +82,11 @@ class JaxLockstep:
     ) -> tuple[IntArray, FloatArray, Rows]:
         """Return some more tokens (at most as many as uniforms) of the M rows, their log-probs in sum (models, M)."""
         most, num_rows = uniforms.shape
-        columns = np.zeros((bucket(num_tokens, LEAST), len(padding)), dtype=np.float32)
+        columns = np.zeros((bucket(num_tokens, MIN_BUCKET), len(padding)), dtype=np.float32)
         columns[:most, :num_rows] = uniforms
-        enough = len(padding) // 2 if len(padding) > LEAST else 0
-        limits = np.int32(taken), np.int32(most), np.int32(enough)
-        rows, tokens, log_probs, count = draw_until(self.kinds, self.weights, rows, padding, columns, *limits)
+        few = len(padding) // 2 if len(padding) > MIN_BUCKET else 0
+        limits = np.int32(taken), np.int32(most), np.int32(few)
+        rows, tokens, log_probs, count = draw_until(self.static, self.weights, rows, padding, columns, *limits)
         num_steps = int(count)
         scores = np.asarray(log_probs, dtype=np.float64)[:num_steps, :, :num_rows].sum(axis=0)
         return np.asarray(tokens)[:num_steps, :num_rows], scores, rows
@@ -94,7 +94,9 @@ class JaxLockstep:
 
 def capacity(taken: int, needed: int) -> int:
     """Return how many slots a buffer has with one more than `taken` in use, of which `needed` will be."""
-    rounded = -(-needed // LEAST) * LEAST  # prompts are rounded up already: powers of two would be a third too long
+    rounded = (
+        -(-needed // MIN_BUCKET) * MIN_BUCKET
+    )  # prompts are rounded up already: powers of two would be a third too long
     return min(rounded, bucket(taken + 1, GROWTH))
 
 
@@ -107,7 +109,7 @@ def batch(
     caches: Sequence[Cache], newest: Array, padding: np.ndarray, chosen: IntArray, num_slots: int
 ) -> tuple[Rows, np.ndarray]:
     """Return a batch of chosen rows of the caches, with so many slots, and its padding; `newest` is theirs already."""
-    size = bucket(len(chosen), LEAST)
+    size = bucket(len(chosen), MIN_BUCKET)
     picked = padded_to(chosen, size)
     copies = tuple(gather_rows(picked, cache, picked, num_slots)[1] for cache in caches)
     return Rows(copies, padded_to(newest, size), np.arange(size) >= len(chosen)), padding[picked]
@@ -115,19 +117,19 @@ def batch(
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def draw_until(
-    kinds: Kinds, weights: Weights, rows: Rows, padding: Any, uniforms: Any, taken: Any, most: Any, enough: Any
+    static: StaticModels, weights: Weights, rows: Rows, padding: Any, uniforms: Any, taken: Any, most: Any, few: Any
 ) -> tuple[Rows, Any, Any, Any]:
-    """Return the rows after `most` more tokens, or once no more than `enough` of them go on.
+    """Return the rows after `most` more tokens, or once no more than `few` of them go on.
 
     Parameters
     ----------
-    kinds, weights, rows, padding
+    static, weights, rows, padding
         The models and the R rows; the caches are given away.
     uniforms
         Shape (T, R), T >= most.
     taken
         How many slots of the caches are in use.
-    most, enough
+    most, few
         When to stop.
 
     Returns
@@ -137,14 +139,14 @@ def draw_until(
 
     def not_yet(carried: Any) -> Any:
         count, rows, _, _ = carried
-        return (count < most) & ((~rows.finished).sum() > enough)
+        return (count < most) & ((~rows.finished).sum() > few)
 
     def one_more(carried: Any) -> Any:
         count, rows, tokens, log_probs = carried
-        rows, (newest, scores) = next_token(kinds, weights, rows, padding, uniforms[count], taken + count)
+        rows, (newest, scores) = next_token(static, weights, rows, padding, uniforms[count], taken + count)
         return count + 1, rows, tokens.at[count].set(newest), log_probs.at[count].set(scores)
 
     tokens = jnp.zeros(uniforms.shape, dtype=jnp.int32)
-    log_probs = jnp.zeros((len(uniforms), len(kinds.architectures), uniforms.shape[1]), dtype=jnp.float32)
+    log_probs = jnp.zeros((len(uniforms), len(static.architectures), uniforms.shape[1]), dtype=jnp.float32)
     count, rows, tokens, log_probs = lax.while_loop(not_yet, one_more, (jnp.zeros_like(most), rows, tokens, log_probs))
     return rows, tokens, log_probs, count

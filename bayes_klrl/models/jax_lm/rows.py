@@ -17,8 +17,8 @@ from bayes_klrl.models.jax_lm.steps import bucket
 from bayes_klrl.typing import Array, IntArray, TokenIds
 
 __all__ = [
-    "LEAST",
-    "ROOM",
+    "MIN_BUCKET",
+    "MIN_CAPACITY",
     "Buffer",
     "JaxState",
     "chunk_size",
@@ -30,10 +30,10 @@ __all__ = [
     "widest",
 ]
 
-LEAST = 8
+MIN_BUCKET = 8
 """The smallest bucket of lengths and of rows that are decoded."""
 
-ROOM = 32
+MIN_CAPACITY = 32
 """The smallest capacity of a buffer."""
 
 BUDGET = 2**25
@@ -73,8 +73,8 @@ def widest(architecture: Architecture) -> int:
 
 
 def chunk_size(floats_per_row: int) -> int:
-    """Return how many rows go into a chunk: a power of two, at least `LEAST`."""
-    most = max(LEAST, BUDGET // floats_per_row)
+    """Return how many rows go into a chunk: a power of two, at least `MIN_BUCKET`."""
+    most = max(MIN_BUCKET, BUDGET // floats_per_row)
     return 1 << (most.bit_length() - 1)
 
 
@@ -89,7 +89,7 @@ def read_rows(
     lengths: IntArray,
 ) -> list[tuple[Array, int]]:
     """Return what a reading says of chunks of rows, each (rows or more, T or more, ...), and how many rows are meant."""
-    width = bucket(tokens.shape[1], LEAST)
+    width = bucket(tokens.shape[1], MIN_BUCKET)
     size = chunk_size(width * widest(architecture))
     function = reading if len(tokens) <= size else recomputed(reading)
     found = []
@@ -98,7 +98,7 @@ def read_rows(
         own = owners[chunk]
         near = prompts[own[0] : own[-1] + 1]
         prompt_tokens, padding = left_padded(near, bucket(len(near)))
-        num_rows = bucket(len(own), LEAST)
+        num_rows = bucket(len(own), MIN_BUCKET)
         inside = np.arange(tokens.shape[1]) < lengths[chunk, None]
         legal = np.zeros((num_rows, width), dtype=np.int32)
         legal[: len(own), : tokens.shape[1]] = np.where(inside, tokens[chunk], 0)
@@ -116,7 +116,7 @@ def recomputed(reading: Reading) -> Callable[..., Any]:
 
 def left_padded(prompts: Sequence[TokenIds], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Return prompts as rows padded on the left to a bucket, and the padding of each; rows too many hold one token."""
-    length = bucket(max(map(len, prompts)), LEAST)
+    length = bucket(max(map(len, prompts)), MIN_BUCKET)
     tokens = np.zeros((num_rows, length), dtype=np.int32)
     padding = np.full(num_rows, length - 1, dtype=np.int32)
     for row, prompt in enumerate(prompts):

@@ -1,8 +1,8 @@
-"""`HmmLM`: a hidden Markov model as a language model, whose next token depends on everything before it.
+"""A hidden Markov model as a language model, `HmmLM`; its next token depends on all tokens before it.
 
     p(x_1:T) = sum_z p(z_1) E[z_1, x_1] prod_t A[z_t, z_{t+1}] E[z_{t+1}, x_{t+1}]
 
-The decoding state is the filter p(z_t | x_1:t), so that sampling and scoring are exact (Rabiner 1989).
+The decoding state is the filter p(z_t | x_1:t), so sampling and scoring are exact (Rabiner 1989).
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ _SUM_TOLERANCE = 1e-6
 
 
 class HmmLM:
-    """A hidden Markov model over tokens; a prompt is read by the same chain, before the completion.
+    """A hidden Markov model over tokens; prompt and completion are one sequence of the same chain.
+
+        p(x_1:T) = sum_z p(z_1) E[z_1, x_1] prod_t A[z_t, z_{t+1}] E[z_{t+1}, x_{t+1}]
 
     Parameters
     ----------
     initial
-        p(z_1), shape (S,).
+        p(z_1), the distribution of the first of S hidden states, shape (S,).
     transitions
         A[z, z'] = p(z_{t+1} = z' | z_t = z), shape (S, S).
     emissions
@@ -37,7 +39,7 @@ class HmmLM:
     eos_token_id
         The id, or ids, that end a completion; None if nothing does.
     tokenizer
-        See `NgramLM`.
+        The tokenizer, as for `NgramLM`; None: the model works on token ids only.
 
     Raises
     ------
@@ -46,9 +48,11 @@ class HmmLM:
 
     Examples
     --------
-    >>> lm = HmmLM([0.5, 0.5], [[0.9, 0.1], [0.2, 0.8]], [[0.7, 0.3], [0.1, 0.9]], eos_token_id=None)
-    >>> np.exp(lm.next_log_probs(lm.prefill([[]]))).round(3)
-    array([[0.4, 0.6]])
+    >>> import bayes_klrl as bk
+    >>> lm = bk.HmmLM([0.5, 0.5], [[0.9, 0.1], [0.2, 0.8]], [[0.7, 0.3], [0.1, 0.9]], eos_token_id=None)
+    >>> np.exp(lm.next_log_probs(lm.prefill([[], [0, 0]]))).round(2)
+    array([[0.4 , 0.6 ],
+           [0.61, 0.39]])
     """
 
     accepts_empty_prompt = True
@@ -79,12 +83,12 @@ class HmmLM:
 
     @property
     def num_hidden(self) -> int:
-        """S."""
+        """S, the number of hidden states."""
         return self.initial.size
 
     @property
     def steps(self) -> FloatArray:
-        """p(z_{t+1} | z_t), shape (S + 1, S); the last row is that of the start."""
+        """p(z_{t+1} | z_t), shape (S + 1, S); the last row is p(z_1), for the state before the first token."""
         return self._steps
 
     @property
@@ -99,7 +103,7 @@ class HmmLM:
 
     @property
     def full_support(self) -> bool:
-        """See `LanguageModel.full_support`; true only where every hidden state emits every token."""
+        """See `LanguageModel.full_support`; true only if every hidden state emits every token."""
         return bool((self.emissions > 0).all())
 
     @property
@@ -108,7 +112,7 @@ class HmmLM:
         return self._tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `LanguageModel.encode`; without a tokenizer only "" has ids, none."""
+        """See `LanguageModel.encode`. Without a tokenizer only "" is legal: it has no ids."""
         if self._tokenizer is None and any(texts):
             raise BayesKLRLError("This HmmLM has no tokenizer: give prompts as lists of token ids.")
         return [plain_ids(self._tokenizer, text) if text else [] for text in texts]
@@ -120,12 +124,12 @@ class HmmLM:
         return texts_of(self._tokenizer, ids, self._eos_token_ids)
 
     def prefill(self, prompts: Sequence[TokenIds]) -> FloatArray:
-        """Return the filter p(z | prompt) after each prompt, (R, S + 1), the last entry 1 before any token.
+        """Return the filter p(z | prompt) after each prompt, (R, S + 1); before the first token the last entry is 1.
 
         Raises
         ------
         BayesKLRLError
-            If a prompt has probability 0: nothing can follow what cannot be.
+            If a prompt has probability 0, so that p(completion | prompt) is undefined.
         """
         rows = []
         for p, prompt in enumerate(prompts):
@@ -144,7 +148,7 @@ class HmmLM:
         return np.minimum(log_probs, 0.0)
 
     def append(self, state: FloatArray, tokens: IntArray) -> FloatArray:
-        """See `LanguageModel.append`; after a token of probability 0 the filter is uniform, as nothing is known."""
+        """See `LanguageModel.append`. After a token of probability 0 the filter is uniform."""
         tokens = as_int_array(tokens)
         check_vocabulary(tokens, self.vocab_size)
         joint = (state @ self._steps) * self.emissions[:, tokens].T
@@ -176,7 +180,7 @@ class HmmLM:
 
 
 def _index(token: int, vocab_size: int) -> int:
-    """Return a token id, refusing one outside the vocabulary."""
+    """Return a token id; refuse one outside the vocabulary."""
     check_vocabulary(np.array([token]), vocab_size)
     return int(token)
 

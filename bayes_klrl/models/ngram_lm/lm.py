@@ -1,7 +1,7 @@
-"""`NgramLM`: an n-gram language model in NumPy, small enough to be exact about everything.
+"""An n-gram language model in NumPy, `NgramLM`: small enough for exact answers.
 
-Given as a dense table it is the prior of the problems with known truth; fitted to texts it is a cheap prior
-or proposal for any vocabulary. Its decoding state is the last order - 1 tokens of every row.
+As a dense table it is the prior of the problems with known truth. Fitted to texts it is a cheap prior or proposal for any
+vocabulary. Its decoding state is the last order - 1 tokens of every row.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MAX_DENSE_ENTRIES = 10_000_000  # 80 MB of float64
 
 @dataclass(frozen=True)
 class CharacterTokenizer:
-    """One token per character, in the order given; EOS is the last id and has no text.
+    """A tokenizer with one token per character, in the given order; EOS is the last id and has no text.
 
     Examples
     --------
@@ -83,8 +83,8 @@ class CharacterTokenizer:
 class NgramLM:
     """An n-gram language model: p(x_t | c, x_<t) = p(x_t | the n - 1 tokens before it).
 
-    Before the start stand EOS tokens, so an empty prompt is legal. With several EOS ids the lowest stands
-    there, with none token 0 does.
+    The context before the start is padded with EOS tokens, so an empty prompt is legal. With several EOS ids the padding is
+    the lowest one, without EOS it is token 0.
 
     Parameters
     ----------
@@ -95,23 +95,30 @@ class NgramLM:
     eos_token_id
         The id, or ids, that end a completion; None if nothing does.
     tokenizer
-        What turns text into ids; with None the model works on token ids only. Of Hugging Face's interface it
-        needs `encode(text)` and `decode(ids)`.
+        The tokenizer, which turns text into ids; None: the model works on token ids only. It needs the methods
+        `encode(text)` and `decode(ids)` of Hugging Face's interface.
 
     Raises
     ------
     BayesKLRLError
-        If the table is not one of log-probs, or an EOS id is outside the vocabulary.
+        If the table does not hold log-probs, or an EOS id is outside the vocabulary.
 
     Examples
     --------
-    A coin that ends the text: heads is token 0, tails is EOS.
+    A bigram model fitted to texts, with one token per character:
 
-    >>> lm = NgramLM(np.log([0.75, 0.25]), eos_token_id=1)
-    >>> two_heads = Sequences.from_lists([[0, 0, 1]], max_new_tokens=3)
-    >>> float(np.exp(lm.token_log_probs([[]], two_heads).sum()).round(6)) == round(
-    ...     0.75**2 * 0.25, 6
-    ... )
+    >>> import bayes_klrl as bk
+    >>> lm = bk.NgramLM.fit(["abab", "abba", "ab"], order=2)
+    >>> lm.encode(["ab"]), lm.vocab_size
+    ([[0, 1]], 3)
+    >>> lm.next_log_probs(lm.prefill(lm.encode(["a"]))).argmax(axis=1)  # "b" is the most probable token after "a"
+    array([1])
+
+    A model given as a table: a coin where heads is token 0 and tails, EOS, ends the text.
+
+    >>> coin = bk.NgramLM(np.log([0.75, 0.25]), eos_token_id=1)
+    >>> two_heads = bk.Sequences.from_lists([[0, 0, 1]], max_new_tokens=3)
+    >>> bool(np.isclose(np.exp(coin.token_log_probs([[]], two_heads).sum()), 0.75**2 * 0.25))
     True
     """
 
@@ -148,26 +155,26 @@ class NgramLM:
         eos_token_id: int | Collection[int] | None = None,
         vocab_size: int | None = None,
     ) -> NgramLM:
-        """Return the Witten-Bell n-gram model of some texts; every token has positive probability everywhere.
+        """Return the Witten-Bell n-gram model of some texts; every token has positive probability in every context.
 
         Parameters
         ----------
         texts_or_ids
-            Texts, each of which is followed by EOS; or lists of token ids, taken as they are: a text that
-            ended has EOS as its last id, one that was cut has not (so `Sequences.lists()` fits).
+            Texts, to each of which EOS is added; or lists of token ids, which are used as they are: a finished text must
+            have EOS as its last id, a cut one not (`Sequences.lists()` returns such lists).
         order
             n, at least 1.
         tokenizer
-            None for one token per character (texts) or no text at all (ids). BOS, EOS, CLS and SEP that it
-            adds at the ends of a text are left out.
+            The tokenizer. None: one token per character for texts, no tokenizer for ids. BOS, EOS, CLS and SEP that it adds
+            at the ends of a text are removed.
         eos_token_id
-            The id or ids that end a text; by default the tokenizer's, without one none.
+            The id or ids that end a text. None: the tokenizer's EOS id; without a tokenizer none.
         vocab_size
-            V; by default the tokenizer's length, without one the largest id plus 1.
+            V. None: the tokenizer's length; without a tokenizer the largest id plus 1.
 
         See Also
         --------
-        bayes_klrl.models.ngram_lm.tables.fit_witten_bell : the formula.
+        bayes_klrl.models.ngram_lm.tables.fit_witten_bell : The formula.
 
         Examples
         --------
@@ -191,7 +198,9 @@ class NgramLM:
             texts = [[*plain_ids(tokenizer, text), min(eos_ids)] for text in texts]
         ids = [as_int_array(text) for text in texts]
         if not sum(map(len, ids)):
-            raise BayesKLRLError("There is nothing to fit to; give at least one text, or list of ids, with a token.")
+            raise BayesKLRLError(
+                "There is nothing to fit to: the texts have no tokens. Give at least one text, or list of ids, with a token."
+            )
         used = np.concatenate([*ids, np.array(sorted(eos_ids), dtype=np.int64)])
         vocab_size = int(used.max()) + 1 if vocab_size is None else vocab_size
         check_vocabulary(used, vocab_size)
@@ -225,7 +234,7 @@ class NgramLM:
 
     @property
     def table(self) -> NgramTable:
-        """How the log-probs are stored: densely, or sparsely with back-off."""
+        """The stored log-probs: a dense table, or a sparse one with back-off."""
         return self._table
 
     @property
@@ -237,14 +246,14 @@ class NgramLM:
         if self.vocab_size**self.order > _MAX_DENSE_ENTRIES:
             raise BayesKLRLError(
                 f"The dense table of shape {shape} has more than {_MAX_DENSE_ENTRIES} entries. Use "
-                "next_log_probs on the contexts that matter, or fit a lower order."
+                "next_log_probs on the contexts that you need, or fit a lower order."
             )
         place_values = self.vocab_size ** np.arange(self.order - 2, -1, -1, dtype=np.int64)
         contexts = np.arange(self.vocab_size ** (self.order - 1))[:, None] // place_values % self.vocab_size
         return self._table.rows(contexts).reshape(shape)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `LanguageModel.encode`: no BOS, as EOS pads; without a tokenizer only "" has ids, none."""
+        """See `LanguageModel.encode`. BOS is left out, since EOS pads. Without a tokenizer only "" is legal: it has no ids."""
         if self._tokenizer is None and any(texts):
             raise BayesKLRLError("This NgramLM has no tokenizer: give prompts as lists of token ids.")
         return [plain_ids(self._tokenizer, text) if text else [] for text in texts]
@@ -287,7 +296,7 @@ class NgramLM:
             raise BayesKLRLError(f"There are {len(prompts)} prompts and completions for {num_prompts}; give one each.")
         before = np.broadcast_to(self.prefill(prompts)[:, None], (num_prompts, num_draws, self.order - 1))
         grams = sliding_window_view(np.concatenate([before, sequences.tokens], axis=2), self.order, axis=2)
-        scored = grams[sequences.mask]  # what stands past a completion's length may be no token at all
+        scored = grams[sequences.mask]  # positions past a completion's length may hold no token id
         check_vocabulary(scored[:, -1], self.vocab_size)
         log_probs = np.zeros(sequences.tokens.shape)
         log_probs[sequences.mask] = self._table.at(scored[:, :-1], scored[:, -1])
@@ -331,7 +340,7 @@ class NgramLM:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> NgramLM:
-        """Return the model that `save_pretrained` wrote; CheckpointError if there is none."""
+        """Return the model that `save_pretrained` wrote; raise `CheckpointError` if there is none."""
         folder = Path(folder)
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -348,7 +357,7 @@ class NgramLM:
 
 
 def as_ids(eos_token_id: int | Collection[int] | None) -> frozenset[int]:
-    """Return one id, several or None as a set."""
+    """Return one id, several ids or None as a set."""
     if eos_token_id is None:
         return frozenset()
     if isinstance(eos_token_id, Collection):
@@ -357,7 +366,7 @@ def as_ids(eos_token_id: int | Collection[int] | None) -> frozenset[int]:
 
 
 def as_int_array(ids: TokenIds | IntArray) -> IntArray:
-    """Return token ids as int64, refusing floats rather than rounding them."""
+    """Return token ids as int64; refuse floats, which are not rounded."""
     array = np.asarray(ids)
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
         raise BayesKLRLError(f"Token ids are one list of integers; got shape {array.shape} of dtype {array.dtype}.")
@@ -365,7 +374,7 @@ def as_int_array(ids: TokenIds | IntArray) -> IntArray:
 
 
 def check_vocabulary(ids: IntArray, vocab_size: int) -> None:
-    """Refuse ids that a lookup would wrap around or run past."""
+    """Refuse ids outside the vocabulary; a negative one would silently index from the end."""
     outside = ids[(ids < 0) | (ids >= vocab_size)]
     if outside.size:
         raise BayesKLRLError(
@@ -374,7 +383,7 @@ def check_vocabulary(ids: IntArray, vocab_size: int) -> None:
 
 
 def plain_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return a text's ids without the marks a tokenizer sets at its ends: EOS padding stands for them."""
+    """Return a text's ids without the special tokens that a tokenizer adds at its ends; EOS padding replaces them."""
     marks = {getattr(tokenizer, f"{mark}_token_id", None) for mark in ("bos", "eos", "cls", "sep")}
     ids = [int(i) for i in tokenizer.encode(text)]
     inner = [position for position, i in enumerate(ids) if i not in marks]
@@ -382,7 +391,7 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def texts_of(tokenizer: Any, ids: Sequence[TokenIds], eos_token_ids: Collection[int]) -> list[str]:
-    """Return the text of each list of ids, EOS and the tokenizer's special tokens skipped."""
+    """Return the text of each list of ids; EOS and the tokenizer's special tokens are skipped."""
     special = {*eos_token_ids, *getattr(tokenizer, "all_special_ids", ())}
     return [tokenizer.decode([int(i) for i in row if int(i) not in special]) for row in ids]
 

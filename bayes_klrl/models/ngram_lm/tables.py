@@ -1,6 +1,6 @@
-"""How an n-gram model stores p(token | last n - 1 tokens): a dense array, or back-off over what was seen.
+"""Storage of p(token | last n - 1 tokens) of an n-gram model: a dense array, or back-off over the n-grams that were seen.
 
-Letters: V vocabulary, R contexts; a context is the last order - 1 tokens, oldest first.
+Letters: V vocabulary, R contexts. A context holds the last order - 1 tokens, oldest first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _EXACT_TOLERANCE = 1e-12  # what one in float64 leaves: such rows are kept bit f
 
 
 class NgramTable(Protocol):
-    """Log-probs of the next token, looked up by context."""
+    """Log-probs of the next token, found by context."""
 
     @property
     def order(self) -> int:
@@ -32,11 +32,11 @@ class NgramTable(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """V."""
+        """V, the number of tokens."""
 
     @property
     def full_support(self) -> bool:
-        """Whether no entry is -inf."""
+        """True if no entry is -inf."""
 
     def rows(self, contexts: IntArray) -> FloatArray:
         """Return log p(. | context), shape (R, V), for contexts of shape (R, order - 1)."""
@@ -45,15 +45,15 @@ class NgramTable(Protocol):
         """Return log p(token | context), shape (R,), for contexts (R, order - 1) and tokens (R,)."""
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Return the named arrays that the table is saved as."""
+        """Return the named arrays in which the table is saved."""
 
 
 @dataclass(frozen=True, eq=False)
 class DenseTable:
-    """Every entry in one array of shape (V,) * order, last axis the next token.
+    """A table with all entries in one array of shape (V,) * order, last axis the next token.
 
-    Rows that sum to 1 within 1e-6 but not 1e-12 (float32 softmax) are normalised in float64; others are kept
-    as given.
+    Rows that sum to 1 within 1e-6 but not within 1e-12 (of a softmax in float32) are normalised in float64. Rows that sum to
+    1 within 1e-12 are kept as given.
     """
 
     log_probs: FloatArray
@@ -98,7 +98,7 @@ class DenseTable:
 
 
 def _normalised_rows(log_probs: ArrayLike) -> FloatArray:
-    """Return a checked float64 copy of a table whose rows, over the last axis, sum to 1."""
+    """Return a float64 copy of a table, after checking that its rows, over the last axis, sum to 1."""
     table = np.array(log_probs, dtype=np.float64)
     if table.ndim == 0 or table.size == 0 or len(set(table.shape)) != 1:
         raise BayesKLRLError(
@@ -141,13 +141,13 @@ class BackoffLevel:
     Parameters
     ----------
     context_keys
-        Sorted, shape (C,).
+        The keys of the C contexts, sorted, shape (C,).
     log_backoff
-        log of the mass that a context leaves to the level below, shape (C,).
+        log of the probability that a context leaves to the level below, shape (C,).
     arc_keys
-        Sorted, shape (A,).
+        The keys of the A arcs, sorted, shape (A,).
     arc_log_probs
-        log p(token | context), already interpolated with the levels below, shape (A,).
+        log p(token | context) of each arc, already interpolated with the levels below, shape (A,).
     """
 
     context_keys: IntArray
@@ -158,7 +158,7 @@ class BackoffLevel:
 
 @dataclass(frozen=True, eq=False)
 class BackoffTable:
-    """A back-off n-gram model: memory grows with the n-grams seen, not with V**order.
+    """A back-off n-gram model, whose memory grows with the number of n-grams seen and not with V**order.
 
     p(a | h) = the stored value if h a was seen, else backoff(h) * p(a | h without its oldest token), with
     backoff(h) = 1 for an h never seen and a dense unigram at the bottom (Katz 1987; the ARPA format).
@@ -168,7 +168,7 @@ class BackoffTable:
     unigram
         log p(token), shape (V,).
     levels
-        Contexts of length 1, 2, ..., order - 1.
+        The contexts of length 1, 2, ..., order - 1.
     """
 
     unigram: FloatArray
@@ -216,7 +216,7 @@ class BackoffTable:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], order: int) -> BackoffTable:
-        """Return the table that `arrays` came from; KeyError if a name is missing."""
+        """Return the table that wrote these `arrays`; raise `KeyError` if a name is missing."""
         names = BackoffLevel.__dataclass_fields__
         levels = [BackoffLevel(*(arrays[f"{name}_{length}"] for name in names)) for length in range(1, order)]
         table = cls(arrays["unigram"], tuple(levels))
@@ -224,7 +224,7 @@ class BackoffTable:
         return table
 
     def _check(self) -> None:
-        """Refuse arrays that do not fit together: a lookup in them would give a number, but a wrong one."""
+        """Refuse arrays that do not fit together: a lookup in them would return a wrong number."""
         num_parents = 1
         for level in self.levels:
             num_contexts = len(level.context_keys)
@@ -239,7 +239,7 @@ class BackoffTable:
             num_parents = num_contexts
 
     def seen(self, contexts: IntArray) -> Iterator[tuple[BackoffLevel, IntArray, IntArray]]:
-        """Yield, from short contexts to long, the rows whose context was seen and the context's number."""
+        """Yield, from short contexts to long ones, the rows whose context was seen, and the number of the context."""
         row = np.arange(len(contexts))
         parent = np.zeros(len(contexts), dtype=np.int64)
         for length, level in enumerate(self.levels, start=1):
@@ -249,7 +249,7 @@ class BackoffTable:
             yield level, row, parent
 
     def _arcs_of(self, level: BackoffLevel, context: IntArray) -> tuple[IntArray, IntArray]:
-        """Return the positions of the contexts' arcs, one context after another, and how many each has."""
+        """Return the positions of the contexts' arcs, one context after another, and the number of arcs of each."""
         start = np.searchsorted(level.arc_keys, context * self.vocab_size)
         count = np.searchsorted(level.arc_keys, (context + 1) * self.vocab_size) - start
         within = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
@@ -263,13 +263,13 @@ def _are_keys(keys: IntArray, limit: int) -> bool:
 
 
 def find_keys(sorted_keys: IntArray, keys: IntArray) -> tuple[IntArray, NDArray[np.bool_]]:
-    """Return each key's position in `sorted_keys` (any legal one if absent) and whether it is there."""
+    """Return each key's position in `sorted_keys` (any legal one if absent), and True where it is present."""
     position = np.minimum(np.searchsorted(sorted_keys, keys), len(sorted_keys) - 1)
     return position, sorted_keys[position] == keys
 
 
 def fit_witten_bell(texts: Sequence[IntArray], *, order: int, vocab_size: int, pad_token: int) -> BackoffTable:
-    """Return the n-gram model of `texts`, interpolated after Witten and Bell.
+    """Return the n-gram model of `texts`, interpolated by the method of Witten and Bell.
 
         p(a | h) = (c(h a) + t(h) p(a | h')) / (c(h) + t(h)),
 
@@ -282,13 +282,13 @@ def fit_witten_bell(texts: Sequence[IntArray], *, order: int, vocab_size: int, p
     Parameters
     ----------
     texts
-        Token ids of each text, at least one token in all.
+        Token ids of each text, with at least one token in total.
     order
         n.
     vocab_size
         V.
     pad_token
-        Stands before the start of every text, as context only: it is not counted as having been drawn.
+        The token before the start of every text. It serves as context only and is not counted as a token of the text.
     """
     before = [pad_token] * (order - 1)
     stream = np.concatenate([np.concatenate([before, ids]) for ids in texts]).astype(np.int64)

@@ -11,7 +11,7 @@ from bayes_klrl.errors import RewardError
 from bayes_klrl.sequences import completion_lengths, pad_token
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
-__all__ = ["host_features", "no_features"]
+__all__ = ["features_error", "host_features"]
 
 
 def host_features(fn: Callable[[IntArray, IntArray], ArrayLike], tokens: IntArray, lm: LanguageModel) -> FloatArray:
@@ -42,11 +42,11 @@ def host_features(fn: Callable[[IntArray, IntArray], ArrayLike], tokens: IntArra
     inside = np.arange(tokens.shape[1]) < lengths[:, None]
     found = np.asarray(fn(np.where(inside, tokens, pad_token(lm.eos_token_ids)), lengths), dtype=np.float64)
     if found.ndim not in (1, 2) or len(found) != len(tokens) or np.isnan(found).any():
-        raise no_features(len(tokens), found.shape, has_nan=bool(np.isnan(found).any()))
+        raise features_error(len(tokens), found.shape, has_nan=bool(np.isnan(found).any()))
     return found
 
 
-def no_features(num_completions: int, shape: tuple[int, ...], *, has_nan: bool = False) -> RewardError:
+def features_error(num_completions: int, shape: tuple[int, ...], *, has_nan: bool = False) -> RewardError:
     """Return the error about an array that does not hold the features of as many completions."""
     return RewardError(
         f"Features of {num_completions} completions must be as many numbers, or rows of numbers, none of them NaN; got "

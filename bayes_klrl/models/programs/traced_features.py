@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bayes_klrl.errors import RewardError
-from bayes_klrl.models.programs.completion_features import host_features, no_features
+from bayes_klrl.models.programs.completion_features import features_error, host_features
 from bayes_klrl.models.programs.traced_rewards import abstract, first_lines, float_type
 from bayes_klrl.sequences import pad_token
 from bayes_klrl.typing import Array, LanguageModel
@@ -36,7 +36,7 @@ def traced_features(fn: Callable[[Array, Array], Any], tokens: Array, lengths: A
         ) from error
     has_nan = not isinstance(found, jax.core.Tracer) and bool(jnp.isnan(found).any())
     if found.ndim not in (1, 2) or len(found) != len(tokens) or has_nan:
-        raise no_features(len(tokens), found.shape, has_nan=has_nan)
+        raise features_error(len(tokens), found.shape, has_nan=has_nan)
     return found
 
 
@@ -59,7 +59,7 @@ def called_features(fn: Callable[[Any, Any], Any], tokens: Array, lm: LanguageMo
         host = np.asarray(rows).astype(np.int64)
         found = host_features(fn, host.reshape(-1, host.shape[-1]), lm)
         if found.shape[1:] != columns:
-            raise no_features(len(found), found.shape)
+            raise features_error(len(found), found.shape)
         return found.reshape(*host.shape[:-1], *columns).astype(np.dtype(float_type()))
 
     expected = abstract((len(tokens), *columns), float_type())

@@ -125,7 +125,9 @@ def _on_host(posterior: Posterior, tokens: Array, lengths: Array, prompt_index: 
     if not any(isinstance(array, jax.core.Tracer) for array in arrays):
         return jnp.asarray(function(*arrays))
     expected = abstract(lengths.shape, float_type())
-    return jax.pure_callback(_listened_to(posterior, function), expected, *arrays, vmap_method="broadcast_all")
+    return jax.pure_callback(
+        _with_collected_errors(posterior, function), expected, *arrays, vmap_method="broadcast_all"
+    )
 
 
 def _host_function(posterior: Posterior) -> Callable[..., np.ndarray]:
@@ -147,7 +149,7 @@ def _host_function(posterior: Posterior) -> Callable[..., np.ndarray]:
     return reward
 
 
-_heard: WeakKeyDictionary[Posterior, list[BaseException]] = WeakKeyDictionary()
+_host_errors: WeakKeyDictionary[Posterior, list[BaseException]] = WeakKeyDictionary()
 """What rewards raised inside a callback, of posteriors that somebody listens to."""
 
 
@@ -157,25 +159,25 @@ def host_errors(posterior: Posterior) -> Iterator[None]:
 
     The callback then returns NaN, so nothing that was computed inside may be kept if this raises.
     """
-    heard = _heard[posterior] = []
+    errors = _host_errors[posterior] = []
     try:
         yield
     finally:
-        del _heard[posterior]
-        if heard:
-            raise heard[0]
+        del _host_errors[posterior]
+        if errors:
+            raise errors[0]
 
 
-def _listened_to(posterior: Posterior, function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+def _with_collected_errors(posterior: Posterior, function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
     """Return the host's function, whose errors go to `host_errors` where that is open, else to JAX."""
 
     def called(tokens: Array, lengths: Array, prompt_index: Array) -> np.ndarray:
         try:
             return function(tokens, lengths, prompt_index)
         except BaseException as error:
-            if posterior not in _heard:
+            if posterior not in _host_errors:
                 raise
-            _heard[posterior].append(error)
+            _host_errors[posterior].append(error)
             return np.full(np.shape(lengths), np.nan, dtype=np.dtype(float_type()))
 
     return called

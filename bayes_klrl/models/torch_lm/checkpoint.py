@@ -24,7 +24,7 @@ from bayes_klrl.models.checkpoint_files import (
     OWN_ENTRY,
     TOKENIZER_FILES,
     check_has_weights,
-    not_finite,
+    not_finite_error,
     own_entries,
     shipped_folder,
     shipped_names,
@@ -104,7 +104,7 @@ def load_model(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, An
         )
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
-            raise not_finite(name, source)
+            raise not_finite_error(name, source)
     return model, load_tokenizer(source, **options)
 
 

@@ -31,7 +31,7 @@ class TableLM(nn.Module):
 
     def __init__(self, prior: NgramLM) -> None:
         super().__init__()
-        self._contexts = prior  # contexts, EOS and tokenizer are the prior's own
+        self._prior = prior  # contexts, EOS and tokenizer are the prior's own
         table = torch.tensor(prior.log_probs.reshape(-1, prior.vocab_size), device="cpu")
         self.logits = nn.Parameter(table)
         self._place = prior.vocab_size ** np.arange(prior.order - 2, -1, -1, dtype=np.int64)
@@ -39,34 +39,34 @@ class TableLM(nn.Module):
     @property
     def vocab_size(self) -> int:
         """See `LanguageModel.vocab_size`."""
-        return self._contexts.vocab_size
+        return self._prior.vocab_size
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """See `LanguageModel.eos_token_ids`."""
-        return self._contexts.eos_token_ids
+        return self._prior.eos_token_ids
 
     @property
     def full_support(self) -> bool:
         """See `LanguageModel.full_support`."""
-        return self._contexts.full_support
+        return self._prior.full_support
 
     @property
     def tokenizer(self) -> object | None:
         """See `LanguageModel.tokenizer`."""
-        return self._contexts.tokenizer
+        return self._prior.tokenizer
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """See `LanguageModel.encode`."""
-        return self._contexts.encode(texts)
+        return self._prior.encode(texts)
 
     def decode(self, ids: Sequence[TokenIds]) -> list[str]:
         """See `LanguageModel.decode`."""
-        return self._contexts.decode(ids)
+        return self._prior.decode(ids)
 
     def prefill(self, prompts: Sequence[TokenIds]) -> IntArray:
         """See `LanguageModel.prefill`."""
-        return self._contexts.prefill(prompts)
+        return self._prior.prefill(prompts)
 
     def next_log_probs(self, state: IntArray) -> Array:
         """See `LanguageModel.next_log_probs`; builds no graph."""
@@ -75,16 +75,16 @@ class TableLM(nn.Module):
 
     def append(self, state: IntArray, tokens: IntArray) -> IntArray:
         """See `LanguageModel.append`."""
-        return self._contexts.append(state, tokens)
+        return self._prior.append(state, tokens)
 
     def select(self, state: IntArray, rows: IntArray) -> IntArray:
         """See `LanguageModel.select`."""
-        return self._contexts.select(state, rows)
+        return self._prior.select(state, rows)
 
     def position_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
         """Return log p(. | c, x_<t), shape (P, N, T, V), 0 past each completion's length; differentiable."""
         num_prompts, num_draws, num_tokens = sequences.tokens.shape
-        order = self._contexts.order
+        order = self._prior.order
         before = np.repeat(self.prefill(prompts)[:, None], num_draws, axis=1)
         read = np.concatenate([before, np.where(sequences.mask, sequences.tokens, 0)], axis=2)
         contexts = np.stack([read[..., t : t + order - 1] for t in range(num_tokens)], axis=2)
@@ -99,7 +99,7 @@ class TableLM(nn.Module):
 
     def to_ngram(self) -> NgramLM:
         """Return the trained table as an `NgramLM`."""
-        order, vocab_size = self._contexts.order, self.vocab_size
+        order, vocab_size = self._prior.order, self.vocab_size
         log_probs = self.logits.detach().log_softmax(-1).cpu().numpy().reshape((vocab_size,) * order)
         return NgramLM(log_probs, eos_token_id=self.eos_token_ids, tokenizer=self.tokenizer)
 

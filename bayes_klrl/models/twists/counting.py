@@ -1,9 +1,9 @@
-"""`CountingTwist`: the mean likelihood of prior draws that passed through the same last tokens at the same position.
+"""A twist by counting: the mean likelihood of prior draws that had the same last tokens at the same position.
 
     psi_t(x_1:t) = m_k,      m_j = (sum of phi over draws with the same last j tokens at t + kappa m_{j-1}) / (count + kappa)
 
-m_0 counts all draws that are (un)finished at t and is shrunk in the same way towards Z-hat. So a context that was never drawn
-is worth what its shorter one is, and with no draws at all the twist is constant. It works for any reward on any prior.
+m_0 is over all draws that are (un)finished at t and is shrunk in the same way towards Z-hat. So a context that was never
+drawn gets the value of the next shorter one, and without draws the twist is constant. It works for any reward and any prior.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class CountingTwist:
     Parameters
     ----------
     num_draws
-        N a prompt from the prior.
+        N, the number of draws per prompt from the prior.
     context
-        How many last tokens a prefix is known by, k; 0: its position only.
+        k, the number of last tokens that the twist depends on; 0: on the position only.
     shrinkage
-        kappa, the number of draws that a shorter context counts for.
+        kappa, the number of draws that the mean of the shorter context counts as.
 
     Examples
     --------
@@ -84,7 +84,7 @@ class CountingTwist:
     def _counted(
         self, posterior: Posterior, tokens: IntArray, lengths: IntArray, log_likelihood: FloatArray
     ) -> tuple[IntArray, int, FloatArray, tuple[tuple[IntArray, FloatArray], ...]]:
-        """Return what `FittedCounts` looks up, from draws (P, N, T) with lengths and log phi (P, N)."""
+        """Return the tables of `FittedCounts`, from draws (P, N, T) with lengths and log phi (P, N)."""
         eos = np.array(sorted(posterior.prior.eos_token_ids), dtype=np.int64)
         log_evidence = log_evidence_of_pilot(log_likelihood)
         top = np.maximum(log_likelihood.max(axis=1), log_evidence)  # phi is counted in units of its largest value
@@ -107,20 +107,20 @@ class CountingTwist:
 
 @dataclass(frozen=True, eq=False)
 class FittedCounts:
-    """What `CountingTwist.fit` makes.
+    """The twist that `CountingTwist.fit` returns.
 
     Parameters
     ----------
     prompts
         The token ids of the P prompts.
     eos, vocab_size
-        Of the prior.
+        The prior's EOS ids, and its number of tokens.
     log_evidence
-        log Z-hat of each prompt, (P,).
+        log Z-hat of each prompt in nats, shape (P,).
     levels
-        For contexts of 0, 1, ..., k tokens: the codes that were seen, sorted, and log psi of each.
+        For contexts of 0, 1, ..., k tokens: the codes that were drawn, sorted, and log psi of each.
     training
-        What the draws cost.
+        Seconds and model tokens of the draws.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -155,7 +155,7 @@ class FittedCounts:
     def _looked_up(
         self, posterior: Posterior, prompt_index: IntArray, recent: Sequence[IntArray], width: int | None = None
     ) -> FloatArray:
-        """Return log psi by the deepest context that was seen; `recent` are the last tokens, newest first."""
+        """Return log psi of the longest context that was drawn; `recent` holds the last tokens, newest first."""
         width = len(recent) if width is None else width
         position = np.full(len(prompt_index), width - 1)
         log_psi = self.log_evidence[prompt_index]
@@ -186,9 +186,9 @@ def _codes(
 
 
 def _check_codes(posterior: Posterior, context: int) -> None:
-    """Refuse contexts too long to be numbered."""
+    """Refuse contexts for which the number of codes exceeds an int64."""
     if posterior.num_prompts * posterior.max_new_tokens * posterior.prior.vocab_size**context >= _MOST_CODES:
         raise BayesKLRLError(
-            f"context = {context} is too long for {posterior.prior.vocab_size} tokens: such contexts cannot be numbered, nor "
-            "would any be drawn twice. Use a shorter one."
+            f"context = {context} is too long for {posterior.prior.vocab_size} tokens: there are too many contexts to number, and "
+            "hardly any would be drawn twice. Use a shorter one."
         )

@@ -1,10 +1,10 @@
-"""`NeuralTwist`: a small head that reads a language model's hidden states, or a recurrent network's, and returns log psi.
+"""A twist as a small network on the hidden states of a language model or of a recurrent network, `NeuralTwist`.
 
     log psi_t(x_<t a) = scale(o_a(h(c, x_<t), t) + offset_c) + constant_{c,t},     for every token a at once
 
-h are the features from which the prior itself predicts the next token, so that a decoding that is under way has them. One
-step of look-ahead costs nothing more (Zhao et al. 2024 parametrise their twists so). The prior's network is frozen. A prior
-without hidden states (an n-gram model) gets a GRU over prompt and completion in their place, which is trained.
+h are the features from which the prior itself predicts the next token, so decoding computes them anyway. One step of
+look-ahead costs no further forward pass (Zhao et al. 2024 parametrise their twists in this way). The prior's network is
+frozen. For a prior without hidden states (an n-gram model) h is a trained GRU over prompt and completion.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["Features", "LMFeatures", "NeuralTwist", "RecurrentFeatures", "TwistH
 
 
 class Features(Protocol):
-    """What a twist's head reads, step by step and all at once; R rows, F the width of a feature vector."""
+    """The features that a twist's head reads, step by step or at all positions; R rows, F the width of a feature vector."""
 
     width: int
 
@@ -38,7 +38,7 @@ class Features(Protocol):
         """Return the state after each prompt."""
 
     def append(self, state: State, tokens: IntArray) -> State:
-        """Return the state after one more token a row."""
+        """Return the state after one more token per row."""
 
     def select(self, state: State, rows: IntArray) -> State:
         """Return the state of the given rows."""
@@ -47,7 +47,7 @@ class Features(Protocol):
         """Return the features of each row, (R, F)."""
 
     def everywhere(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
-        """Return the features that each token follows, (P, N, T, F)."""
+        """Return the features before each token, (P, N, T, F)."""
 
 
 class LMFeatures:
@@ -88,14 +88,14 @@ class LMFeatures:
 
 
 class RecurrentFeatures(nn.Module):
-    """A GRU over a start token, the prompt and the completion: what remembers a count that the last tokens do not show.
+    """A GRU over a start token, the prompt and the completion; it can remember counts that the last tokens do not show.
 
     Parameters
     ----------
     vocab_size
-        V.
+        V, the number of tokens.
     width
-        F.
+        F, the size of the hidden state.
     """
 
     def __init__(self, vocab_size: int, width: int) -> None:
@@ -147,23 +147,23 @@ def features_for(prior: LanguageModel, width: int) -> LMFeatures | RecurrentFeat
 
 
 class TwistHead(nn.Module):
-    """Two hidden layers over (features, position), and one output a token: u(h, t) . embedding_a + v(h, t).
+    """Two hidden layers over (features, position), and one output per token: u(h, t) . embedding_a + v(h, t).
 
     The last layer starts at 0: an untrained head is the constant twist.
 
     Parameters
     ----------
     width
-        F.
+        F, the size of a feature vector.
     num_tokens
-        T.
+        T, the number of positions.
     hidden
-        Units of both layers.
+        Number of units of each hidden layer.
     embedding
-        Of the tokens, (V, E).
+        The token embedding, shape (V, E).
     frozen
-        Whether the embedding stays as it is: the prior's own knows which tokens are alike, and of most of a large vocabulary
-        a few thousand draws tell nothing. Otherwise it is trained.
+        True: keep the embedding as it is. The prior's own embedding places similar tokens close to each other, and most tokens
+        of a large vocabulary do not occur in a few thousand draws. False: train it.
     """
 
     mean: Tensor
@@ -186,12 +186,12 @@ class TwistHead(nn.Module):
             nn.init.zeros_(weight)
 
     def standardise(self, features: Tensor) -> None:
-        """Take mean and scale from features (M, F), so that a layer sees numbers of size 1 whatever the model."""
+        """Set mean and scale from features (M, F), so that the first layer reads inputs of mean 0 and variance 1."""
         self.mean.copy_(features.mean(dim=0))
         self.scale.copy_(features.std(dim=0).clamp(min=1e-6))
 
     def forward(self, features: Tensor, positions: Tensor) -> Tensor:
-        """Return o, shape (..., V), from features (..., F) and the number of tokens before, broadcast to (...)."""
+        """Return o, shape (..., V), from features (..., F) and the number of tokens so far, broadcast to (...)."""
         read = (features - self.mean) / self.scale
         hidden = nn.functional.silu(self.first(read) + self.position(positions))
         hidden = nn.functional.silu(self.second(hidden))
@@ -203,7 +203,7 @@ class TwistHead(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Memo:
-    """What was asked last: distinct (prompt, prefix) pairs, the state after them, and log psi of every extension."""
+    """The last evaluation: distinct (prompt, prefix) pairs, the state after them, and log psi of every extension."""
 
     posterior: Posterior
     num_tokens: int
@@ -216,34 +216,34 @@ class _Memo:
 class NeuralTwist:
     """A fitted twist: callable as a `Twist`, and with one step of look-ahead.
 
-    It remembers the states of the step before, so that stepping through T tokens costs T steps and not T^2 / 2; what it
-    returns does not depend on that.
+    It stores the states of the previous step, so that T tokens cost T steps and not T^2 / 2. The returned values do not
+    depend on the stored states.
 
     Parameters
     ----------
     features, head
         The two networks.
     num_tokens
-        T: a twist knows how many tokens are left, so it is for this `max_new_tokens` only.
+        T. The twist depends on the number of tokens that are left, so it is for this `max_new_tokens` only.
     prompts
-        The token ids of the P prompts that it was fitted on. Another prompt gets their mean constants.
+        The token ids of the P prompts that it was fitted on. Another prompt gets the mean of their constants.
     log_evidence
-        log Z-hat of each prompt, the value before the first token, (P,).
+        log Z-hat of each prompt, the value before the first token, in nats, shape (P,).
     offsets
-        Added to the head's output, (P,).
+        Numbers that are added to the head's output, shape (P,).
     constants
-        Added to log psi, so that on average it has the likelihood's scale, (P, T).
+        Numbers that are added to log psi, so that on average it has the likelihood's scale, in nats, shape (P, T).
     log_bound
         None: o is log psi. A number: psi = exp(log_bound) sigmoid(o).
     training
-        What fitting cost.
+        Seconds and model tokens of fitting.
     history
-        The loss of every step.
+        The loss of every training step.
 
     Attributes
     ----------
     model_tokens
-        Tokens that it has read so far with the prior's network, beyond those that decoding read anyway.
+        Number of tokens that it has read so far with the prior's network, in addition to those of decoding.
     """
 
     features: Any
@@ -288,7 +288,7 @@ class NeuralTwist:
     def _ahead(
         self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray, prior_rows: Any
     ) -> tuple[_Memo, IntArray]:
-        """Return a memo that holds these prefixes, and the row of each."""
+        """Return an evaluation that holds these prefixes, and the row of each in it."""
         self._check(posterior)
         keys = _keys(prompt_index, prefixes)
         memo = self._memo
@@ -302,7 +302,7 @@ class NeuralTwist:
     def _computed(
         self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray, keys: list[bytes], prior_rows: Any
     ) -> _Memo:
-        """Return the memo of these prefixes: from the prior's state, from the step before, or from the start."""
+        """Return the evaluation of these prefixes: from the prior's state, from the previous step, or from the start."""
         first = {key: row for row, key in reversed(list(enumerate(keys)))}
         chosen = np.array(sorted(first.values()), dtype=np.int64)
         index, distinct = prompt_index[chosen], prefixes[chosen]
@@ -321,7 +321,7 @@ class NeuralTwist:
         return _Memo(posterior, t, row_of, (state, rows), to_host(log_psi))
 
     def _state(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> Any:
-        """Return the features' own state after distinct prefixes."""
+        """Return the state of `features` after distinct prefixes."""
         t, memo = prefixes.shape[1], self._memo
         if t and memo is not None and memo.posterior is posterior and memo.num_tokens == t - 1:
             parents = [memo.row_of.get(key) for key in _keys(prompt_index, prefixes[:, :-1])]
@@ -337,7 +337,7 @@ class NeuralTwist:
         return state
 
     def _of_prompt(self, values: FloatArray, posterior: Posterior) -> FloatArray:
-        """Return one row of `values` for each prompt of a posterior, the mean for prompts that are new."""
+        """Return one row of `values` for each prompt of a posterior; the mean of all rows for an unknown prompt."""
         if posterior.prompt_ids == self.prompts:
             return values
         known = {prompt: row for row, prompt in enumerate(self.prompts)}
@@ -353,7 +353,7 @@ class NeuralTwist:
 
 
 def _keys(prompt_index: IntArray, prefixes: IntArray) -> list[bytes]:
-    """Return what tells rows apart."""
+    """Return a key for each row, equal for equal (prompt, prefix) pairs."""
     table = np.ascontiguousarray(np.concatenate([prompt_index[:, None], prefixes], axis=1))
     size = table.shape[1] * table.itemsize
     whole = table.tobytes()
@@ -361,5 +361,5 @@ def _keys(prompt_index: IntArray, prefixes: IntArray) -> list[bytes]:
 
 
 def _column(values: FloatArray, like: Tensor) -> Tensor:
-    """Return values (R,) as a column of float64 beside a tensor."""
+    """Return values (R,) as a float64 column (R, 1) on the device of a tensor."""
     return torch.as_tensor(values, dtype=torch.float64, device=like.device)[:, None]

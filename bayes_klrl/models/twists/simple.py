@@ -1,13 +1,12 @@
-"""Twists that need no training: a constant, and the reward so far; and one step of look-ahead with any twist.
+"""Twists without training (a constant, and the reward so far), and one step of look-ahead with any twist.
 
     log psi_t(x_1:t), an estimate of log E_p0[exp(r(x) / alpha) | x_1:t]      (theory.md 3.1; Zhao et al. 2024)
 
-alpha log psi is a soft value function of RL. What matters is how psi compares between the particles of one step. Those
-that have finished weigh their likelihood, so a twist of unfinished ones must be of that scale, or whoever ends first takes
-the population: every twist here starts from log Z-hat of a small pilot from the prior.
+alpha log psi is a soft value function of RL. SMC compares psi between the particles of one step. Finished particles have
+their likelihood as weight, so the twist of unfinished ones must have the same scale; otherwise the particles that end first
+replace all others. Every twist here therefore starts from log Z-hat of a small pilot sample from the prior.
 
-A *recipe* is a twist that has to be made for a posterior: `fit(posterior, seed=...)` makes it, `SMC(twist=recipe)` calls
-it first.
+A *recipe* makes a twist for a posterior by `fit(posterior, seed=...)`; `SMC(twist=recipe)` calls it first.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _PILOT_DRAWS = 64
 
 @dataclass(frozen=True, eq=False)
 class ConstantTwist:
-    """The same log psi for every unfinished prefix of a prompt, values of shape (P,)."""
+    """A twist with the same log psi for all unfinished prefixes of a prompt; `values` of shape (P,)."""
 
     values: FloatArray
 
@@ -53,13 +52,13 @@ class ConstantTwist:
 
 
 def pilot_twist(posterior: Posterior, seed: int) -> tuple[ConstantTwist, int]:
-    """Return the constant twist log Z-hat of a small prior sample with a seed of its own, and its model tokens."""
+    """Return the constant twist log Z-hat from a small prior sample with its own random stream, and its model tokens."""
     pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, Streams.of(seed, _PILOT_DRAWS))
     return ConstantTwist(log_evidence_of_pilot(log_likelihood)), pilot.model_tokens
 
 
 def prior_pilot(posterior: Posterior, num_draws: int, streams: Streams) -> tuple[Decoding, FloatArray]:
-    """Return N draws a prompt from the prior, and their log-likelihoods, (P, N)."""
+    """Return N draws per prompt from the prior, and their log-likelihoods, (P, N)."""
     uniforms = streams.uniforms(prompt_keys(posterior.prompt_ids), 0, num_draws, posterior.max_new_tokens)
     pilot = decode_by((posterior.prior,), posterior.prompt_ids, uniforms)
     reward = posterior.reward_of_rows(pilot.tokens, pilot.lengths, pilot.prompt_index)
@@ -67,18 +66,30 @@ def prior_pilot(posterior: Posterior, num_draws: int, streams: Streams) -> tuple
 
 
 def log_evidence_of_pilot(log_likelihood: FloatArray) -> FloatArray:
-    """Return log Z-hat of prior draws, (P, N) to (P,); without a hit, what one in one draw more would have given."""
+    """Return log Z-hat from log-likelihoods of prior draws, (P, N) to (P,).
+
+    If all N likelihoods are 0 it is log(1 / (N + 1)), as if one more draw had had likelihood 1.
+    """
     log_evidence = logmeanexp(log_likelihood)
     return np.where(np.isneginf(log_evidence), -np.log(log_likelihood.shape[-1] + 1), log_evidence)
 
 
 def fitted_rows(posterior: Posterior, prompts: tuple[tuple[int, ...], ...], prompt_index: IntArray) -> IntArray:
-    """Return, of each prompt of a posterior, the row of the prompts that a twist was fitted on, as `prompt_index` asks.
+    """Return the row of each prompt among the prompts that a twist was fitted on, shape (R,).
+
+    Parameters
+    ----------
+    posterior
+        The posterior that the twist is used for.
+    prompts
+        Token ids of the prompts that the twist was fitted on.
+    prompt_index
+        Indices of prompts of `posterior`, shape (R,).
 
     Raises
     ------
     BayesKLRLError
-        If it was not fitted on one of them.
+        If the posterior has a prompt that the twist was not fitted on.
     """
     if posterior.prompt_ids == prompts:
         return prompt_index
@@ -86,8 +97,8 @@ def fitted_rows(posterior: Posterior, prompts: tuple[tuple[int, ...], ...], prom
     unknown = [ids for ids in posterior.prompt_ids if ids not in row_of]
     if unknown:
         raise BayesKLRLError(
-            f"This twist was fitted on other prompts; it knows nothing of the one with ids {list(unknown[0])}. Fit it on a "
-            "posterior that has this prompt."
+            f"This twist was fitted on other prompts, not on the one with ids {list(unknown[0])}. Fit it on a posterior that "
+            "has this prompt."
         )
     rows: IntArray = np.array([row_of[ids] for ids in posterior.prompt_ids], dtype=np.int64)[prompt_index]
     return rows
@@ -95,28 +106,33 @@ def fitted_rows(posterior: Posterior, prompts: tuple[tuple[int, ...], ...], prom
 
 @dataclass(frozen=True)
 class PartialRewardTwist:
-    """The likelihood of the prefix as it stands, as a recipe: greedy, and good where rewards accrue token by token.
+    """A recipe of a twist: the likelihood of the prefix, scored as if it were a completion.
+
+    It is greedy, and good where the reward accrues token by token.
 
         psi_t(x_1:t) = (1 - floor) c_t exp(gamma r(x_1:t) / alpha) + floor Z-hat
 
-    c_t makes the mean of psi_t over unfinished pilot draws Z-hat, so that finished and unfinished particles are of one scale
-    (theory.md 3.7); the floor keeps alive what looks hopeless, such as a text that must contain a word and does not yet.
+    c_t makes the mean of psi_t over unfinished pilot draws Z-hat, so that finished and unfinished particles have one scale
+    (theory.md 3.7). The floor keeps prefixes of low likelihood alive, such as a text that must contain a word and does not yet.
 
     Parameters
     ----------
     gamma
-        Power of the likelihood, positive; the smaller, the nearer to a constant twist.
+        Power of the likelihood, positive. The smaller it is, the closer the twist is to a constant.
     floor
-        Weight of the constant, in (0, 1].
+        Weight of the constant Z-hat, in (0, 1].
     num_pilot
-        Draws a prompt from the prior that Z-hat and c_t are taken from.
+        Draws per prompt from the prior, from which Z-hat and c_t are estimated.
 
     Examples
     --------
-    >>> from bayes_klrl.problems import gold_posterior
-    >>> twist = PartialRewardTwist(floor=0.5).fit(gold_posterior(), seed=0)
-    >>> hopeful, hopeless = twist(gold_posterior(), np.zeros(2, int), np.array([[0, 1], [1, 1]]))
-    >>> bool(hopeful > hopeless)
+    >>> import bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.4, 0.4, 0.2]), eos_token_id=2)
+    >>> ones = bk.TokenReward(lambda tokens, lengths: (tokens == 1).sum(axis=1), alpha=1.0)
+    >>> posterior = bk.Posterior(coin, ones, max_new_tokens=6)
+    >>> draws = bk.SMC(num_particles=500, twist=bk.PartialRewardTwist()).run(posterior, seed=0)
+    >>> exact = bk.Exact().run(posterior, seed=0)
+    >>> bool(abs(draws.log_evidence[0] - exact.log_evidence[0]) < 0.2)
     True
     """
 
@@ -129,8 +145,8 @@ class PartialRewardTwist:
         check_fraction("floor", self.floor)
         if self.floor == 0:
             raise BayesKLRLError(
-                "floor must be positive: without it a prefix of likelihood 0 so far dies, though it may yet come right, and "
-                "the evidence comes out too low."
+                "floor must be positive: with floor = 0 a prefix of likelihood 0 is dropped, although a continuation of it may "
+                "have a positive one, and the evidence comes out too low."
             )
         check_count("num_pilot", self.num_pilot)
 
@@ -145,7 +161,9 @@ class PartialRewardTwist:
             if not rows.size:
                 break
             partial = np.full(pilot.lengths.size, -np.inf)
-            partial[rows] = self.gamma * _partial(posterior, pilot.prompt_index[rows], pilot.tokens[rows, :t])
+            partial[rows] = self.gamma * _partial_log_likelihood(
+                posterior, pilot.prompt_index[rows], pilot.tokens[rows, :t]
+            )
             unfinished = (pilot.lengths > t).reshape(log_likelihood.shape).mean(axis=1)
             with np.errstate(divide="ignore"):
                 mean = logmeanexp(partial.reshape(log_likelihood.shape)) - np.log(np.maximum(unfinished, 1e-300))
@@ -156,20 +174,20 @@ class PartialRewardTwist:
 
 @dataclass(frozen=True, eq=False)
 class FittedPartialReward:
-    """What `PartialRewardTwist.fit` makes.
+    """The twist that `PartialRewardTwist.fit` returns.
 
     Parameters
     ----------
     gamma, floor
-        See `PartialRewardTwist`.
+        The options of `PartialRewardTwist`.
     prompts
         The token ids of the P prompts.
     log_evidence
-        log Z-hat of each prompt, (P,).
+        log Z-hat of each prompt in nats, shape (P,).
     log_constants
-        log c_t, shape (P, T).
+        log c_t in nats, shape (P, T).
     training
-        What the pilot cost.
+        Seconds and model tokens of the pilot.
     """
 
     gamma: float
@@ -185,20 +203,20 @@ class FittedPartialReward:
         constant = self.log_evidence[rows]
         if t == 0 or self.floor == 1:
             return constant
-        partial = self.gamma * _partial(posterior, prompt_index, prefixes) + self.log_constants[rows, t]
+        partial = self.gamma * _partial_log_likelihood(posterior, prompt_index, prefixes) + self.log_constants[rows, t]
         mixed: FloatArray = np.logaddexp(np.log1p(-self.floor) + partial, np.log(self.floor) + constant)
         return mixed
 
 
-def _partial(posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
-    """Return r / alpha of prefixes taken as completions, shape (R,)."""
+def _partial_log_likelihood(posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
+    """Return r / alpha of prefixes, scored as completions, shape (R,)."""
     lengths = np.full(len(prefixes), prefixes.shape[1])
     reward = posterior.reward_of_rows(_padded(prefixes, posterior), lengths, prompt_index)
     return posterior.likelihood.log_likelihood(reward)
 
 
 def _padded(prefixes: IntArray, posterior: Posterior) -> IntArray:
-    """Return token rows of width T."""
+    """Return the prefixes padded to width T, shape (R, T)."""
     missing = posterior.max_new_tokens - prefixes.shape[1]
     return np.pad(prefixes, ((0, 0), (0, missing)), constant_values=posterior.pad_token)
 
@@ -213,19 +231,19 @@ def next_log_psi(
 ) -> FloatArray:
     """Return log psi of one-token extensions, shape (R, K): one step of look-ahead.
 
-    A twist that knows them all at once says so by a method `next_log_psi(posterior, prompt_index, prefixes, prior_rows)`
-    that returns them for the whole vocabulary, (R, V). Any other is asked K times a row, and the posterior for the
-    likelihood of extensions that are complete.
+    If the twist has a method `next_log_psi(posterior, prompt_index, prefixes, prior_rows)`, which returns log psi for the
+    whole vocabulary, (R, V), that method is used. Any other twist is called on K extensions per row; complete extensions get
+    their log-likelihood.
 
     Parameters
     ----------
     twist, posterior, prompt_index, prefixes
-        See `Twist.__call__`; every prefix unfinished.
+        The arguments of `Twist.__call__`; every prefix must be unfinished.
     candidates
-        Which tokens, shape (R, K); None: all V.
+        The tokens to extend each prefix by, shape (R, K); None: all V.
     prior_rows
-        A decoding state of the prior, and which of its rows the prefixes are: it spares a twist on the prior's hidden
-        states a forward of its own. None if there is none.
+        A decoding state of the prior, and the row of it that each prefix is at, shape (R,). A twist on the prior's hidden
+        states then needs no forward pass of its own. None if there is no such state.
     """
     ahead = getattr(twist, "next_log_psi", None)
     if ahead is not None:
@@ -240,12 +258,12 @@ def next_log_psi(
 
 
 def completed_log_psi(twist: Twist, posterior: Posterior, prompt_index: IntArray, extended: IntArray) -> FloatArray:
-    """Return log psi of prefixes that may be complete, shape (R,): the log-likelihood where they are, else the twist."""
+    """Return log psi of prefixes that may be complete, shape (R,): the log-likelihood if complete, else the twist."""
     width = extended.shape[1]
     complete = np.isin(extended[:, -1], list(posterior.prior.eos_token_ids)) | (width == posterior.max_new_tokens)
     values = np.empty(len(extended))
     if complete.any():
-        values[complete] = _partial(posterior, prompt_index[complete], extended[complete])
+        values[complete] = _partial_log_likelihood(posterior, prompt_index[complete], extended[complete])
     if not complete.all():
         values[~complete] = twist(posterior, prompt_index[~complete], extended[~complete])
     return values

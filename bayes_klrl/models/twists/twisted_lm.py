@@ -1,4 +1,4 @@
-"""`TwistedLM`: the prior steered by a twist one token ahead, the locally optimal proposal of SMC.
+"""The prior times a twist, one token ahead, as a language model: the locally optimal proposal of SMC.
 
     q(a | x_<t) = (1 - epsilon) p0(a | x_<t) psi_t(x_<t a) / sum_b p0(b | x_<t) psi_t(x_<t b) + epsilon p0(a | x_<t)
 
@@ -31,7 +31,7 @@ _DEFAULT_EPSILON = 0.05
 
 @dataclass(frozen=True, eq=False)
 class TwistedState:
-    """R rows: the prior's state, and what the twist is asked about."""
+    """The state of R rows: the prior's state, and the prompts and prefixes that the twist is evaluated at."""
 
     base: State
     prompt_index: IntArray  # (R,)
@@ -41,29 +41,40 @@ class TwistedState:
 class TwistedLM:
     """A `LanguageModel` that draws from prior x twist; for `SMC(proposal=...)` and `ImportanceSampling(proposal=...)`.
 
-    The prior is run once, not twice, when this and the prior are decoded in lockstep.
+        q(a | x_<t) = (1 - epsilon) p0(a | x_<t) psi_t(x_<t a) / sum_b p0(b | x_<t) psi_t(x_<t b) + epsilon p0(a | x_<t)
+
+    When this model and the prior are decoded in lockstep, the prior is run once and not twice.
 
     Parameters
     ----------
     posterior
-        Whose prior is steered; its prompts are the only ones that this model continues.
+        The posterior whose prior is multiplied by the twist. This model continues only the prompts of this posterior.
     twist
-        A `Twist` (fitted, no recipe). It must be positive wherever the posterior is, as for SMC.
+        A `Twist` (a fitted one, not a recipe). It must be positive wherever the posterior is, as for SMC.
     top_k
-        Apply the twist only to the k tokens of highest prior probability, the others keep what `epsilon` leaves them: for
-        twists that must be asked token by token, and vocabularies that are large. None: to all.
+        Apply the twist only to the k tokens of highest prior probability; the other tokens keep epsilon times their prior
+        probability. This saves time if the twist has to be called token by token and the vocabulary is large. None: apply it
+        to all tokens.
     epsilon
-        The share of unmodified prior. None: 0, with `top_k` 0.05. With `top_k` it must be positive: proposals that lose
-        tokens make log Z-hat too low, without a trace.
+        Weight of the unmodified prior. None: 0 without `top_k`, 0.05 with it. With `top_k` it must be positive: a proposal
+        that never draws some tokens makes log Z-hat too low, without any warning.
+
+    Raises
+    ------
+    BayesKLRLError
+        If the twist is a recipe, or if `top_k` is given with epsilon = 0.
 
     Examples
     --------
-    >>> from bayes_klrl.problems import gold_posterior
-    >>> posterior = gold_posterior(max_new_tokens=2)
-    >>> likes_0 = lambda posterior, prompt_index, prefixes: 9.0 * (prefixes[:, -1:] == 0).sum(axis=1)
-    >>> lm = TwistedLM(posterior, likes_0)
-    >>> lm.next_log_probs(lm.prefill([[]])).argmax(axis=1)
-    array([0])
+    >>> import bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.4, 0.4, 0.2]), eos_token_id=2)
+    >>> ones = bk.TokenReward(lambda tokens, lengths: (tokens == 1).sum(axis=1), alpha=1.0)
+    >>> posterior = bk.Posterior(coin, ones, max_new_tokens=6)
+    >>> twist = bk.PartialRewardTwist().fit(posterior, seed=0)
+    >>> twisted = bk.TwistedLM(posterior, twist)
+    >>> twisted.next_log_probs(twisted.prefill([[]])).argmax(axis=1)  # the prior likes 0 and 1 equally
+    array([1])
+    >>> draws = bk.SMC(num_particles=100, proposal=twisted, twist=twist).run(posterior, seed=0)
     """
 
     def __init__(
@@ -71,8 +82,8 @@ class TwistedLM:
     ) -> None:
         if not callable(twist):
             raise BayesKLRLError(
-                f"A twisted model needs a twist that can be asked; got {twist!r}. A recipe is fitted first: "
-                "recipe.fit(posterior, seed=...)."
+                f"A TwistedLM needs a twist that can be called; got {twist!r}. Fit a recipe first: recipe.fit(posterior, "
+                "seed=...)."
             )
         if top_k is not None:
             check_count("top_k", top_k)
@@ -82,7 +93,7 @@ class TwistedLM:
         if top_k is not None and top_k < posterior.prior.vocab_size and epsilon == 0:
             raise BayesKLRLError(
                 "With top_k, epsilon must be positive: tokens outside the k would never be drawn, and the evidence would "
-                "be too low without a trace."
+                "be too low without any warning."
             )
         self._posterior, self._twist = posterior, twist
         self._top_k = min(top_k or posterior.prior.vocab_size, posterior.prior.vocab_size)
@@ -96,7 +107,7 @@ class TwistedLM:
 
     @property
     def twist(self) -> Twist:
-        """What steers it."""
+        """The twist that the prior is multiplied by."""
         return self._twist
 
     @property
@@ -111,7 +122,7 @@ class TwistedLM:
 
     @property
     def full_support(self) -> bool:
-        """The prior's: a twist is positive wherever the posterior is, and nothing else is ever missed."""
+        """The prior's: the twist may be 0 only where the posterior is 0, so nothing of the posterior is missed."""
         return self.base.full_support
 
     @property
@@ -136,7 +147,7 @@ class TwistedLM:
 
     @property
     def half_precision(self) -> bool:
-        """Whether the prior has fewer bits than float32."""
+        """True if the prior's weights have fewer bits than float32."""
         return bool(getattr(self.base, "half_precision", False))
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -148,7 +159,7 @@ class TwistedLM:
         return self.base.decode(ids)
 
     def prefill(self, prompts: Sequence[TokenIds]) -> TwistedState:
-        """See `LanguageModel`; the prompts must be the posterior's."""
+        """See `LanguageModel`; all prompts must be prompts of the posterior."""
         index = self._prompt_index(prompts)
         return TwistedState(self.base.prefill(prompts), index, np.empty((len(index), 0), dtype=np.int64))
 
@@ -163,8 +174,8 @@ class TwistedLM:
         log_probs = log_prior.copy()
         rows = np.flatnonzero(~np.isin(state.prefixes, self._eos).any(axis=1))
         if state.prefixes.shape[1] < self._posterior.max_new_tokens and rows.size:
-            about = (self._twist, self._posterior, state.prompt_index[rows], state.prefixes[rows])
-            log_psi_of = partial(next_log_psi, *about, prior_rows=(state.base, rows))
+            arguments = (self._twist, self._posterior, state.prompt_index[rows], state.prefixes[rows])
+            log_psi_of = partial(next_log_psi, *arguments, prior_rows=(state.base, rows))
             log_probs[rows] = self._steered(log_prior[rows], log_psi_of)
         return log_probs, of_base
 
@@ -192,7 +203,7 @@ class TwistedLM:
         return np.where(sequences.mask, log_probs.reshape(sequences.tokens.shape), 0.0)
 
     def _steered(self, log_prior: FloatArray, log_psi_of: Callable[[IntArray | None], FloatArray]) -> FloatArray:
-        """Return log q of unfinished rows, (R, V); where the twist is 0 throughout, the prior."""
+        """Return log q of unfinished rows, (R, V); the prior where the twist is 0 for all tokens."""
         if self._top_k < log_prior.shape[1]:
             likely = np.argpartition(-log_prior, self._top_k - 1, axis=1)[:, : self._top_k]
             scores = np.full(log_prior.shape, -np.inf)
@@ -209,19 +220,19 @@ class TwistedLM:
         return mixed
 
     def _prompt_index(self, prompts: Sequence[TokenIds]) -> IntArray:
-        """Return which prompt of the posterior each one is."""
+        """Return the index of each prompt among the posterior's prompts."""
         own, given = self._posterior.prompt_ids, [tuple(int(i) for i in prompt) for prompt in prompts]
         if given == list(own):
             return np.arange(len(own))
         for prompt in given:
             if prompt not in own:
                 raise BayesKLRLError(
-                    f"A TwistedLM continues the prompts of its own posterior only; got the ids {list(prompt)}. Make one for "
-                    "the posterior that has this prompt."
+                    f"A TwistedLM continues only the prompts of its own posterior; got the ids {list(prompt)}. Make a "
+                    "TwistedLM for a posterior that has this prompt."
                 )
             if own.count(prompt) > 1 and self._posterior.columns:
                 raise BayesKLRLError(
-                    f"The prompt of ids {list(prompt)} stands more than once in the posterior, with different columns: "
-                    "which is meant? Give all prompts, in the posterior's order."
+                    f"The prompt of ids {list(prompt)} occurs more than once in the posterior, with different columns, so it "
+                    "is not clear which one is meant. Give all prompts, in the posterior's order."
                 )
         return np.array([own.index(prompt) for prompt in given], dtype=np.int64)

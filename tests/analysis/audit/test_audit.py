@@ -304,7 +304,7 @@ def test_the_posterior_oracle_is_the_posterior_as_a_language_model() -> None:
 def test_without_eos_prefixes_cannot_always_be_told_apart() -> None:
     policy = bk.myopic_policy(random_posterior(1, num_tokens=2, eos=()))
     assert np.exp(policy.log_probs).sum() == pytest.approx(1)
-    with pytest.raises(bk.BayesKLRLError, match="cannot be told from another"):
+    with pytest.raises(bk.BayesKLRLError, match="has the same context"):
         policy.language_model()
 
 

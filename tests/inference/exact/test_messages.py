@@ -155,8 +155,7 @@ def test_marginals(solved: Any) -> None:
         for t in range(width + 1):
             law = np.bincount(states[:, t], weights=p_star[p], minlength=messages.potential.final.size)
             np.testing.assert_allclose(marginals.automaton_states[p, t], law, **TINY)
-    assert messages.length_law() is marginals.length_law
-    assert messages.token_marginals() is marginals.tokens
+    assert messages.marginals() is marginals
 
 
 def _path(transitions: np.ndarray, tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -262,7 +261,7 @@ def test_what_underflows_is_summed_in_logs() -> None:
     hard = bk.Posterior(posterior.prior, ends, prompts=[[0]], max_new_tokens=4)
     solved = backward_messages(hard)
     np.testing.assert_allclose(solved.log_evidence, bk.Exact().run(hard, seed=0).log_evidence, rtol=1e-13)
-    assert solved.length_law() == pytest.approx(np.full((1, 4), 0.25))
+    assert solved.marginals().length_law == pytest.approx(np.full((1, 4), 0.25))
     assert solved.moments().kl == pytest.approx(-solved.log_evidence)
 
 
@@ -479,7 +478,7 @@ def test_exact_takes_messages_where_enumeration_cannot_go() -> None:
     z = (draws.reward.mean() - moments.reward[0]) / np.sqrt(moments.variance[0] / 1000)
     assert abs(z) < 4
     again = bk.Exact().run(posterior, seed=0)
-    np.testing.assert_array_equal(draws.tokens, again.tokens[:, :200])
+    np.testing.assert_array_equal(draws.tokens, again.tokens)
     assert (bk.Exact().run(posterior, seed=1).tokens != draws.tokens).any()
 
 

@@ -16,7 +16,7 @@ from bayes_klrl.export.datatree import draws_to_datatree
 from bayes_klrl.inference.mcmc.diagnostics import ess_bulk, r_hat
 from bayes_klrl.inference.mcmc.suffix_moves import CUTS, States, draw_cuts, log_acceptance, suffix_move, tempered
 from tests.export.test_datatree import assert_same
-from tests.helpers.backends import on, precision
+from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_posterior
 
 with warnings.catch_warnings():
@@ -93,8 +93,7 @@ def test_without_the_ratio_of_lengths_it_is_not() -> None:
         assert np.abs(truth.p[0] @ matrix - truth.p[0]).sum() > 0.01
 
 
-@pytest.mark.parametrize("use_proposal", [False, True])
-@pytest.mark.parametrize("cut", CUTS)
+@crossed(cut=CUTS, use_proposal=[True, False])
 def test_the_samplers_steps_are_those_of_the_matrix(backend: str, cut: str, use_proposal: bool) -> None:
     """4000 copies of one completion, moved once: a short one, a long one and one that was cut at T."""
     posterior = on(backend, small())
@@ -151,7 +150,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@crossed(name=OPTIONS)
 def test_long_chains_follow_the_posterior(backend: str, name: str) -> None:
     """One late draw of each of many chains, of two prompts, with early ends."""
     base = on(
@@ -216,8 +215,8 @@ def two_prompts() -> bk.Posterior:
     return random_posterior(36, num_tokens=5, prompts=((0,), (1, 2)), prompt_shift=0.5)
 
 
-def test_draws_are_ordered_chain_by_chain(backend: str, tmp_path: Path) -> None:
-    posterior = on(backend, two_prompts())
+def test_draws_are_ordered_chain_by_chain(tmp_path: Path) -> None:
+    posterior = two_prompts()
     draws = bk.SuffixMH(3, 50, num_warmup=10).run(posterior, seed=0)
     np.testing.assert_array_equal(draws.info["chain"], np.repeat([0, 1, 2], 50))
     assert (np.isnan(draws.log_proposal)).all()
@@ -237,8 +236,8 @@ def test_draws_are_ordered_chain_by_chain(backend: str, tmp_path: Path) -> None:
     assert dict(draws_to_datatree(draws.resample(30, seed=0))["posterior"].sizes)["chain"] == 1
 
 
-def test_what_arviz_says_of_the_export_is_in_info(backend: str) -> None:
-    draws = bk.SuffixMH(4, 100).run(on(backend, two_prompts()), seed=2)
+def test_what_arviz_says_of_the_export_is_in_info() -> None:
+    draws = bk.SuffixMH(4, 100).run(two_prompts(), seed=2)
     summary = az.summary(draws.to_arviz(), var_names=["reward", "length"], round_to="none")
     for p in range(2):
         for name in ("reward", "length"):

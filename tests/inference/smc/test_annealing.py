@@ -14,7 +14,7 @@ from bayes_klrl.inference.smc import annealing as annealing_module
 from bayes_klrl.inference.smc.swarm import Swarm, next_powers
 from bayes_klrl.randomness import Streams
 from tests.export.test_datatree import assert_same
-from tests.helpers.backends import on, precision
+from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_posterior, z_score
 from tests.inference.sampling.test_rejection import repeated
 
@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@crossed(name=OPTIONS)
 def test_evidence_is_unbiased(backend: str, name: str) -> None:
     posterior = on(backend, lopsided())
     truth = Truth(posterior)
@@ -58,8 +58,8 @@ def test_evidence_is_unbiased(backend: str, name: str) -> None:
         assert abs(z_score(weighted, float(truth.p[0] @ of_truth))) < 3
 
 
-def test_resampling_happens_as_asked(backend: str) -> None:
-    posterior = repeated(on(backend, lopsided()), 50)
+def test_resampling_happens_as_asked() -> None:
+    posterior = repeated(lopsided(), 50)
     for threshold, expected in ((0.0, False), (1.0, True)):
         draws = bk.AnnealedSMC(8, schedule=(0.3, 1.0), ess_threshold=threshold).run(posterior, seed=0)
         assert ((draws.ess < draws.info["path_ess"][:, -1] - 1e-9).any()) == expected
@@ -95,9 +95,9 @@ def test_draws_of_two_prompts_with_early_ends_follow_their_posteriors(backend: s
 # --- the path ----------------------------------------------------------------------------------------------------
 
 
-def test_the_path_is_the_frontier(backend: str) -> None:
+def test_the_path_is_the_frontier() -> None:
     """log Z(s), E[r] and KL(p_s || p0), each with its weights, against the enumerated tempered posteriors."""
-    posterior = on(backend, lopsided())
+    posterior = lopsided()
     truth = Truth(posterior)
     draws = bk.AnnealedSMC(500, schedule=(0.2, 0.5, 1.0)).run(repeated(posterior, 100), seed=4)
     info = draws.info
@@ -120,8 +120,8 @@ def test_the_path_is_the_frontier(backend: str) -> None:
     assert ((0 < info["acceptance_rate"][:, 1:]) & (info["acceptance_rate"][:, 1:] <= 1)).all()
 
 
-def test_the_pilot_chooses_even_steps(backend: str) -> None:
-    posterior = on(backend, problems.gold_posterior(alpha=0.25))
+def test_the_pilot_chooses_even_steps() -> None:
+    posterior = problems.gold_posterior(alpha=0.25)
     swarm = Swarm(posterior, (posterior.prior, posterior.prior), 4000, Streams.of(0))
     log_likelihood = swarm.log_likelihood[0]
 
@@ -197,8 +197,8 @@ def test_all_particles_dead_is_an_error_that_carries_them() -> None:
 
 
 @pytest.mark.parametrize("options", [{"ess_threshold": 0.0}, {}, {"resampling": "multinomial", "ess_threshold": 0.8}])
-def test_standard_error_is_calibrated(backend: str, options: dict[str, Any]) -> None:
-    posterior = repeated(on(backend, lopsided()), NUM_RUNS)
+def test_standard_error_is_calibrated(options: dict[str, Any]) -> None:
+    posterior = repeated(lopsided(), NUM_RUNS)
     draws = bk.AnnealedSMC(100, schedule=(0.1, 0.25, 0.5, 1.0), **options).run(posterior, seed=6)
     spread = draws.log_evidence.std(ddof=1)
     claimed = np.sqrt((draws.log_evidence_se**2).mean())
@@ -212,11 +212,11 @@ def test_a_file_holds_the_path(tmp_path: Path) -> None:
 
 def test_options_that_cannot_be() -> None:
     for options, says in (
-        ({"schedule": ()}, "climb from above 0 to exactly 1"),
-        ({"schedule": (0.5,)}, "climb"),
-        ({"schedule": (0.0, 1.0)}, "climb"),
-        ({"schedule": (0.5, 0.5, 1.0)}, "climb"),
-        ({"schedule": (0.5, np.nan, 1.0)}, "climb"),
+        ({"schedule": ()}, "increase from above 0 to exactly 1"),
+        ({"schedule": (0.5,)}, "increase"),
+        ({"schedule": (0.0, 1.0)}, "increase"),
+        ({"schedule": (0.5, 0.5, 1.0)}, "increase"),
+        ({"schedule": (0.5, np.nan, 1.0)}, "increase"),
         ({"schedule": "pilot"}, "got 'pilot'"),
         ({"schedule": 3}, "got 3"),
         ({"conditional_ess": 1.0}, "between 0 and 1; got 1.0"),

@@ -15,7 +15,7 @@ from bayes_klrl.inference.smc import population as population_module
 from bayes_klrl.inference.smc.smc import ConstantTwist
 from bayes_klrl.models.decoding import Decoding
 from bayes_klrl.resampling import conditional_multinomial
-from tests.helpers.backends import on, precision
+from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, chi_square_p, full_table, random_posterior, z_score
 from tests.inference.sampling.test_rejection import repeated
 
@@ -47,8 +47,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("num_particles", [2, 6])
-@pytest.mark.parametrize("name", OPTIONS)
+@crossed(name=OPTIONS, num_particles=[2, 6])
 def test_the_inverse_evidence_is_unbiased(backend: str, name: str, num_particles: int) -> None:
     """And E log Z-hat >= log Z, by which the lower bound of plain SMC with the same twist becomes a bracket."""
     posterior = on(backend, two_prompts())
@@ -77,9 +76,9 @@ def test_gold_with_early_ends_and_fixed_lengths(backend: str) -> None:
         assert abs(z_score(np.exp(truth.log_evidence[0] - runs.log_evidence[0]), 1.0)) < 3
 
 
-def test_the_product_of_runs_gives_the_bounds_that_certificates_use(backend: str) -> None:
+def test_the_product_of_runs_gives_the_bounds_that_certificates_use() -> None:
     """mean log Z-hat +- log(1 / delta) / M of M runs: violated in at most a share delta of certificates."""
-    posterior = on(backend, problems.gold_posterior(alpha=0.25))
+    posterior = problems.gold_posterior(alpha=0.25)
     truth = Truth(posterior)
     smc, _ = bk.SMC(16).prepared(posterior, seed=0)
     upper = bk.ConditionalSMC(smc).log_evidences(posterior, exact_draws(truth, 4000, seed=1), seed=2).log_evidence
@@ -92,9 +91,9 @@ def test_the_product_of_runs_gives_the_bounds_that_certificates_use(backend: str
         assert (high - low).mean() < 2
 
 
-def test_conditioned_on_the_output_of_smc_it_is_no_bound(backend: str) -> None:
+def test_conditioned_on_the_output_of_smc_it_is_no_bound() -> None:
     """theory.md 3.10: K = 2, particle 0 from a population of 2: log Z-hat falls below log Z on average."""
-    base = on(backend, problems.gold_posterior(alpha=0.25))
+    base = problems.gold_posterior(alpha=0.25)
     truth = Truth(base)
     many = repeated(base, NUM_RUNS)
     smc = bk.SMC(2, twist=ConstantTwist(np.full(NUM_RUNS, truth.log_evidence[0])), ess_threshold=0.0)
@@ -148,9 +147,9 @@ def test_particle_0_is_the_retained_completion_with_the_weight_it_should_have(ba
 
 
 @pytest.mark.parametrize("max_rows", [1, 100, 10**6])
-def test_runs_are_those_of_as_many_prompts(backend: str, max_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_are_those_of_as_many_prompts(max_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """M runs of one prompt have the law of one run of M prompts, however they are decoded together."""
-    posterior = on(backend, random_posterior(11, num_tokens=4, prompts=((0,), (1,))))
+    posterior = random_posterior(11, num_tokens=4, prompts=((0,), (1,)))
     monkeypatch.setattr(population_module, "_MAX_ROWS", max_rows)
     truth = Truth(posterior)
     num_runs = 60 if max_rows == 1 else 1000
@@ -192,7 +191,7 @@ def test_what_cannot_be_retained() -> None:
     posterior = two_prompts()
     truth = Truth(posterior)
     sampler = bk.ConditionalSMC(bk.SMC(8))
-    with pytest.raises(bk.BayesKLRLError, match="retains one completion a prompt; got 3"):
+    with pytest.raises(bk.BayesKLRLError, match="retains one completion per prompt; got 3"):
         sampler.run(posterior, exact_draws(truth, 3, seed=0), seed=0)
     inexact = bk.ImportanceSampling(4).run(posterior, seed=0)
     for draws in (inexact, inexact.resample(4, seed=0), bk.Exact().run(posterior, seed=0)):

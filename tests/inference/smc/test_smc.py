@@ -16,10 +16,10 @@ from bayes_klrl import problems
 from bayes_klrl.inference.smc.population import RESAMPLING_STREAM
 from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.resampling import RESAMPLING
-from tests.helpers.backends import on, precision
+from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, full_table, random_posterior, z_score
 
-SCHEMES = sorted(RESAMPLING)
+SCHEMES = sorted(RESAMPLING, reverse=True)  # systematic, the default, is the one that is crossed with backends
 NUM_RUNS = 200
 
 
@@ -41,9 +41,7 @@ PROBLEMS = {
 }
 
 
-@pytest.mark.parametrize("threshold", [0.5, 1.0, 0.0])
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("problem", PROBLEMS)
+@crossed(problem=PROBLEMS, scheme=SCHEMES, threshold=[0.5, 1.0, 0.0])
 def test_evidence_is_unbiased(backend: str, problem: str, scheme: str, threshold: float) -> None:
     posterior = on(backend, random_posterior(**PROBLEMS[problem]))
     truth = Truth(posterior).log_evidence[0]
@@ -54,7 +52,7 @@ def test_evidence_is_unbiased(backend: str, problem: str, scheme: str, threshold
     assert resampled == (threshold > 0)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@crossed(scheme=SCHEMES)
 def test_evidence_is_unbiased_over_seeds(backend: str, scheme: str) -> None:
     """One run a seed, two different prompts in it, a proposal that is not the prior, and a twist that is wrong."""
     posterior = on(backend, random_posterior(13, num_tokens=4, prompts=((0,), (1, 2)), prompt_shift=0.7))
@@ -108,9 +106,9 @@ def test_all_particles_dead_is_an_error_that_carries_them() -> None:
     assert caught.value.draws.shape == (1, 8)
 
 
-def test_averaging_log_evidence_would_be_a_lower_bound(backend: str) -> None:
+def test_averaging_log_evidence_would_be_a_lower_bound() -> None:
     """What the unbiasedness tests would miss if they averaged logs: E log Z-hat < log Z by about half the variance."""
-    posterior = on(backend, random_posterior(11, num_tokens=4))
+    posterior = random_posterior(11, num_tokens=4)
     draws = bk.SMC(8).run(repeated(posterior, 1000), seed=3)
     assert z_score(draws.log_evidence, Truth(posterior).log_evidence[0]) < -3
 
@@ -118,9 +116,7 @@ def test_averaging_log_evidence_would_be_a_lower_bound(backend: str) -> None:
 # --- twists -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"prompts": ((0,), (2,)), "prompt_shift": -3.0}, {"eos": (), "prompts": ((1,),)}], ids=str
-)
+@crossed(options=[{}, {"prompts": ((0,), (2,)), "prompt_shift": -3.0}, {"eos": (), "prompts": ((1,),)}])
 def test_optimal_twist_and_policy_make_one_particle_exact(backend: str, options: dict[str, Any]) -> None:
     posterior = on(backend, random_posterior(4, num_tokens=4, **options))
     truth = Truth(posterior)
@@ -140,8 +136,8 @@ def test_optimal_twist_and_policy_give_equal_weights_at_every_step(backend: str)
     np.testing.assert_allclose(draws.log_weights, 1.65238447, rtol=0, atol=precision(backend, 1e-8))
 
 
-def test_optimal_twist_with_the_prior_as_proposal_still_has_variance(backend: str) -> None:
-    posterior = on(backend, problems.gold_posterior(alpha=0.25))
+def test_optimal_twist_with_the_prior_as_proposal_still_has_variance() -> None:
+    posterior = problems.gold_posterior(alpha=0.25)
     truth = Truth(posterior)
     look_up = truth.twist()
 
@@ -154,9 +150,9 @@ def test_optimal_twist_with_the_prior_as_proposal_still_has_variance(backend: st
 
 
 @pytest.mark.parametrize("threshold", [0.5, 1.0])
-def test_constant_twists_are_all_one_for_fixed_lengths(backend: str, threshold: float) -> None:
+def test_constant_twists_are_all_one_for_fixed_lengths(threshold: float) -> None:
     """Without EOS every particle ends at T, and a constant psi cancels: same draws, same evidence."""
-    posterior = on(backend, random_posterior(5, eos=(), num_tokens=5))
+    posterior = random_posterior(5, eos=(), num_tokens=5)
 
     def run(twist: float | None) -> bk.Draws:
         return bk.SMC(64, twist=twist, ess_threshold=threshold).run(posterior, seed=4)
@@ -169,8 +165,8 @@ def test_constant_twists_are_all_one_for_fixed_lengths(backend: str, threshold: 
         np.testing.assert_allclose(other.log_weights, first.log_weights, rtol=0, atol=1e-12)
 
 
-def test_shifting_reward_and_twist_together_changes_nothing_but_the_evidence(backend: str) -> None:
-    base = on(backend, random_posterior(6, num_tokens=5))
+def test_shifting_reward_and_twist_together_changes_nothing_but_the_evidence() -> None:
+    base = random_posterior(6, num_tokens=5)
     shifted = bk.Posterior(
         base.prior,
         base.likelihood * bk.TokenReward(lambda tokens, lengths: np.full(len(tokens), 2.0), alpha=0.5),
@@ -184,9 +180,9 @@ def test_shifting_reward_and_twist_together_changes_nothing_but_the_evidence(bac
         np.testing.assert_allclose(a.log_evidence + 4.0, b.log_evidence, rtol=0, atol=1e-10)
 
 
-def test_whoever_ends_first_does_not_take_the_population(backend: str) -> None:
+def test_whoever_ends_first_does_not_take_the_population() -> None:
     """GOLD at b = 4, K = 32: psi = 1 beside exp(b r) loses more than a nat; the default twist does not."""
-    posterior = repeated(on(backend, problems.gold_posterior(alpha=0.25)), 400)
+    posterior = repeated(problems.gold_posterior(alpha=0.25), 400)
     exact = 5.87342935
 
     def mean_error(smc: bk.SMC) -> float:
@@ -317,7 +313,7 @@ def test_evidence_is_the_mean_weight_and_records_have_their_shapes(backend: str)
     assert np.isnan(draws.elbo).all()
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@crossed(scheme=SCHEMES)
 def test_never_resampled_at_the_end(backend: str, scheme: str) -> None:
     posterior = repeated(on(backend, random_posterior(9, num_tokens=4, eos_logit=1.0)), 100)
     draws = bk.SMC(8, ess_threshold=1.0, resampling=scheme).run(posterior, seed=0)
@@ -388,8 +384,8 @@ CALIBRATION = {
 
 
 @pytest.mark.parametrize("name", CALIBRATION)
-def test_standard_error_is_calibrated(backend: str, name: str) -> None:
-    posterior = repeated(on(backend, random_posterior(14, num_tokens=5, alpha=0.35)), 400)
+def test_standard_error_is_calibrated(name: str) -> None:
+    posterior = repeated(random_posterior(14, num_tokens=5, alpha=0.35), 400)
     draws = CALIBRATION[name].run(posterior, seed=5)
     spread = draws.log_evidence.std(ddof=1)
     claimed = np.sqrt((draws.log_evidence_se**2).mean())

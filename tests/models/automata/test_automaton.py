@@ -180,7 +180,7 @@ def test_regex_is_minimal() -> None:
     "pattern, complaint",
     [
         ("(a", "a bracket is not closed"),
-        ("a)", "has no partner"),
+        ("a)", "was not opened"),
         ("*a", "nothing to repeat"),
         ("[ab", "not closed"),
         ("a{3,1}", "at least 3 and at most 1"),
@@ -244,12 +244,12 @@ def test_states_along_a_completion() -> None:
         (([[0, 1], [2, 0]],), r"State 1 goes to state 2 on token 0, but the states are 0\.\.1"),
         (([[0, -1]],), r"State 0 goes to state -1 on token 1"),
         (([0, 1],), r"shape \(states, V\).*got shape \(2,\)"),
-        ((np.zeros((0, 3), int),), "one row a state"),
+        ((np.zeros((0, 3), int),), "one row per state"),
         (([[0.0, 0.0]],), "dtype float64"),
         (([[0, 0]], 1), r"The start state must be one of 0\.\.0; got 1"),
         (([[0, 0], [1, 1]], 0, [1]), "accepting state 1 cannot be reached from the start state 0"),
         (([[0, 0]], 0, [4]), "The accepting state must be one of"),
-        (([[0, 0]], 0, [0], [1.0, 2.0]), r"values needs one number a state, shape \(1,\)"),
+        (([[0, 0]], 0, [0], [1.0, 2.0]), r"values needs one number per state, shape \(1,\)"),
     ],
 )
 def test_what_is_no_automaton(arguments: tuple[Any, ...], complaint: str) -> None:
@@ -384,7 +384,7 @@ NONE: Any = None
         (lambda: bk.Automaton(LOOP, 0, 2), r"accepting state must be one of 0\.\.1; got 2"),  # type: ignore[arg-type]
         (lambda: bk.Automaton(LOOP, 0, [1.7]), "got 1.7"),  # type: ignore[list-item]
         (lambda: bk.Automaton(LOOP, 0, ["a"]), "got 'a'"),  # type: ignore[list-item]
-        (lambda: bk.Automaton(LOOP, 0, [1], ["a", "b"]), "values needs one number a state"),
+        (lambda: bk.Automaton(LOOP, 0, [1], ["a", "b"]), "values needs one number per state"),
         (lambda: bk.Automaton(LOOP, 0, [1], [np.nan, 1.0]), "no NaN"),
         (lambda: bk.Automaton.contains("ab", vocab_size=3), "Encode a text first"),  # type: ignore[arg-type]
         (lambda: bk.Automaton.contains(1, vocab_size=3), "must be token ids"),  # type: ignore[arg-type]

@@ -393,17 +393,19 @@ def test_rows_that_have_ended_are_dropped_and_counted_until_then() -> None:
     assert both.model_tokens == 2 * never.model_tokens
 
 
-@pytest.mark.parametrize("pays", [0, 1, 3])
-def test_steps_may_come_first(pays: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_refusals", [0, 1, 3])
+def test_steps_may_come_first(num_refusals: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a state in which rows share prefixes, some have ended, and others have been dropped."""
     monkeypatch.setattr(
-        JaxLockstep, "pays", lambda self, rows, prefixes: calls.append((rows, prefixes)) or len(calls) > pays
+        JaxLockstep,
+        "is_faster",
+        lambda self, rows, prefixes: calls.append((rows, prefixes)) or len(calls) > num_refusals,
     )
     calls: list[tuple[int, int]] = []
     models = guide_of(small()), small()
     first, second = np.random.default_rng(1), np.random.default_rng(1)
     drawn, steps = decode(models, PROMPTS, 40, 7, first), by_steps(models, PROMPTS, 40, 7, second)
-    assert len(calls) == pays + 1
+    assert len(calls) == num_refusals + 1
     assert all(prefixes < rows for rows, prefixes in calls)
     assert np.array_equal(drawn.tokens, steps.tokens)
     assert np.array_equal(drawn.lengths, steps.lengths)
@@ -412,13 +414,13 @@ def test_steps_may_come_first(pays: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert first.random() == second.random()
 
 
-def test_it_pays_unless_many_rows_share_their_prefixes() -> None:
+def test_it_is_faster_unless_many_rows_share_their_prefixes() -> None:
     lm = cached_lm("gpt2")
-    together = lm.lockstep([lm])
-    assert together is not None
-    assert together.pays(64, 1)  # small enough for sharing not to matter
-    assert together.pays(4_000_000, 1_000_000)
-    assert not together.pays(4_000_000, 900_000)
+    lockstep = lm.lockstep([lm])
+    assert lockstep is not None
+    assert lockstep.is_faster(64, 1)  # small enough for sharing not to matter
+    assert lockstep.is_faster(4_000_000, 1_000_000)
+    assert not lockstep.is_faster(4_000_000, 900_000)
 
 
 def test_a_copy_of_the_prior_as_proposal_weighs_by_the_likelihood_alone() -> None:

@@ -421,27 +421,6 @@ def test_exact_agrees_with_torch_and_with_enumeration() -> None:
     assert close(ours.log_evidence, Truth(posteriors()[0]).log_evidence)
 
 
-ALGORITHMS: dict[str, Any] = {
-    "importance": bk.ImportanceSampling(200),
-    "best of n": bk.BestOfN(4, 20),
-    "smc": bk.SMC(num_particles=64),
-    "rejection": bk.RejectionSampling(20),
-    "mh": bk.SuffixMH(num_chains=4, num_draws=20),
-}
-
-
-@pytest.mark.parametrize("which", [*list(ALGORITHMS)[:-1], pytest.param("mh", marks=pytest.mark.slow)])
-def test_algorithms_draw_what_they_draw_on_torch_and_again(which: str) -> None:
-    ours, theirs = posteriors()
-    first, second = (ALGORITHMS[which].run(ours, seed=3) for _ in range(2))
-    on_torch = ALGORITHMS[which].run(theirs, seed=3)
-    assert np.array_equal(first.tokens, second.tokens)
-    assert np.array_equal(first.log_weights, second.log_weights)
-    assert np.array_equal(first.tokens, on_torch.tokens)
-    assert close(first.log_weights, on_torch.log_weights, 1e-4)
-    assert np.isfinite(first.log_prior).all()
-
-
 @pytest.mark.parametrize("algorithm", [bk.ImportanceSampling(64), bk.SMC(num_particles=64)], ids=["is", "smc"])
 def test_evidence_is_unbiased(algorithm: Any) -> None:
     posterior = posteriors()[0]

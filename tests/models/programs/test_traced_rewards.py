@@ -157,10 +157,10 @@ def test_what_a_callback_raises_is_raised(fn: Any, error: type[BaseException]) -
     posterior = posterior_of(bk.Reward(fn, alpha=1.0, name="mine"))
     rows = tuple(map(jnp.asarray, all_rows(posterior)))
     reward = jax.jit(lambda *arrays: traced_reward(posterior, *arrays))
-    said = r"'mine' raised ZeroDivisionError.*at completion \d+ '..'" if error is bk.RewardError else None
-    with pytest.raises(error, match=said), host_errors(posterior):
+    message = r"'mine' raised ZeroDivisionError.*at completion \d+ '..'" if error is bk.RewardError else None
+    with pytest.raises(error, match=message), host_errors(posterior):
         assert np.isnan(reward(*rows)).all()
-    with pytest.raises(error, match=said):  # concrete arrays need no callback
+    with pytest.raises(error, match=message):  # concrete arrays need no callback
         traced_reward(posterior, *rows)
     with host_errors(posterior):  # nothing is left over
         pass

@@ -15,7 +15,7 @@ from bayes_klrl.inference.exact.messages import backward_messages
 from bayes_klrl.models.decoding import Decoding, decode
 from bayes_klrl.models.twists.simple import ConstantTwist, completed_log_psi, next_log_psi
 from bayes_klrl.randomness import generator
-from tests.helpers.backends import on, precision
+from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, random_posterior, z_score
 from tests.helpers.user_models import RecurrentLM
 from tests.inference.smc.test_smc import repeated
@@ -67,8 +67,7 @@ PROBLEMS = {
 # --- the optimal twist --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [Optimal, WithLookAhead])
-@pytest.mark.parametrize("problem", PROBLEMS)
+@crossed(problem=PROBLEMS, kind=[Optimal, WithLookAhead])
 def test_one_particle_is_enough_with_the_optimal_twist(backend: str, problem: str, kind: type[Optimal]) -> None:
     posterior = on(backend, random_posterior(**PROBLEMS[problem]))
     truth = Truth(posterior)
@@ -79,7 +78,7 @@ def test_one_particle_is_enough_with_the_optimal_twist(backend: str, problem: st
         np.testing.assert_allclose(draws.log_evidence, truth.log_evidence, rtol=0, atol=precision(backend, 1e-10))
 
 
-@pytest.mark.parametrize("problem", PROBLEMS)
+@crossed(problem=PROBLEMS)
 def test_the_prior_steered_by_the_optimal_twist_is_the_posterior(backend: str, problem: str) -> None:
     posterior = on(backend, random_posterior(**PROBLEMS[problem]))
     truth = Truth(posterior)
@@ -120,8 +119,7 @@ PROPOSALS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", PROPOSALS)
-@pytest.mark.parametrize("problem", ["lopsided", "early EOS"])
+@crossed(problem=["lopsided", "early EOS"], options=PROPOSALS)
 def test_wrong_twists_leave_the_evidence_unbiased(backend: str, problem: str, options: str) -> None:
     posterior = on(backend, random_posterior(**PROBLEMS[problem]))
     truth = Truth(posterior).log_evidence[0]
@@ -418,7 +416,7 @@ def test_counting_twists_converge_and_never_drawn_contexts_are_shorter_ones() ->
         bk.CountingTwist(10, context=40).fit(posterior, seed=0)
 
 
-@pytest.mark.parametrize("context", [0, 1, 2])
+@crossed(context=[2, 0, 1])
 def test_counting_twists_leave_the_evidence_unbiased(backend: str, context: int) -> None:
     posterior = on(backend, random_posterior(11, num_tokens=4))
     truth = Truth(posterior).log_evidence[0]

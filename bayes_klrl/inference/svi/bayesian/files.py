@@ -1,4 +1,4 @@
-"""What `BayesianFit.save` writes and `load` reads: arrays as safetensors, the rest as JSON; no pickle."""
+"""Saving and loading a `BayesianFit`: arrays as safetensors, the rest as JSON; no pickle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _ARRAYS, _ADAPTER = "policies.safetensors", "adapter"
 
 
 class Saved(Protocol):
-    """What is written of a `BayesianFit`; see there."""
+    """The fields of a `BayesianFit` that are written; it documents them."""
 
     @property
     def recipe(self) -> Any:
@@ -51,7 +51,7 @@ class Saved(Protocol):
 
     @property
     def history(self) -> Any:
-        """Arrays by name."""
+        """Arrays of one value per step, by name."""
 
     @property
     def mu(self) -> np.ndarray:
@@ -63,7 +63,7 @@ class Saved(Protocol):
 
 
 def save_fit(fit: Saved, file: Path) -> None:
-    """Write a fit into the folder of `file`, its header into `file`; see `BayesianFit.save`."""
+    """Write a fit into the folder of `file`, and its header into `file`; see `BayesianFit.save`."""
     folder = file.parent
     folder.mkdir(parents=True, exist_ok=True)
     recipe = {f.name: getattr(fit.recipe, f.name) for f in dataclasses.fields(fit.recipe)}
@@ -86,7 +86,7 @@ def save_fit(fit: Saved, file: Path) -> None:
 
 
 def read_fit(file: Path, posterior: Posterior) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the arguments of the recipe, and those of the `BayesianFit` but its recipe; see `BayesianFit.load`."""
+    """Return the arguments of the recipe, and the other arguments of the `BayesianFit`; see `BayesianFit.load`."""
     folder = file.parent
     try:
         header: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

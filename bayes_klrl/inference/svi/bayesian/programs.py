@@ -1,6 +1,6 @@
 """The Pyro programs of a Bayesian policy, their ELBO, and the predictive. Experimental.
 
-A policy needs a forward pass of its own, so phi is drawn once an execution and N completions of it stand in a plate; their
+Every policy needs its own forward pass, so each execution draws phi once and N completions of that policy in a plate, whose
 terms are scaled by n / N. With phi = mu + sigma eps and log w = log p0 + r / alpha - log p_phi, the gradient of
 n E[ELBO(p_phi)] - KL(q(phi) || p(phi)) is estimated by
 
@@ -39,23 +39,23 @@ _PREDICTIVE_STREAM = 1
 
 
 class PolicyPlan(Protocol):
-    """The numbers that the programs and their training need; `BayesianSVI` has them, see there."""
+    """The numbers that the programs and their training need; `BayesianSVI` has and documents them."""
 
     @property
     def num_steps(self) -> int:
-        """Gradient steps."""
+        """Number of gradient steps."""
 
     @property
     def num_particles(self) -> int:
-        """Completions per prompt, policy and step."""
+        """Number of completions per prompt, policy and step."""
 
     @property
     def num_policies(self) -> int:
-        """Policies per step."""
+        """Number of policies per step."""
 
     @property
     def parameters(self) -> Any:
-        """Which parameters are uncertain."""
+        """The parameters that are uncertain."""
 
     @property
     def prior_scale(self) -> float:
@@ -79,7 +79,7 @@ class PolicyPlan(Protocol):
 
     @property
     def num_predictive(self) -> int:
-        """Policies that the predictive mixes."""
+        """Number of policies that the predictive mixes."""
 
 
 class MeanField(nn.Module):
@@ -104,7 +104,7 @@ def policy_programs(
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return model and guide: sites "phi" (D,) and "x" (N, P, T), the latter's terms scaled by evidence_weight / N.
 
-    They are Pyro programs like any other: `PolicyELBO` is made for them, `TraceGraph_ELBO` works on them.
+    They are ordinary Pyro programs: `PolicyELBO` is made for them, and `TraceGraph_ELBO` works on them, too.
     """
     conditioned = pyro_model(posterior)
     zeros = torch.zeros_like(mean_field.mu, requires_grad=False)
@@ -136,14 +136,14 @@ class PolicyELBO(ELBO):
     Parameters
     ----------
     num_policies
-        How often the programs are run in a step.
+        Policies per step: the programs are run once for each.
 
     Attributes
     ----------
     log_weights, log_likelihood
-        Of the newest step, (policies, N, P), not scaled.
+        Values of the newest step in nats, shape (policies, N, P), not scaled.
     policy_kl
-        KL(q(phi) || p(phi)).
+        KL(q(phi) || p(phi)), in nats.
     """
 
     log_weights: Tensor
@@ -184,7 +184,7 @@ class PolicyELBO(ELBO):
         return torch.stack(losses).mean()
 
     def guide_change(self, family: OffsetFamily, mean_field: MeanField, noise: list[Tensor]) -> float:
-        """Return how far policies have moved since the newest step's draws, in nats, each at the same noise eps."""
+        """Return the KL in nats by which policies have moved since the newest step's draws, each at the same noise eps."""
         changes = []
         with torch.no_grad():
             for (trace, log_q), eps in zip(self._traces, noise, strict=True):
@@ -197,7 +197,7 @@ class PolicyELBO(ELBO):
         return float(torch.stack(changes).mean())
 
     def noise(self, mean_field: MeanField) -> list[Tensor]:
-        """Return the eps of the newest step's policies; to be asked before the parameters move."""
+        """Return the noise eps of the newest step's policies; call it before the parameters move."""
         with torch.no_grad():
             return [
                 (trace.nodes["phi"]["value"] - mean_field.mu) / mean_field.log_sigma.exp() for trace, _ in self._traces

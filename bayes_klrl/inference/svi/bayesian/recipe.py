@@ -1,4 +1,4 @@
-"""A tuned policy with epistemic uncertainty: SVI over the policy's parameters, not only over completions.
+"""SVI over the parameters of a policy and not only over completions: a tuned policy with epistemic uncertainty.
 
 Experimental: names, defaults and results may change in any version.
 
@@ -15,10 +15,9 @@ but the KL of phi are sums over them.
 
 Over all q(phi), n E[ELBO(p_phi)] - KL is largest at q(phi) ~ p(phi) exp(-n KL(p_phi || p*)): the generalised posterior of
 phi whose loss is the distance to the posterior over completions, tempered by n (Bissiri, Holmes and Walker 2016). n = 1
-gives the bound above; but a reward has only log Z nats to give, and thousands of parameters cannot pay for much with them:
-q(phi) stays near p(phi) and the policy untuned. By default n is the number of parameters, a nat of evidence for each; from
-there on sigma shrinks as 1 / sqrt(n), and with it what the policies disagree about. The inequalities hold whatever n the
-Gaussian was trained with.
+gives the bound above. But the evidence is only log Z nats, too few to move thousands of parameters: q(phi) stays near p(phi),
+and the policy untuned. By default n is the number of parameters, one nat of evidence for each; for larger n sigma
+shrinks as 1 / sqrt(n), and the policies disagree less. The inequalities hold for every n that the Gaussian was trained with.
 """
 
 from __future__ import annotations
@@ -49,35 +48,39 @@ _FILE = "bayesian_fit.json"
 
 @dataclass(frozen=True)
 class BayesianSVI:
-    """Train a Gaussian over a policy's parameters on the ELBO; see the module's formulas. Experimental.
+    """Experimental: train a Gaussian over a policy's parameters on the ELBO; the module has the formulas.
+
+    Names, defaults and results may change in any version.
 
     Parameters
     ----------
     num_steps
-        Gradient steps.
+        Number of gradient steps.
     num_particles
-        N completions a prompt, policy and step, at least 2: each policy has a leave-one-out baseline of its own.
+        Completions per prompt that each step draws from each policy, at least 2: every policy has its own leave-one-out
+        baseline.
     num_policies
-        Policies a step, drawn from the Gaussian.
+        Policies that each step draws from the Gaussian.
     parameters
-        What is uncertain: "lora" or a `peft` configuration, adapters over the frozen prior; "bias", every bias; "all", for an
-        `NgramLM` the logits.
+        The uncertain parameters: "lora" or a `peft` configuration for adapters over the frozen prior, "bias" for every bias,
+        "all" for all of them (for an `NgramLM` the logits).
     prior_scale
-        Standard deviation of every parameter's offset from the prior's own value, before anything is seen. A policy whose
-        parameters do not matter keeps it.
+        Standard deviation under the prior of every parameter's offset from its pretrained value. A parameter that does not
+        matter keeps it.
     evidence_weight
-        n, by which the evidence counts against the Gaussian's own KL. 1: a lower bound of log Z is maximised; None: the number
-        of parameters.
+        n, the weight of the evidence relative to the Gaussian's own KL. 1: a lower bound of log Z is maximised; None: the
+        number of parameters.
     initial_scale
-        sigma at the start; None: a tenth of `prior_scale`.
+        sigma at the start of the training; None: a tenth of `prior_scale`.
     learning_rate
-        Of Adam on mu, at its highest; None: as `SVI` has it. On log sigma it is 0.05 or that, whichever is more.
+        Adam's peak rate for mu: 5 % warm-up, then linear decay to 0. None: the default of `SVI`. For log sigma it is the
+        larger of this and 0.05.
     max_step_kl
-        As for `SVI`: nats that a policy may move in a step.
+        The most nats that a step may move a policy, as for `SVI`.
     num_predictive
-        Policies that are drawn when training is over, and mixed into the predictive.
+        Policies that are drawn after the training and mixed into the predictive.
     num_draws
-        N of `run`.
+        Completions per prompt that `run` draws.
 
     Examples
     --------
@@ -125,7 +128,7 @@ class BayesianSVI:
         Raises
         ------
         UnboundedLossError
-            If a draw has likelihood 0, as for `SVI.fit`.
+            If a draw has likelihood 0; see `SVI.fit`.
         """
         from bayes_klrl.inference.svi.bayesian.training import fit_policies
 
@@ -143,20 +146,31 @@ class BayesianSVI:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BayesianFit(Fit):
-    """A Gaussian over policies, as `BayesianSVI` trains it. Experimental.
+    """Experimental: a Gaussian over policies, as `BayesianSVI` trains it. Names and results may change in any version.
 
     Its `guide` is the predictive, a `MixtureLM` of `num_predictive` drawn policies; the rest is as in `Fit`.
 
     Parameters
     ----------
     history
-        As in `Fit`, means over prompts and policies; and "policy_kl", KL(q(phi) || p(phi)) of all parameters together.
+        The arrays of `Fit`, here means over prompts and policies, and "policy_kl", KL(q(phi) || p(phi)) of all parameters
+        together, in nats.
     mu, sigma
-        Of every parameter's offset from the prior's own value, shape (D,).
+        Mean and standard deviation of every parameter's offset from its pretrained value, shape (D,).
     recipe, seed
-        What was asked for; the seed also says which policies the predictive mixes.
+        The recipe and the seed of the training; the seed also determines which policies the predictive mixes.
     family
-        The policies at an offset, a `bayes_klrl.models.torch_lm.offsets.OffsetFamily`.
+        Function from an offset to its policy, a `bayes_klrl.models.torch_lm.offsets.OffsetFamily`.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> fit = bk.BayesianSVI(20, parameters="all", prior_scale=1.0, num_predictive=4).fit(posterior, seed=0)
+    >>> len(fit.policies), fit.run(100, seed=1).shape, fit.policy(seed=2).vocab_size
+    (4, (1, 100), 2)
     """
 
     mu: FloatArray = field(repr=False)
@@ -181,11 +195,11 @@ class BayesianFit(Fit):
 
     @property
     def evidence_weight(self) -> float:
-        """n, as it was asked for, else the number of parameters."""
+        """n: the recipe's evidence weight, or the number of parameters if it has none."""
         return float(self.recipe.evidence_weight or self.mu.size)
 
     def policy(self, seed: int | None = None) -> LanguageModel:
-        """Return a policy drawn from the Gaussian, as a `TorchLM` (or `NgramLM`) of its own; without a seed, that at mu."""
+        """Return a policy drawn from the Gaussian, as a `TorchLM` (or `NgramLM`); without a seed, the policy at mu."""
         noise = np.zeros_like(self.mu) if seed is None else generator(seed).standard_normal(self.mu.size)
         return self.policy_at(self.mu + self.sigma * noise)
 
@@ -197,7 +211,7 @@ class BayesianFit(Fit):
         return policy
 
     def uncertainty(self, num_draws: int = 1000, *, seed: int, progress: bool = False) -> PolicyUncertainty:
-        """Return what the predictive's policies disagree about, from `num_draws` completions of each."""
+        """Return the disagreement of the predictive's policies, estimated from `num_draws` completions of each."""
         return policy_uncertainty(self.posterior, self.policies, num_draws, seed=seed, progress=progress)
 
     def programs(self) -> tuple[Callable[[], None], Callable[[], None]]:
@@ -211,9 +225,9 @@ class BayesianFit(Fit):
         return policy_programs(self.recipe, self.posterior, self.family, mean_field)
 
     def save(self, folder: str | Path) -> Path:
-        """Write mu, sigma, where they are offsets from, the recipe and the history; return the folder.
+        """Write mu, sigma, the parameters that they are offsets from, the recipe and the history; return the folder.
 
-        For one policy in Hugging Face's format there is `fit.policy(seed).save_pretrained(folder)`.
+        `fit.policy(seed).save_pretrained(folder)` writes one policy in Hugging Face's format.
         """
         from bayes_klrl.inference.svi.bayesian.files import save_fit
 
@@ -227,7 +241,7 @@ class BayesianFit(Fit):
 
     @classmethod
     def load(cls, folder: str | Path, posterior: Posterior) -> BayesianFit:
-        """Return what `save` wrote, for the posterior that it was fitted to; the predictive's policies are the same.
+        """Return the fit that `save` wrote, for the posterior that it was fitted to; the predictive's policies are the same.
 
         Raises
         ------

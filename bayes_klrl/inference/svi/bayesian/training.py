@@ -34,16 +34,16 @@ FitT = TypeVar("FitT", bound=Fit)
 def fit_policies(
     plan: PolicyPlan, posterior: Posterior, made: Callable[..., FitT], *, seed: int, progress: bool
 ) -> FitT:
-    """Return what `made` makes of the Gaussian after `plan.num_steps` steps; see `BayesianSVI.fit`.
+    """Return the fit that `made` makes from the Gaussian after `plan.num_steps` steps; see `BayesianSVI.fit`.
 
     Parameters
     ----------
     plan, posterior
         The numbers of the training, and the posterior that policies approximate.
     made
-        `BayesianFit` without its recipe, by keyword.
+        Function that makes a `BayesianFit` from all its fields but the recipe, given by keyword.
     seed, progress
-        See `Algorithm.run`.
+        Seed for all random numbers, and whether to show progress.
     """
     start = time.perf_counter()
     seed = check_seed(seed)
@@ -77,7 +77,7 @@ def fit_policies(
 def training_steps(
     plan: PolicyPlan, posterior: Posterior, family: OffsetFamily, mean_field: MeanField
 ) -> Iterator[dict[str, float]]:
-    """Train the Gaussian in place, one gradient step an item; each item says what the step saw, in nats."""
+    """Train the Gaussian in place, one gradient step per item; each item holds the step's means by name, in nats."""
     model, guide = policy_programs(plan, posterior, family, mean_field)
     elbo = PolicyELBO(plan.num_policies)
     parameters = [mean_field.mu, mean_field.log_sigma]
@@ -109,7 +109,7 @@ def training_steps(
 
 
 def default_learning_rate(plan: PolicyPlan, family: OffsetFamily) -> float:
-    """Return what suits the kind of parameters, as for `SVI`."""
+    """Return the default learning rate for the kind of parameters, as for `SVI`."""
     if isinstance(family.lm, TableLM):
         return 0.1
     return 2e-3 if plan.parameters == "all" else 5e-3

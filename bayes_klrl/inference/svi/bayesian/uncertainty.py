@@ -1,4 +1,4 @@
-"""What several policies disagree about: the epistemic part of a Bayesian policy's answers.
+"""The disagreement of several policies: the epistemic part of the uncertainty of a Bayesian policy.
 
 Var r = Var_s(E_s[r])  +  E_s(Var_s[r])                            over policies (epistemic), and within them
 I(policy; x) = 1/S sum_s KL(p_s || q-bar),   q-bar = 1/S sum_s p_s    = ELBO(q-bar) - 1/S sum_s ELBO(p_s)
@@ -23,19 +23,19 @@ __all__ = ["PolicyUncertainty", "policy_uncertainty"]
 
 @dataclass(frozen=True, eq=False)
 class PolicyUncertainty:
-    """Estimates from N completions of each of S policies, of P prompts.
+    """The disagreement of S policies for P prompts, estimated from N completions of each policy.
 
     Parameters
     ----------
     policy_reward, policy_elbo
-        E[r] and ELBO of each policy, (S, P).
+        E[r] and ELBO (in nats) of each policy, shape (S, P).
     reward_variance
-        Var_s(E_s[r]), the variance of a policy's mean reward over policies, (P,): epistemic. The Monte Carlo noise of the S
-        means is taken off, so that an estimate near 0 may be negative.
+        Var_s(E_s[r]), the variance of a policy's mean reward over policies, shape (P,): the epistemic part. The Monte Carlo
+        variance of the S means is subtracted, so that an estimate near 0 may be negative.
     reward_noise
-        E_s(Var_s[r]), what is left when the policy is known, (P,).
+        E_s(Var_s[r]), the variance that remains when the policy is known, shape (P,).
     mutual_information, mutual_information_se
-        I(policy; x) in nats with its standard error, (P,); at most log S.
+        I(policy; x) in nats and its standard error, shape (P,); at most log S.
     """
 
     policy_reward: FloatArray
@@ -56,7 +56,7 @@ class PolicyUncertainty:
 def policy_uncertainty(
     posterior: Posterior, policies: Sequence[LanguageModel], num_draws: int, *, seed: int, progress: bool = False
 ) -> PolicyUncertainty:
-    """Return what policies disagree about; each one's completions are scored by all, S^2 runs of a model."""
+    """Return the disagreement of S policies; the completions of each are scored by all, which takes S^2 runs of a model."""
     check_count("num_draws", num_draws, least=2)
     means, within, elbos, information, errors = [], [], [], [], []
     for s, policy in enumerate(policies):

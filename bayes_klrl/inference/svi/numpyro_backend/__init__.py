@@ -1,5 +1,5 @@
 """SVI on JAX, by NumPyro.
 
-Read `training` first (the loop), then `elbo` (our gradient estimators as NumPyro ELBOs) and `sites` (what each site of a
-program adds to the log-weight).
+Read `training` first (the loop), then `elbo` (our gradient estimators as NumPyro ELBOs) and `sites` (checks of programs
+and of the log-probs of their sites).
 """

@@ -1,4 +1,4 @@
-"""Score-function gradients of the ELBO, as NumPyro `ELBO`s that keep what stock losses drop or leave noisy.
+"""Score-function gradients of the ELBO, as NumPyro `ELBO`s that keep the terms which stock losses drop, with less noise.
 
 With log w = log p(x, theta) - log q(x, theta) and sites of two kinds, x that are not reparametrised (completions) and theta
 that are, N particles give
@@ -7,13 +7,13 @@ that are, N particles give
 
 the pathwise gradient plus the score term with a leave-one-out baseline (Kool et al. 2019); log q(x) is held fixed in the
 former, where its gradient has mean zero. The Rao-Blackwellised variant sums the KL of x over the vocabulary at every prefix
-(Amini et al. 2025; theory.md 2.3 and `elbo` have the formula) and leaves the rest as it is.
+(Amini et al. 2025; theory.md 2.3 and `pyro_backend.elbo` have the formula) and leaves the rest as it is.
 
 Plates that hold every site ("prompts") are independent problems: each index has its own log-weights and its own baseline.
 Where a theta is outside of them and the guide draws it before x, the score of one prompt's x is multiplied by that prompt's
-terms and the shared ones, since the others are independent of it; where it is drawn after x, by all. Stock NumPyro has no
-baselines, and its `TraceGraph_ELBO` scales the score term of a subsampled plate twice: gradients P / prompts_per_step times
-too long.
+terms and the shared ones, since the others are independent of it; where it is drawn after x, by all terms. Stock NumPyro has
+no baselines, and its `TraceGraph_ELBO` scales the score term of a subsampled plate twice, so that gradients are
+P / prompts_per_step times too long.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ from bayes_klrl.typing import Array
 __all__ = ["STEP", "LeaveOneOutELBO", "Parts", "RaoBlackwellELBO"]
 
 STEP = "bayes_klrl_step"
-"""The name under which a loss returns what its draws say, as NumPyro's mutable state, where a state of that name goes in."""
+"""The name in NumPyro's mutable state under which a loss returns the terms of its draws, if it is given such a state."""
 
 
 class Parts(NamedTuple):
-    """What N particles say; C are the indices of the plates that hold every site: (P,), or none."""
+    """The terms of N particles, in nats; C are the indices of the plates that hold every site: (P,), or none."""
 
     cost: Array
-    """log w, without what `kl` stands for, pathwise differentiable, shape (N, C)."""
+    """log w without the terms that `kl` replaces, pathwise differentiable, shape (N, C)."""
     weights: Array
-    """What of it depends on the draw that is scored, fixed, shape (N, X)."""
+    """The part of it that depends on the draw that is scored, without gradient, shape (N, X)."""
     score: Array
     """log q of the sites that are not reparametrised, shape (N, X); X are the indices of their own plates, or C."""
     step: dict[str, Array]
-    """For `STEP`."""
+    """The arrays that are returned under `STEP`."""
     kl: Array | None = None
     """KL of the guide's next token to the model's, at every position of site "x", shape (N, P, T)."""
     drawn: Array | None = None
@@ -73,7 +73,7 @@ class _SequenceELBO(ELBO):
     Parameters
     ----------
     num_particles
-        N, at least 2, for each prompt.
+        N, the number of particles per prompt, at least 2.
     """
 
     can_infer_discrete = True
@@ -88,9 +88,9 @@ class _SequenceELBO(ELBO):
     ) -> Any:
         """Return {"loss": -ELBO summed over prompts, with the estimator's gradient, "mutable_state": see `STEP`}.
 
-        A draw of likelihood 0 makes loss and gradient NaN: in a loop of one's own, use `SVI.stable_update`. Outside of
-        `jax.jit` and `jax.grad` it is an error that names site and completion: `SVI.evaluate(state)`, with the state before
-        a step, says what was wrong with that step's draws.
+        A draw of likelihood 0 makes loss and gradient NaN: in your own loop, use `SVI.stable_update`. Outside of `jax.jit`
+        and `jax.grad` such a draw raises an error that names site and completion: `SVI.evaluate(state)`, with the state
+        before a step, raises it for that step's draws.
         """
         parts = self._executed(rng_key, param_map, model, guide, args, kwargs)
         surrogate = _per_particle(parts.cost) + _per_particle(leave_one_out(parts.weights) * parts.score)
@@ -111,10 +111,10 @@ class _SequenceELBO(ELBO):
 
     @abstractmethod
     def parts(self, model_trace: Any, guide_trace: Any) -> Parts:
-        """Return what one execution says, of all particles or of one."""
+        """Return the terms of one execution, of all particles or of one."""
 
     def _executed(self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Parts:
-        """Return what N particles say."""
+        """Return the terms of N particles."""
         params = {name: value for name, value in param_map.items() if name != STEP}
 
         def execution(key: Any, model: Any, guide: Any) -> Parts:
@@ -127,7 +127,7 @@ class _SequenceELBO(ELBO):
         return jax.vmap(lambda key: execution(key, model, guide))(random.split(particles, self.num_particles))
 
     def _in_plate(self, program: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a program of ours with its particles in a plate."""
+        """Return a program of this package with its particles in a plate."""
 
         def particles(*args: Any, **kwargs: Any) -> Any:
             with numpyro.plate("particles", self.num_particles, dim=-2):
@@ -163,8 +163,8 @@ class LeaveOneOutELBO(_SequenceELBO):
 class RaoBlackwellELBO(_SequenceELBO):
     """The ELBO with the KL of site "x" summed over the vocabulary at every prefix.
 
-    Both models must offer `score_positions`, as `JaxLM` does; the tables (N, P, T, V) must fit into memory. Sites beside "x"
-    must be reparametrised.
+    Both models must offer `score_positions`, as `JaxLM` does; the tables (N, P, T, V) must fit into memory. Sites other than
+    "x" must be reparametrised.
     """
 
     def parts(self, model_trace: Any, guide_trace: Any) -> Parts:
@@ -194,14 +194,14 @@ class RaoBlackwellELBO(_SequenceELBO):
 
 
 class _SiteReader(_SequenceELBO):
-    """Executes programs as the losses do, and reads the log-probs of their sites."""
+    """A loss that executes programs as the others do, and only reads the log-probs of their sites."""
 
     def __init__(self, num_particles: int) -> None:
         super().__init__(num_particles)
         self.log_probs = SiteLogProbs()
 
     def parts(self, model_trace: Any, guide_trace: Any) -> Any:
-        """Return what `SiteLogProbs.check` wants."""
+        """Return the arrays that `SiteLogProbs.check` reads."""
         return self.log_probs.read(model_trace, guide_trace)
 
 
@@ -209,7 +209,7 @@ _NOT_PLATES = ["sample", "prng_key", "control_flow"]
 
 
 class _Fixed(Messenger):
-    """Lets no gradient through the values of latent sites that are not reparametrised."""
+    """An effect handler that stops gradients at the values of latent sites that are not reparametrised."""
 
     def postprocess_message(self, msg: Any) -> None:
         if msg["type"] == "sample" and _needs_score(msg):
@@ -236,12 +236,12 @@ def _sites(trace: Any) -> list[Any]:
 
 
 def _needs_score(site: Any) -> bool:
-    """Return whether a site's draws are no differentiable function of its parameters."""
+    """Return whether a site's draws are not a differentiable function of its parameters."""
     return not site["is_observed"] and not site["fn"].has_rsample
 
 
 def _fixed_if(condition: bool, values: Array) -> Array:
-    """Return values, without their gradient if so."""
+    """Return values, without their gradient if the condition holds."""
     return stop_gradient(values) if condition else values
 
 
@@ -254,7 +254,7 @@ def _unscaled(site: Any) -> Array:
 
 
 def _score(site: Any) -> Array:
-    """Return log q of a draw, neither scaled nor masked: a masked draw still is one that other terms depend on."""
+    """Return log q of a draw, neither scaled nor masked: other terms depend on a masked draw, too."""
     if not isinstance(site["fn"], MaskedDistribution):
         return _unscaled(site)
     unmasked = site["fn"].base_dist
@@ -275,11 +275,11 @@ def _parts(terms: list[tuple[Any, Array]], scored: list[Any], model_trace: Any, 
     Parameters
     ----------
     terms
-        What log w is the sum of: sites and their log-probs, with their signs.
+        The terms that log w is the sum of: sites and their log-probs, with their signs.
     scored
         The sites that are not reparametrised.
     model_trace, guide_trace
-        The execution.
+        The traces of the execution.
     """
     common = set.intersection(*(set(site["cond_indep_stack"]) for site in _sites(model_trace) + _sites(guide_trace)))
     cost = sum((_summed(log_prob, common) for _, log_prob in terms), start=jnp.zeros(()))
@@ -296,7 +296,7 @@ def _parts(terms: list[tuple[Any, Array]], scored: list[Any], model_trace: Any, 
 
 
 def _any_outside_after(scored: Any, own: set[Any], guide_trace: Any) -> bool:
-    """Return whether the guide draws anything outside of a site's own plates after it, which may tie their indices."""
+    """Return whether the guide draws a site after this one and outside of its plates, which may couple their indices."""
     names = [site["name"] for site in _sites(guide_trace)]
     after = _sites(guide_trace)[names.index(scored["name"]) + 1 :]
     return any(not own <= set(site["cond_indep_stack"]) for site in after)
@@ -315,7 +315,7 @@ def _per_particle(values: Array) -> Array:
 
 
 def _completions(model_trace: Any, guide_trace: Any) -> dict[str, Array]:
-    """Return what `STEP` says of a posterior's program beside its log-weights, each (N, P) but for tokens (N, P, T)."""
+    """Return the arrays under `STEP` but the log-weights, for a posterior's program, each (N, P) but for tokens (N, P, T)."""
     if not {"x", "likelihood", "prompts"} <= model_trace.keys():
         return {}
     x, likelihood = guide_trace["x"], model_trace["likelihood"]
@@ -329,6 +329,6 @@ def _completions(model_trace: Any, guide_trace: Any) -> dict[str, Array]:
 
 
 def _step(parts: Parts) -> dict[str, Array]:
-    """Return what `STEP` holds: log-weights (N, P) without the scale of a subsample, and `_completions`."""
+    """Return the arrays under `STEP`: log-weights (N, P) without the scale of a subsample, and those of `_completions`."""
     log_weights = parts.cost if parts.kl is None else parts.cost - parts.kl.sum(axis=-1)
     return {"log_weights": log_weights / parts.step["scale"], **parts.step}

@@ -1,7 +1,8 @@
-"""Which NumPyro programs our ELBOs take, and what is wrong with a draw of which the log-weight is no number.
+"""Checks of NumPyro programs for our ELBOs, and of draws whose log-weight is not finite.
 
-The twin of `elbo_sites`, in the same words. A compiled program cannot raise, so what it draws is looked at where a loss is
-computed outside of `jax.jit`; `numpyro.infer.SVI.evaluate(state)` does that, with the draws of the step that follows `state`.
+It does for NumPyro what `pyro_backend.sites` does for Pyro. A compiled program cannot raise, so its draws are checked where a
+loss is computed outside of `jax.jit`; `numpyro.infer.SVI.evaluate(state)` does that, with the draws of the step that follows
+`state`.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ SEQUENCE_SITE = "x"
 
 
 def check_guide(guide_trace: Any) -> None:
-    """Refuse observed sites in a guide; NumPyro marks factors as auxiliary, and takes them for part of log q."""
+    """Refuse observed sites in a guide; factors, which NumPyro marks as auxiliary and counts as part of log q, are allowed."""
     for name, site in sample_sites(guide_trace).items():
         if site["is_observed"] and not site["infer"].get("is_auxiliary"):
             raise BayesKLRLError(
-                f"The guide observes {name!r}. What is observed belongs into the model: move it there, or mark it with "
+                f"The guide observes {name!r}. Observed sites belong in the model: move it there, or mark it with "
                 "infer={'is_auxiliary': True}."
             )
 
@@ -38,14 +39,14 @@ def sample_sites(trace: Any) -> dict[str, Any]:
 
 
 def is_concrete(array: Array) -> bool:
-    """Return whether an array's values are there to be looked at."""
+    """Return whether an array has values, and is not a tracer."""
     return not isinstance(array, jax.core.Tracer)
 
 
 class SiteLogProbs:
-    """Reads the log-probs of the model's sites from executions, and names the first that is no log-density.
+    """Reads the log-probs of the model's sites from executions, and names the first that is not finite.
 
-    Its `read` may run under `jax.vmap`: what it returns has the particles in front, and goes to `check`.
+    Its `read` may run under `jax.vmap`: the arrays that it returns, which go to `check`, then have the particles first.
     """
 
     def __init__(self) -> None:
@@ -62,7 +63,7 @@ class SiteLogProbs:
         return found
 
     def check(self, found: dict[str, Any]) -> None:
-        """Refuse a log-prob of -inf, NaN or inf, naming site and completion; the sequence's own comes last.
+        """Refuse a log-prob of -inf, NaN or inf; the error names site and completion. The sequence site is checked last.
 
         Raises
         ------
@@ -79,7 +80,7 @@ class SiteLogProbs:
                 raise no_density(name, float(log_prob[tuple(wrong[0])]), self._completion(found, wrong[0]))
 
     def _completion(self, found: dict[str, Any], index: np.ndarray) -> str:
-        """Return how to call the completions of a particle: that of the prompt, where the site is within its plate."""
+        """Return the words for the completion of a particle: that of the prompt, if the site is inside the prompts' plate."""
         if "tokens" not in found:
             return f"number {index[0]}"
         tokens = np.asarray(found["tokens"]).astype(np.int64)

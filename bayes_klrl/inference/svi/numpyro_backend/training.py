@@ -1,7 +1,7 @@
 """The training loop of `SVI` on JAX: a NumPyro model, a NumPyro guide, our ELBO, Adam from optax.
 
-A step is one compiled program: draw, score, differentiate, update. What it saw comes back to the host, where rewards are
-checked as on every other path before anything of the step is kept.
+A step is one compiled program: draw, score, differentiate, update. Its draws come back to the host, where rewards are checked
+as everywhere else before the step is kept.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["Completions", "Training", "fit_guide", "jax_key", "optimiser"]
 _ELBOS = {"leave_one_out": LeaveOneOutELBO, "rao_blackwell": RaoBlackwellELBO}
 _LEARNING_RATE = 2e-3
 _TRACING_TOLERANCE = 1e-3
-"""By how much a traced reward may differ from the same function on the host, relative to the largest: float32 and sums."""
+"""Allowed difference of a traced reward from the same function on the host, relative to the largest reward (float32)."""
 
 
 def fit_guide(plan: TrainingPlan, posterior: Posterior, *, seed: int, progress: bool) -> Fit:
@@ -53,25 +53,25 @@ def fit_guide(plan: TrainingPlan, posterior: Posterior, *, seed: int, progress: 
 
 
 def jax_key(seed: object) -> Any:
-    """Return the JAX key of one of our seeds, which may be larger than JAX takes."""
+    """Return the JAX key of a seed, which may be larger than JAX accepts."""
     first, second = generator(seed).integers(2**32, size=2, dtype=np.uint32)
     return random.fold_in(random.key(first), second)
 
 
 class Training:
-    """An SVI of NumPyro's and its newest state.
+    """NumPyro's SVI of a posterior, with its newest state.
 
     Parameters
     ----------
     plan, posterior
-        What is done to what.
+        The numbers of the training, and the posterior that the guide approximates.
     key
-        Where its randomness starts.
+        The JAX key for all random numbers.
 
     Attributes
     ----------
     state
-        NumPyro's, after the newest step; what that step drew is in its `mutable_state`.
+        NumPyro's state after the newest step; its `mutable_state` holds that step's draws.
     """
 
     def __init__(self, plan: TrainingPlan, posterior: Posterior, key: Any) -> None:
@@ -96,7 +96,7 @@ class Training:
         self.limit = StepLimit(plan.max_step_kl)
 
     def steps(self) -> Iterator[dict[str, float]]:
-        """Take one gradient step an item; each item says what the step saw, in nats."""
+        """Take one gradient step per item; each item holds the step's means by name, in nats."""
         update, change = jax.jit(self.svi.update), jax.jit(self._change)
         for number, learning_rate in enumerate(self.learning_rates.tolist()):
             with host_errors(self.posterior):
@@ -121,7 +121,7 @@ class Training:
         return self.guide.language_model(self.svi.get_params(self.state))
 
     def _change(self, state: Any) -> Any:
-        """Return how far the guide has moved since the step's draws x, in nats: 1/2 mean (log q_now(x) - log q(x))^2."""
+        """Return the KL by which the guide has moved since the step's draws x, 1/2 mean (log q_now(x) - log q(x))^2 nats."""
         record = state.mutable_state[STEP]
         lm = self.guide.language_model(self.svi.get_params(state))
         now = completion_distribution(self.posterior, lm, record["prompt_index"]).log_prob(record["tokens"])
@@ -129,7 +129,7 @@ class Training:
 
 
 def optimiser(learning_rates: FloatArray) -> Any:
-    """Return Adam with these learning rates, one a step, on gradients of bounded norm; its first state is the norm."""
+    """Return Adam with these learning rates, one per step, on gradients of bounded norm; its first state is the norm."""
     rates = jnp.asarray(learning_rates, dtype=jnp.float32)
     noted = optax.GradientTransformation(
         lambda params: jnp.zeros(()), lambda updates, state, params=None: (updates, optax.tree.norm(updates))
@@ -147,7 +147,7 @@ def _optax_state(state: Any) -> Any:
 
 
 def _shortened(before: Any, after: Any, share: float) -> Any:
-    """Return the state after a step, of which the parameters went a share of the way only."""
+    """Return the state after a step whose parameters went only a share of the way."""
     number, (parameters, rest) = after.optim_state
     start = before.optim_state[1][0]
     part = jax.tree.map(lambda old, new: jnp.where(old == new, old, old + share * (new - old)), start, parameters)
@@ -155,14 +155,14 @@ def _shortened(before: Any, after: Any, share: float) -> Any:
 
 
 class Completions:
-    """What a step drew, on the host: N completions of each of its P prompts.
+    """The draws of a step, on the host: N completions of each of its P prompts.
 
     Parameters
     ----------
     posterior
-        Whose.
+        The posterior that they are draws for.
     record
-        What the loss says of its draws, see `numpyro_backend.elbo.STEP`.
+        The arrays that the loss returned for its draws, see `numpyro_backend.elbo.STEP`.
     """
 
     def __init__(self, posterior: Posterior, record: dict[str, np.ndarray]) -> None:
@@ -190,13 +190,13 @@ class Completions:
         return 3 * (int(self.lengths.sum()) + sum(len(self.posterior.prompt_ids[p]) for p in self.prompt_index))
 
     def check(self, *, against_host: bool) -> None:
-        """Refuse rewards that are none, a likelihood of 0, and, if asked, a reward that means something else when traced.
+        """Refuse invalid rewards, a likelihood of 0 and, if asked, a reward whose values change when JAX traces it.
 
         Raises
         ------
         RewardError
-            As the reward does on the host, or if it is another there: an index past the end of a table, which JAX moves to
-            its last entry, or a function that changes from call to call.
+            If the reward raises it on the host, or has another value there: an index past the end of a table, which JAX moves
+            to its last entry, or a function that changes from call to call.
         UnboundedLossError
             If a completion has likelihood 0.
         """
@@ -214,8 +214,8 @@ class Completions:
                 n, p = np.argwhere(~same)[0]
                 raise RewardError(
                     f"The reward of the completion with ids {self._ids(n, p)} is {reward[n, p]:.6g} when JAX traces it, and "
-                    f"{on_host[n, p]:.6g} on the host. Is an index outside of a table, which JAX takes for its last entry, "
-                    "or does the function change from call to call? Or use bk.TokenReward(..., callback=True)."
+                    f"{on_host[n, p]:.6g} on the host. Check for an index past the end of a table, which JAX moves to its "
+                    "last entry, and for a function that changes from call to call; or use bk.TokenReward(..., callback=True)."
                 )
         impossible = np.isneginf(reward)
         if impossible.any():
@@ -227,7 +227,7 @@ class Completions:
         return ids
 
     def _host_reward(self) -> FloatArray:
-        """Return the reward as every other algorithm computes it, (N, P)."""
+        """Return the reward as all other algorithms compute it, shape (N, P)."""
         num_tokens = self.tokens.shape[-1]
         prompts = np.broadcast_to(self.prompt_index, self.lengths.shape).ravel()
         rows = self.posterior.reward_of_rows(self.tokens.reshape(-1, num_tokens), self.lengths.ravel(), prompts)

@@ -1,4 +1,4 @@
-"""Score-function gradients of the ELBO, as Pyro `ELBO`s that keep what stock losses drop.
+"""Score-function gradients of the ELBO, as Pyro `ELBO`s that keep the terms which stock losses drop.
 
 With s(x) = grad log q(x), l_t = log q_t - log p0_t and log w = log p0 + r / alpha - log q, the gradient of
 
@@ -21,7 +21,8 @@ In a joint program with further latents z = g(noise, parents), log w holds all s
 log q(x) itself left out of the pathwise part, where its mean is 0. Where no z outside the prompts' plate is drawn after x,
 the score of one prompt's x is multiplied by that prompt's terms and the shared ones alone: the others are independent of it.
 
-Stock losses are refused by name in `svi`, because several are silently wrong on a discrete sequence site (theory.md 9.7).
+`bayes_klrl.inference.svi.svi` refuses stock losses by name, because several are silently wrong on a discrete sequence site
+(theory.md 9.7).
 """
 
 from __future__ import annotations
@@ -48,13 +49,13 @@ __all__ = ["LeaveOneOutELBO", "RaoBlackwellELBO"]
 
 @dataclass(frozen=True)
 class ElboTerms:
-    """What one step's draws say, each (N, P); (N, 1) where a latent is shared by the prompts."""
+    """The terms of one step's draws in nats, each (N, P); (N, 1) where a latent is shared by the prompts."""
 
     log_weights: Tensor
     log_likelihood: Tensor
-    """log_weights without prior and guide of x: the factor r / alpha, and what other sites add."""
+    """log_weights without prior and guide of x: the factor r / alpha, and the terms of other sites."""
     log_guide: Tensor
-    """Of x, always (N, P)."""
+    """log q(x), always (N, P)."""
     surrogate: Tensor
     """Its mean over N, summed over the rest, has the gradient of the ELBO."""
     model_tokens: int
@@ -67,9 +68,9 @@ class _SequenceELBO(ELBO):
     Parameters
     ----------
     num_particles
-        N, at least 2, for each prompt.
+        N, the number of particles per prompt, at least 2.
     max_plate_nesting
-        How deep the program's plates are nested, the prompts' own included.
+        Depth to which the program's plates are nested, the plate of the prompts included.
 
     Attributes
     ----------
@@ -110,9 +111,10 @@ class _SequenceELBO(ELBO):
         return loss
 
     def guide_change(self) -> float:
-        """Return how far the guide has moved since the newest step's draws x, in nats: 1/2 mean (log q_now(x) - log q(x))^2.
+        """Return the KL by which the guide has moved since the newest step's draws x, in nats.
 
-        To second order KL(q || q_now), and exactly quadratic in the length of a short step.
+        The estimate is 1/2 mean (log q_now(x) - log q(x))^2. It equals KL(q || q_now) to second order, and is quadratic in the
+        length of a short step.
         """
         with torch.no_grad():
             now = self._last_site["fn"].log_prob(self._last_site["value"])
@@ -134,9 +136,9 @@ class _SequenceELBO(ELBO):
 class LeaveOneOutELBO(_SequenceELBO):
     """The ELBO with a leave-one-out baseline of the whole log-weight; see the module's formulas.
 
-    Joint programs are welcome: beside "x" any number of reparametrised latents, outside the prompts' plate or inside, in
-    whichever order the guide draws them; observed sites and factors of any name; parameters in the model. For programs
-    with a second discrete latent there is `pyro.infer.TraceGraph_ELBO`.
+    Joint programs are allowed: in addition to "x" any number of reparametrised latents, outside the prompts' plate or inside,
+    drawn by the guide in any order; observed sites and factors of any name; parameters in the model. For programs with a
+    second discrete latent use `pyro.infer.TraceGraph_ELBO`.
     """
 
     def terms(self, model_trace: Any, guide_trace: Any) -> ElboTerms:
@@ -204,7 +206,7 @@ def _own_likelihood(model_trace: Any, guide_trace: Any) -> Tensor:
             if name not in ("x", "likelihood"):
                 raise BayesKLRLError(
                     f"The {what} has a site {name!r} beside 'x' and 'likelihood', which the Rao-Blackwellised loss would "
-                    "not see. Use LeaveOneOutELBO, which takes joint models."
+                    "ignore. Use LeaveOneOutELBO, which takes joint models."
                 )
     site = model_trace.nodes["likelihood"]
     log_lik: Tensor = site["fn"].log_prob(site["value"])

@@ -1,4 +1,4 @@
-"""What each site of a Pyro program adds to the log-weight of a particle: the joint model of completions and other latents.
+"""The terms of a particle's log-weight, site by site, in a joint Pyro model of completions and other latents.
 
     log w = sum over the model's sites of log p(site | parents) - sum over the guide's sites of log q(site | parents)
 
@@ -29,24 +29,24 @@ SEQUENCE_SITE = "x"
 
 @dataclass(frozen=True)
 class SiteTerms:
-    """A particle's log-weight in parts; N particles, P prompts, each divided by the scale of x."""
+    """The parts of the log-weights of N particles for P prompts, in nats, each divided by the scale of x."""
 
     log_prior: Tensor
-    """Of x, (N, P)."""
+    """log p(x), (N, P)."""
     log_guide: Tensor
-    """Of x, (N, P), with its graph."""
+    """log q(x), (N, P), with its graph."""
     inside: Tensor
-    """The other sites' log p - log q within the plate of x, (N, P), with their graphs."""
+    """The sum of log p - log q of the other sites inside the plate of x, (N, P), with its graph."""
     outside: Tensor
-    """Those outside of it, (N,), with their graphs."""
+    """The sum of log p - log q of the sites outside the plate of x, (N,), with its graph."""
     raw_log_guide: Tensor
-    """log q(x) neither scaled nor masked, (N, P): what is differentiated for the score."""
+    """log q(x) neither scaled nor masked, (N, P); its gradient is the score."""
     whole: bool
-    """Whether a latent outside the plate may depend on x, so that what one prompt draws touches all terms."""
+    """Whether a latent outside the plate may depend on x, so that the draw of one prompt affects all terms."""
     joint: bool
-    """Whether there is any site beside x and factors within its plate."""
+    """Whether there is any site besides x and the factors inside its plate."""
     scale: Any
-    """Of x: P / prompts_per_step where prompts are subsampled."""
+    """The scale of x: P / prompts_per_step where prompts are subsampled."""
 
 
 def random_sites(trace: Any) -> Iterator[tuple[str, Any]]:
@@ -58,14 +58,14 @@ def random_sites(trace: Any) -> Iterator[tuple[str, Any]]:
 
 
 def site_terms(model_trace: Any, guide_trace: Any, particle_dim: int) -> SiteTerms:
-    """Return every term of log w, the model replayed on the guide's draws with its particles in dimension `particle_dim`.
+    """Return all terms of log w; the model was replayed on the guide's draws, with its particles in dimension `particle_dim`.
 
     Raises
     ------
     BayesKLRLError
         If guide and model do not have the same latents, or one of them beside x has no reparametrisation.
     UnboundedLossError
-        If a term is -inf: names the completion.
+        If a term is -inf; the message names the completion.
     """
     model, guide = dict(random_sites(model_trace)), dict(random_sites(guide_trace))
     check_sites(model, guide)
@@ -104,30 +104,30 @@ def site_terms(model_trace: Any, guide_trace: Any, particle_dim: int) -> SiteTer
 
 
 def check_sites(model: dict[str, Any], guide: dict[str, Any]) -> None:
-    """Refuse programs of which this estimator would lose a term, or a gradient."""
+    """Refuse programs for which this estimator would drop a term or a gradient."""
     for what, sites in (("guide", guide), ("model", model)):
         if SEQUENCE_SITE not in sites or (what == "model" and sites[SEQUENCE_SITE]["is_observed"]):
             raise BayesKLRLError(
-                f"The {what} draws no sequence site 'x' (sites: {sorted(sites)}), for whose score-function gradient this "
-                "loss is made. Without one, use pyro.infer.Trace_ELBO."
+                f"The {what} draws no sequence site 'x' (sites: {sorted(sites)}), and this loss is the score-function "
+                "gradient of that site. Without one, use pyro.infer.Trace_ELBO."
             )
     for name, site in guide.items():
         if name != SEQUENCE_SITE and not site["fn"].has_rsample:
             raise BayesKLRLError(
-                f"The guide's site {name!r} ({type(site['fn']).__name__}) has no reparametrisation, and this loss knows one "
-                "score-function site, 'x'. Use pyro.infer.TraceGraph_ELBO."
+                f"The guide's site {name!r} ({type(site['fn']).__name__}) has no reparametrisation, and this loss takes only "
+                "one score-function site, 'x'. Use pyro.infer.TraceGraph_ELBO."
             )
     check_same_latents(model, guide)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which dimensions of a log-prob are what.
+    """The meaning of each dimension of a log-prob.
 
     Parameters
     ----------
     num_particles
-        N.
+        N, the number of particles.
     particle_dim
         The dimension of the particles, counted from the right: -2 where plates are not nested.
     prompt_dims, prompt_plates
@@ -141,7 +141,7 @@ class Layout:
 
     @classmethod
     def of(cls, x: Any, particle_dim: int) -> Layout:
-        """Return the layout that the sequence site shows."""
+        """Return the layout that the sequence site has."""
         plates = {frame.dim: frame for frame in x["cond_indep_stack"] if frame.vectorized}
         num_particles = plates.pop(particle_dim).size
         return cls(
@@ -155,7 +155,7 @@ class Layout:
         if log_prob.dim() > num_dims:
             raise BayesKLRLError(
                 f"The log-prob of site {name!r} has the shape {tuple(log_prob.shape)}, more dimensions than plates: declare "
-                "what belongs to one draw with .to_event(...), or say how deep plates are nested with max_plate_nesting=."
+                "what belongs to one draw with .to_event(...), or set max_plate_nesting= to the depth of the plates."
             )
         plates = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
         shape = [1] * (num_dims - log_prob.dim()) + list(log_prob.shape)
@@ -173,7 +173,7 @@ class Layout:
 
 
 def check_bounded(name: str, log_prob: Tensor, x: Any) -> None:
-    """Refuse a log-prob of -inf, naming the completion, and NaN."""
+    """Refuse a log-prob of -inf or NaN; the error names the completion."""
     if torch.isfinite(log_prob).all():
         return
     first = torch.nonzero(~torch.isfinite(log_prob))[0].tolist()
@@ -182,7 +182,7 @@ def check_bounded(name: str, log_prob: Tensor, x: Any) -> None:
 
 
 def completion_of(x: Any, n: int, p: int) -> str:
-    """Return how to call the completion of a particle and prompt: its text, if there is one, and its ids."""
+    """Return the words by which an error names the completion of a particle and prompt: its text, if any, and its ids."""
     if not isinstance(x["fn"], SequenceDistribution):
         return f"{x['value'][n].tolist()}"
     lm = x["fn"].lm

@@ -41,7 +41,7 @@ def fit_guide(plan: TrainingPlan, posterior: Posterior, *, seed: int, progress: 
 
 
 def training_steps(plan: TrainingPlan, posterior: Posterior, guide: Any) -> Iterator[dict[str, float]]:
-    """Train the guide in place, one gradient step an item; each item says what the step saw, in nats."""
+    """Train the guide in place, one gradient step per item; each item holds the step's means by name, in nats."""
     model = pyro_model(posterior, plan.prompts_per_step)
     program = pyro_guide(posterior, guide, plan.prompts_per_step)
     elbo = _ELBOS[plan.estimator](plan.num_particles)
@@ -70,7 +70,7 @@ def training_steps(plan: TrainingPlan, posterior: Posterior, guide: Any) -> Iter
 
 
 def default_learning_rate(plan: TrainingPlan, guide: Any) -> float:
-    """Return what suits the kind of guide: a table of logits, adapters, or all the weights of a transformer."""
+    """Return the default learning rate for the kind of guide: a table of logits, adapters, or all weights of a transformer."""
     if isinstance(guide, TableLM):
         return 0.1
     return 2e-3 if plan.adapter is None else 5e-3

@@ -1,4 +1,4 @@
-"""Steps that move the guide by a bounded number of nats.
+"""Training steps that move the guide by at most a given number of nats.
 
 Adam fixes the length of a step in parameters, not in distributions: on a tiny model 2e-3 is timid, on one of two million
 parameters its first step moves log q by hundreds of nats and the guide collapses onto one short completion. So a step
@@ -23,21 +23,21 @@ __all__ = ["TrustRegion"]
 
 
 class TrustRegion:
-    """An optimiser's step, shortened where it would go too far.
+    """An optimiser's step, shortened where it would move the model by more than `max_kl` nats.
 
     Parameters
     ----------
     parameters
-        What the optimiser changes.
+        The parameters that the optimiser changes.
     max_kl
-        In nats; inf: never look.
+        The most nats that a step may move the model; inf: steps are never measured.
     measure
-        Returns how far the model has moved since the gradient's draws, in nats.
+        Function that returns the KL by which the model has moved since the gradient's draws, in nats.
 
     Attributes
     ----------
     limit
-        Decides when to measure, and says how far the newest step went.
+        The `StepLimit`, which decides when to measure and holds the KL of the newest step.
     """
 
     def __init__(self, parameters: Sequence[Tensor], max_kl: float, measure: Callable[[], float]) -> None:
@@ -46,7 +46,7 @@ class TrustRegion:
 
     @torch.no_grad()
     def step(self, optimiser: torch.optim.Optimizer) -> None:
-        """Take the optimiser's step, or as much of it as `max_kl` allows."""
+        """Take the optimiser's step, or the share of it that `max_kl` allows."""
         if not self.limit.is_due():
             optimiser.step()
             return
