@@ -18,7 +18,7 @@ first_python = $$(for p in $(1); do \
 	if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $(2)))' >/dev/null 2>&1; \
 	then echo "$$p"; break; fi; done)
 
-.PHONY: help demo test lint pytest mutants arviz1 smollm2 wheel format clean distclean
+.PHONY: help demo test quick lint pytest mutants arviz1 smollm2 wheel format clean distclean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -35,6 +35,9 @@ lint: $(STAMP)  ## ruff, its formatter, mypy
 
 pytest: $(STAMP)  ## the tests and doctests; PYTEST_ARGS="-m 'not slow'" for the quick ones
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(strip $(WORKERS)) --dist loadfile $(PYTEST_ARGS)
+
+quick: $(STAMP)  ## the tests without the slow ones: at most 3 minutes on two cores
+	@$(MAKE) --no-print-directory pytest PYTEST_ARGS="-m 'not slow' $(PYTEST_ARGS)"
 
 mutants: $(STAMP)  ## do the tests bite? mistakes put into a copy of the package, each of which they must find
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m tests.mutants

@@ -39,7 +39,7 @@ BACKENDS = ("ngram", "torch", "jax")
 """NumPy's `NgramLM` in float64; `TorchLM` and `JaxLM` in float32."""
 
 QUICK_AND_SLOW = ("ngram", "torch", pytest.param("jax", marks=pytest.mark.slow))
-"""The same, JAX among the slow tests: it compiles. `tests.models.test_backends` compares it with torch among the quick ones."""
+"""The same, JAX among the slow tests: it compiles. `tests.models.test_backends` compares it with torch quickly."""
 
 _LONGEST = 256
 _tables: WeakKeyDictionary[Any, bk.NgramLM] = WeakKeyDictionary()

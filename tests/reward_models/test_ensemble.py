@@ -324,7 +324,7 @@ def test_a_known_reward_leaves_nothing_to_the_reward() -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"model": "a"}, "of a bk.RewardPosterior"),
+        ({"model": "a"}, "needs a bk.RewardPosterior"),
         ({"alpha": 0.0}, "alpha must be"),
         ({"target": "bayes"}, "target is one of"),
         ({"anchor": "max", "target": "joint"}, "anchor one of"),

@@ -362,7 +362,7 @@ def test_labels_say_who_won() -> None:
         (("", [[1], []], [[2], [3]]), r"chosen\[1\] must be a text or a non-empty list"),
         ((["p", 3.5], ["a", "b"], ["b", "a"]), r"prompts\["),
         (("", ["a", "b"], ["b", "a"], {"prompts": [1, 2]}), "reserved"),
-        (("", ["a", "b"], ["b", "a"], {"source": [1]}), "one value a row, 2"),
+        (("", ["a", "b"], ["b", "a"], {"source": [1]}), "one value per row, 2"),
     ],
 )
 def test_bad_preferences(arguments: Any, message: str) -> None:

@@ -60,7 +60,7 @@ def test_policies_are_not_loaded_onto_another_prior_of_the_same_shape(parameters
 
 @pytest.mark.parametrize(
     "columns, message",
-    [(None, "columns is a dictionary"), ({"k": 3}, "'k' needs one value a row"), ({"k": "ab"}, "'k' needs one value")],
+    [(None, "columns is a dictionary"), ({"k": 3}, "'k' needs one value per row"), ({"k": "ab"}, "'k' needs one value")],
 )
 def test_columns_of_preferences_are_lists_by_name(columns: Any, message: str) -> None:
     with pytest.raises(bk.BayesKLRLError, match=message):
@@ -101,7 +101,7 @@ def test_the_uncertainty_of_draws_of_another_likelihood_is_refused() -> None:
     )
     draws = bk.ImportanceSampling(50).run(cut, seed=0)
     told = bk.reward_uncertainty(cut, draws)
-    with pytest.raises(bk.BayesKLRLError, match="their rewards are not what its likelihood"):
+    with pytest.raises(bk.BayesKLRLError, match="their rewards differ from those of its likelihood"):
         bk.reward_uncertainty(plug_in, draws)
     with pytest.raises(bk.BayesKLRLError, match="values must be numbers"):
         told.decompose(["a"] * 50)  # type: ignore[arg-type]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -57,11 +55,11 @@ def test_several_prompts_and_early_ends_follow_their_posteriors(backend: str) ->
     assert np.isnan(draws.log_proposal).all()
 
 
-def test_stopping_at_the_last_acceptance_leaves_no_trace(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_at_the_last_acceptance_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the blocks, the first and the last accepted draw of many runs both follow the posterior."""
-    base = bounded(on(backend, random_posterior(32, num_tokens=3, prompts=((1,),), alpha=1.0)))
+    base = bounded(random_posterior(32, num_tokens=3, prompts=((1,),), alpha=1.0))
     truth = Truth(base)
-    for rows, runs in ((1, 400), (4096, 2000), (10**7, 2000)):
+    for rows, runs in ((1, 200), (4096, 1000), (10**7, 1000)):
         monkeypatch.setattr(accept_reject_module, "_MAX_ROWS", rows)
         draws = bk.RejectionSampling(3).run(repeated(base, runs), seed=1)
         for place in (0, 2):
@@ -74,7 +72,7 @@ def test_the_cost_and_the_evidence_are_what_they_should_be(backend: str, slack: 
     base = bounded(on(backend, random_posterior(34, num_tokens=3, prompts=((1,),), alpha=1.0)), slack)
     log_evidence, num = Truth(base).log_evidence[0], 3
     log_bound = base.likelihood.bounds[1] / base.alpha  # type: ignore[index]
-    info = bk.RejectionSampling(num).run(repeated(base, 2000), seed=2).info
+    info = bk.RejectionSampling(num).run(repeated(base, 1000), seed=2).info
     assert abs(z_score(info["num_proposals"] * 1.0, num * np.exp(log_bound - log_evidence))) < 3
     assert abs(z_score(np.exp(info["log_evidence_estimate"] - log_evidence), 1.0)) < 3
     naive = num / info["num_proposals"] * np.exp(log_bound - log_evidence)

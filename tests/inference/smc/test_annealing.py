@@ -76,10 +76,8 @@ def test_with_one_step_it_is_importance_sampling(backend: str) -> None:
     assert (draws.tokens != plain.tokens).any()  # the weights are from before the last move
 
 
-def test_draws_of_two_prompts_with_early_ends_follow_their_posteriors(backend: str) -> None:
-    base = on(
-        backend, random_posterior(31, num_tokens=4, eos_logit=0.7, prompts=((0,), (1,)), prompt_shift=1.0, alpha=0.5)
-    )
+def test_draws_of_two_prompts_with_early_ends_follow_their_posteriors() -> None:
+    base = random_posterior(31, num_tokens=4, eos_logit=0.7, prompts=((0,), (1,)), prompt_shift=1.0, alpha=0.5)
     many = bk.Posterior(base.prior, base.likelihood, prompts=[[0]] * 800, max_new_tokens=4)
     draws = bk.AnnealedSMC(64).run(many, seed=0).resample(1, seed=1)
     one = Truth(bk.Posterior(base.prior, base.likelihood, prompts=[[0]], max_new_tokens=4))
@@ -172,7 +170,7 @@ def test_constraints_are_part_of_the_base_measure() -> None:
     truth = Truth(posterior)
     log_mass = np.log(np.exp(truth.log_prior[0])[np.isfinite(truth.reward[0])].sum())
     for options in ({}, {"schedule": (0.4, 1.0), "ess_threshold": 1.0}, {"schedule": (0.4, 1.0), "ess_threshold": 0.0}):
-        draws = bk.AnnealedSMC(64, **options).run(repeated(posterior, NUM_RUNS), seed=5)
+        draws = bk.AnnealedSMC(64, **options).run(repeated(posterior, NUM_RUNS // 2), seed=5)
         assert abs(z_score(np.exp(draws.log_evidence - truth.log_evidence[0]), 1.0)) < 3
         first = draws.info["path_log_evidence"][:, 0]
         assert abs(z_score(np.exp(first - log_mass), 1.0)) < 3

@@ -1,0 +1,80 @@
+"""What surrounds the code: pre-commit, citation, templates and hosted CI say what is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # comes with transformers
+
+import bayes_klrl
+
+ROOT = Path(__file__).parents[2]
+
+
+def loaded(name: str) -> Any:
+    path = ROOT / name
+    if not path.exists():
+        pytest.skip(f"{name} is not part of this distribution")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def make_target(name: str) -> str:
+    """The commands of a target of the Makefile."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    found = re.search(rf"^{name}:.*\n((?:\t.*\n)*)", text, re.M)
+    assert found, f"no target {name}"
+    return found.group(1)
+
+
+def test_pre_commit_runs_what_make_lint_runs() -> None:
+    """By the tools of .venv, so that their versions are those of constraints.txt."""
+    hooks = [hook for repo in loaded(".pre-commit-config.yaml")["repos"] for hook in repo["hooks"]]
+    lint = make_target("lint")
+    for hook in hooks:
+        assert hook["language"] == "system"
+        assert hook["entry"].startswith(".venv/bin/")
+        words = hook["entry"].removeprefix(".venv/bin/").split()
+        assert "$(BIN)/" + " ".join(words[:2] if words[0] == "ruff" else words) in lint
+    assert len(hooks) == len(lint.strip().splitlines())
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = loaded("CITATION.cff")
+    assert citation["version"] == bayes_klrl.__version__
+    assert citation["license"] == "Apache-2.0"
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def test_hosted_ci_runs_what_ci_runs() -> None:
+    workflow = loaded(".github/workflows/ci.yml")
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+    assert any(step.get("run") == "bash .ci/run" for step in steps)
+    versions = workflow["jobs"]["test"]["strategy"]["matrix"]["python"]
+    assert all(isinstance(version, str) for version in versions)  # 3.10 as a number would be 3.1
+    assert "3.11" in versions  # the floor
+
+
+@pytest.mark.parametrize("name", ["bug_report", "feature_request"])
+def test_issue_forms_have_what_the_platform_needs(name: str) -> None:
+    form = loaded(f".github/ISSUE_TEMPLATE/{name}.yml")
+    assert {"name", "description", "body"} <= form.keys()
+    assert all({"type", "id", "attributes"} <= part.keys() and part["attributes"]["label"] for part in form["body"])
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/theory.md", "docs/extending.md"])
+def test_links_within_the_repository_lead_somewhere(name: str) -> None:
+    page = ROOT / name
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{name}: {target}"
+
+
+def test_what_security_promises() -> None:
+    """No pickle and no code of a checkpoint: the words that would switch them on stand nowhere."""
+    for path in (ROOT / "bayes_klrl").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert "trust_remote_code=True" not in text, path
+        assert "allow_pickle=True" not in text, path
+        assert not re.search(r"\btorch\.load\(|^import pickle|\bpickle\.load", text, re.M), path
