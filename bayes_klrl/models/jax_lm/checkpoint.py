@@ -1,7 +1,7 @@
-"""Checkpoints for JAX: safetensors to a parameter tree and back, without torch.
+"""Loading and saving of checkpoints for JAX: from safetensors to a parameter tree and back, without torch.
 
-Every tensor must be there, in its shape, and no other: a checkpoint with missing weights is an error, not a model with
-random ones, and one with more weights than expected is another model.
+Every expected tensor must exist in its shape, and no other one may. A checkpoint with missing weights is an error; they are
+not filled with random numbers. A checkpoint with additional weights belongs to another model, and is an error too.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from bayes_klrl.models.jax_lm.forward import Architecture, Parameters
 __all__ = ["check_parameters", "load", "save"]
 
 BUFFERS = re.compile(r".*(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)")
-"""Constants that old versions wrote beside the weights: causal masks and rotary frequencies."""
+"""Names of constants that old versions saved with the weights: causal masks and rotary frequencies."""
 
 
 def load(name_or_folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Any], Any | None]:
     """Return parameters (float32), configuration and tokenizer (None if the folder has none)."""
     if not isinstance(name_or_folder, str | os.PathLike):
-        raise CheckpointError(f"A model is a folder or a shipped model's name; got {name_or_folder!r}.")
+        raise CheckpointError(f"A model is given as a folder or the name of a shipped model; got {name_or_folder!r}.")
     folder = found_folder(os.fspath(name_or_folder))
     check_has_weights(folder)
     config = read_object(folder / "config.json")
@@ -57,7 +57,7 @@ def check_numbers(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def found_folder(name: str) -> Path:
-    """Return the folder of that name, else of the shipped model of that name. Nothing is ever downloaded."""
+    """Return the folder of that name, else of the shipped model of that name. Nothing is downloaded."""
     if Path(name).is_dir():
         return Path(name)
     if name in shipped_names():
@@ -86,13 +86,13 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         try:
             with safe_open(path, framework="flax") as file:
                 tensors |= {name: np.asarray(file.get_tensor(name), dtype=np.float32) for name in file.keys()}  # noqa: SIM118
-        except Exception as error:  # SafetensorError and whatever else a broken file causes
+        except Exception as error:  # SafetensorError and other errors that broken files cause
             raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
     return tensors
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold the model: those of the index, else the one of the usual name, else all."""
+    """Return the files with the weights: those of the index, else model.safetensors, else all."""
     index, usual = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         return [folder / name for name in sorted(set(read_object(index).get("weight_map", {}).values()))]
@@ -105,7 +105,7 @@ def parameter_tree(architecture: Architecture, tensors: Mapping[str, np.ndarray]
     Raises
     ------
     CheckpointError
-        If a tensor is missing, left over, or of another shape than the configuration says.
+        If a tensor is missing, left over, or does not have the shape of the configuration.
     """
     prefix = "transformer." if architecture.rope is None else "model."
     given = {name.removeprefix(prefix): array for name, array in tensors.items() if not BUFFERS.fullmatch(name)}
@@ -118,12 +118,12 @@ def parameter_tree(architecture: Architecture, tensors: Mapping[str, np.ndarray]
         )
     if extra := sorted(given.keys() - expected.keys()):
         raise CheckpointError(
-            f"There are {len(extra)} weights that a model of this configuration has not ({', '.join(extra[:3])}, ...). "
-            "Is config.json that of another model, or is this an adapter's folder?"
+            f"There are {len(extra)} weights that a model of this configuration does not have ({', '.join(extra[:3])}, ...). "
+            "Does config.json belong to another model, or is this the folder of an adapter?"
         )
     for name, shape in expected.items():
         if given[name].shape != shape:
-            raise CheckpointError(f"{name} has shape {given[name].shape}; the configuration says {shape}.")
+            raise CheckpointError(f"{name} has shape {given[name].shape}; by the configuration it must be {shape}.")
     outer = {name: jnp.asarray(given[stored]) for name, stored in outer_names(architecture).items()}
     layers = {
         name: jnp.asarray(np.stack([given[layer_name(architecture, i, name)] for i in range(architecture.num_layers)]))
@@ -133,7 +133,7 @@ def parameter_tree(architecture: Architecture, tensors: Mapping[str, np.ndarray]
 
 
 def drop_tied_head(architecture: Architecture, given: dict[str, np.ndarray]) -> None:
-    """Take the second copy of the embedding out, refusing one that is no copy."""
+    """Remove the second copy of the embedding; refuse one that differs."""
     if architecture.tied and "lm_head.weight" in given:
         head, embedding = given.pop("lm_head.weight"), given.get(outer_names(architecture)["tokens"])
         if embedding is not None and not np.array_equal(head, embedding):
@@ -144,12 +144,12 @@ def drop_tied_head(architecture: Architecture, given: dict[str, np.ndarray]) -> 
 
 
 def check_parameters(architecture: Architecture, parameters: Parameters) -> None:
-    """Refuse a parameter tree that is not of this architecture; its arrays may be traced."""
+    """Refuse a parameter tree that does not fit this architecture; its arrays may be traced."""
     shapes = {"outer": outer_shapes(architecture), "layers": {}}
     shapes["layers"] = {name: (architecture.num_layers, *shape) for name, shape in layer_shapes(architecture).items()}
     if not isinstance(parameters, Mapping) or not all(isinstance(part, Mapping) for part in parameters.values()):
         raise CheckpointError(
-            f"Parameters are a tree of arrays by name, as a loaded JaxLM's `parameters` is; got a {type(parameters).__name__}."
+            f"Parameters are a tree of arrays by name, like `parameters` of a loaded JaxLM; got a {type(parameters).__name__}."
         )
     given = {part: {name: tuple(array.shape) for name, array in dict(parameters[part]).items()} for part in parameters}
     if given != shapes:
@@ -166,7 +166,7 @@ def check_parameters(architecture: Architecture, parameters: Parameters) -> None
 
 
 def named_tensors(architecture: Architecture, parameters: Parameters) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each tensor under the name that transformers has for it."""
+    """Yield each tensor with its name in transformers."""
     prefix = "transformer." if architecture.rope is None else "model."
     for name, stored in outer_names(architecture).items():
         yield stored if stored == "lm_head.weight" else prefix + stored, np.asarray(parameters["outer"][name])
@@ -187,7 +187,7 @@ def expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def outer_names(architecture: Architecture) -> dict[str, str]:
-    """Return what each tensor outside the layers is called in the checkpoint, without the prefix."""
+    """Return the name in the checkpoint of each tensor outside the layers, without the prefix."""
     if architecture.rope is None:
         names = {"tokens": "wte.weight", "positions": "wpe.weight"}
         names |= {"final_norm.weight": "ln_f.weight", "final_norm.bias": "ln_f.bias"}
@@ -208,7 +208,7 @@ def outer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def layer_name(architecture: Architecture, index: int, name: str) -> str:
-    """Return what one layer's tensor is called in the checkpoint, without the prefix."""
+    """Return the name in the checkpoint of one layer's tensor, without the prefix."""
     return f"{'h' if architecture.rope is None else 'layers'}.{index}.{name}"
 
 
@@ -245,13 +245,13 @@ def layer_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 def load_tokenizer(folder: Path) -> Any | None:
     """Return the tokenizer, or None if the folder has no file of one.
 
-    Through the one class of transformers that reads tokenizer.json and does not import torch, as AutoTokenizer does.
+    It uses the one class of transformers that reads tokenizer.json without torch; AutoTokenizer imports torch.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     if not (folder / "tokenizer.json").is_file():
         raise CheckpointError(
-            f"{str(folder)!r} has a tokenizer, but no tokenizer.json, the only kind that is read without torch; write "
+            f"{str(folder)!r} has a tokenizer but no tokenizer.json, the only kind that is read without torch. Write "
             "one with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
     from transformers import PreTrainedTokenizerFast
@@ -273,7 +273,7 @@ def save(
     """Write a folder in Hugging Face's format; see `JaxLM.save_pretrained`."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = own_entries(eos_token_ids, temperature)
-    for stale in folder.glob("model*.safetensors*"):  # the index of an earlier model would lead to its shards
+    for stale in folder.glob("model*.safetensors*"):  # an index of an earlier model would point to its own files
         stale.unlink()
     tensors = dict(named_tensors(architecture_of(config), parameters))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -289,5 +289,5 @@ def save(
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write what `json` can, sorted."""
+    """Write a JSON file with sorted keys."""
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

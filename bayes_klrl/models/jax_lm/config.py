@@ -1,8 +1,8 @@
-"""Which configurations the JAX forward computes as transformers does: an allow-list, by value.
+"""The allow-list of configurations for which the JAX forward computes the same as transformers.
 
-Every key of a config.json is either one that the forward obeys, or one whose value is known to leave it right, or one
-that has nothing to do with log-probs; anything else is refused by name. A loader that ignores what it does not know is
-silently wrong: reading an old key instead of `rope_parameters.rope_theta` moved logits by 89.
+Every key of a config.json must be one that the forward uses, one whose value is known not to change it, or one that does not
+affect log-probs; any other key is refused by name. A loader that ignores unknown keys can be wrong without an error: reading
+an old key instead of `rope_parameters.rope_theta` changed logits by 89.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IRRELEVANT_KEYS = {
         "unsloth_version",
     ),
 }
-"""Keys that do not touch log-probs: dropout is off, EOS is the language model's business, the rest is book-keeping."""
+"""Keys that do not affect the forward: dropout is off, `JaxLM` reads the EOS ids, the others describe files and training."""
 
 COMMON_VALUES = {
     "chunk_size_feed_forward": (0,),
@@ -52,7 +52,7 @@ LLAMA_VALUES: dict[str, tuple[Any, ...]] = COMMON_VALUES | {
     "partial_rotary_factor": (None, 1.0),
     "rope_interleaved": (False,),
 }
-"""Options that are off in what we compute, and the values that say so."""
+"""Options that the forward does not support, and the values that turn them off."""
 
 GPT2_KEYS = {
     *("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "activation_function"),
@@ -86,7 +86,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     Raises
     ------
     CheckpointError
-        If a key or its value is not on the list; names both, and what is supported.
+        If a key or its value is not on the list; the message names both, and the supported ones.
     """
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
@@ -95,7 +95,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def gpt2_architecture(config: Mapping[str, Any]) -> Architecture:
-    """Return the architecture of a GPT-2, its defaults those of the first one."""
+    """Return the architecture of a GPT-2; missing sizes are those of the smallest GPT-2."""
     check_keys(config, GPT2_KEYS, GPT2_VALUES)
     hidden_size, num_heads = size(config, "n_embd", 768), size(config, "n_head", 12)
     check_divides(config, "n_head", num_heads, hidden_size)
@@ -115,10 +115,10 @@ def gpt2_architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def llama_architecture(config: Mapping[str, Any], model_type: str) -> Architecture:
-    """Return the architecture of a Llama or a relative; sizes have no defaults."""
+    """Return the architecture of a Llama or a relative; most sizes must be given."""
     check_keys(config, LLAMA_KEYS | BIAS_KEYS.get(model_type, set()), LLAMA_VALUES)
     hidden_size, num_heads = size(config, "hidden_size"), size(config, "num_attention_heads")
-    num_key_heads = 8 if model_type == "mistral" else num_heads  # what each class takes if it is not told
+    num_key_heads = 8 if model_type == "mistral" else num_heads  # the default of each class of transformers
     if "num_key_value_heads" in config:
         num_key_heads = num_heads if config["num_key_value_heads"] is None else size(config, "num_key_value_heads")
     check_divides(config, "num_key_value_heads", num_key_heads, num_heads)
@@ -151,7 +151,7 @@ def llama_architecture(config: Mapping[str, Any], model_type: str) -> Architectu
 
 
 def rope_of(config: Mapping[str, Any]) -> Rope:
-    """Return the rotary positions, from `rope_parameters` or from the key of older versions, which comes first if given."""
+    """Return the rotary positions, from the key `rope_scaling` of older versions if given, else from `rope_parameters`."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     if not isinstance(config.get(key) or {}, Mapping):
         refuse(key, config[key], ["a dictionary"])
@@ -176,10 +176,10 @@ def rope_of(config: Mapping[str, Any]) -> Rope:
 
 
 def window_of(config: Mapping[str, Any], model_type: str) -> tuple[int | None, tuple[bool, ...]]:
-    """Return the sliding window and which layers have it, (None, ()) for none that matters.
+    """Return the sliding window, and for each layer whether it has one; (None, ()) if no window has an effect.
 
-    Mistral has one in all layers unless it is null, the Qwens only with `use_sliding_window`: then in the layers that
-    `layer_types` names, else in those from `max_window_layers` on.
+    Mistral has a window in all layers unless it is null. The Qwen models have one only with `use_sliding_window`: in the
+    layers that `layer_types` names, else in those from `max_window_layers` on.
     """
     qwen, num_layers = model_type in ("qwen2", "qwen3"), size(config, "num_hidden_layers")
     used = allowed(config, "use_sliding_window", False, (False, True) if qwen else (False,))
@@ -201,7 +201,7 @@ def window_of(config: Mapping[str, Any], model_type: str) -> tuple[int | None, t
 
 
 def check_keys(config: Mapping[str, Any], read: Collection[str], values: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuse keys that are unknown, and options that are on."""
+    """Refuse unknown keys, and options that the forward does not support."""
     for key, value in config.items():
         if key in values:
             allowed(config, key, value, values[key])
@@ -210,7 +210,7 @@ def check_keys(config: Mapping[str, Any], read: Collection[str], values: Mapping
 
 
 def allowed(config: Mapping[str, Any], key: str, default: Any, values: Collection[Any], *, prefix: str = "") -> Any:
-    """Return a key's value, refusing one that is not among `values`."""
+    """Return a key's value; refuse one that is not among `values`."""
     value = config.get(key, default)
     if not isinstance(value, str | int | float | None) or value not in values:
         refuse(prefix + key, value, values)
@@ -218,7 +218,7 @@ def allowed(config: Mapping[str, Any], key: str, default: Any, values: Collectio
 
 
 def size(config: Mapping[str, Any], key: str, default: int | None = None, *, least: int = 1) -> int:
-    """Return a whole number, which must be there if it has no default."""
+    """Return an integer, which must be given if it has no default."""
     value = config.get(key, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         refuse(key, value, ["a positive integer" if least else "0 or a positive integer"])
@@ -226,7 +226,7 @@ def size(config: Mapping[str, Any], key: str, default: int | None = None, *, lea
 
 
 def number(config: Mapping[str, Any], key: str, default: float | None = None, *, prefix: str = "") -> float:
-    """Return a positive number, which must be there if it has no default."""
+    """Return a positive number, which must be given if it has no default."""
     value = config.get(key, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
         refuse(prefix + key, value, ["a positive number"])
@@ -234,15 +234,15 @@ def number(config: Mapping[str, Any], key: str, default: float | None = None, *,
 
 
 def check_divides(config: Mapping[str, Any], key: str, value: int, total: int) -> None:
-    """Refuse a number of heads that does not divide what is shared among them."""
+    """Refuse a number of heads that does not divide `total`."""
     if total % value:
         refuse(key, config.get(key), [f"a divisor of {total}"])
 
 
 def refuse(key: str, value: Any, supported: Collection[Any], *, what: str = "values") -> NoReturn:
-    """Raise the error that names key, value and what is supported."""
+    """Raise the error that names the key, its value and the supported ones."""
     listed = ", ".join(sorted(map(str, supported)))
     raise CheckpointError(
-        f"The configuration has {key} = {value!r}, which the JAX forward does not know; supported {what}: {listed}. "
+        f"The configuration has {key} = {value!r}, which the JAX forward does not support; supported {what}: {listed}. "
         "Use bk.TorchLM for this model."
     )

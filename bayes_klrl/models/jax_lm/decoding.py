@@ -1,8 +1,7 @@
 """Drawing and scoring completions inside one traced program; P prompts, N draws, T tokens, R = P * N rows, V vocabulary.
 
-What `JaxLM` does step by step on the host, here as pure functions of parameter trees, uniforms and tokens that may all
-be traced, so that a user's own `jax.jit`, `jax.grad` or NumPyro program can contain them. Shapes are what they are given:
-a new one compiles anew.
+These are the steps of `JaxLM` as pure functions of parameter trees, uniforms and tokens, all of which may be traced. So they
+can be part of a user's own `jax.jit`, `jax.grad` or NumPyro program. Shapes are not rounded up: every new shape is compiled.
 """
 
 from __future__ import annotations
@@ -35,36 +34,32 @@ __all__ = [
 ]
 
 Reading: TypeAlias = Callable[..., Any]
-"""`score`, `position_log_probs` or `token_features` of `jax_steps`."""
+"""`score`, `position_log_probs` or `token_features` of `bayes_klrl.models.jax_lm.steps`."""
 
 
 class PaddedPrompts(NamedTuple):
-    """P prompts as rows padded on the left: tokens (P, S), and how many slots of each hold nothing, (P,). A pytree."""
+    """P prompts as rows padded on the left: tokens (P, S), and the number of padded slots of each, (P,). A pytree."""
 
     tokens: Any
     padding: Any
 
-    def take(self, index: Any) -> PaddedPrompts:
-        """Return some of the prompts; the indices may be traced, those of a plate's subsample for one."""
-        return PaddedPrompts(self.tokens[index], self.padding[index])
-
 
 class StaticModels(NamedTuple):
-    """What is compiled for: models that read the same tokens in lockstep, the first of which draws; hashable."""
+    """The static part of models that read the same tokens; the first one draws. Hashable, for `jax.jit`."""
 
     architectures: tuple[Architecture, ...]
     eos_token_ids: tuple[int, ...]
 
 
 class Weights(NamedTuple):
-    """The parameters and the temperature of each of these models. A pytree."""
+    """The parameters and the temperature of each of the models. A pytree."""
 
     parameters: tuple[Parameters, ...]
     temperatures: tuple[Any, ...]
 
 
 class Rows(NamedTuple):
-    """R completions in the making: each model's cache, which lacks the newest token (R,), and who has ended (R,)."""
+    """R unfinished completions: each model's cache without the newest tokens, these tokens (R,), and which rows ended (R,)."""
 
     caches: tuple[Cache, ...]
     newest: Any
@@ -75,8 +70,8 @@ class Rows(NamedTuple):
 def sample_tokens(static: StaticModels, weights: Weights, prompts: PaddedPrompts, uniforms: Any) -> tuple[Any, Any]:
     """Return completions of the first model, shape (P, N, T), and their log-probs under each, (models, P, N, T).
 
-    One `lax.scan` over tokens, with keys and values in buffers that it writes in place. Past EOS stand the lowest EOS id
-    (0 if there is none) and log-probs of 0. Nothing is computed after the last token, and no gradient goes through.
+    It is one `lax.scan` over tokens, which writes keys and values into buffers in place. Positions past EOS hold the lowest
+    EOS id (0 if there is none) and log-probs of 0. Nothing is computed after the last token, and no gradient flows through.
 
     Parameters
     ----------
@@ -85,7 +80,7 @@ def sample_tokens(static: StaticModels, weights: Weights, prompts: PaddedPrompts
     prompts
         The P prompts.
     uniforms
-        From [0, 1), shape (P, N, T).
+        Uniform random numbers in [0, 1), shape (P, N, T).
     """
     weights, uniforms = lax.stop_gradient((weights, uniforms))
     num_prompts, num_draws, num_tokens = uniforms.shape
@@ -124,7 +119,7 @@ def next_token(
 def emitted(
     static: StaticModels, weights: Weights, features: Sequence[Any], finished: Any, uniforms: Any
 ) -> tuple[Any, Any]:
-    """Return the tokens drawn from features, (R,), and their log-probs (models, R); filler and 0 where finished."""
+    """Return the tokens drawn from features, (R,), and their log-probs (models, R); EOS and 0 in finished rows."""
     log_probs = [
         jax.nn.log_softmax(logits(architecture, parameters, states) / temperature)
         for architecture, parameters, temperature, states in zip(static.architectures, *weights, features, strict=True)
@@ -142,10 +137,10 @@ def with_room(cache: Cache, owners: Any, num_free: int) -> Cache:
 
 
 def draw_tokens(log_probs: Any, uniforms: Any) -> Any:
-    """Return tokens by inverse CDF, as `arrays.draw_tokens` does but in float32: shapes (R, V) and (R,) to (R,).
+    """Return tokens drawn by inverse CDF, as `arrays.draw_tokens` does but in float32: shapes (R, V) and (R,) to (R,).
 
-    First among blocks of about sqrt(V) tokens, then within one: half the time of cumulating over all tokens, and sums of
-    fewer terms are more accurate. A token of probability 0 is never drawn.
+    A block of about sqrt(V) tokens is drawn first, then a token within it. This takes half the time of cumulative sums over
+    all tokens, and sums of fewer terms are more accurate. A token of probability 0 is never drawn.
     """
     num_rows, num_tokens = log_probs.shape
     width = 1 << (num_tokens.bit_length() + 1) // 2
@@ -159,10 +154,11 @@ def draw_tokens(log_probs: Any, uniforms: Any) -> Any:
 
 
 def first_beyond(weights: Any, targets: Any) -> tuple[Any, Any]:
-    """Return the first positive weight up to which the sum exceeds the target, and what the target leaves of it.
+    """Return the index of the first positive weight at which the cumulative sum exceeds the target, and the remainder.
 
-    Sums taken in parallel need not ascend, by rounding: an index of weight 0 could be the first beyond, and none could be
-    beyond a target next to the total.
+    The remainder is the target minus the sum of the weights before this one. Rounding may make sums that are computed in
+    parallel decrease: without the guards here an index of weight 0 might come first, or no sum might exceed a target close to
+    the total.
     """
     sums, positive = jnp.cumsum(weights, axis=1), weights > 0
     total = jnp.where(positive, sums, 0.0).max(axis=1)
@@ -173,12 +169,12 @@ def first_beyond(weights: Any, targets: Any) -> tuple[Any, Any]:
 
 
 def is_eos(tokens: Any, eos_token_ids: Sequence[int]) -> Any:
-    """Return which tokens end a completion."""
+    """Return True for tokens that end a completion."""
     return jnp.isin(tokens, jnp.array(eos_token_ids, dtype=jnp.int32))
 
 
 def lengths_of(tokens: Any, eos_token_ids: Sequence[int]) -> Any:
-    """Return each row's number of tokens up to its first EOS, as `completion_lengths` does, of traced tokens (..., T)."""
+    """Return each row's number of tokens up to its first EOS, like `completion_lengths`, for traced tokens (..., T)."""
     ends = is_eos(tokens, eos_token_ids)
     return jnp.where(ends.any(axis=-1), ends.argmax(axis=-1) + 1, tokens.shape[-1])
 
@@ -194,10 +190,10 @@ def read_tokens(
     prompts: PaddedPrompts,
     tokens: Any,
 ) -> Any:
-    """Return what a reading says of every token of given completions, shape (P, N, T) and on, 0 past the first EOS.
+    """Return the output of a reading for every token of given completions, shape (P, N, T, ...), 0 past the first EOS.
 
-    Differentiable in the parameters. More rows than `rows_at_once` are read in chunks of (some prompts) x (some draws),
-    of which the way back remembers only what went in.
+    Differentiable in the parameters. More rows than `rows_at_once` are read in chunks of (some prompts) x (some draws);
+    for the backward pass only the inputs of a chunk are stored.
     """
     num_prompts, num_draws, num_tokens = tokens.shape
     lengths = lengths_of(tokens, eos_token_ids)
@@ -214,9 +210,9 @@ def read_tokens(
     if num_draw_chunks * num_prompt_chunks == 1:
         return read(prompts, legal, lengths)
 
-    # several chunks of draws leave room for one prompt in each, so chunks are in order whichever way they are cut
+    # if there are several chunks of draws, each has one prompt, so the chunks are always in order
     def chunks(array: Any) -> Any:
-        """Return (P, N, ...) as (chunks, prompts of each, draws of each, ...), filled up with zeros."""
+        """Return (P, N, ...) as (chunks, prompts per chunk, draws per chunk, ...), filled up with zeros."""
         missing = num_prompt_chunks * prompts_each - num_prompts, num_draw_chunks * draws_each - num_draws
         filled = jnp.pad(array, [(0, missing[0]), (0, missing[1]), *[(0, 0)] * (array.ndim - 2)])
         return filled.reshape(-1, prompts_each, draws_each, *array.shape[2:])
@@ -232,7 +228,7 @@ def read_tokens(
 
 
 def even_chunks(count: int, most: int) -> tuple[int, int]:
-    """Return into how many chunks of at most `most` items `count` of them go, and how many each holds.
+    """Return the number of chunks of at most `most` items for `count` items, and the number of items per chunk.
 
     Examples
     --------

@@ -2,12 +2,12 @@
 
     h <- h + attention(norm(h)),   h <- h + mlp(norm(h)),   logits = norm(h) W'
 
-Left padding with explicit positions. Keys and values of earlier positions come in and those of the new ones go out, so
-that prefill, decoding and scoring are one function, without a write in it; who decodes puts them into a buffer.
+Prompts are padded on the left, with explicit positions. The keys and values of earlier positions are an input, those of new
+positions an output. So prefill, decoding and scoring are one pure function; the decoding code writes the output to a buffer.
 
-A parameter tree is {"outer": {name: array}, "layers": {name: array}}, names as in the checkpoint without their prefixes;
-the arrays of "layers" hold all layers, stacked, and `lax.scan` walks over them: compiling takes as long for 24 layers as
-for one, and a step takes half the time of one with its four layers written out (measured on a CPU).
+A parameter tree is {"outer": {name: array}, "layers": {name: array}}, with the names of the checkpoint without their prefixes.
+The arrays of "layers" hold all layers, stacked, and `lax.scan` loops over them. Compiling then takes as long for 24 layers as
+for one, and a step takes half the time of an unrolled loop over four layers (measured on a CPU).
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-"""Activations by the names that configurations have for them."""
+"""Activation functions by their names in configurations."""
 
 MASKED_SCORE = float(np.finfo(np.float32).min)
-"""The score of a slot that may not be looked at: its weight is exactly 0, and no gradient is NaN as -inf could make it."""
+"""The attention score of a masked slot: its weight is exactly 0, and gradients are not NaN, as they could be with -inf."""
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions: the angle of pair i at position p is p theta^(-2i/d), slowed down as `kind` says."""
+    """Rotary positions: the angle of pair i at position p is p theta^(-2i/d), reduced as `kind` says."""
 
     theta: float = 10_000.0
     kind: str = "default"
@@ -52,11 +52,11 @@ class Rope:
     original_length: int = 8192
 
     def frequencies(self, size: int) -> np.ndarray:
-        """Return the angle that each pair of a head's coordinates turns per position, shape (size / 2,), float32."""
+        """Return the angle per position of each pair of a head's coordinates, shape (size / 2,), float32."""
         frequencies = 1.0 / self.theta ** (np.arange(0, size, 2, dtype=np.float32) / size)
         if self.kind == "linear":
             frequencies = frequencies / self.factor
-        if self.kind == "llama3":  # slow pairs are slowed down, fast ones kept, those between interpolated
+        if self.kind == "llama3":  # low frequencies are divided, high ones kept, those between interpolated
             turns = self.original_length * frequencies / (2 * np.pi)
             kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
             kept = np.clip(kept, 0.0, 1.0)
@@ -66,11 +66,11 @@ class Rope:
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that the forward must know beside the weights; hashable, a static argument of every jitted function.
+    """The configuration of the forward; hashable, a static argument of every jitted function.
 
     `rope` is None for GPT-2, which has learned positions, LayerNorm and a plain MLP. With `head_norm` queries and keys
-    are normalised head by head (Qwen3). Biases are those of the Llama family; GPT-2 has them everywhere. With a `window`
-    the layers that say so in `slides` see that many tokens, the newest among them.
+    are normalised head by head (Qwen3). The bias options are for the Llama family; GPT-2 has all biases. The layers that are
+    True in `slides` attend to the last `window` tokens only, including the newest one.
     """
 
     vocab_size: int
@@ -101,7 +101,7 @@ class Cache(NamedTuple):
 
 
 def empty_cache(architecture: Architecture, num_rows: int) -> Cache:
-    """Return the cache of no positions."""
+    """Return a cache without positions."""
     shape = (architecture.num_layers, num_rows, architecture.num_key_heads, 0, architecture.head_size)
     return Cache(jnp.zeros(shape, dtype=jnp.float32), jnp.zeros(shape, dtype=jnp.float32))
 
@@ -116,13 +116,13 @@ def hidden_states(
     architecture, parameters
         The model.
     tokens
-        What is read, shape (R, S); it stands in slots `length` and on.
+        The new tokens, shape (R, S), for the slots from `length` on.
     padding
-        How many slots of each row hold nothing, all on the left, shape (R,). A token's position is its slot less these.
+        The number of padded slots on the left of each row, shape (R,). A token's position is its slot minus this number.
     past
-        Keys and values of the slots before.
+        The keys and values of earlier slots.
     length
-        How many of its slots are taken; the others are free and not looked at.
+        The number of slots of `past` in use; the others are masked.
     """
     slots = length + jnp.arange(tokens.shape[1])
     positions = jnp.clip(slots - padding[:, None], 0, architecture.context_length - 1)
@@ -150,15 +150,15 @@ def hidden_states(
 
 
 def logits(architecture: Architecture, parameters: Parameters, features: Any) -> Any:
-    """Return the next-token logits of hidden states, V in place of D."""
+    """Return the next-token logits (..., V) of hidden states (..., D)."""
     outer = parameters["outer"]
     return product(features, outer["tokens" if architecture.tied else "head.weight"].T)
 
 
 def visible(slots: Any, padding: Any, num_past: int, length: Any) -> Any:
-    """Return which slots each new token may look at, past ones first, shape (R, S, C + S).
+    """Return a mask of the slots that each new token attends to, past ones first, shape (R, S, C + S).
 
-    A token in a padded slot looks at itself: nobody reads its output, but it must not be NaN.
+    A token in a padded slot attends to itself. Its output is never used, but it must not be NaN.
     """
     earlier = jnp.arange(num_past)
     before = (earlier >= padding[:, None]) & (earlier < length)
@@ -168,7 +168,7 @@ def visible(slots: Any, padding: Any, num_past: int, length: Any) -> Any:
 
 
 def within(slots: Any, num_past: int, window: int) -> Any:
-    """Return which slots are less than `window` before each new token, past ones first, shape (S, C + S)."""
+    """Return a mask of the slots less than `window` before each new token, past ones first, shape (S, C + S)."""
     all_slots = jnp.concatenate([jnp.arange(num_past), slots])
     return slots[:, None] - all_slots < window
 
@@ -176,7 +176,7 @@ def within(slots: Any, num_past: int, window: int) -> Any:
 def gpt2_layer(
     architecture: Architecture, weights: NamedArrays, hidden: Any, _rotation: Any, past: Cache, mask: Any
 ) -> tuple[Any, Cache]:
-    """One layer of GPT-2; its matrices are stored (in, out)."""
+    """Return the output of one layer of GPT-2, whose matrices are stored (in, out), and its new keys and values."""
     inner = layer_norm(weights, "ln_1", hidden, architecture.epsilon)
     joint = product(inner, weights["attn.c_attn.weight"]) + weights["attn.c_attn.bias"]
     queries, keys, values = (split_heads(part, architecture.head_size) for part in jnp.split(joint, 3, axis=-1))
@@ -191,7 +191,7 @@ def gpt2_layer(
 def llama_layer(
     architecture: Architecture, weights: NamedArrays, hidden: Any, rotation: Any, past: Cache, mask: Any
 ) -> tuple[Any, Cache]:
-    """One layer of Llama or a relative; its matrices are stored (out, in)."""
+    """Return the output of one layer of the Llama family, with matrices stored (out, in), and its new keys and values."""
     epsilon = architecture.epsilon
     inner = rms_norm(weights, "input_layernorm", hidden, epsilon)
     queries, keys, values = (
@@ -211,7 +211,7 @@ def attend(queries: Any, keys: Any, values: Any, past: Cache, mask: Any) -> tupl
     """Return softmax(q k' / sqrt d) v, shape (R, S, H d), and the new keys and values, shape (R, K, S, d).
 
     Queries are (R, S, H, d), keys and values (R, S, K, d); H / K query heads share a key head. Past and new positions
-    are kept apart up to the softmax, which costs less than joining them.
+    are kept separate up to the softmax, which costs less than joining them.
     """
     num_rows, num_new, num_heads, size = queries.shape
     num_past, num_key_heads = past.keys.shape[2], keys.shape[2]
@@ -231,34 +231,34 @@ def split_heads(flat: Any, size: int) -> Any:
 
 
 def rotate(heads: Any, cos: Any, sin: Any) -> Any:
-    """Return the heads (R, S, H, d) turned by their positions' angles, pair i being coordinates i and i + d/2."""
+    """Return the heads (R, S, H, d), rotated by their positions' angles; pair i is coordinates i and i + d/2."""
     first, second = jnp.split(heads, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def layer_norm(weights: NamedArrays, name: str, inputs: Any, epsilon: float) -> Any:
-    """LayerNorm over the last axis."""
+    """Return LayerNorm over the last axis."""
     centred = inputs - inputs.mean(-1, keepdims=True)
     scaled = centred * lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
     return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
 
 def rms_norm(weights: NamedArrays, name: str, inputs: Any, epsilon: float) -> Any:
-    """RMSNorm over the last axis."""
+    """Return RMSNorm over the last axis."""
     return inputs * lax.rsqrt(jnp.square(inputs).mean(-1, keepdims=True) + epsilon) * weights[f"{name}.weight"]
 
 
 def linear(weights: NamedArrays, name: str, inputs: Any) -> Any:
-    """A matrix stored (out, in), and its bias if it has one."""
+    """Return the product with a matrix stored (out, in), plus its bias if it has one."""
     outputs = product(inputs, weights[f"{name}.weight"].T)
     return outputs + weights[f"{name}.bias"] if f"{name}.bias" in weights else outputs
 
 
 def product(left: Any, right: Any) -> Any:
-    """A matrix product in true float32 on every device; GPUs and TPUs round to fewer bits unless told not to."""
+    """Return a matrix product in full float32 on every device; by default GPUs and TPUs round to fewer bits."""
     return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)
 
 
 def multiply(subscripts: str, left: Any, right: Any) -> Any:
-    """The same by Einstein summation."""
+    """Return an Einstein summation in full float32."""
     return jnp.einsum(subscripts, left, right, precision=lax.Precision.HIGHEST)

@@ -1,8 +1,8 @@
 """GPT-2, Llama, Mistral, Qwen2 and Qwen3 checkpoints as a `LanguageModel` on JAX, without torch.
 
-Each step is one jitted function of a parameter tree. A jitted function is compiled anew for every new shape, which takes
-seconds, so shapes are few: prompt lengths, rows, completions and cache capacities are rounded up to powers of two, and
-what is cut off again is cut on the host.
+Each step is one jitted function of a parameter tree. A jitted function is compiled again for every new shape, which takes
+seconds. To keep the number of shapes small, prompt lengths, rows, completions and cache capacities are rounded up to powers of
+two, and surplus rows are cut off on the host.
 """
 
 from __future__ import annotations
@@ -76,15 +76,17 @@ class JaxLM:
     Parameters
     ----------
     parameters
-        {"outer": {name: array}, "layers": {name: array of all layers}}, as `parameters` of a loaded model has it.
+        The weights, as the tree {"outer": {name: array}, "layers": {name: array of all layers}}, like the `parameters` of a
+        loaded model.
     config
-        The content of a config.json of transformers; what the forward does not know is refused.
+        The content of a config.json of transformers; options that the forward does not support are refused.
     tokenizer
-        Its tokenizer; None to work on token ids only.
+        The model's tokenizer; None: the model works on token ids only.
     eos_token_id
-        The id or ids that end a completion; empty for none. None: the configuration decides, then the tokenizer.
+        The id or ids that end a completion; an empty collection for none. None: those of the configuration, else the
+        tokenizer's.
     temperature
-        Divides the logits, in sampling and scoring alike.
+        The number by which the logits are divided, in sampling and in scoring.
 
     Raises
     ------
@@ -92,6 +94,17 @@ class JaxLM:
         If the configuration is outside the allow-list, or parameters or tokenizer do not fit it.
     BayesKLRLError
         If the temperature is not positive, or an EOS id is outside the vocabulary.
+
+    Examples
+    --------
+    The model that is shipped with the package, as the prior of a posterior:
+
+    >>> import bayes_klrl as bk
+    >>> prior = bk.JaxLM.from_pretrained("austen")
+    >>> excited = bk.Reward(lambda completions: [c.count("!") for c in completions], alpha=1.0)
+    >>> posterior = bk.Posterior(prior, excited, prompts="It was a fine morning", max_new_tokens=4)
+    >>> bk.ImportanceSampling(8).run(posterior, seed=0).tokens.shape
+    (1, 8, 4)
     """
 
     def __init__(
@@ -122,32 +135,33 @@ class JaxLM:
     def from_pretrained(
         cls, name_or_folder: str | os.PathLike[str], device: jax.Device | str | None = None, **options: Any
     ) -> JaxLM:
-        """Load a folder or a model shipped with the package, as float32 whatever is stored; torch is not imported.
+        """Load a folder or a model shipped with the package, in float32; torch is not imported.
 
         Parameters
         ----------
         name_or_folder
-            An existing folder in Hugging Face's format (safetensors, tokenizer.json), else a shipped name such as
-            "austen".
+            An existing folder in Hugging Face's format (safetensors, tokenizer.json), else the name of a shipped model such
+            as "austen".
         device
-            Where the model lives: one of JAX's devices, or a platform's name such as "cpu"; None: JAX's default.
+            The device to load the model to: one of JAX's devices, or the name of a platform such as "cpu"; None: JAX's
+            default.
         options
-            `eos_token_id` and `temperature`, see `JaxLM`; by default what `save_pretrained` was given.
+            `eos_token_id` and `temperature` of `JaxLM`; by default those that `save_pretrained` stored.
 
         Raises
         ------
         CheckpointError
-            If there is no such model, weights are missing or left over, or the configuration is not on the list of what
-            the forward computes; says what to do.
+            If there is no such model, if weights are missing or left over, or if the forward does not support the
+            configuration; the message says what to do.
         BayesKLRLError
-            For a device that is not there, or an unknown option.
+            If the device does not exist, or an option is unknown.
         """
         from bayes_klrl.models.jax_lm.checkpoint import load
 
         unknown = options.keys() - {"eos_token_id", "temperature"}
         if unknown:
             raise BayesKLRLError(
-                f"from_pretrained has no option {min(unknown)!r}; there are eos_token_id and temperature."
+                f"from_pretrained has no option {min(unknown)!r}; its options are eos_token_id and temperature."
             )
         place = named_device(device) if isinstance(device, str) else device
         parameters, config, tokenizer = load(name_or_folder)
@@ -157,11 +171,11 @@ class JaxLM:
 
     @property
     def parameters(self) -> Parameters:
-        """The parameter tree: a pytree for `jax.grad`, optax and NumPyro."""
+        """The parameter tree, a pytree for `jax.grad`, optax and NumPyro."""
         return self._parameters
 
     def with_parameters(self, parameters: Parameters) -> JaxLM:
-        """Return this model with other parameters, which may be traced."""
+        """Return the same model with other parameters, which may be traced."""
         from bayes_klrl.models.jax_lm.checkpoint import check_parameters
 
         check_parameters(self._architecture, parameters)
@@ -191,17 +205,17 @@ class JaxLM:
 
     @property
     def bos_token_id(self) -> int | None:
-        """What an empty prompt becomes: the tokenizer's BOS, else the configuration's, else None."""
+        """The token that replaces an empty prompt: the tokenizer's BOS, else the configuration's, else None."""
         candidates = [getattr(self._tokenizer, "bos_token_id", None), self._config.get("bos_token_id")]
         return first_token(candidates, self.vocab_size)
 
     @property
     def context_length(self) -> int:
-        """Tokens that fit, prompt and completion together."""
+        """Largest number of tokens of prompt and completion together."""
         return self._architecture.context_length
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `LanguageModel`. A final EOS that the tokenizer adds is left out."""
+        """See `LanguageModel`. A final EOS that the tokenizer adds is removed."""
         return encoded(require_tokenizer(self, "encode"), texts, keep_eos=False)
 
     def decode(self, ids: Sequence[TokenIds]) -> list[str]:
@@ -240,11 +254,11 @@ class JaxLM:
         return JaxState(features, buffer, buffer.filled, state.padding, num_tokens)
 
     def select(self, state: JaxState, rows: IntArray, *, always: bool = False) -> JaxState:
-        """See `LanguageModel`. The identity costs nothing, unless a copy is wanted `always`."""
+        """See `LanguageModel`. Selecting all rows in order copies nothing, unless `always` asks for a copy."""
         rows = np.asarray(rows)
         if not always and np.array_equal(rows, np.arange(len(state.num_tokens))):
             return state
-        rows = np.arange(len(state.num_tokens))[rows]  # refuses rows that are only there to fill a bucket
+        rows = np.arange(len(state.num_tokens))[rows]  # refuses rows that only fill a bucket
         num_rows = len(state.padding) if always else bucket(len(rows), MIN_BUCKET)
         picked = padded_to(rows, num_rows)
         capacity = bucket(state.length + 1, MIN_CAPACITY)
@@ -259,31 +273,31 @@ class JaxLM:
     def position_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Array:
         """Return log p(. | c, x_<t) at every position, shape (P, N, T, V), 0 past each completion's length.
 
-        Differentiable; meant for vocabularies small enough to hold the table.
+        Differentiable. The whole table must fit into memory.
         """
         return self._read(position_log_probs, prompts, sequences, self.vocab_size)
 
     def features(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Array:
-        """Return what every token is predicted from, the last hidden states: (P, N, T, F), 0 past each length."""
+        """Return the last hidden states, which predict every token, shape (P, N, T, F), 0 past each completion's length."""
         return self._read(token_features, prompts, sequences, self._architecture.hidden_size)
 
     def pad_prompts(self, prompts: Sequence[TokenIds], max_new_tokens: int = 0) -> PaddedPrompts:
-        """Return prompts as arrays for `sample_tokens` and `score_tokens`, refusing those that cannot be continued."""
+        """Return prompts as arrays for `sample_tokens` and `score_tokens`; refuse those too long for `max_new_tokens` more."""
         self._check_prompts(prompts, num_new=max_new_tokens)
         return PaddedPrompts(*map(jnp.asarray, left_padded(prompts, len(prompts))))
 
     def sample_tokens(self, prompts: PaddedPrompts, uniforms: Array) -> tuple[Array, Array]:
         """Return completions and their log-probs, shape (P, N, T) each: int32 and float32, without a gradient.
 
-        One program on the device, in which everything may be traced, the parameters of `with_parameters` as well. Past
-        EOS stand the lowest EOS id (0 if there is none) and log-probs of 0. New shapes compile anew.
+        This is one program on the device, whose inputs may all be traced, including the parameters of `with_parameters`.
+        Positions past EOS hold the lowest EOS id (0 if there is none) and log-probs of 0. Every new shape is compiled.
 
         Parameters
         ----------
         prompts
-            From `pad_prompts`, which has checked that T more tokens fit.
+            Prompts from `pad_prompts`, which checks that T more tokens fit.
         uniforms
-            From [0, 1), shape (P, N, T); each token is drawn by inverse CDF in float32.
+            Uniform random numbers in [0, 1), shape (P, N, T); each token is drawn by inverse CDF in float32.
         """
         uniforms = jnp.asarray(uniforms, dtype=jnp.float32)
         self._check_rows(prompts, uniforms)
@@ -297,8 +311,8 @@ class JaxLM:
     def score_tokens(self, prompts: PaddedPrompts, tokens: Array) -> Array:
         """Return log p(x_t | c, x_<t) of completions that may be traced, shape (P, N, T), 0 past the first EOS.
 
-        What `token_log_probs` returns, differentiable as it is; but lengths are found inside the program, and new shapes
-        compile anew; a traced token outside the vocabulary is not noticed.
+        The same numbers as those of `token_log_probs`, and differentiable too. Lengths are computed inside the program, every
+        new shape is compiled, and a traced token outside the vocabulary is not refused.
         """
         return self._read_tokens(score, prompts, tokens)
 
@@ -307,12 +321,12 @@ class JaxLM:
         return self._read_tokens(position_log_probs, prompts, tokens)
 
     def copy(self) -> JaxLM:
-        """Return an independent copy: a guide that starts as this model."""
+        """Return an independent copy, for example as a guide that starts from this model."""
         return self.with_parameters(jax.tree.map(jnp.copy, self._parameters))
 
     def lockstep(self, models: Sequence[LanguageModel]) -> JaxLockstep | None:
-        """See `LanguageModel`: for several `JaxLM` of one vocabulary, a loop on the device."""
-        if any(type(model) is not JaxLM for model in models):  # one of a subclass may compute something else
+        """See `LanguageModel`. Return a loop on the device if all models are `JaxLM`."""
+        if any(type(model) is not JaxLM for model in models):  # a subclass may compute something else
             return None
         same: Any = models
         static = StaticModels(tuple(model._architecture for model in same), self._eos)
@@ -320,21 +334,21 @@ class JaxLM:
         return JaxLockstep(static, Weights(parameters, tuple(model.temperature for model in same)))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write a Hugging Face folder that `from_pretrained` reads, and torch as well: weights, tokenizer, EOS ids.
+        """Write a Hugging Face folder that `from_pretrained` of `JaxLM` and of `TorchLM` reads: weights, tokenizer, EOS ids.
 
-        The temperature and the EOS ids are kept in config.json, where `from_pretrained` finds them, and in the
-        generation config, for Hugging Face's `generate`.
+        Temperature and EOS ids are written to config.json, from which `from_pretrained` reads them, and to the generation
+        config, for Hugging Face's `generate`.
         """
         from bayes_klrl.models.jax_lm.checkpoint import save
 
         save(self._parameters, self._config, self._tokenizer, Path(folder), self._eos_token_ids, self.temperature)
 
     def _read(self, reading: Reading, prompts: Sequence[TokenIds], sequences: Sequences, depth: int = 0) -> Array:
-        """Return what a reading says of every token, shape (P, N, T), or (P, N, T, depth)."""
+        """Return the output of a reading for every token, shape (P, N, T), or (P, N, T, depth)."""
         num_prompts, num_draws, num_tokens = sequences.tokens.shape
         if num_prompts != len(prompts):
             raise BayesKLRLError(
-                f"{len(prompts)} prompts but completions of {num_prompts}: one row of N for each prompt."
+                f"{len(prompts)} prompts but completions of {num_prompts}. Give N completions for each prompt."
             )
         longest = int(sequences.lengths.max(initial=0))
         if longest == 0:
@@ -348,7 +362,7 @@ class JaxLM:
         return joined(read, (num_prompts, num_draws, num_tokens))
 
     def _read_tokens(self, reading: Reading, prompts: PaddedPrompts, tokens: Array) -> Array:
-        """Return what a reading says of completions that may be traced."""
+        """Return the output of a reading for completions that may be traced."""
         tokens = jnp.asarray(tokens)
         self._check_rows(prompts, tokens)
         if not isinstance(tokens, jax.core.Tracer):
@@ -362,7 +376,7 @@ class JaxLM:
         return tuple(sorted(self._eos_token_ids))
 
     def _check_rows(self, prompts: PaddedPrompts, rows: Array) -> None:
-        """Refuse rows that are not (P, N, T) for these prompts."""
+        """Refuse arrays whose shape is not (P, N, T) for these prompts."""
         num_prompts = len(prompts.padding)
         if rows.ndim != 3 or rows.shape[0] != num_prompts or rows.shape[2] == 0:
             raise BayesKLRLError(
@@ -384,6 +398,6 @@ def named_device(platform: str) -> jax.Device:
 
 
 def inside_ids(tokens: np.ndarray, eos_token_ids: Collection[int]) -> IntArray:
-    """Return the ids that stand up to each row's first EOS, all in one row."""
+    """Return the ids up to each row's first EOS, as one flat array."""
     ids: IntArray = tokens[np.arange(tokens.shape[-1]) < completion_lengths(tokens, eos_token_ids)[..., None]]
     return ids

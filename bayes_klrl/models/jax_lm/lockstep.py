@@ -1,8 +1,8 @@
-"""Independent completions continued on the device: the step loop of `models/decoding.py` without its way to the host.
+"""Drawing the rest of independent completions in a loop on the device, instead of the step loop of `models/decoding.py`.
 
-A step of that loop goes to the device and back for its log-probs; for small models the way costs more than the step.
-Here a `lax.while_loop` draws until every row has ended, or half of them: then the others go on in a smaller batch. It
-takes the same uniforms and draws the same tokens, up to rounding: it cumulates in float32, the host in float64.
+Every step of that loop transfers log-probs from the device to the host; for small models the transfer takes longer than the
+step. Here a `lax.while_loop` draws until every row has ended, or half of them; then the others continue in a smaller batch. It
+uses the same uniforms and draws the same tokens, up to rounding: it sums probabilities in float32, the host in float64.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from bayes_klrl.typing import Array, FloatArray, IntArray
 __all__ = ["JaxLockstep"]
 
 GROWTH = 128
-"""Buffers of up to as many slots are made at once, longer ones are doubled as they fill."""
+"""A buffer of up to this number of slots gets its full size at once; a longer one is doubled whenever it is full."""
 
 MAX_SHARING = 4
-"""The loop of steps computes a prefix once, whoever shares it; this one goes on when fewer than as many do."""
+"""The step loop computes a prefix once for all rows that share it. This loop takes over if at most this number of rows, on
+average, share a prefix."""
 
 CHEAP_STEP = 2**24
-"""Rows x parameters up to which a step costs no more than the way to the host: sharing does not pay then."""
+"""Up to this number of rows x parameters a step takes no longer than its transfer to the host, and sharing saves nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,7 @@ class JaxLockstep:
             check_length(int(states[0].num_tokens[state_rows].max()) + num_tokens, architecture.context_length)
         taken = start = states[0].length
         needed = start + num_tokens
-        index = np.arange(num_rows)  # the row that each row of the batch is, those that only fill its bucket left out
+        index = np.arange(num_rows)  # original row of each row of the batch, without those that only fill its bucket
         caches = [state.buffer.arrays for state in states]
         rows, padding = batch(caches, newest, states[0].padding, state_rows, capacity(taken, needed))
         tokens = np.zeros((num_tokens, num_rows), dtype=np.int64)
@@ -80,7 +81,7 @@ class JaxLockstep:
     def drawn(
         self, rows: Rows, padding: np.ndarray, uniforms: FloatArray, num_tokens: int, taken: int
     ) -> tuple[IntArray, FloatArray, Rows]:
-        """Return some more tokens (at most as many as uniforms) of the M rows, their log-probs in sum (models, M)."""
+        """Return at most as many more tokens as uniforms for the M rows, and the sums of their log-probs, (models, M)."""
         most, num_rows = uniforms.shape
         columns = np.zeros((bucket(num_tokens, MIN_BUCKET), len(padding)), dtype=np.float32)
         columns[:most, :num_rows] = uniforms
@@ -93,7 +94,7 @@ class JaxLockstep:
 
 
 def capacity(taken: int, needed: int) -> int:
-    """Return how many slots a buffer has with one more than `taken` in use, of which `needed` will be."""
+    """Return the number of slots of a buffer of which `taken` are in use and `needed` will be in the end."""
     rounded = (
         -(-needed // MIN_BUCKET) * MIN_BUCKET
     )  # prompts are rounded up already: powers of two would be a third too long
@@ -101,14 +102,14 @@ def capacity(taken: int, needed: int) -> int:
 
 
 def capacity_of(rows: Rows) -> int:
-    """Return how many slots the rows have."""
+    """Return the number of slots of the rows' caches."""
     return int(rows.caches[0].keys.shape[3])
 
 
 def batch(
     caches: Sequence[Cache], newest: Array, padding: np.ndarray, chosen: IntArray, num_slots: int
 ) -> tuple[Rows, np.ndarray]:
-    """Return a batch of chosen rows of the caches, with so many slots, and its padding; `newest` is theirs already."""
+    """Return a batch of chosen rows of the caches, with `num_slots` slots, and its padding; `newest` belongs to these rows."""
     size = bucket(len(chosen), MIN_BUCKET)
     picked = padded_to(chosen, size)
     copies = tuple(gather_rows(picked, cache, picked, num_slots)[1] for cache in caches)
@@ -119,22 +120,24 @@ def batch(
 def draw_until(
     static: StaticModels, weights: Weights, rows: Rows, padding: Any, uniforms: Any, taken: Any, most: Any, few: Any
 ) -> tuple[Rows, Any, Any, Any]:
-    """Return the rows after `most` more tokens, or once no more than `few` of them go on.
+    """Return the rows after `most` more tokens, or as soon as at most `few` of them are unfinished.
 
     Parameters
     ----------
     static, weights, rows, padding
-        The models and the R rows; the caches are given away.
+        The models, the R rows and their padding; the buffers of the caches are donated.
     uniforms
-        Shape (T, R), T >= most.
+        Uniform random numbers in [0, 1), shape (T, R), T >= most.
     taken
-        How many slots of the caches are in use.
-    most, few
-        When to stop.
+        Number of slots of the caches in use.
+    most
+        Largest number of tokens to draw.
+    few
+        Number of unfinished rows at which to stop.
 
     Returns
     -------
-    The rows, the tokens (T, R), their log-probs (T, models, R), and how many of the T there are.
+    The rows, the tokens (T, R), their log-probs (T, models, R), and the number of tokens drawn, at most T.
     """
 
     def not_yet(carried: Any) -> Any:

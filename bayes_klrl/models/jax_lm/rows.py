@@ -31,20 +31,20 @@ __all__ = [
 ]
 
 MIN_BUCKET = 8
-"""The smallest bucket of lengths and of rows that are decoded."""
+"""The smallest size that lengths, and numbers of decoded rows, are rounded up to."""
 
 MIN_CAPACITY = 32
-"""The smallest capacity of a buffer."""
+"""The smallest number of slots of a buffer."""
 
 BUDGET = 2**25
-"""Floats that one chunk of scored rows may hold at its widest point (128 MB)."""
+"""Largest number of floats of one chunk of scored rows at its widest layer (128 MB)."""
 
 
 @dataclass(eq=False)
 class Buffer:
-    """Keys and values with free slots; `filled` are taken. States share it, and who would write to a taken slot copies.
+    """Keys and values with free slots; the first `filled` are in use. States share a buffer; a write to a slot in use copies.
 
-    The arrays are given away to every step, which writes in place, and replaced by what it returns.
+    The arrays are donated to every step, which writes in place, and replaced by the arrays that it returns.
     """
 
     arrays: Cache
@@ -52,28 +52,28 @@ class Buffer:
 
     @property
     def capacity(self) -> int:
-        """How many slots there are."""
+        """Number of slots."""
         return int(self.arrays.keys.shape[3])
 
 
 @dataclass(frozen=True, eq=False)
 class JaxState:
-    """R rows in the first `length` slots of a buffer, whose number of rows B >= R is a power of two."""
+    """The state of R rows, in the first `length` slots of a buffer whose number of rows B >= R is a power of two."""
 
-    features: Array  # (B, D), what the next tokens are predicted from
+    features: Array  # (B, D), the hidden states that predict the next tokens
     buffer: Buffer
     length: int
-    padding: np.ndarray  # (B,) slots on the left that hold nothing
+    padding: np.ndarray  # (B,) number of padded slots on the left
     num_tokens: IntArray  # (R,) tokens read so far, prompt included
 
 
 def widest(architecture: Architecture) -> int:
-    """Return how many floats a token takes at its widest point."""
+    """Return the number of floats per token at the widest layer."""
     return max(architecture.vocab_size, architecture.inner_size)
 
 
 def chunk_size(floats_per_row: int) -> int:
-    """Return how many rows go into a chunk: a power of two, at least `MIN_BUCKET`."""
+    """Return the number of rows of a chunk: a power of two, at least `MIN_BUCKET`."""
     most = max(MIN_BUCKET, BUDGET // floats_per_row)
     return 1 << (most.bit_length() - 1)
 
@@ -88,7 +88,7 @@ def read_rows(
     tokens: IntArray,
     lengths: IntArray,
 ) -> list[tuple[Array, int]]:
-    """Return what a reading says of chunks of rows, each (rows or more, T or more, ...), and how many rows are meant."""
+    """Return the output of a reading for chunks of rows, each (rows or more, T or more, ...), and its true number of rows."""
     width = bucket(tokens.shape[1], MIN_BUCKET)
     size = chunk_size(width * widest(architecture))
     function = reading if len(tokens) <= size else recomputed(reading)
@@ -110,12 +110,12 @@ def read_rows(
 
 @cache
 def recomputed(reading: Reading) -> Callable[..., Any]:
-    """Return the same, computed again on the way back: of several chunks only the inputs are remembered."""
+    """Return the same function, recomputed in the backward pass, so that only the inputs of a chunk are stored."""
     return jax.jit(jax.checkpoint(reading, static_argnums=(0,)), static_argnums=0)
 
 
 def left_padded(prompts: Sequence[TokenIds], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return prompts as rows padded on the left to a bucket, and the padding of each; rows too many hold one token."""
+    """Return prompts as `num_rows` rows padded on the left, and the padding of each; surplus rows hold one token."""
     length = bucket(max(map(len, prompts)), MIN_BUCKET)
     tokens = np.zeros((num_rows, length), dtype=np.int32)
     padding = np.full(num_rows, length - 1, dtype=np.int32)
@@ -133,7 +133,7 @@ def padded_to(values: IntArray, size: int) -> np.ndarray:
 
 
 def cut(array: Array, num_rows: int) -> Array:
-    """Return the first rows; cut on the host, where no new shape is compiled for, unless the array is traced."""
+    """Return the first rows. Unless the array is traced it is cut on the host, since JAX would compile each new shape."""
     if len(array) == num_rows or isinstance(array, jax.core.Tracer):
         return array[:num_rows]
     return jax.device_put(np.asarray(array)[:num_rows])

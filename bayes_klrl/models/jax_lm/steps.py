@@ -1,7 +1,7 @@
-"""The jitted functions that `JaxLM` is made of; R rows, S tokens, C slots, D hidden size, V vocabulary.
+"""The jitted functions of `JaxLM`; R rows, S tokens, C slots, D hidden size, V vocabulary.
 
-They belong to no model: the architecture is a static argument and the weights are arguments, so models of one
-architecture, a prior and its guide for one, share what was compiled.
+They are not methods of a model: the architecture is a static argument and the weights are arguments. So models of one
+architecture, such as a prior and its guide, share the compiled functions.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def prefill(architecture: Architecture, parameters: Parameters, tokens: Any, pad
 def advanced(
     architecture: Architecture, parameters: Parameters, cache: Cache, tokens: Any, padding: Any, length: Any
 ) -> tuple[Any, Cache]:
-    """Return the features after one more token a row, and the cache with slot `length` written in place."""
+    """Return the features after one more token per row, and the cache with slot `length` written in place."""
     hidden, new = hidden_states(architecture, parameters, tokens[:, None], padding, cache, length)
-    zero = jnp.zeros_like(length)  # of the same integer type, also when float64 is switched on
+    zero = jnp.zeros_like(length)  # of the same integer type, also with `jax_enable_x64`
     where = (zero, zero, zero, length, zero)
     written = [lax.dynamic_update_slice(old, added, where) for old, added in zip(cache, new, strict=True)]
     return hidden[:, 0], Cache(*written)
 
 
 step = jax.jit(advanced, static_argnums=0, donate_argnums=2)
-"""The same, compiled; the cache that comes in is given away."""
+"""`advanced`, compiled; the buffers of the given cache are donated."""
 
 
 @partial(jax.jit, static_argnums=0)
@@ -69,7 +69,7 @@ def next_log_probs(architecture: Architecture, parameters: Parameters, features:
 
 @partial(jax.jit, static_argnums=3)
 def gather_rows(features: Any, cache: Cache, rows: Any, capacity: int) -> tuple[Any, Cache]:
-    """Return a copy of some rows, with room for `capacity` slots."""
+    """Return a copy of some rows, with `capacity` slots."""
     num_slots = min(capacity, cache.keys.shape[3])
     free = ((0, 0), (0, 0), (0, 0), (0, capacity - num_slots), (0, 0))
     copies = [jnp.pad(stored[..., :num_slots, :].take(rows, axis=1), free) for stored in cache]
@@ -89,18 +89,18 @@ def score(
 ) -> Any:
     """Return the log-prob of every token, shape (R, T), 0 past each row's length.
 
-    Each prompt is read once, then all its completions follow it in one go.
+    Each prompt is read once, then all its completions are read in one forward pass.
 
     Parameters
     ----------
     architecture, parameters, temperature
         The model.
     prompts, padding
-        Left-padded prompts (P, S), and how many slots of each hold nothing, shape (P,).
+        Left-padded prompts, shape (P, S), and the number of padded slots of each, shape (P,).
     owners
-        Which prompt each row continues, shape (R,).
+        Index of the prompt that each row continues, shape (R,).
     tokens, lengths
-        The completions, shape (R, T), and how many of their tokens count, shape (R,).
+        The completions, shape (R, T), and their lengths, shape (R,).
     """
     hidden = read_from(architecture, parameters, prompts, padding, owners, tokens)
     scaled = logits(architecture, parameters, hidden) / temperature
@@ -136,7 +136,7 @@ def token_features(
     lengths: Any,
     _temperature: Any,
 ) -> Any:
-    """Return what every token is predicted from, shape (R, T, D), 0 past each row's length; see `score`."""
+    """Return the hidden state that predicts every token, shape (R, T, D), 0 past each row's length; see `score`."""
     hidden = read_from(architecture, parameters, prompts, padding, owners, tokens)
     return jnp.where(inside(tokens, lengths)[..., None], hidden, 0.0)
 
@@ -152,5 +152,5 @@ def read_from(
 
 
 def inside(tokens: Any, lengths: Any) -> Any:
-    """Return which tokens belong to a completion, shape (R, T)."""
+    """Return True for positions inside a completion's length, shape (R, T)."""
     return jnp.arange(tokens.shape[1]) < lengths[:, None]

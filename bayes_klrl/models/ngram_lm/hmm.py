@@ -52,7 +52,7 @@ class HmmLM:
     >>> lm = bk.HmmLM([0.5, 0.5], [[0.9, 0.1], [0.2, 0.8]], [[0.7, 0.3], [0.1, 0.9]], eos_token_id=None)
     >>> np.exp(lm.next_log_probs(lm.prefill([[], [0, 0]]))).round(2)
     array([[0.4 , 0.6 ],
-           [0.61, 0.39]])
+           [0.63, 0.37]])
     """
 
     accepts_empty_prompt = True

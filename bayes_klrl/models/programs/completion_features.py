@@ -1,4 +1,4 @@
-"""Features f(x) of completions: what a function of NumPy arrays may return, the same for every backend."""
+"""Features f(x) of completions by a function of NumPy arrays, with the same checks for every backend."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def host_features(fn: Callable[[IntArray, IntArray], ArrayLike], tokens: IntArra
     Parameters
     ----------
     fn
-        `fn(tokens (M, T), lengths (M,))`, which returns M numbers or M rows of K.
+        A function `fn(tokens (M, T), lengths (M,))` that returns M numbers or M rows of K.
     tokens
-        Shape (M, T), anything past the first EOS.
+        The completions, shape (M, T), with arbitrary ids past the first EOS.
     lm
-        Whose EOS ids end them.
+        The language model whose EOS ids end the completions.
 
     Raises
     ------
@@ -47,8 +47,8 @@ def host_features(fn: Callable[[IntArray, IntArray], ArrayLike], tokens: IntArra
 
 
 def features_error(num_completions: int, shape: tuple[int, ...], *, has_nan: bool = False) -> RewardError:
-    """Return the error about an array that does not hold the features of as many completions."""
+    """Return the error for an array that does not hold the features of `num_completions` completions."""
     return RewardError(
-        f"Features of {num_completions} completions must be as many numbers, or rows of numbers, none of them NaN; got "
+        f"Features of {num_completions} completions must be as many numbers, or rows of numbers, without NaN; got "
         f"the shape {shape}{' with NaN' if has_nan else ''}."
     )

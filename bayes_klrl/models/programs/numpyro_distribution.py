@@ -27,24 +27,24 @@ class SequenceDistribution(Distribution):
 
     A draw is a row of int32 token ids, padded past EOS. `log_prob` sums the tokens' log-probs, in float32 or, if
     `jax_enable_x64` is on, in float64; tokens past EOS are ignored. A model on JAX (`JaxLM`, or another with the methods of
-    `JaxModel`) is traced, and differentiable in parameters that it was given by `with_parameters`; any other is called on the
+    `JaxModel`) is traced, and differentiable in the parameters given to `with_parameters`. Any other model is called on the
     host and has no gradient.
 
-    There is no reparametrisation. NumPyro would infer the contrary from an empty `arg_constraints`, and drop the
-    score-function term of the gradient without a word.
+    There is no reparametrisation, and the class says so by `has_rsample`. NumPyro would infer the contrary from an empty
+    `arg_constraints`, and drop the score-function term of the gradient without any warning.
 
     Parameters
     ----------
     lm
-        What draws and scores.
+        The language model that draws and scores.
     prompt_ids
-        The prompts, of which there may be more than P.
+        Token ids of the prompts, of which there may be more than P.
     max_new_tokens
-        T.
+        T, the largest length of a completion.
     chosen
-        Which of them completions follow, shape (P,), may be traced; None: each once, in order.
+        Indices of the P prompts that completions follow, shape (P,), possibly traced; None: all prompts, in order.
     batch_shape
-        (..., P); (P,) by default.
+        The batch shape (..., P); None: (P,).
 
     Examples
     --------
@@ -91,13 +91,13 @@ class SequenceDistribution(Distribution):
         super().__init__(shape, (max_new_tokens,), validate_args=False)
 
     def tree_flatten(self) -> tuple[Any, Any]:
-        """Return the arrays, which may be traced, and the rest."""
+        """Return the arrays, which may be traced, and the static attributes."""
         parameters = self.lm.parameters if isinstance(self.lm, JaxModel) else None
         return (parameters, self.chosen), (self.lm, self.prompt_ids, self._batch_shape, self._event_shape)
 
     @classmethod
     def tree_unflatten(cls, aux_data: Any, params: Any) -> SequenceDistribution:
-        """Return the distribution of what `tree_flatten` gave; JAX puts placeholders into the arrays' places."""
+        """Return the distribution from the results of `tree_flatten`; JAX may put placeholders in place of the arrays."""
         lm, prompt_ids, batch_shape, event_shape = aux_data
         parameters, chosen = params
         self = cls.__new__(cls)
@@ -113,7 +113,7 @@ class SequenceDistribution(Distribution):
         if shape[-1:] != (num_prompts,):
             raise BayesKLRLError(
                 f"The last batch dimension of a SequenceDistribution is its {num_prompts} prompts; it cannot be expanded to "
-                f"{shape}. Draw several completions of a prompt along dimensions before it."
+                f"{shape}. Use the dimensions before it for several completions per prompt."
             )
         return SequenceDistribution(
             self.lm, self.prompt_ids, self._event_shape[0], chosen=self.chosen, batch_shape=shape
@@ -145,11 +145,11 @@ class SequenceDistribution(Distribution):
         return total.T.reshape(batch_shape)
 
     def position_log_probs(self, value: Array) -> tuple[Array, Array, Array]:
-        """Return log p(. | c, x_<t) at every position, (..., P, T, V), the tokens and which of them count, (..., P, T)."""
+        """Return log p(. | c, x_<t) at every position, (..., P, T, V), the tokens and the mask up to EOS, (..., P, T)."""
         if not hasattr(self.lm, "score_positions"):
             raise BayesKLRLError(
                 f"The Rao-Blackwellised estimator needs score_positions, which {type(self.lm).__name__} lacks. Use the "
-                "leave-one-out one."
+                "leave-one-out estimator."
             )
         by_prompt, inside, batch_shape = self._by_prompt(value)
         scores = self.lm.score_positions(self._padded_prompts(), by_prompt)
@@ -163,19 +163,19 @@ class SequenceDistribution(Distribution):
         Parameters
         ----------
         fn
-            `fn(tokens (M, T), lengths (M,))`, which returns M numbers or M rows of K; positions past a length hold the EOS
-            id (0 if there is none), as for `TokenReward`. It gets JAX arrays, which may be traced.
+            A function `fn(tokens (M, T), lengths (M,))` that returns M numbers or M rows of K; positions past a length hold
+            the EOS id (0 if there is none), as for `TokenReward`. It gets JAX arrays, which may be traced.
         value
-            The completions.
+            The completions, shape (..., P, T).
         callback
-            Call it on the host with NumPy arrays, for functions that JAX cannot trace. Text is
+            True: call the function on the host with NumPy arrays, for functions that JAX cannot trace. The texts are
             `lm.decode([x[:n] for x, n in zip(tokens, lengths)])`.
 
         Raises
         ------
         RewardError
-            If `fn` cannot be traced, or returns anything else, or NaN; while a compiled program runs NaN is noticed on the
-            host alone, and JAX raises its own error around this one.
+            If `fn` cannot be traced, or returns anything else, or NaN. Inside a compiled program NaN is found only with
+            `callback`, and JAX raises its own error from this one.
         """
         rows, lengths = padded_past_eos(jnp.asarray(value).reshape(-1, value.shape[-1]), self.lm)
         found = called_features(fn, rows, self.lm) if callback else traced_features(fn, rows, lengths)
@@ -187,7 +187,7 @@ class SequenceDistribution(Distribution):
         return jax.tree.map(lambda array: jnp.asarray(array)[self.chosen], padded)
 
     def _by_prompt(self, value: Array) -> tuple[Array, Array, tuple[int, ...]]:
-        """Return completions as (P, N, T), padded past EOS, with the mask of what counts, and their batch shape."""
+        """Return completions as (P, N, T), padded past EOS, with the mask of tokens up to EOS, and their batch shape."""
         batch_shape = np.broadcast_shapes(self._batch_shape, value.shape[:-1])
         tokens = jnp.broadcast_to(value, (*batch_shape, *self._event_shape)).astype(jnp.int32)
         by_prompt = tokens.reshape(-1, *tokens.shape[-2:]).swapaxes(0, 1)
@@ -206,7 +206,7 @@ class SequenceDistribution(Distribution):
         return found.astype(np.dtype(float_type()))
 
     def _each_choice(self, function: Any, arrays: np.ndarray, chosen: Array) -> np.ndarray:
-        """Return function(prompts, array) (P, N, ...) of arrays (..., P, N, T), together where they share their prompts."""
+        """Return function(prompts, array), (..., P, N, ...), of arrays (..., P, N, T), by one call per choice of prompts."""
         leading, (num_prompts, num_draws) = arrays.shape[:-3], arrays.shape[-3:-1]
         flat = arrays.reshape(-1, *arrays.shape[-3:])
         choices = np.asarray(chosen).reshape(-1, num_prompts)
@@ -222,7 +222,7 @@ class SequenceDistribution(Distribution):
         return np.stack(found).reshape(*leading, *found[0].shape)
 
     def _decoded(self, prompts: Sequence[TokenIds], uniforms: np.ndarray) -> np.ndarray:
-        """Return completions (P, N, T) drawn with given uniforms."""
+        """Return completions (P, N, T) drawn with given uniforms (P, N, T)."""
         decoding = Decoding((self.lm,), prompts, uniforms.shape[1], uniforms.shape[2])
         while not decoding.done:
             decoding.step(uniforms[..., decoding.step_count].ravel())

@@ -1,12 +1,12 @@
 """The posterior as a NumPyro program, and a language model as its guide.
 
-    x ~ prior(. | prompt)                 sample site "x": tokens, one sequence a site, event_dim 1
+    x ~ prior(. | prompt)                 sample site "x": tokens, one sequence per site, event_dim 1
     reward = r(x)                         deterministic site "reward"
     factor exp(reward / alpha)            factor site "likelihood"
 
 The programs are genuine: `numpyro.handlers`, `Predictive`, `log_density` and a user's own `numpyro.infer.SVI` work on them.
-With a `JaxLM` and a `TokenReward` everything is traced and compiled; a reward of another kind, or a model that is not on JAX,
-runs on the host through a callback (see `jax_rewards` and `numpyro_distribution`).
+With a `JaxLM` and a `TokenReward` everything is traced and compiled. A reward of another kind, or a model that is not on JAX,
+runs on the host in a callback (see `traced_rewards` and `numpyro_distribution`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 PARAMETERS = "language_model"
-"""The site of a guide's parameters."""
+"""The name of the site of a guide's parameters."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class NumpyroGuide:
 
     @property
     def trains(self) -> bool:
-        """Whether there are parameters: the model is on JAX, and not the prior itself."""
+        """True if the guide has parameters: the model is on JAX, and not the prior itself."""
         return isinstance(self.lm, JaxModel) and self.lm is not self.posterior.prior
 
     def __call__(self) -> Array:
@@ -80,19 +80,19 @@ class NumpyroGuide:
             return numpyro.sample("x", completion_distribution(self.posterior, lm, chosen))
 
     def language_model(self, params: Mapping[str, Any]) -> Any:
-        """Return the language model that training made.
+        """Return the trained language model.
 
         Parameters
         ----------
         params
-            What `numpyro.infer.SVI.get_params(state)` gives, or the `params` of `SVI.run`'s result.
+            The result of `numpyro.infer.SVI.get_params(state)`, or the `params` of the result of `SVI.run`.
         """
         if not self.trains:
             return self.lm
         if PARAMETERS not in params:
             raise BayesKLRLError(
-                f"These parameters have no {PARAMETERS!r}, only {sorted(params)}. Give svi.get_params(state) of an SVI with "
-                "this guide."
+                f"These parameters have no {PARAMETERS!r}, only {sorted(params)}. Give svi.get_params(state) of an SVI "
+                "with this guide."
             )
         return self.lm.with_parameters(params[PARAMETERS])  # type: ignore[attr-defined]
 
@@ -103,15 +103,16 @@ def numpyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> 
     Parameters
     ----------
     posterior
-        What is conditioned, on any prior.
+        The posterior to write as a program, with any prior.
     prompts_per_step
-        Subsample as many of the P prompts in every execution; None: all of them. NumPyro's `TraceGraph_ELBO` then makes
-        gradients P / prompts_per_step times too long; our own `numpyro_backend.elbo.LeaveOneOutELBO` does not.
+        Number of the P prompts that every execution subsamples; None: all of them. With a subsample the gradients of NumPyro's
+        `TraceGraph_ELBO` are too large by the factor P / prompts_per_step; those of our own
+        `numpyro_backend.elbo.LeaveOneOutELBO` are not.
 
     Raises
     ------
     RewardError
-        If a `TokenReward` cannot be traced by JAX and does not ask to be called on the host by `callback=True`.
+        If a `TokenReward` cannot be traced by JAX and does not have `callback=True`.
 
     Examples
     --------
@@ -131,8 +132,8 @@ def numpyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> 
 def numpyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int | None = None) -> NumpyroGuide:
     """Return a language model as a NumPyro guide of `numpyro_model`'s site "x".
 
-    The parameters of a model on JAX are one `numpyro.param` site, "language_model", a tree; `guide.language_model(params)`
-    makes a language model of what training made of them. The prior itself as a guide is frozen (train
+    The parameters of a model on JAX are one `numpyro.param` site, "language_model", a tree. `guide.language_model(params)`
+    returns the language model with the trained parameters. The prior itself as a guide is frozen (train
     `prior.with_parameters(prior.parameters)`), and so is a model that is not on JAX.
     """
     check_shares_vocabulary("The guide", lm, posterior.prior)
@@ -155,8 +156,8 @@ def _reward(posterior: Posterior, x: Array, chosen: Array) -> Array:
     expected = (len(chosen), posterior.max_new_tokens)
     if jnp.shape(x)[-2:] != expected:
         raise BayesKLRLError(
-            f'The site "x" holds completions of shape (..., P, T) = (..., {expected[0]}, {expected[1]}), past EOS anything; '
-            f"got {jnp.shape(x)}."
+            f'The site "x" holds completions of shape (..., P, T) = (..., {expected[0]}, {expected[1]}), with any ids past '
+            f"EOS; got {jnp.shape(x)}."
         )
     tokens, lengths = padded_past_eos(jnp.asarray(x), posterior.prior)
     prompt_index = jnp.broadcast_to(chosen, lengths.shape).ravel()

@@ -1,16 +1,16 @@
 """The posterior as a Pyro program, and a language model as its guide.
 
-    x ~ prior(. | prompt)                 sample site "x": tokens, one sequence a site, event_dim 1
+    x ~ prior(. | prompt)                 sample site "x": tokens, one sequence per site, event_dim 1
     reward = r(x)                         deterministic site "reward"
     factor exp(reward / alpha)            factor site "likelihood"
 
 The programs are genuine: `pyro.poutine.trace`, `condition`, `replay`, `pyro.infer.Predictive` and a user's own
-`pyro.infer.SVI` work on them. `TraceGraph_ELBO` finds out which costs belong to which site by provenance that it attaches
-to tensors; a reward computed from decoded text would lose it, and with it its gradient, without a word (theory.md 9.7). So
-provenance is taken off before a reward is computed and put back on the result.
+`pyro.infer.SVI` work on them. `TraceGraph_ELBO` finds the costs of a site by the provenance that it attaches to tensors. A
+reward computed from decoded text would lose it, and with it its gradient, without any warning (theory.md 9.7). So
+provenance is removed before a reward is computed and added to the result again.
 
-Programs with further latents (uncertain reward weights, say) are written with `SequenceDistribution`, or around
-`posterior.pyro_model()`, which may be called inside another program; see there.
+Programs with further latent variables, such as uncertain reward weights, are written with `SequenceDistribution`, or around
+`posterior.pyro_model()`, which may be called inside another program; see `pyro_model`.
 """
 
 from __future__ import annotations
@@ -43,27 +43,27 @@ __all__ = ["SequenceDistribution", "on_model_device", "pyro_guide", "pyro_model"
 class SequenceDistribution(TorchDistribution):
     """A language model as a Pyro distribution over whole completions.
 
-    Batch shape (..., P), event shape (T,): integer tokens, padded past EOS. Sampling decodes with uniforms that come from
-    torch's generator (`pyro.set_rng_seed` governs it) and builds no graph; `log_prob` scores by teacher forcing, float64,
-    differentiable in the model's parameters. There is no reparametrisation: gradients are score-function ones.
+    Batch shape (..., P), event shape (T,): integer tokens, padded past EOS. `sample` decodes with a seed from torch's
+    generator (which `pyro.set_rng_seed` sets), without a gradient. `log_prob` scores by teacher forcing, in float64,
+    differentiable in the model's parameters. There is no reparametrisation: gradients are score-function gradients.
 
     Parameters
     ----------
     lm
-        What draws and scores.
+        The language model that draws and scores.
     prompt_ids
-        The P prompts.
+        Token ids of the P prompts.
     max_new_tokens
-        T.
+        T, the largest length of a completion.
     frozen
-        Score without a graph: for the prior, which is not trained.
+        True: score without a gradient, for the prior, which is not trained.
     batch_shape
-        (..., P); (P,) by default.
+        The batch shape (..., P); None: (P,).
 
     Examples
     --------
-    A joint model: reward weights theta, completions x, and theta . f(x) as the reward. What is computed from tokens on the
-    host (`features`) keeps its provenance, so that `TraceGraph_ELBO` is right as well as our `LeaveOneOutELBO`.
+    A joint model: reward weights theta, completions x, and theta . f(x) as the reward. Numbers that `features` computes from
+    tokens on the host keep their provenance, so `TraceGraph_ELBO` is correct, as is our `LeaveOneOutELBO`.
 
     >>> import numpy as np, bayes_klrl as bk, pyro.distributions as dist
     >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
@@ -136,17 +136,17 @@ class SequenceDistribution(TorchDistribution):
     def features(self, fn: Callable[[IntArray, IntArray], ArrayLike], value: Tensor) -> Tensor:
         """Return f(x) of completions (..., P, T), shape (..., P) or (..., P, K), float64, computed on the host.
 
-        `TraceGraph_ELBO` knows what depends on x by what `x` was turned into; `x.tolist()` and `x.numpy()` end that trail,
-        and the gradient of everything after them is dropped in silence. Here it goes on.
+        `TraceGraph_ELBO` follows the tensors that are computed from x. `x.tolist()` and `x.numpy()` end this record, and the
+        gradient of everything computed from them is lost without any warning. This method keeps the record.
 
         Parameters
         ----------
         fn
-            `fn(tokens (M, T), lengths (M,))` on NumPy arrays, which returns M numbers or M rows of K; positions past a
-            length hold the EOS id (0 if there is none), as for `TokenReward`. Text is
+            A function `fn(tokens (M, T), lengths (M,))` of NumPy arrays that returns M numbers or M rows of K; positions past
+            a length hold the EOS id (0 if there is none), as for `TokenReward`. The texts are
             `lm.decode([x[:n] for x, n in zip(tokens, lengths)])`.
         value
-            The completions.
+            The completions, shape (..., P, T).
 
         Raises
         ------
@@ -160,9 +160,10 @@ class SequenceDistribution(TorchDistribution):
 
 
 def _distinct(sequences: Sequences) -> tuple[Sequences, IntArray]:
-    """Return each prompt's distinct completions (P, M, T), and which of them each draw is (P, N); M is the most of any.
+    """Return each prompt's distinct completions (P, M, T), and the index of each draw among them (P, N).
 
-    Short completions and peaked policies draw the same again and again; each is scored once.
+    M is the largest number of distinct completions of a prompt. Draws of short completions, or from peaked policies, repeat
+    often; each distinct one is scored once.
     """
     kept = np.where(sequences.mask, sequences.tokens, -1)
     per_prompt = [np.unique(rows, axis=0, return_index=True, return_inverse=True)[1:] for rows in kept]
@@ -184,15 +185,16 @@ def to_sequences(tokens: Tensor, lm: LanguageModel) -> Sequences:
 def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Callable[[], Tensor]:
     """Return the posterior as a Pyro program without arguments that returns the completions (..., P, T).
 
-    It may be part of a larger one: call it in your own model, `x = posterior.pyro_model()()`, beside other latents, and add
-    what joins them by `pyro.factor`, with `SequenceDistribution.features` of x; the guide likewise calls `pyro_guide`'s.
+    It may be part of a larger program: call it in your own model, `x = posterior.pyro_model()()`, beside other latent
+    variables, and add factors of both by `pyro.factor`, with `SequenceDistribution.features` of x. The guide calls the program of
+    `pyro_guide` in the same way.
 
     Parameters
     ----------
     posterior
-        What is conditioned.
+        The posterior to write as a program.
     prompts_per_step
-        Subsample as many of the P prompts in every execution; None: all of them.
+        Number of the P prompts that every execution subsamples; None: all of them.
 
     Examples
     --------
@@ -221,8 +223,8 @@ def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Cal
 def pyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int | None = None) -> Callable[[], Tensor]:
     """Return a trainable language model as a Pyro guide of `pyro_model`'s site "x".
 
-    Its parameters are registered under a name of their own, so that a second guide in one parameter store trains. The
-    prior itself as a guide is frozen: training it would move the target (train `prior.copy()` or `prior.with_adapter()`).
+    Its parameters are registered under a unique name, so that a second guide in one parameter store is trained too. The prior
+    itself as a guide is frozen, since training it would change the target (train `prior.copy()` or `prior.with_adapter()`).
     """
     check_shares_vocabulary("The guide", lm, posterior.prior)
     check_prompts_per_step(prompts_per_step, posterior.num_prompts)
@@ -241,15 +243,15 @@ def pyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int | 
 
 
 def model_device(lm: LanguageModel) -> torch.device:
-    """Return where a model's arrays live."""
+    """Return the device of a model's arrays."""
     device: torch.device = getattr(lm, "device", torch.device("cpu"))
     return device
 
 
 def on_model_device(lm: LanguageModel) -> AbstractContextManager[Any]:
-    """Return a context in which Pyro's own small tensors are made where the model is.
+    """Return a context in which Pyro creates its own small tensors on the model's device.
 
-    It slows every operation by a tenth, so it is none where the default device is the model's already.
+    A device context slows every operation by a tenth, so it does nothing if the default device is the model's.
     """
     device = model_device(lm)
     return nullcontext() if torch.get_default_device() == device else device
@@ -283,7 +285,7 @@ _name_count = itertools.count()
 
 
 def _registered_name(module: torch.nn.Module) -> str:
-    """Return the module's name in the parameter store, never given before to another module."""
+    """Return the module's name in the parameter store, which no other module had before."""
     if module not in _names:
         _names[module] = f"guide_{next(_name_count)}"
     return _names[module]

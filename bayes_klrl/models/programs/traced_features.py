@@ -1,4 +1,4 @@
-"""Features f(x) of completions that are JAX arrays: traced with the program, or computed by NumPy on the host."""
+"""Features f(x) of completions that are JAX arrays, traced with the program or computed by NumPy on the host."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def traced_features(fn: Callable[[Array, Array], Any], tokens: Array, lengths: A
     Raises
     ------
     RewardError
-        If it cannot be traced, or what it returns has another shape; or if there is NaN, where values are there to be seen.
+        If the function cannot be traced, or its result has another shape, or, for concrete arrays, contains NaN.
     """
     try:
         found = jnp.asarray(fn(tokens, lengths)).astype(float_type())
-    except Exception as error:  # whatever the function does to an array that it cannot read
+    except Exception as error:  # any error of a function that reads the values of a traced array
         raise RewardError(
             f"Features cannot be traced by JAX, {type(error).__name__}: {first_lines(error)}. Write them in jax.numpy, with "
-            "no loop or `if` over values and no assignment to an array, or have them called on the host: "
+            "no loop or `if` over values and no assignment to an array, or let them be computed on the host: "
             "features(..., callback=True)."
         ) from error
     has_nan = not isinstance(found, jax.core.Tracer) and bool(jnp.isnan(found).any())
@@ -43,12 +43,12 @@ def traced_features(fn: Callable[[Array, Array], Any], tokens: Array, lengths: A
 def called_features(fn: Callable[[Any, Any], Any], tokens: Array, lm: LanguageModel) -> Array:
     """Return f(x) of M completions, shape (M,) or (M, K), from a function of NumPy arrays, called on the host.
 
-    How many numbers a completion has is found out by calling the function with two empty completions first.
+    For traced arrays the function is called once with two empty completions to find K, the number of features.
 
     Raises
     ------
     RewardError
-        If the function returns anything else; within an error of JAX's own, if that is seen as the program runs.
+        If the function returns anything else. While a compiled program runs, JAX raises its own error from this one.
     """
     if not isinstance(tokens, jax.core.Tracer):
         return jnp.asarray(host_features(fn, np.asarray(tokens).astype(np.int64), lm), dtype=float_type())

@@ -2,9 +2,9 @@
 
     r(x) = sum_k c_k r_k(x)        factors k, each scaled to the product's alpha, as `Likelihood` does it
 
-A `TokenReward` is called with the arrays it gets and becomes part of the compiled program. All else (text, constraints,
-automata, `TokenReward(..., callback=True)`) is computed on the host, in one callback for all of them, by the code that every
-other algorithm uses.
+A `TokenReward` is called with JAX arrays and becomes part of the compiled program. All other factors (text, constraints,
+automata, `TokenReward(..., callback=True)`) are computed on the host, in one callback for all of them, by the same code as in
+every other algorithm.
 """
 
 from __future__ import annotations
@@ -30,21 +30,23 @@ __all__ = ["abstract", "check_traceable", "first_lines", "float_type", "host_err
 def traced_reward(posterior: Posterior, tokens: Array, lengths: Array, prompt_index: Array) -> Array:
     """Return r(x, c) of M completions of any prompts, shape (M,), inside or outside of `jax.jit`, `jax.vmap` and `jax.grad`.
 
-    Float32, or float64 if `jax_enable_x64` is on. A traced `TokenReward` is checked for its shape only, at the time of
-    tracing; what is computed on the host is checked as everywhere.
+    The result is float32, or float64 if `jax_enable_x64` is on. Of a traced `TokenReward` only the shape is checked, during
+    tracing; values computed on the host are checked as in every other algorithm.
 
     Parameters
     ----------
     posterior
-        Whose reward it is.
+        The posterior whose reward is computed.
     tokens, lengths, prompt_index
-        As of `Posterior.reward_of_rows`: (M, T), padded as `posterior.pad_token` says, (M,) and (M,).
+        The completions, shape (M, T), padded with `posterior.pad_token`; their lengths, shape (M,); and the index of the
+        prompt of each, shape (M,), as for `Posterior.reward_of_rows`.
 
     Raises
     ------
     RewardError
-        If a `TokenReward` cannot be traced: names it, says what JAX said, and suggests `callback=True`. If a function on the
-        host raises: as `RewardError` where the arrays are concrete and inside `host_errors`, else within JAX's own error.
+        If a `TokenReward` cannot be traced; the message names it, repeats JAX's error and suggests `callback=True`. If a
+        function on the host raises, this is a `RewardError` for concrete arrays and inside `host_errors`, else JAX's own error
+        with this one in its text.
 
     Examples
     --------
@@ -77,12 +79,12 @@ def float_type() -> Any:
 
 
 def abstract(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Return an array of which only shape and type are known."""
+    """Return an abstract array, with a shape and a type but no values."""
     return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
 
 def check_traceable(posterior: Posterior) -> None:
-    """Refuse, before anything is drawn, a `TokenReward` that cannot be traced or returns the wrong shape."""
+    """Refuse a `TokenReward` that cannot be traced or returns the wrong shape, before anything is drawn."""
     tokens, per_row = abstract((3, posterior.max_new_tokens), jnp.int32), abstract((3,), jnp.int32)
     for factor in posterior.likelihood.factors:
         if is_traced(factor):
@@ -99,7 +101,7 @@ def _values(factor: Any, tokens: Array, lengths: Array, prompt_index: Array) -> 
         values = jnp.asarray(outcome)
         if not jnp.issubdtype(values.dtype, jnp.floating):
             values = values.astype(float_type())
-    except Exception as error:  # whatever the function does to an array that it cannot read
+    except Exception as error:  # any error of a function that reads the values of a traced array
         raise RewardError(
             f"TokenReward {factor.label!r} cannot be traced by JAX, {type(error).__name__}: {first_lines(error)}. Write it "
             "in jax.numpy, with no loop or `if` over values and no assignment to an array, or have it called on the "
@@ -108,13 +110,13 @@ def _values(factor: Any, tokens: Array, lengths: Array, prompt_index: Array) -> 
     if values.shape != lengths.shape:
         raise RewardError(
             f"TokenReward {factor.label!r} returned shape {values.shape} for {lengths.shape[0]} completions. It must return "
-            "one float a completion, in order."
+            "one float per completion, in order."
         )
     return values.astype(float_type())
 
 
 def first_lines(error: Exception) -> str:
-    """Return what an error says up to its first full stop: JAX goes on for a page."""
+    """Return an error's message up to its first full stop; messages of JAX may be a page long."""
     return " ".join(str(error).split()).split(". ")[0].rstrip(".")
 
 
@@ -150,14 +152,15 @@ def _host_function(posterior: Posterior) -> Callable[..., np.ndarray]:
 
 
 _host_errors: WeakKeyDictionary[Posterior, list[BaseException]] = WeakKeyDictionary()
-"""What rewards raised inside a callback, of posteriors that somebody listens to."""
+"""The exceptions that rewards raised inside a callback, for posteriors inside `host_errors`."""
 
 
 @contextmanager
 def host_errors(posterior: Posterior) -> Iterator[None]:
-    """Raise at the end what the posterior's reward raised on the host, Ctrl-C included, instead of JAX's error about it.
+    """Raise at the end the exception that the posterior's reward raised on the host, instead of JAX's error about it.
 
-    The callback then returns NaN, so nothing that was computed inside may be kept if this raises.
+    This includes `KeyboardInterrupt`. After an exception the callback returns NaN, so results computed inside must not be used
+    if this raises.
     """
     errors = _host_errors[posterior] = []
     try:
@@ -169,7 +172,7 @@ def host_errors(posterior: Posterior) -> Iterator[None]:
 
 
 def _with_collected_errors(posterior: Posterior, function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """Return the host's function, whose errors go to `host_errors` where that is open, else to JAX."""
+    """Return the function on the host, whose exceptions are stored for `host_errors` if that is active, else raised."""
 
     def called(tokens: Array, lengths: Array, prompt_index: Array) -> np.ndarray:
         try:

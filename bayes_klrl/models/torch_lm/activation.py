@@ -1,9 +1,9 @@
-"""GPT-2's activation, a tenth of a small model's time, in half the time of the library's kernel.
+"""GPT-2's activation function in half the time of torch's own kernel; it takes a tenth of a small model's time.
 
     gelu(x) ~ x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) = x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3))
 
-(Hendrycks and Gimpel 2016, section 2). The second form needs one exponential, for which torch has a vectorised kernel; its
-tanh has none on a CPU.
+(Hendrycks and Gimpel 2016, section 2). The second form needs one exponential, for which torch has a vectorised
+kernel on a CPU; for tanh it has none.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CUBIC = 0.044715 * _SLOPE
 
 
 class _TanhGELU(torch.autograd.Function):
-    """x s with s = sigmoid(a x + b x^3); keeps x alone and goes back in fewer passes than the products one by one."""
+    """x s with s = sigmoid(a x + b x^3); stores x only, and its backward pass reads memory fewer times than autograd's."""
 
     @staticmethod
     def forward(inputs: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class _TanhGELU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (inputs,), (gradient,) = ctx.saved_tensors, gradients
-        if torch.is_grad_enabled():  # to be differentiated again: nothing may be overwritten
+        if torch.is_grad_enabled():  # for second derivatives nothing may be overwritten
             polynomial = inputs * (_SLOPE + _CUBIC * inputs * inputs)
             gate, inner = polynomial.sigmoid(), inputs * (_SLOPE + 3 * _CUBIC * inputs * inputs)
             twice: Tensor = gradient * gate * (1 + inner * (1 - gate))
@@ -45,7 +45,7 @@ class _TanhGELU(torch.autograd.Function):
 
 
 def tanh_gelu(inputs: Tensor) -> Tensor:
-    """Return the tanh approximation of GELU, any shape; the same bits with gradients and without."""
+    """Return the tanh approximation of GELU, any shape; the same bits with and without gradients."""
     if not inputs.requires_grad:
         return _value(inputs)
     result: Tensor = _TanhGELU.apply(inputs)  # type: ignore[no-untyped-call]  # torch's own lack of annotations

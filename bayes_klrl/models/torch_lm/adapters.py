@@ -18,15 +18,16 @@ __all__ = ["adapted", "frozen", "import_peft", "merged", "quiet_peft", "shared_c
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
-    """Return a deep copy, every parameter of it trainable."""
+    """Return a deep copy with all parameters trainable."""
     duplicate = copy.deepcopy(module).requires_grad_(True)
     return duplicate.eval()
 
 
 def shared_copy(module: nn.Module) -> nn.Module:
-    """Return the same modules anew around the same weights, frozen; rebuilding them leaves the original alone.
+    """Return a copy of the modules around the same weights, frozen; layers of the copy may be replaced.
 
-    Parameters share storage with the original's (in-place changes of one are seen by the other); tied ones stay tied.
+    Its parameters share storage with the original ones, so an in-place change of one changes the other. Tied parameters stay
+    tied.
     """
     memo: dict[int, Any] = {
         id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in module.parameters()
@@ -36,12 +37,12 @@ def shared_copy(module: nn.Module) -> nn.Module:
 
 
 def frozen(module: nn.Module) -> Any:
-    """Return what an adapter may be put on: the same weights, those of adapters merged; the given module is left as it is."""
+    """Return a frozen model to put an adapter on, with earlier adapters merged; the given module does not change."""
     return merged(module) if hasattr(module, "peft_config") else shared_copy(module)
 
 
 def adapted(module: nn.Module, config: Any) -> nn.Module:
-    """Return a PEFT model that computes exactly what `module` does until its adapter is trained."""
+    """Return a PEFT model that gives exactly the outputs of `module` until its adapter is trained."""
     peft = import_peft()
     base = frozen(module)
     if config == "lora":
@@ -51,7 +52,7 @@ def adapted(module: nn.Module, config: Any) -> nn.Module:
     try:
         with quiet_peft():
             wrapped: nn.Module = peft.get_peft_model(base, config)
-    except (KeyError, RuntimeError, ValueError) as error:  # what peft raises for a model that it cannot adapt
+    except (KeyError, RuntimeError, ValueError) as error:  # the errors of peft for a model that it cannot adapt
         raise BayesKLRLError(
             f"peft cannot put this adapter on a {type(base).__name__}: {error}. Name its layers in "
             "peft.LoraConfig(target_modules=[...]), or train a full copy (adapter=None)."
@@ -60,7 +61,7 @@ def adapted(module: nn.Module, config: Any) -> nn.Module:
 
 
 def default_lora(peft: Any, module: Any) -> Any:
-    """Return rank 8 on all linear layers but the head, no dropout."""
+    """Return a LoRA configuration of rank 8 on all linear layers except the head, without dropout."""
     return peft.LoraConfig(
         r=8,
         lora_alpha=16,
@@ -72,7 +73,7 @@ def default_lora(peft: Any, module: Any) -> Any:
 
 
 def merged(module: nn.Module) -> Any:
-    """Return the Hugging Face model with its adapters added into the weights; the given module is left as it is."""
+    """Return the Hugging Face model with its adapters added to the weights; the given module does not change."""
     if not hasattr(module, "peft_config"):
         return base_model(module)
     duplicate: Any = copy.deepcopy(module)
@@ -81,14 +82,14 @@ def merged(module: nn.Module) -> Any:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence what peft 0.21 does to transformers 5.23: it asks for an attribute that is about to be renamed."""
+    """Silence a warning of transformers 5.23 about an attribute that peft 0.21 reads and that will be renamed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         yield
 
 
 def import_peft() -> Any:
-    """Return the peft package, or say how to get it."""
+    """Return the peft package; raise an error that says how to install it if it is missing."""
     try:
         import peft
     except ImportError as error:

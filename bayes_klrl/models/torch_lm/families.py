@@ -1,8 +1,8 @@
-"""The two families that the tight forward knows: GPT-2, and Llama with its relatives (Mistral, Qwen2, Qwen3).
+"""The two families of the tight forward: GPT-2, and Llama with its relatives (Mistral, Qwen2, Qwen3).
 
-A family says how one layer is computed from the model's own modules, attention excepted; hidden states are flat, one
-row a token. `family_of` is the allow-list: exact classes, known configuration values, no hooks or patched forwards on
-the containers that the tight loop steps over. Anything else gets the general network.
+A family computes one layer from the model's own modules, except for attention. Hidden states are flat, one row per token.
+`family_of` is the allow-list: exact classes, known configuration values, no hooks or patched forwards on the containers
+whose forward the tight loop replaces. All other models get the general network.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Function: TypeAlias = Callable[[Tensor], Tensor]
 Rotation: TypeAlias = tuple[Tensor, Tensor] | None
 
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
-"""Rotary embeddings whose frequencies do not depend on the length of the sequence."""
+"""Types of rotary embeddings whose frequencies do not depend on the length of the sequence."""
 
 RMS_NORMS = (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm)
 
@@ -68,11 +68,11 @@ class Family(Protocol):
         """The layers from the first to the last."""
 
     def embed(self, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
-        """Return hidden states (R, S, D) of tokens (R, S) at positions (R or 1, S), and what turns the heads."""
+        """Return hidden states (R, S, D) of tokens (R, S) at positions (R or 1, S), and the rotation of the heads."""
 
 
 class GPT2Layer:
-    """LayerNorm first; one projection for queries, keys and values."""
+    """One layer of GPT-2: LayerNorm first; one projection for queries, keys and values."""
 
     def __init__(self, block: Any) -> None:
         self.size, self.scale = block.attn.head_dim, float(block.attn.scaling)
@@ -92,7 +92,7 @@ class GPT2Layer:
 
 
 class GPT2Family:
-    """GPT-2: learned positions."""
+    """GPT-2, with learned positions."""
 
     def __init__(self, model: Any) -> None:
         body = model.transformer
@@ -107,7 +107,7 @@ class GPT2Family:
 
 
 class LlamaLayer:
-    """RMSNorm first; keys and queries turned by their positions; gated MLP. Qwen3 also normalises the heads."""
+    """One layer of Llama: RMSNorm first, rotated keys and queries, gated MLP. Qwen3 also normalises the heads."""
 
     def __init__(self, block: Any) -> None:
         attention, mlp = block.self_attn, block.mlp
@@ -136,7 +136,7 @@ class LlamaLayer:
 
 
 class LlamaFamily:
-    """Llama and relatives: rotary positions."""
+    """Llama and relatives, with rotary positions."""
 
     def __init__(self, model: Any) -> None:
         body = model.model
@@ -156,15 +156,15 @@ class LlamaFamily:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the heads (M, H, d) turned by their positions' angles (M, 1, d), the first half of the sines negated."""
+    """Return the heads (M, H, d), rotated by their positions' angles (M, 1, d); the first half of the sines is negated."""
     return torch.addcmul(heads * cos, heads.roll(heads.shape[-1] // 2, dims=-1), sin)
 
 
 def direct(module: Any) -> Function:
     """Return a function (M, features) -> (M, features) that computes what the module does.
 
-    A plain layer without hooks is bound to its kernel, which for a small model saves as much time as the kernel takes;
-    anything else, LoRA layers for one, is called as the module that it is.
+    A plain layer without hooks is replaced by a call of its kernel, which for a small model saves half the time. Any other
+    module, such as a LoRA layer, is called itself.
     """
     if not untouched([module]):
         return module  # type: ignore[no-any-return]
@@ -181,12 +181,12 @@ def direct(module: Any) -> Function:
         shape, epsilon = tuple(module.weight.shape), module.variance_epsilon
         return partial(F.rms_norm, normalized_shape=shape, weight=module.weight, eps=epsilon)
     if kind is NewGELUActivation:
-        return tanh_gelu  # the same function in four kernels instead of eight
+        return tanh_gelu  # the same function by four kernels instead of eight
     return module  # type: ignore[no-any-return]
 
 
 def family_of(module: nn.Module) -> Family | None:
-    """Return the family of a model that the tight loop computes as the model itself does, else None."""
+    """Return the family of a model; None if the tight loop may differ from the model's own forward."""
     model = base_model(module)
     if not adapter_is_in_place(module):
         return None
@@ -198,7 +198,7 @@ def family_of(module: nn.Module) -> Family | None:
 
 
 def gpt2_family(module: nn.Module, model: Any) -> Family | None:
-    """Return GPT-2's family unless an option is on that the tight loop does not know."""
+    """Return GPT-2's family; None if an option is on that the tight loop does not support."""
     containers = [module, model, model.transformer]
     for layer in model.transformer.h:
         if (type(layer), type(layer.attn), type(layer.mlp)) != (GPT2Block, GPT2Attention, GPT2MLP):
@@ -209,7 +209,7 @@ def gpt2_family(module: nn.Module, model: Any) -> Family | None:
 
 
 def llama_family(module: nn.Module, model: Any) -> Family | None:
-    """Return Llama's family unless an option is on that the tight loop does not know."""
+    """Return Llama's family; None if an option is on that the tight loop does not support."""
     config, prefix = model.config, type(model).__name__.removesuffix("ForCausalLM")
     expected = [prefix + part for part in ("DecoderLayer", "Attention", "MLP")]
     containers = [module, model, model.model]
@@ -225,7 +225,7 @@ def llama_family(module: nn.Module, model: Any) -> Family | None:
 
 
 def adapter_is_in_place(module: nn.Module) -> bool:
-    """Return whether the model has no PEFT wrapper, or one that only replaces layers (LoRA): no virtual tokens."""
+    """Return whether the model has no PEFT wrapper, or one that only replaces layers (LoRA) and adds no virtual tokens."""
     configs = getattr(module, "peft_config", None)
     if not isinstance(configs, dict):
         return True
@@ -237,7 +237,7 @@ def adapter_is_in_place(module: nn.Module) -> bool:
 
 
 def untouched(modules: list[Any]) -> bool:
-    """Return whether nobody hooked into these modules or patched their forward."""
+    """Return whether these modules have no hooks and no patched forward."""
     return not any(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module)
         for module in modules

@@ -1,14 +1,14 @@
 """Networks that call a Hugging Face model's own forward: any causal LM, and encoder-decoder ones.
 
-Features are the logits themselves, since what a model does between hidden states and logits (scaling, soft caps) is its
-own business. Three ways, from fast to certain:
+The features are the logits, since models differ in what they do between hidden states and logits (scaling, soft caps). There
+are three networks:
 
 * `CachedNetwork`: left padding, attention mask, explicit positions and the model's own cache;
-* `PlainNetwork`: no cache and no padding; rows of equal length are run together, the whole of them at every step;
-* `EncoderDecoderNetwork`: the prompt goes to the encoder; the decoder starts from its start token.
+* `PlainNetwork`: no cache and no padding; rows of equal length are run together, and all tokens are read at every step;
+* `EncoderDecoderNetwork`: the encoder reads the prompt; the decoder starts from its start token.
 
-The first is used where a tiny ragged batch shows that it agrees with the second: padding that leaks, positions that a
-model derives by itself and caches of a kind we do not know are then nobody's problem.
+The first one is faster. It is used if it agrees with the second one on a small ragged batch. So a model is not affected by
+padding that leaks, by positions that it computes itself or by a cache of an unknown kind.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["CachedNetwork", "EncoderDecoderNetwork", "PlainNetwork", "general_ne
 
 
 def general_network(module: nn.Module, vocab_size: int) -> Network:
-    """Return the fastest of the general networks that gives this model's own log-probs."""
+    """Return the fastest of the general networks that reproduces this model's own log-probs."""
     if base_model(module).config.is_encoder_decoder:
         return EncoderDecoderNetwork(module, vocab_size)
     plain = PlainNetwork(module, vocab_size)
@@ -39,12 +39,12 @@ def general_network(module: nn.Module, vocab_size: int) -> Network:
     try:
         return cached if agree(cached, plain, vocab_size) and cache_is_right(cached, vocab_size) else plain
     except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return plain  # the model does not take a padded batch or a cache of this kind; the plain way asks for neither
+        return plain  # no padded batch, or no cache of this kind; the plain network needs neither
 
 
 @torch.no_grad()
 def cache_is_right(network: CachedNetwork, vocab_size: int) -> bool:
-    """Return whether decoding with the cache gives the scores of the full forward, for permuted rows too."""
+    """Return whether decoding with the cache, with permuted rows, gives the scores of the full forward."""
     prompts, owners, tokens = probe(vocab_size)
     device = model_device(network.module)
     scored = network.features(prompts, owners.to(device), tokens.to(device)).log_softmax(-1)
@@ -112,7 +112,7 @@ class PlainNetwork:
 
 @dataclass(frozen=True, eq=False)
 class CachedRows:
-    """A Hugging Face cache, which is never extended in place, and where each row's padding ends."""
+    """A Hugging Face cache, which is never extended in place, and the padding of each row."""
 
     cache: Any
     padding: Tensor  # (R,)
@@ -120,7 +120,7 @@ class CachedRows:
 
 
 class CachedNetwork:
-    """See `Network`. One padded batch, and the model's own cache, copied before it grows."""
+    """See `Network`. It runs one padded batch, with the model's own cache, which is copied before it grows."""
 
     def __init__(self, module: nn.Module, vocab_size: int) -> None:
         self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
@@ -162,7 +162,7 @@ class CachedNetwork:
         return features.float()
 
     def _logits(self, tokens: Tensor, padding: Tensor, start: int, num_last: int, **cache: Any) -> Tensor:
-        """Return the logits at the last positions of `tokens` (R, S), which stand at positions `start` and on."""
+        """Return the logits at the last positions of `tokens` (R, S), whose positions start at `start`."""
         positions = torch.arange(start + tokens.shape[1], device=self.device) - padding[:, None]
         options = {
             "attention_mask": (positions >= 0).long(),
@@ -177,7 +177,7 @@ class CachedNetwork:
 
 @dataclass(frozen=True, eq=False)
 class DecoderRows:
-    """What the encoder said about each row's prompt, and the decoder's cache."""
+    """The encoder's output for each row's prompt, and the decoder's cache."""
 
     encoded: Tensor  # (R, L, D)
     encoder_mask: Tensor  # (R, L)
@@ -186,7 +186,7 @@ class DecoderRows:
 
 
 class EncoderDecoderNetwork:
-    """See `Network`. The decoder's start token is read first and is never part of a completion, EOS or not."""
+    """See `Network`. The decoder reads its start token first, which is never part of a completion, even if it is EOS."""
 
     def __init__(self, module: nn.Module, vocab_size: int) -> None:
         self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
@@ -259,31 +259,31 @@ class EncoderDecoderNetwork:
 def last_positions(tokens: Tensor, num_last: int) -> Tensor:
     """Return the last columns of (R, S) tokens as indices.
 
-    A number would do, but it makes a slice, and torch multiplies a slice by another kernel when the head is trainable
-    than when it is frozen: a fresh adapter would then differ from its prior in the last bit.
+    A single number, which the model also accepts, would make a slice. Torch multiplies a slice by one kernel if the head is
+    trainable and by another if it is frozen; a new adapter would then differ from its prior in the last bit.
     """
     return torch.arange(tokens.shape[1] - num_last, tokens.shape[1], device=tokens.device)
 
 
 def forward_parameters(module: nn.Module) -> frozenset[str]:
-    """Return the names that the model's forward takes."""
+    """Return the parameter names of the model's forward."""
     return frozenset(inspect.signature(base_model(module).forward).parameters)
 
 
 def accepted(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """Return those options that the model's forward knows."""
+    """Return those options that the model's forward accepts."""
     return {name: value for name, value in options.items() if name in forward_parameters(module)}
 
 
 def shallow_copy(cache: Any) -> Any:
-    """Return a cache that can grow without the given one noticing: its layers replace their tensors, never write."""
+    """Return a cache that can grow without a change to the given one: its layers replace their tensors and never write."""
     duplicate = copy.copy(cache)
     duplicate.layers = [copy.copy(layer) for layer in cache.layers]
     return duplicate
 
 
 def equal_lengths(lengths: Sequence[int], device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Yield each length and the rows that have it."""
+    """Yield each length, and the indices of the rows of that length."""
     for length in sorted(set(lengths)):
         rows = [row for row, other in enumerate(lengths) if other == length]
         yield length, torch.tensor(rows, dtype=torch.long, device=device)

@@ -1,4 +1,4 @@
-"""Any Hugging Face language model as a `LanguageModel`: TorchLM samples and scores with one and the same forward."""
+"""Any Hugging Face language model as a `LanguageModel`, `TorchLM`; sampling and scoring use the same forward pass."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["TorchLM"]
 
 @dataclass(frozen=True, eq=False)
 class TorchState:
-    """R rows: what their next tokens are predicted from, and the network's cache."""
+    """The state of R rows: the features that predict their next tokens, and the network's cache."""
 
     network: Network
     features: Tensor  # (R, F)
@@ -49,30 +49,41 @@ class TorchLM:
 
         log p(x|c) = sum_t log softmax(logits(c, x_<t) / temperature)[x_t]
 
-    Nothing else shapes the distribution: the generation config is ignored (no top-k, no top-p, no forced tokens) and
-    dropout is always off, also when somebody calls `train()` on the model. See `LanguageModel` for the methods.
+    Nothing else changes the distribution: the generation config is ignored (no top-k, no top-p, no forced tokens), and
+    dropout is always off, even after `train()` was called on the model. See `LanguageModel` for the methods.
 
     Parameters
     ----------
     model
-        A `transformers` model with a language modelling head, PEFT-wrapped or not. With an encoder-decoder model the
-        prompt goes to the encoder. Evaluation mode is switched on.
+        A `transformers` model with a language modelling head, with or without a PEFT adapter. The encoder of an
+        encoder-decoder model reads the prompt. The model is put into evaluation mode.
     tokenizer
-        Its tokenizer; None to work on token ids only.
+        The model's tokenizer; None: the model works on token ids only.
     eos_token_id
-        The id or ids that end a completion; empty for none. None: the model's configuration decides, then the
-        tokenizer. A configured id outside the vocabulary can never be drawn and is left out.
+        The id or ids that end a completion; an empty collection for none. None: those of the model's configuration, else the
+        tokenizer's. A configured id outside the vocabulary can never be drawn and is left out.
     temperature
-        Divides the logits, in sampling and scoring alike.
+        The number by which the logits are divided, in sampling and in scoring.
     device
-        Where to move the model; None leaves it where it is.
+        The device to move the model to; None: the model stays where it is.
 
     Raises
     ------
     CheckpointError
-        If the tokenizer knows more ids than the model.
+        If the tokenizer has more ids than the model.
     BayesKLRLError
         If the temperature is not positive, or an EOS id is outside the vocabulary.
+
+    Examples
+    --------
+    The model that is shipped with the package, as the prior of a posterior:
+
+    >>> import bayes_klrl as bk
+    >>> prior = bk.TorchLM.from_pretrained("austen")
+    >>> excited = bk.Reward(lambda completions: [c.count("!") for c in completions], alpha=1.0)
+    >>> posterior = bk.Posterior(prior, excited, prompts="It was a fine morning", max_new_tokens=4)
+    >>> bk.ImportanceSampling(8).run(posterior, seed=0).tokens.shape
+    (1, 8, 4)
     """
 
     def __init__(
@@ -112,19 +123,19 @@ class TorchLM:
         Parameters
         ----------
         name_or_folder
-            An existing folder in Hugging Face's format (safetensors; a PEFT adapter's folder; a GGUF file in it), else
-            a shipped name such as "austen", else a hub id.
+            An existing folder in Hugging Face's format (with safetensors, with a PEFT adapter, or with a GGUF file), else
+            the name of a shipped model such as "austen", else a hub id.
         dtype
-            Precision of the weights; None means float32 whatever is stored. Log-probs are float32 in any case.
+            Precision of the weights; None: float32, whatever the precision of the file. Log-probs are always float32.
         device
-            Where the model lives.
+            The device to move the model to; None: where transformers loads it, by default the CPU.
         options
-            `eos_token_id` and `temperature`, see `TorchLM`; by default what `save_pretrained` was given.
+            `eos_token_id` and `temperature` of `TorchLM`; by default those that `save_pretrained` stored.
 
         Raises
         ------
         CheckpointError
-            If there is no such model, or weights are missing; says what to do.
+            If there is no such model, or weights are missing; the message says what to do.
         """
         from bayes_klrl.models.checkpoint_files import OWN_ENTRY, own_options
         from bayes_klrl.models.torch_lm.checkpoint import load
@@ -135,12 +146,12 @@ class TorchLM:
 
     @property
     def module(self) -> nn.Module:
-        """The model itself."""
+        """The `transformers` model."""
         return self._module
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go and log-probs come from."""
+        """The device of token ids and log-probs."""
         return model_device(self._module)
 
     @property
@@ -165,24 +176,24 @@ class TorchLM:
 
     @property
     def bos_token_id(self) -> int | None:
-        """What an empty prompt becomes: the tokenizer's BOS, else the configuration's, else None."""
+        """The token that replaces an empty prompt: the tokenizer's BOS, else the configuration's, else None."""
         sources = (self._tokenizer, self._config)
         return first_token([getattr(source, "bos_token_id", None) for source in sources], self._vocab_size)
 
     @property
     def context_length(self) -> int | None:
-        """Tokens that fit, prompt and completion together; None if the model sets no limit."""
+        """Largest number of tokens of prompt and completion together; None if the model has no limit."""
         length = getattr(self._config, "max_position_embeddings", None)
         return length if isinstance(length, int) and length > 0 else None
 
     @property
     def half_precision(self) -> bool:
-        """Whether weights have fewer bits than float32, so that decoding and scoring differ by more than rounding."""
+        """True if weights have fewer bits than float32: decoded and scored log-probs then differ noticeably."""
         return any(parameter.dtype.itemsize < 4 for parameter in self._module.parameters())
 
     @property
     def prompt_apart(self) -> bool:
-        """Whether prompt and completion have a context each: those of an encoder-decoder model have."""
+        """True if `context_length` is for prompt and completion separately, as in an encoder-decoder model."""
         return bool(self._config.is_encoder_decoder)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -190,7 +201,7 @@ class TorchLM:
         return (parameter for parameter in self._module.parameters() if parameter.requires_grad)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `LanguageModel`. A final EOS that the tokenizer adds stays only for an encoder-decoder model."""
+        """See `LanguageModel`. A final EOS that the tokenizer adds is kept only for an encoder-decoder model."""
         tokenizer = require_tokenizer(self, "encode")
         return encoded(tokenizer, texts, keep_eos=self._config.is_encoder_decoder)
 
@@ -199,7 +210,7 @@ class TorchLM:
         return decoded(require_tokenizer(self, "decode"), ids)
 
     def prefill(self, prompts: Sequence[TokenIds]) -> TorchState:
-        """See `LanguageModel`. Builds no graph."""
+        """See `LanguageModel`. No gradient flows through it."""
         self._check_prompts(prompts, num_new=0)
         network = self._ready_network()
         features, cache = network.prefill(prompts)
@@ -207,15 +218,15 @@ class TorchLM:
 
     @torch.no_grad()
     def next_log_probs(self, state: TorchState) -> Tensor:
-        """See `LanguageModel`. Shape (R, V), float32, no graph."""
+        """See `LanguageModel`. Shape (R, V), float32, without a gradient."""
         return tempered(state.network.logits(state.features), self.temperature).log_softmax(-1)
 
     def log_probs_from(self, features: Tensor) -> Tensor:
-        """Return the next-token log-probs that `features` predict, V in place of F, float32."""
+        """Return the next-token log-probs (..., V) that features (..., F) predict, float32."""
         return tempered(self._ready_network().logits(features), self.temperature).log_softmax(-1)
 
     def append(self, state: TorchState, tokens: IntArray) -> TorchState:
-        """See `LanguageModel`. Builds no graph."""
+        """See `LanguageModel`. No gradient flows through it."""
         tokens = np.asarray(tokens)
         check_ids(tokens, self._vocab_size)
         num_tokens = state.num_tokens + 1
@@ -228,7 +239,7 @@ class TorchLM:
         return TorchState(state.network, features, cache, num_tokens)
 
     def select(self, state: TorchState, rows: IntArray) -> TorchState:
-        """See `LanguageModel`. The identity costs nothing."""
+        """See `LanguageModel`. Selecting all rows in order copies nothing."""
         rows = np.asarray(rows)
         if np.array_equal(rows, np.arange(len(state.num_tokens))):
             return state
@@ -243,30 +254,31 @@ class TorchLM:
     def position_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
         """Return log p(. | c, x_<t) at every position, shape (P, N, T, V), 0 past each completion's length.
 
-        Differentiable; meant for vocabularies small enough to hold the table.
+        Differentiable. The whole table must fit into memory.
         """
         return self._scored(full_log_probs, prompts, sequences)
 
     def features(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
-        """Return what every token is predicted from, shape (P, N, T, F), 0 past each completion's length.
+        """Return the features that predict every token, shape (P, N, T, F), 0 past each completion's length.
 
-        The last hidden states where the network is known, else the logits; `TorchState.features` in decoding.
+        They are the last hidden states for the architectures of `TightNetwork`, else the logits. A `TorchState` holds the same
+        features in decoding.
         """
         return self._scored(full_features, prompts, sequences)
 
     def copy(self) -> TorchLM:
-        """Return an independent copy, every parameter of it trainable."""
+        """Return an independent copy with all parameters trainable."""
         from bayes_klrl.models.torch_lm.adapters import trainable_copy
 
         return self._with_module(trainable_copy(self._module))
 
     def with_adapter(self, config: Any = "lora") -> TorchLM:
-        """Return a guide that starts as this model and trains only a LoRA adapter, the frozen weights shared.
+        """Return a guide that equals this model and trains only an adapter; the frozen weights are shared.
 
         Parameters
         ----------
         config
-            A `peft` configuration, or "lora": rank 8 on all linear layers.
+            A `peft` configuration, or "lora": a LoRA adapter of rank 8 on all linear layers.
         """
         from bayes_klrl.models.torch_lm.adapters import adapted
 
@@ -275,8 +287,8 @@ class TorchLM:
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder that `from_pretrained` reads: weights with adapters merged, tokenizer, EOS ids.
 
-        The temperature and the EOS ids are kept in config.json, where `from_pretrained` finds them, and in the
-        generation config, for Hugging Face's `generate`.
+        Temperature and EOS ids are written to config.json, from which `from_pretrained` reads them, and to the generation
+        config, for Hugging Face's `generate`.
         """
         from bayes_klrl.models.torch_lm.checkpoint import save
 
@@ -286,11 +298,11 @@ class TorchLM:
         return TorchLM(module, self._tokenizer, eos_token_id=self._eos_token_ids, temperature=self.temperature)
 
     def _scored(self, score: Any, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
-        """Return `score` of all P * N rows, reshaped to (P, N, T, ...); only the longest length is computed."""
+        """Return `score` of all P * N rows, reshaped to (P, N, T, ...); positions past the longest length are not computed."""
         num_prompts, num_draws, num_tokens = sequences.tokens.shape
         if num_prompts != len(prompts):
             raise BayesKLRLError(
-                f"{len(prompts)} prompts but completions of {num_prompts}: one row of N for each prompt."
+                f"{len(prompts)} prompts but completions of {num_prompts}. Give N completions for each prompt."
             )
         longest = int(sequences.lengths.max(initial=0))
         if longest == 0:
@@ -306,7 +318,7 @@ class TorchLM:
         return torch.cat([scores, padding], dim=1).view(num_prompts, num_draws, num_tokens, *scores.shape[2:])
 
     def _ready_network(self) -> Network:
-        """Return the network: chosen when first needed, renewed since layers may have been replaced."""
+        """Return the network: chosen at the first call, then rebuilt at each, since layers may have been replaced."""
         self._switch_dropout_off()
         self._network = renewed(self._network, self._module) or choose_network(self._module, self._vocab_size)
         return self._network
@@ -333,8 +345,8 @@ def output_size(model: nn.Module) -> int:
     find_head = getattr(base_model(model), "get_output_embeddings", None)
     if find_head is None or (head := find_head()) is None:
         raise CheckpointError(
-            f"A {type(model).__name__} is not a language model of Hugging Face's: it has no language modelling head. Give "
-            "an AutoModelForCausalLM, or the folder or name of one to bk.TorchLM.from_pretrained."
+            f"A {type(model).__name__} is not a Hugging Face language model: it has no language modelling head. Give an "
+            "AutoModelForCausalLM, or call bk.TorchLM.from_pretrained with its folder or name."
         )
     weight = getattr(head, "weight", None)
     if weight is not None:

@@ -1,11 +1,12 @@
-"""What `TorchLM` asks of a network, and which of the two implementations a model gets.
+"""The interface between `TorchLM` and a network, and the comparison of two networks.
 
-A network turns tokens into *features*, one vector a position, from which `logits` predicts the next token. Sampling
-(`prefill`, `step`, `select`) and scoring (`features`) share the forward, so that they cannot disagree.
+A network turns tokens into *features*, one vector per position, from which `logits` predicts the next token. Sampling
+(`prefill`, `step`, `select`) and scoring (`features`) share the forward pass, so they cannot disagree.
 
-The tight network (`torch_tight`) is two to three times faster than Hugging Face's `generate` on small models, but knows
-two families of architectures; the general one (`torch_general`) calls the model's own forward and takes the rest. The
-choice is made by an allow-list and by comparing the two on a tiny ragged batch, once for each model.
+There are two implementations. The tight network (`tight`) is two to three times faster than Hugging Face's `generate` on
+small models, but supports two families of architectures only. The general one (`general`) calls the forward of the model
+itself and supports all others. The choice is made by an allow-list and by comparing the two on a small ragged batch, once per
+model.
 """
 
 from __future__ import annotations
@@ -26,42 +27,42 @@ class Network(Protocol):
 
     vocab_size: int
     width: int
-    """Floats that a token costs at the widest layer; chunks of rows are sized by it."""
+    """Number of floats per token at the widest layer; it determines how many rows a chunk has."""
 
     def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, Any]:
-        """Return the features after each prompt, shape (P, F), and the cache; builds no graph."""
+        """Return the features after each prompt, shape (P, F), and the cache; without a gradient."""
 
     def step(self, cache: Any, tokens: Tensor) -> tuple[Tensor, Any]:
-        """Return the features after one more token a row, shape (R, F), and the new cache; the old one stays valid."""
+        """Return the features after one more token per row, shape (R, F), and the new cache; the old one stays valid."""
 
     def select(self, cache: Any, rows: Tensor) -> Any:
         """Return the cache of the given rows."""
 
     def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
-        """Return what each token is predicted from, shape (R, T, F), differentiable.
+        """Return the features that predict each token, shape (R, T, F), differentiable.
 
         Parameters
         ----------
         prompts
-            P prompts.
+            Token ids of the P prompts.
         owners
-            Which prompt each row continues, shape (R,).
+            Index of the prompt that each row continues, shape (R,).
         tokens
-            The completions, shape (R, T). The last column is predicted but never read.
+            The completions, shape (R, T). The last column is predicted but never an input.
         """
 
     def logits(self, features: Tensor) -> Tensor:
-        """Return the next-token logits, features' shape with V for F, in float32."""
+        """Return the next-token logits (..., V) of features (..., F), in float32."""
 
 
 def base_model(module: nn.Module) -> Any:
-    """Return the Hugging Face model inside a PEFT wrapper, its adapter layers in place; any other module as it is."""
+    """Return the Hugging Face model inside a PEFT wrapper, with its adapter layers; any other module as it is."""
     get_base_model = getattr(module, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else module
 
 
 def model_device(module: nn.Module) -> torch.device:
-    """Return the device of the embedding, which is where token ids go."""
+    """Return the device of the embedding, on which token ids must be."""
     embedding = base_model(module).get_input_embeddings()
     return next((parameter.device for parameter in embedding.parameters()), torch.device("cpu"))
 
@@ -94,5 +95,5 @@ def probe(vocab_size: int) -> tuple[list[list[int]], Tensor, Tensor]:
 
 
 def tolerance(log_probs: Tensor) -> float:
-    """Return how far two right computations of these log-probs may differ in their weights' precision."""
+    """Return the largest difference by rounding between two correct computations of these log-probs."""
     return 1e-4 * max(1.0, float(log_probs.abs().max()))

@@ -1,9 +1,9 @@
-"""Policies at an offset from a prior's parameters: what a Bayesian policy is a distribution over.
+"""Policies at an offset from a prior's parameters; a Bayesian policy is a distribution over such offsets.
 
     p_phi = the language model with parameters start + phi,     p_0 = the prior
 
-phi is one flat vector over adapters, biases or everything. Its gradient flows through `torch.func.functional_call`, which puts
-start + phi in the place of the module's own parameters for the length of a call, whatever that call does with the module.
+phi is one flat vector over adapters, biases or all parameters. Its gradient flows through `torch.func.functional_call`, which
+replaces the module's own parameters by start + phi during one call.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class OffsetFamily:
-    """All policies p_phi.
+    """The family of all policies p_phi.
 
     Parameters
     ----------
     lm
-        A copy of the prior, frozen, adapters added; it is p_0 until they are moved.
+        A frozen copy of the prior, with adapters added. It is p_0.
     start
-        The parameters that phi is added to, by name in `lm`'s module.
+        The parameters that phi is added to, by their names in `lm`'s module.
     adapters
-        Those of them that the prior does not have.
+        The names of those parameters that the prior does not have.
     """
 
     lm: Any
@@ -54,7 +54,7 @@ class OffsetFamily:
 
     @property
     def size(self) -> int:
-        """D, the number of numbers in phi."""
+        """D, the length of phi."""
         return sum(value.numel() for value in self.start.values())
 
     @property
@@ -64,7 +64,7 @@ class OffsetFamily:
 
     @property
     def prior_digest(self) -> str:
-        """SHA-256 of the prior's own parameters: those that stay as they are and, adapters apart, those that phi moves."""
+        """SHA-256 of the prior's own parameters: all parameters of `lm` at phi = 0, except those of adapters."""
         digest = hashlib.sha256()
         named = {name: self.start.get(name, value) for name, value in self.module.named_parameters()}
         for name in sorted(named.keys() - self.adapters):
@@ -87,7 +87,7 @@ class OffsetFamily:
 
     @torch.no_grad()
     def policy(self, phi: Tensor) -> LanguageModel:
-        """Return p_phi as a model of its own, frozen: a `TorchLM` that shares the other weights, or an `NgramLM`."""
+        """Return p_phi as a separate, frozen model: a `TorchLM` that shares the other weights, or an `NgramLM`."""
         from bayes_klrl.models.torch_lm.lm import TorchLM
 
         if isinstance(self.lm, TorchLM):
@@ -103,7 +103,7 @@ class OffsetFamily:
 
 
 class OffsetLM:
-    """p_phi as a `LanguageModel`; see there for the methods."""
+    """p_phi as a `LanguageModel`, differentiable in phi; see there for the methods."""
 
     def __init__(self, family: OffsetFamily, phi: Tensor) -> None:
         self._family, self._lm = family, family.lm
@@ -111,7 +111,7 @@ class OffsetLM:
         self._swapped = _Swapped(family.module)
 
     def __getattr__(self, name: str) -> Any:
-        """Vocabulary, EOS ids, tokenizer and the like are the prior's."""
+        """Return the prior's attribute: vocabulary size, EOS ids, tokenizer and others."""
         return getattr(self.__dict__["_lm"], name)
 
     @property
@@ -136,12 +136,12 @@ class OffsetLM:
         return self._call(self._lm.token_log_probs, prompts, sequences)  # type: ignore[no-any-return]
 
     def _call(self, fn: Callable[..., Result], *arguments: Any) -> Result:
-        """Return fn(*arguments), with the offset parameters in the module."""
+        """Return fn(*arguments), evaluated with the offset parameters in the module."""
         return torch.func.functional_call(self._swapped, self._values, (fn, *arguments))  # type: ignore[no-any-return]
 
 
 class _Swapped(nn.Module):
-    """Calls a function while `functional_call` holds other parameters in a module."""
+    """A module whose forward calls any function, so that `functional_call` can replace the parameters during the call."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -158,15 +158,15 @@ def offset_family(prior: LanguageModel, parameters: Any) -> OffsetFamily:
     Parameters
     ----------
     prior
-        A `TorchLM`, an `NgramLM` (its logits become a torch table), or a language model that is a torch module or has one as
-        its `module`.
+        A `TorchLM`, an `NgramLM` (whose logits become a torch table), or a language model that is a torch module or has one as
+        its attribute `module`.
     parameters
-        "lora" or a `peft` configuration: adapters; "bias": every parameter called bias; "all".
+        The parameters that phi moves. "lora" or a `peft` configuration: adapters; "bias": all biases; "all": all parameters.
 
     Raises
     ------
     BayesKLRLError
-        If the prior has no such parameters; says which it has.
+        If the prior has no such parameters; the message names some that it has.
     """
     lm = _own_copy(prior, parameters)
     module = getattr(lm, "module", lm)
@@ -190,26 +190,26 @@ def offset_family(prior: LanguageModel, parameters: Any) -> OffsetFamily:
 def restored_family(
     prior: LanguageModel, parameters: Any, start: Mapping[str, Tensor], prior_digest: str
 ) -> OffsetFamily:
-    """Return the family whose start values were saved; the adapter's random ones are part of them."""
+    """Return the family with saved start values, which include the random initial values of adapters."""
     family = offset_family(prior, parameters)
     found = {name: tuple(value.shape) for name, value in family.start.items()}
     given = {name: tuple(value.shape) for name, value in start.items()}
     if found != given:
         differing = sorted(set(found.items()) ^ set(given.items()))[0]
         raise CheckpointError(
-            f"The saved policies are not of this prior: {differing[0]} of shape {differing[1]} is only on one side. Load them "
-            "with the posterior that they were fitted to."
+            f"The saved policies are not of this prior: only one of the two has {differing[0]} of shape {differing[1]}. Load "
+            "them with the posterior that they were fitted to."
         )
     if family.prior_digest != prior_digest:
         raise CheckpointError(
-            "The saved policies are not of this prior: its weights are others, so that an offset is another policy. "
+            "The saved policies are not of this prior: its weights are others, and the same offset gives another policy. "
             "Load them with the posterior that they were fitted to."
         )
     return replace(family, start={name: start[name].to(value) for name, value in family.start.items()})
 
 
 def shared(lm: Any) -> Any:
-    """Return a `TorchLM` whose module is anew around the same weights."""
+    """Return a `TorchLM` with a copy of the module that shares the weights."""
     from bayes_klrl.models.torch_lm.adapters import shared_copy
     from bayes_klrl.models.torch_lm.lm import TorchLM
 
@@ -240,12 +240,12 @@ def _own_copy(prior: Any, parameters: Any) -> Any:
 
 
 def _known(parameters: Any) -> bool:
-    """Return whether these are parameters of the prior's own."""
+    """Return whether these are parameters that the prior itself has."""
     return isinstance(parameters, str) and parameters in ("bias", "all")
 
 
 def _alternatives(prior: Any) -> str:
-    """Return what may be given as `parameters` instead."""
+    """Return the possible values of `parameters` for an error message."""
     from bayes_klrl.models.torch_lm.lm import TorchLM
 
     return 'parameters="lora" or "all"' if isinstance(prior, TorchLM) else 'parameters="all"'

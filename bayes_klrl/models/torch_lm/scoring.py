@@ -2,9 +2,9 @@
 
     log p(x_t | c, x_<t) = logit of x_t - logsumexp of all logits, in float32
 
-The full table N x T x V never exists: rows go through the network in chunks, positions through the head in chunks, and
-only positions inside a completion's length reach the head at all. When a gradient is wanted, a chunk keeps its inputs
-and recomputes the rest on the way back.
+The full table N x T x V is never stored: rows pass through the network in chunks, positions pass through the head in chunks,
+and the head reads only positions inside a completion's length. If a gradient is needed, a chunk stores its inputs only and
+recomputes the rest in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bayes_klrl.typing import TokenIds
 __all__ = ["BUDGET", "full_features", "full_log_probs", "sequence_log_probs"]
 
 BUDGET = 2**25
-"""Floats that one chunk may hold at its widest point (128 MB)."""
+"""Largest number of floats of one chunk at its widest layer (128 MB)."""
 
 
 def sequence_log_probs(
@@ -32,24 +32,24 @@ def sequence_log_probs(
     Parameters
     ----------
     network
-        What computes features and logits.
+        The network that computes features and logits.
     prompts
-        P prompts.
+        Token ids of the P prompts.
     owners
-        Which prompt each row continues, shape (R,), ascending.
+        Index of the prompt that each row continues, shape (R,), ascending.
     tokens
-        Completions, shape (R, T); anything past a length.
+        The completions, shape (R, T), with arbitrary numbers past the lengths.
     lengths
-        Their lengths, shape (R,).
+        The lengths of the completions, shape (R,).
     temperature
-        Divides the logits.
+        The number by which the logits are divided.
     """
 
     def score(first: int, last: int) -> Tensor:
         chunk = slice(first, last)
         own, inside = owners[chunk], positions_inside(lengths[chunk], tokens.shape[1])
         low, high = int(own[0]), int(own[-1]) + 1
-        # what stands past a length may be any number: it must be a token, and causality keeps it from mattering
+        # numbers past a length are replaced by a legal token; by causality they do not affect the others
         legal = tokens[chunk].masked_fill(~inside, 0)
         features = network.features(prompts[low:high], own - low, legal)[inside]
         drawn = drawn_log_probs(network, features, legal[inside], temperature)
@@ -82,14 +82,14 @@ def full_log_probs(
 def full_features(
     network: Network, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor, lengths: Tensor, _temperature: float
 ) -> Tensor:
-    """Return what every position is predicted from, shape (R, T, F), 0 past each row's length."""
+    """Return the features that predict every position, shape (R, T, F), 0 past each row's length."""
     inside = positions_inside(lengths, tokens.shape[1])
     features = network.features(prompts, owners, tokens.masked_fill(~inside, 0))
     return features.masked_fill(~inside[..., None], 0.0)
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Return the logits divided by the temperature; the very same if it is 1."""
+    """Return the logits divided by the temperature; the same tensor if it is 1."""
     return logits if temperature == 1.0 else logits / temperature
 
 
@@ -101,7 +101,7 @@ def positions_inside(lengths: Tensor, num_tokens: int) -> Tensor:
 def in_chunks(compute: Callable[[int, int], Tensor], total: int, size: int) -> list[Tensor]:
     """Return `compute(first, last)` of consecutive ranges of at most `size` items.
 
-    With several chunks and gradients on, each is recomputed in the backward pass instead of being remembered.
+    With several chunks and gradients on, each chunk is recomputed in the backward pass instead of being stored.
     """
     if total <= size:
         return [compute(0, total)]

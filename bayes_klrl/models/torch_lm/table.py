@@ -1,4 +1,4 @@
-"""A dense n-gram table as trainable torch logits: what SVI trains when the prior is an `NgramLM`."""
+"""A dense n-gram table as trainable torch logits, the guide of SVI if the prior is an `NgramLM`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["TableLM"]
 class TableLM(nn.Module):
     """log p(a | h) = log_softmax(logits[h])[a], h the last order - 1 tokens; see `LanguageModel` for the methods.
 
-    With an order of at least `max_new_tokens` every prefix has a row of its own, so that the posterior itself is in the
-    family; below that SVI finds the best n-gram policy.
+    With an order of at least `max_new_tokens` every prefix has its own row, so the posterior itself is in the family. With a
+    smaller order SVI finds the best n-gram policy.
 
     Parameters
     ----------
     prior
-        Where the logits start, context and EOS conventions included. Tokens of probability 0 stay impossible.
+        The model that the logits start from, with its context and EOS conventions. Tokens of probability 0 stay impossible.
     """
 
     accepts_empty_prompt = True
 
     def __init__(self, prior: NgramLM) -> None:
         super().__init__()
-        self._prior = prior  # contexts, EOS and tokenizer are the prior's own
+        self._prior = prior  # contexts, EOS ids and tokenizer are the prior's
         table = torch.tensor(prior.log_probs.reshape(-1, prior.vocab_size), device="cpu")
         self.logits = nn.Parameter(table)
         self._place = prior.vocab_size ** np.arange(prior.order - 2, -1, -1, dtype=np.int64)
@@ -69,7 +69,7 @@ class TableLM(nn.Module):
         return self._prior.prefill(prompts)
 
     def next_log_probs(self, state: IntArray) -> Array:
-        """See `LanguageModel.next_log_probs`; builds no graph."""
+        """See `LanguageModel.next_log_probs`; without a gradient."""
         with torch.no_grad():
             return self._rows(state)
 

@@ -1,9 +1,9 @@
-"""A forward without ceremony for the GPT-2 and Llama families: the model's own modules, our own loop and cache.
+"""A fast forward pass for the GPT-2 and Llama families: the model's own modules, our own loop and cache.
 
-Every Linear, LayerNorm and embedding is called as the module that it is, so LoRA adapters work unmerged and gradients
-flow. What is left out is what Hugging Face's `generate` spends most of its time on for a small model: masks rebuilt at
-every step, caches grown by concatenation, outputs wrapped. Left padding with explicit positions; a row that needs no
-mask gets none.
+The modules of the model are called with their own weights, so LoRA adapters work unmerged and gradients flow. On a small
+model Hugging Face's `generate` spends most of its time on masks that are rebuilt at every step, caches that grow by
+concatenation and wrapped outputs; here these are left out. Prompts are padded on the left, with explicit positions, and
+batches without padding have no mask.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from bayes_klrl.typing import TokenIds
 __all__ = ["TightNetwork", "choose_network", "renewed", "tight_network"]
 
 GROWTH = 32
-"""Positions added when a buffer is full: copying it then costs a small part of attending to it GROWTH times."""
+"""Number of positions added to a full buffer: one copy costs little compared to GROWTH attention steps over it."""
 
 SHORT = 96
-"""Up to so many positions, keys and values lie position by position in memory and attention streams over them, which
-takes two thirds of the time of the library's kernel; past it that kernel and head by head are faster (measured)."""
+"""Up to this number of positions, keys and values are stored position by position, and attention is a sum in this order,
+which takes two thirds of the time of torch's kernel. Beyond it, torch's kernel on storage head by head is faster."""
 
 
 @dataclass(eq=False)
 class Buffer:
-    """Each layer's keys and values, shape (2, R, heads, capacity, head size); `filled` positions are taken."""
+    """Each layer's keys and values, shape (2, R, heads, capacity, head size); the first `filled` positions are in use."""
 
     layers: list[Tensor]
     filled: int
@@ -41,14 +41,14 @@ class Buffer:
 
 @dataclass(frozen=True, eq=False)
 class Cache:
-    """The first `length` positions of a buffer. Caches share buffers; who would write to a taken position copies."""
+    """The first `length` positions of a buffer. Caches share buffers; a write to a position in use makes a copy first."""
 
     buffer: Buffer
     length: int
-    padding: Tensor | None  # (R,) unused positions on the left; None if no row has any
+    padding: Tensor | None  # (R,) number of unused positions on the left; None if no row has any
 
     def writable(self) -> Buffer:
-        """Return a buffer with these positions and a free one after them: this one, or a copy."""
+        """Return a buffer with these positions and a free one after them: the present buffer, or a copy."""
         full = self.buffer.layers[0].shape[3] == self.length
         if self.buffer.filled == self.length and not full:
             return self.buffer
@@ -66,14 +66,14 @@ def with_room(stored: Tensor) -> Tensor:
 def picked(stored: Tensor, length: int, rows: Tensor) -> Tensor:
     """Return a copy of some rows of one layer's first `length` positions, with free positions at the end."""
     copy = empty_layer(stored, len(rows), length + GROWTH)
-    # in the order (position, row, head, size), in which short buffers lie: whole positions are picked at once
+    # in the order (position, row, head, size) of short buffers, so that whole positions are copied at once
     for source, target in zip(stored.permute(0, 3, 1, 2, 4), copy.permute(0, 3, 1, 2, 4), strict=True):
         torch.index_select(source[:length], 1, rows, out=target[:length])
     return copy
 
 
 def empty_layer(like: Tensor, num_rows: int, capacity: int) -> Tensor:
-    """Return room for keys and values, shape (2, R, heads, capacity, size), in time order while it is short."""
+    """Return empty storage for keys and values, (2, R, heads, capacity, size); position by position if it is short."""
     _, _, num_heads, _, size = like.shape
     if capacity <= SHORT:
         return like.new_empty((2, capacity, num_rows, num_heads, size)).permute(0, 2, 3, 1, 4)
@@ -81,7 +81,7 @@ def empty_layer(like: Tensor, num_rows: int, capacity: int) -> Tensor:
 
 
 class Memory(Protocol):
-    """Where attention finds the keys and values of earlier positions."""
+    """The keys and values of earlier positions."""
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Return one layer's keys and values (R, heads, positions, head size), the given ones last."""
@@ -106,7 +106,7 @@ class WrittenMemory:
 class JoinedMemory:
     """Scoring: new keys and values are concatenated to the past's, so that gradients flow through both."""
 
-    past: Sequence[tuple[Tensor, Tensor]]  # one pair a layer; empty at the start
+    past: Sequence[tuple[Tensor, Tensor]]  # one pair per layer; empty at the start
     joined: list[tuple[Tensor, Tensor]]
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,9 +118,9 @@ class JoinedMemory:
 
 
 def attention_mask(num_queries: int, num_keys: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return which keys each query may see, shape (R or 1, 1, queries, keys); None if all may see all.
+    """Return a mask of the keys that each query attends to, shape (R or 1, 1, queries, keys); None for all.
 
-    A query on a padded position sees itself: nobody reads its output, but it must not be NaN.
+    A query on a padded position attends to itself. Its output is never used, but it must not be NaN.
     """
     if num_queries == 1 and padding is None:
         return None
@@ -135,7 +135,7 @@ def attention_mask(num_queries: int, num_keys: int, padding: Tensor | None, devi
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Return softmax(q k' scale) v of queries (R, H, S, d), keys and values (R, H / G, L, d), shape (R S, H d).
 
-    The G query heads that share a key head are laid out as further queries: keys and values are never repeated.
+    The G query heads that share a key head are treated as further queries, so keys and values are never repeated.
     """
     num_rows, num_heads, num_queries, size = queries.shape
     groups = num_heads // keys.shape[1]
@@ -151,8 +151,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
 
 
 def stream(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """Return the same as `attend` for one query a head, by products and sums in the order of memory."""
-    keys, values = keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)  # (L, R, H, d), as they lie in memory
+    """Return the same as `attend` for one query per head, by products and sums in the order of storage."""
+    keys, values = keys.permute(2, 0, 1, 3), values.permute(2, 0, 1, 3)  # (L, R, H, d), the order of storage
     scores = (keys * queries[:, :, 0]).sum(-1) * scale
     if mask is not None:
         scores = scores.masked_fill(~mask[:, 0].permute(2, 0, 1), float("-inf"))
@@ -160,7 +160,7 @@ def stream(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
 
 
 class TightNetwork:
-    """See `Network`. Features are the hidden states after the final norm."""
+    """See `Network`. The features are the hidden states after the final norm."""
 
     def __init__(self, family: Family, vocab_size: int) -> None:
         self.family, self.vocab_size, self.width = family, vocab_size, family.width
@@ -179,7 +179,7 @@ class TightNetwork:
     def step(self, cache: Cache, tokens: Tensor) -> tuple[Tensor, Cache]:
         """See `Network.step`."""
         buffer, length = cache.writable(), cache.length
-        buffer.filled = length + 1  # taken from here on, even if the forward below fails
+        buffer.filled = length + 1  # in use from here on, even if the forward below fails
         hidden = self._forward(tokens[:, None], length, cache.padding, WrittenMemory(buffer, length))
         return hidden[:, -1], Cache(buffer, length + 1, cache.padding)
 
@@ -190,7 +190,7 @@ class TightNetwork:
         return Cache(Buffer(layers, cache.length), cache.length, padding)
 
     def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
-        """See `Network.features`: each prompt is read once, then all its completions follow it in one go."""
+        """See `Network.features`. Each prompt is read once, then all its completions are read in one forward pass."""
         prompt_tokens, padding = self._padded(prompts)
         prefix = JoinedMemory([], [])
         first = self._forward(prompt_tokens, 0, padding, prefix)[:, -1:].index_select(0, owners)
@@ -210,7 +210,7 @@ class TightNetwork:
         return tokens, padding if len(set(map(len, prompts))) > 1 else None
 
     def _forward(self, tokens: Tensor, start: int, padding: Tensor | None, memory: Memory) -> Tensor:
-        """Return the hidden states of `tokens` (R, S), which stand at positions `start` and on, shape (R, S, D)."""
+        """Return the hidden states of `tokens` (R, S), whose positions start at `start`, shape (R, S, D)."""
         family, num_new = self.family, tokens.shape[1]
         positions = torch.arange(start, start + num_new, device=tokens.device)[None]
         if padding is not None:
@@ -234,20 +234,20 @@ def by_head(flat: Tensor, num_rows: int, num_new: int) -> Tensor:
 
 
 def tight_network(module: nn.Module, vocab_size: int) -> TightNetwork | None:
-    """Return the tight network of a model whose architecture and configuration are on the allow-list, else None."""
+    """Return the tight network of a model; None if its architecture or configuration is not on the allow-list."""
     family = family_of(module)
     return None if family is None else TightNetwork(family, vocab_size)
 
 
 def choose_network(module: nn.Module, vocab_size: int) -> Network:
-    """Return the tight network where it is known to be right and was seen to agree, else the general one."""
+    """Return the tight network if the model is on the allow-list and both agree on a small batch, else the general one."""
     general = general_network(module, vocab_size)
     tight = tight_network(module, vocab_size)
     return tight if tight is not None and agree(tight, general, vocab_size) else general
 
 
 def renewed(network: Network | None, module: nn.Module) -> Network | None:
-    """Return the network chosen earlier, fitted to the model's present layers; None if it is time to choose again."""
+    """Return the network chosen earlier, rebuilt from the model's present layers; None if it has to be chosen again."""
     if isinstance(network, TightNetwork):
         return tight_network(module, network.vocab_size)
     return network

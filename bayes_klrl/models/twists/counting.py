@@ -189,6 +189,6 @@ def _check_codes(posterior: Posterior, context: int) -> None:
     """Refuse contexts for which the number of codes exceeds an int64."""
     if posterior.num_prompts * posterior.max_new_tokens * posterior.prior.vocab_size**context >= _MOST_CODES:
         raise BayesKLRLError(
-            f"context = {context} is too long for {posterior.prior.vocab_size} tokens: there are too many contexts to number, and "
-            "hardly any would be drawn twice. Use a shorter one."
+            f"context = {context} is too long for {posterior.prior.vocab_size} tokens: there are too many contexts to number, "
+            "and hardly any would be drawn twice. Use a shorter one."
         )

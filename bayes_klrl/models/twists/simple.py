@@ -113,7 +113,7 @@ class PartialRewardTwist:
         psi_t(x_1:t) = (1 - floor) c_t exp(gamma r(x_1:t) / alpha) + floor Z-hat
 
     c_t makes the mean of psi_t over unfinished pilot draws Z-hat, so that finished and unfinished particles have one scale
-    (theory.md 3.7). The floor keeps prefixes of low likelihood alive, such as a text that must contain a word and does not yet.
+    (theory.md 3.7). The floor keeps prefixes of low likelihood alive, such as a text still without a word that it must contain.
 
     Parameters
     ----------
@@ -145,7 +145,7 @@ class PartialRewardTwist:
         check_fraction("floor", self.floor)
         if self.floor == 0:
             raise BayesKLRLError(
-                "floor must be positive: with floor = 0 a prefix of likelihood 0 is dropped, although a continuation of it may "
+                "floor must be positive: with floor = 0 a prefix of likelihood 0 is dropped, although a continuation may "
                 "have a positive one, and the evidence comes out too low."
             )
         check_count("num_pilot", self.num_pilot)

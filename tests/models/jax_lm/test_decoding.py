@@ -169,7 +169,7 @@ def test_everything_may_be_traced() -> None:
 
     @jax.jit
     def traced(parameters: Any, index: Any, uniforms: Any) -> Any:
-        inner, chosen = lm.with_parameters(parameters), padded.take(index)
+        inner, chosen = lm.with_parameters(parameters), jax.tree.map(lambda array: array[index], padded)
         tokens, log_probs = inner.sample_tokens(chosen, uniforms)
         everywhere = inner.score_positions(chosen, tokens)
         return tokens, log_probs, inner.score_tokens(chosen, tokens), everywhere
@@ -178,7 +178,9 @@ def test_everything_may_be_traced() -> None:
     halved = jax.tree.map(lambda array: 0.5 * array, lm.parameters)
     tokens, log_probs, scores, everywhere = traced(halved, index, uniforms[index])
     other = lm.with_parameters(halved)
-    expected, expected_log_probs = other.sample_tokens(padded.take(index), uniforms[index])
+    expected, expected_log_probs = other.sample_tokens(
+        jax.tree.map(lambda array: array[index], padded), uniforms[index]
+    )
     assert np.array_equal(tokens, expected)
     assert close(log_probs, expected_log_probs)
     assert close(scores, log_probs)
