@@ -50,7 +50,6 @@ from .models.mixture import MixtureLM as MixtureLM
 from .models.ngram_lm.hmm import HmmLM as HmmLM
 from .models.ngram_lm.lm import NgramLM as NgramLM
 from .models.torch_lm.lm import TorchLM as TorchLM
-from .models.twists.counting import CountingTwist as CountingTwist
 from .models.twists.simple import PartialRewardTwist as PartialRewardTwist
 from .models.twists.twisted_lm import TwistedLM as TwistedLM
 from .posterior import Posterior as Posterior

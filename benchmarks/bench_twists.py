@@ -57,16 +57,11 @@ def repeated(posterior: bk.Posterior, num_runs: int) -> bk.Posterior:
 
 def recipes(posterior: bk.Posterior, steps: int, draws: int, learning_rate: float) -> dict[str, Any]:
     """Return the twists by name; None is no resampling with the prior, that is importance sampling."""
-    learned = {
-        loss: bk.LearnedTwist(steps, loss=loss, num_draws=draws, learning_rate=learning_rate)
-        for loss in ("ctl", "soft_q", "fudge")
-    }
     found: dict[str, Any] = {
         "constant 0": 0.0,
         "constant log Z": None,
         "partial reward": bk.PartialRewardTwist(),
-        "counting, k=1": bk.CountingTwist(4096, context=1),
-        **learned,
+        "contrastive": bk.LearnedTwist(steps, num_draws=draws, learning_rate=learning_rate),
     }
     if "Automaton" in type(posterior.likelihood).__name__:
         found["distilled, n=2"] = bk.DistilledTwist(2, 4096)

@@ -82,7 +82,7 @@ def test_a_reward_function_of_trls_signature_is_the_tasks_reward() -> None:
     assert np.allclose(posterior.log_prior(draws), draws.log_prior, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_preferences", [0, 6])
+@pytest.mark.parametrize("num_preferences", [pytest.param(0, marks=pytest.mark.slow), 6])
 def test_a_joint_program_finds_reward_weights_and_completions(num_preferences: int) -> None:
     """Moments of theta and f(x) against enumeration times quadrature, as near as the fit's own KL to the posterior allows."""
     import pyro
@@ -105,6 +105,7 @@ def test_a_joint_program_finds_reward_weights_and_completions(num_preferences: i
     assert num_preferences or (truth[:2] > 0.4).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_preferences", [0, 6])
 def test_a_joint_program_finds_the_same_in_numpyro(num_preferences: int) -> None:
     """On JAX, the prior a transformer."""

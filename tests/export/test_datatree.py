@@ -226,6 +226,7 @@ def test_arviz_opens_the_file(draws: Draws, tmp_path: Path) -> None:
     opened.close()
 
 
+@pytest.mark.slow
 def test_arviz_complains_to_no_user(tmp_path: Path) -> None:
     """ArviZ 0.23 announces version 1 once a day, from wherever it is imported first."""
     code = (

@@ -23,6 +23,7 @@ def result() -> bk.SuiteResult:
     return run_suite(["P1", "P6"], methods, budget=12_000, repeats=10, seed=1)
 
 
+@pytest.mark.slow
 def test_answers_are_judged_by_the_truth(result: bk.SuiteResult) -> None:
     table = result.table()
     assert table.index.names == ["problem", "method"]

@@ -99,6 +99,7 @@ def test_the_prior_scale_is_the_prior_scale() -> None:
     assert np.abs(z_scores(fit, *by_quadrature(fit, 0.36))).max() > 6
 
 
+@pytest.mark.slow
 def test_an_inferred_prior_scale_is_that_of_quadrature() -> None:
     pairs = simulated(40, 4, (1.5, 0.0))[0]
     model = bk.RewardModel(
@@ -125,6 +126,7 @@ def scored(num: int, seed: int) -> tuple[list[list[int]], np.ndarray]:
     return tokens.tolist(), 7.0 + reward + 0.8 * rng.standard_normal(num)
 
 
+@pytest.mark.slow
 def test_scores_of_known_noise_are_ridge_regression() -> None:
     completions, y = scored(50, 0)
     data = bk.Scores([()] * 50, completions, y, noise=0.8)
@@ -138,6 +140,7 @@ def test_scores_of_known_noise_are_ridge_regression() -> None:
     assert not fit.from_preferences
 
 
+@pytest.mark.slow
 def test_noise_of_scores_is_inferred() -> None:
     completions, y = scored(50, 1)
     fit = bk.RewardModel(bk.TokenFeatures(zeros)).fit(TOKENS, bk.Scores([()] * 50, completions, y), seed=0)

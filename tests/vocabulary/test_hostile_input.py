@@ -60,7 +60,11 @@ def test_policies_are_not_loaded_onto_another_prior_of_the_same_shape(parameters
 
 @pytest.mark.parametrize(
     "columns, message",
-    [(None, "columns is a dictionary"), ({"k": 3}, "'k' needs one value per row"), ({"k": "ab"}, "'k' needs one value")],
+    [
+        (None, "columns is a dictionary"),
+        ({"k": 3}, "'k' needs one value per row"),
+        ({"k": "ab"}, "'k' needs one value"),
+    ],
 )
 def test_columns_of_preferences_are_lists_by_name(columns: Any, message: str) -> None:
     with pytest.raises(bk.BayesKLRLError, match=message):
@@ -107,6 +111,7 @@ def test_the_uncertainty_of_draws_of_another_likelihood_is_refused() -> None:
         told.decompose(["a"] * 50)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_hidden_states_need_room_for_one_more_token() -> None:
     from tests.helpers.tiny_models import tiny_gpt2
 
@@ -227,7 +232,7 @@ def test_a_checkpoint_of_a_training_that_diverged(kind: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        (None, {}, "A model is a folder or a shipped model's name; got None"),
+        (None, {}, "A model is given as a folder or the name of a shipped model; got None"),
         ("austen", {"foo": 1}, "has no option 'foo'"),
         ("austen", {"device": "abacus"}, "JAX has no device 'abacus' here; it has cpu"),
     ],

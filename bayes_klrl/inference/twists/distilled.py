@@ -66,7 +66,7 @@ class DistilledTwist:
         if automaton_potential(posterior.likelihood) is None:
             raise BayesKLRLError(
                 f"A DistilledTwist solves an n-gram model's posterior, and needs a likelihood made only of "
-                f"bk.AutomatonReward and bk.AutomatonConstraint; got {posterior.likelihood!r}. Use bk.CountingTwist or "
+                f"bk.AutomatonReward and bk.AutomatonConstraint; got {posterior.likelihood!r}. Use bk.LearnedTwist or "
                 "bk.LearnedTwist."
             )
         start = time.perf_counter()

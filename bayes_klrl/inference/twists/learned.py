@@ -1,22 +1,19 @@
 """`LearnedTwist`: the recipe for a twist that is trained on draws towards the optimal one.
 
-The losses are in `losses`, the training is in `training`, and the network is in `bayes_klrl.models.twists.neural`.
+It learns by contrast (Zhao et al. 2024; theory.md 3.8). The loss is in `losses`, the training is in `training`, and the
+network is in `bayes_klrl.models.twists.neural`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from bayes_klrl.checks import check_count, check_positive
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import Twist
 
-__all__ = ["TWIST_LOSSES", "LearnedTwist"]
-
-TWIST_LOSSES = ("ctl", "soft_q", "fudge")
+__all__ = ["LearnedTwist"]
 
 
 @dataclass(frozen=True)
@@ -25,16 +22,12 @@ class LearnedTwist:
 
     The prior is not changed; a head of two layers reads the hidden state from which the prior predicts its next token. For a
     prior without hidden states, a GRU over the tokens is trained with the head. Half of the draws of each step come from the
-    prior and half from the prior times the current twist, weighted as draws from this mixture, so that completions which the
-    twist underrates are still drawn. For "fudge" all draws come from the prior.
+    prior and half from the prior times the current twist, weighted as draws from this mixture, so that completions which the@@
 
     Parameters
     ----------
     num_steps
         Number of gradient steps.
-    loss
-        "ctl": contrastive twist learning; "soft_q": path consistency, for finite rewards; "fudge": classification, for
-        rewards with a declared upper bound. See `bayes_klrl.inference.twists.losses`.
     num_draws
         Number of completions per prompt and step, an even number.
     learning_rate
@@ -56,7 +49,6 @@ class LearnedTwist:
     """
 
     num_steps: int
-    loss: str = "ctl"
     num_draws: int = 64
     learning_rate: float = 3e-3
     hidden: int = 64
@@ -68,33 +60,12 @@ class LearnedTwist:
             raise BayesKLRLError(f"num_draws must be even: half are drawn from the prior; got {self.num_draws}.")
         check_positive("learning_rate", self.learning_rate)
         check_count("hidden", self.hidden)
-        if self.loss not in TWIST_LOSSES:
-            raise BayesKLRLError(f"Unknown loss {self.loss!r}; choose one of {list(TWIST_LOSSES)}.")
 
     def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Twist:
         """Return the trained twist, a `bayes_klrl.models.twists.neural.NeuralTwist`; see `TwistRecipe.fit`.
 
         It can be passed to `SMC(twist=...)` and `TwistedLM`.
-
-        Raises
-        ------
-        BayesKLRLError
-            If the loss is "fudge" and the likelihood declares no upper bound.
-        UnboundedLossError
-            If the loss is "soft_q" and a draw has likelihood 0.
         """
         from bayes_klrl.inference.twists.training import train_twist
 
-        if self.loss == "fudge":
-            self._check_bound(posterior)
         return train_twist(self, posterior, seed=seed, progress=progress)
-
-    def _check_bound(self, posterior: Posterior) -> None:
-        """Raise a `BayesKLRLError` if the likelihood declares no bound by which to scale it into [0, 1]."""
-        bounds = posterior.likelihood.bounds
-        if bounds is None or not np.isfinite(bounds[1]):
-            raise BayesKLRLError(
-                f"The loss 'fudge' trains a classifier on likelihoods scaled by their upper bound; "
-                f"{posterior.likelihood.name or 'the reward'!r} has bounds={bounds}. Declare bounds=(low, high), or use "
-                "loss='ctl'."
-            )

@@ -10,57 +10,9 @@ with log-probabilities as weights an enumeration can replace draws, and tests ch
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["ctl_loss", "ctl_weights", "fudge_loss", "soft_q_loss"]
-
-
-def fudge_loss(outputs: Tensor, log_likelihood: Tensor, log_bound: float, inside: Tensor, log_base: Tensor) -> Tensor:
-    """Return the cross-entropy of sigmoid(o_t) with the label phi(x) / exp(log_bound), for draws from the prior.
-
-    This is FUDGE (Yang and Klein 2021) with a soft label. At the minimum exp(log_bound) sigmoid(o) = psi*.
-
-    Parameters
-    ----------
-    outputs
-        The network's outputs o, shape (P, N, T).
-    log_likelihood
-        log phi = r / alpha, at most `log_bound`, shape (P, N).
-    log_bound
-        Upper bound of the log-likelihood, in nats.
-    inside, log_base
-        Positions within completions, (P, N, T), and log-weights, (P, N); see the module.
-    """
-    labels = (log_likelihood - log_bound).exp()[..., None].expand_as(outputs)
-    entropy = nn.functional.binary_cross_entropy_with_logits(outputs, labels, reduction="none")
-    return _mean(entropy, inside, log_base)
-
-
-def soft_q_loss(
-    log_psi: Tensor, soft_values: Tensor, log_likelihood: Tensor, inside: Tensor, log_base: Tensor
-) -> Tensor:
-    """Return the squared violation of path consistency, for draws from any distribution with full support.
-
-        (log psi_t(x_1:t) - log sum_a p0(a | x_1:t) psi_{t+1}(x_1:t a))^2,     log psi(x) = r(x) / alpha where x is complete
-
-    This is soft Q-learning, or PCL with the policy's term summed out. The right-hand side carries no gradient. Information
-    from the end moves back one token at a time, so for rewards that depend on the end only, this loss takes several times as
-    many steps as the others.
-
-    Parameters
-    ----------
-    log_psi
-        log psi of every prefix, shape (P, N, T).
-    soft_values
-        log sum_a p0(a | x_<t) psi_t(x_<t a), shape (P, N, T); position t has the value of the prefix before token t.
-    log_likelihood
-        r / alpha, finite, shape (P, N).
-    inside, log_base
-        Positions within completions, (P, N, T), and log-weights, (P, N); see the module.
-    """
-    following = torch.cat([soft_values[..., 1:], torch.zeros_like(soft_values[..., :1])], dim=-1)
-    targets = torch.where(_last(inside), log_likelihood[..., None], following).detach()
-    return _mean((log_psi - targets).square(), inside, log_base)
+__all__ = ["ctl_loss", "ctl_weights"]
 
 
 def ctl_loss(
@@ -107,16 +59,3 @@ def _normalised(log_weights: Tensor) -> Tensor:
     """Return weights that sum to 1 over draws at each (prompt, step); all 0 if all log-weights are -inf."""
     total = log_weights.logsumexp(dim=1, keepdim=True)
     return torch.where(total.isneginf(), 0.0, (log_weights - total.nan_to_num(neginf=0.0)).exp())
-
-
-def _last(inside: Tensor) -> Tensor:
-    """Return a mask of the last position of each completion, bool (P, N, T)."""
-    following = torch.cat([inside[..., 1:], torch.zeros_like(inside[..., :1])], dim=-1)
-    return inside & ~following
-
-
-def _mean(values: Tensor, inside: Tensor, log_base: Tensor) -> Tensor:
-    """Return the mean over draws, weighted by exp(log_base), of the sum over a completion's tokens."""
-    weights = log_base.softmax(dim=1)
-    per_draw = torch.where(inside, values, 0.0).sum(dim=-1)
-    return (weights * per_draw).sum(dim=1).mean()

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from bayes_klrl.draws import Cost
-from bayes_klrl.errors import UnboundedLossError
 from bayes_klrl.inference.svi.steps import MAX_GRADIENT_NORM, learning_rate_schedule
-from bayes_klrl.inference.twists.losses import ctl_loss, ctl_weights, fudge_loss, soft_q_loss
+from bayes_klrl.inference.twists.losses import ctl_loss, ctl_weights
 from bayes_klrl.models.decoding import decode
 from bayes_klrl.models.twists.neural import LMFeatures, NeuralTwist, TwistHead, features_for
 from bayes_klrl.models.twists.simple import log_evidence_of_pilot, prior_pilot
@@ -44,10 +43,6 @@ class TwistPlan(Protocol):
     @property
     def num_steps(self) -> int:
         """Number of gradient steps."""
-
-    @property
-    def loss(self) -> str:
-        """Name of the loss."""
 
     @property
     def num_draws(self) -> int:
@@ -88,10 +83,10 @@ def train_twist(recipe: TwistPlan, posterior: Posterior, *, seed: int, progress:
     parameters = [p for net in (twist.features, twist.head) for p in getattr(net, "parameters", list)()]
     optimiser = torch.optim.Adam(parameters, lr=recipe.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate_schedule(recipe.num_steps, warm_up=0))
-    with track(f"twist ({recipe.loss})", recipe.num_steps, progress) as advance:
+    with track("twist", recipe.num_steps, progress) as advance:
         for _ in range(recipe.num_steps):
-            batch = draw_batch(posterior, replace(twist), recipe.num_draws, rng, from_twist=recipe.loss != "fudge")
-            loss = loss_of(recipe.loss, posterior, twist, batch)
+            batch = draw_batch(posterior, replace(twist), recipe.num_draws, rng)
+            loss = loss_of(posterior, twist, batch)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
@@ -108,12 +103,7 @@ def train_twist(recipe: TwistPlan, posterior: Posterior, *, seed: int, progress:
 def untrained(recipe: TwistPlan, posterior: Posterior, seed: int) -> tuple[NeuralTwist, int]:
     """Return a network that is the constant twist log Z-hat of a pilot, and the number of model tokens the pilot took."""
     pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, Streams.of(seed, _PILOT_DRAWS))
-    log_evidence, offsets, log_bound = log_evidence_of_pilot(log_likelihood), None, None
-    if recipe.loss == "fudge":
-        assert posterior.likelihood.bounds is not None
-        log_bound = posterior.likelihood.bounds[1] / posterior.alpha
-        mean_label = np.clip(np.exp(log_evidence - log_bound), _LEAST_LABEL, 1 - _LEAST_LABEL)
-        offsets = np.log(mean_label) - np.log1p(-mean_label)
+    log_evidence = log_evidence_of_pilot(log_likelihood)
     features = features_for(posterior.prior, recipe.hidden)
     embedding = token_embedding(features, posterior.prior, recipe.hidden)
     frozen = isinstance(features, LMFeatures)
@@ -129,9 +119,8 @@ def untrained(recipe: TwistPlan, posterior: Posterior, seed: int) -> tuple[Neura
         posterior.max_new_tokens,
         posterior.prompt_ids,
         log_evidence,
-        log_evidence if offsets is None else offsets,
+        log_evidence,
         np.zeros((posterior.num_prompts, posterior.max_new_tokens)),
-        log_bound,
     )
     return twist, pilot.model_tokens
 
@@ -147,15 +136,12 @@ def token_embedding(features: Any, prior: LanguageModel, hidden: int) -> Tensor:
     return torch.randn(prior.vocab_size, hidden)
 
 
-def draw_batch(
-    posterior: Posterior, twist: NeuralTwist, num_draws: int, rng: np.random.Generator, *, from_twist: bool
-) -> Batch:
-    """Return N draws per prompt, N even: half from the prior and half from the twisted prior, or all from the prior."""
-    shares: list[tuple[LanguageModel, int]] = [(posterior.prior, num_draws)]
-    if from_twist:
-        shares = [(posterior.prior, num_draws // 2), (TwistedLM(posterior, twist), num_draws // 2)]
+def draw_batch(posterior: Posterior, twist: NeuralTwist, num_draws: int, rng: np.random.Generator) -> Batch:
+    """Return N draws per prompt, N even: half from the prior and half from the twisted prior."""
+    shares: list[LanguageModel] = [posterior.prior, TwistedLM(posterior, twist)]
+    count = num_draws // 2
     tokens, lengths, rewards, model_tokens = [], [], [], 0
-    for model, count in shares:
+    for model in shares:
         drawn = decode((model,), posterior.prompt_ids, count, posterior.max_new_tokens, rng)
         sequences, shape = drawn.sequences(), (posterior.num_prompts, count)
         rewards.append(posterior.reward_of_rows(drawn.tokens, drawn.lengths, drawn.prompt_index).reshape(shape))
@@ -175,23 +161,14 @@ def draw_batch(
     )
 
 
-def loss_of(name: str, posterior: Posterior, twist: NeuralTwist, batch: Batch) -> Tensor:
-    """Return one of the losses on a batch, differentiable in the twist."""
+def loss_of(posterior: Posterior, twist: NeuralTwist, batch: Batch) -> Tensor:
+    """Return the contrastive loss on a batch, differentiable in the twist."""
     features, outputs = outputs_of(posterior, twist, batch)
-    if name == "fudge":
-        assert twist.log_bound is not None
-        offsets = torch.as_tensor(twist.offsets, device=outputs.device)[:, None, None]
-        logits = taken(outputs, batch.tokens) + offsets
-        return fudge_loss(logits, batch.log_likelihood, twist.log_bound, batch.inside, batch.log_base)
     log_psi_next = scaled(twist, outputs)
     log_psi = taken(log_psi_next, batch.tokens)
     log_prior_next = prior_log_probs(posterior, twist, batch, features)
     scores = log_prior_next + log_psi_next.detach()
-    soft_values = scores.logsumexp(dim=-1).double()
-    if name == "soft_q":
-        check_finite_likelihood(posterior, batch)
-        return soft_q_loss(log_psi, soft_values, batch.log_likelihood, batch.inside, batch.log_base)
-    log_prior, log_proposal = mixture(log_prior_next, scores, soft_values, batch)
+    log_prior, log_proposal = mixture(log_prior_next, scores, scores.logsumexp(dim=-1).double(), batch)
     return ctl_loss(log_psi, log_prior, log_proposal, batch.log_likelihood, batch.inside, batch.log_base)
 
 
@@ -207,7 +184,7 @@ def calibrated(
     """
     weights, model_tokens = [], 0
     for _ in range(-(-_CALIBRATION_DRAWS // num_draws)):
-        batch = draw_batch(posterior, twist, num_draws, rng, from_twist=True)
+        batch = draw_batch(posterior, twist, num_draws, rng)
         features, outputs = outputs_of(posterior, twist, batch)
         log_psi_next = scaled(twist, outputs)
         log_prior_next = prior_log_probs(posterior, twist, batch, features)
@@ -279,15 +256,3 @@ def mixture(log_prior_next: Tensor, scores: Tensor, soft_values: Tensor, batch: 
     log_prior = torch.where(batch.inside, drawn_prior, 0.0).cumsum(dim=-1)
     log_twisted = torch.where(batch.inside, drawn_twisted, 0.0).cumsum(dim=-1)
     return log_prior, torch.logaddexp(log_prior, log_twisted) - np.log(2.0)
-
-
-def check_finite_likelihood(posterior: Posterior, batch: Batch) -> None:
-    """Raise an `UnboundedLossError` if a draw has likelihood 0, since its log cannot be regressed."""
-    impossible = batch.log_likelihood.isneginf()
-    if impossible.any():
-        p, n = impossible.nonzero()[0].tolist()
-        ids = batch.sequences.tokens[p, n, : batch.sequences.lengths[p, n]].tolist()
-        raise UnboundedLossError(
-            f"The loss 'soft_q' regresses on the log-likelihood, but the completion of ids {ids} for prompt "
-            f"{posterior.prompts[p]!r} has likelihood 0. Use loss='ctl' or 'fudge', or relax the constraint to log(eps)."
-        )

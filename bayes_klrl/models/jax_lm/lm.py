@@ -101,10 +101,14 @@ class JaxLM:
 
     >>> import bayes_klrl as bk
     >>> prior = bk.JaxLM.from_pretrained("austen")
-    >>> excited = bk.Reward(lambda completions: [c.count("!") for c in completions], alpha=1.0)
-    >>> posterior = bk.Posterior(prior, excited, prompts="It was a fine morning", max_new_tokens=4)
-    >>> bk.ImportanceSampling(8).run(posterior, seed=0).tokens.shape
-    (1, 8, 4)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(prior, longer, prompts="It was a fine morning", max_new_tokens=24)
+
+    Its next-token log-probs after the prompt:
+
+    >>> log_probs = prior.next_log_probs(prior.prefill(posterior.prompt_ids))
+    >>> log_probs.shape == (1, prior.vocab_size)
+    True
     """
 
     def __init__(

@@ -186,8 +186,8 @@ def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Cal
     """Return the posterior as a Pyro program without arguments that returns the completions (..., P, T).
 
     It may be part of a larger program: call it in your own model, `x = posterior.pyro_model()()`, beside other latent
-    variables, and add factors of both by `pyro.factor`, with `SequenceDistribution.features` of x. The guide calls the program of
-    `pyro_guide` in the same way.
+    variables, and add factors of both by `pyro.factor`, with `SequenceDistribution.features` of x. The guide calls the program
+    of `pyro_guide` in the same way.
 
     Parameters
     ----------

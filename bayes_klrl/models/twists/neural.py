@@ -233,8 +233,6 @@ class NeuralTwist:
         Numbers that are added to the head's output, shape (P,).
     constants
         Numbers that are added to log psi, so that on average it has the likelihood's scale, in nats, shape (P, T).
-    log_bound
-        None: o is log psi. A number: psi = exp(log_bound) sigmoid(o).
     training
         Seconds and model tokens of fitting.
     history
@@ -253,7 +251,6 @@ class NeuralTwist:
     log_evidence: FloatArray
     offsets: FloatArray
     constants: FloatArray
-    log_bound: float | None = None
     training: Cost = field(default_factory=Cost)
     history: FloatArray = field(default_factory=lambda: np.empty(0))
     model_tokens: int = field(default=0, init=False)
@@ -280,10 +277,7 @@ class NeuralTwist:
 
     def log_psi(self, outputs: Tensor, offsets: Tensor, constants: Tensor | float = 0.0) -> Tensor:
         """Return log psi from the head's outputs."""
-        shifted = outputs + offsets
-        if self.log_bound is not None:
-            shifted = nn.functional.logsigmoid(shifted) + self.log_bound
-        return shifted + constants
+        return outputs + offsets + constants
 
     def _ahead(
         self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray, prior_rows: Any

@@ -113,7 +113,8 @@ class PartialRewardTwist:
         psi_t(x_1:t) = (1 - floor) c_t exp(gamma r(x_1:t) / alpha) + floor Z-hat
 
     c_t makes the mean of psi_t over unfinished pilot draws Z-hat, so that finished and unfinished particles have one scale
-    (theory.md 3.7). The floor keeps prefixes of low likelihood alive, such as a text still without a word that it must contain.
+    (theory.md 3.7). The floor keeps prefixes of low likelihood alive, such as a text that must contain a
+    word but does not yet.
 
     Parameters
     ----------

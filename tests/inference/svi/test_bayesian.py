@@ -155,6 +155,7 @@ def gradients_of_kl(posterior: bk.Posterior) -> np.ndarray:
     return torch.cat([mean_field.mu / s**2, mean_field.log_sigma.exp() ** 2 / s**2 - 1]).detach().numpy()
 
 
+@pytest.mark.slow
 def test_trace_graph_elbo_agrees_on_the_same_programs() -> None:
     runs, exact = gradients(tiny(((0,),)), TraceGraph_ELBO(num_particles=2), 200, weight=2.5)
     assert t_square_p(runs[:, :5], exact[:5], 5) > 0.005
@@ -254,6 +255,7 @@ def tiny_fit() -> bk.BayesianFit:
     return recipe.fit(tiny(), seed=0)
 
 
+@pytest.mark.slow
 def test_training_ends_at_the_optimum_of_the_exact_objective(tiny_fit: bk.BayesianFit) -> None:
     exact = ExactPolicies(tiny_fit.posterior)
     mu, log_sigma = exact.best(6.0)
@@ -456,6 +458,7 @@ def test_a_table_is_tuned_with_all_its_logits() -> None:
     assert fit.sigma.shape == (16,)
 
 
+@pytest.mark.slow
 def test_it_stands_beside_the_others(tmp_path: Path) -> None:
     posterior = small_task()
     truth = Truth(posterior)

@@ -173,13 +173,11 @@ def agrees(runs: np.ndarray, exact: np.ndarray) -> bool:
 
 
 CASES = [
-    ("independent", 1),
     ("independent", 2),
-    ("x, then theta", 1),
     ("x, then theta", 2),
     ("theta, then x", 1),
-    ("theta, then x", 2),
-    ("z of each prompt", 2),
+    pytest.param("theta, then x", 2, marks=pytest.mark.slow),
+    pytest.param("z of each prompt", 2, marks=pytest.mark.slow),
 ]
 
 
@@ -202,12 +200,14 @@ def test_masked_completions_still_have_a_score() -> None:
     assert abs(values.mean() - exact) < 3.5 * values.std(ddof=1) / np.sqrt(len(values))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["independent", "z of each prompt"])
 def test_subsampled_prompts_are_scaled_up(order: str) -> None:
     _, runs = Problem(order, 2, subsample=1).sampled(LeaveOneOutELBO(32), 400)
     assert agrees(runs, Problem(order, 2).exact()[1])
 
 
+@pytest.mark.slow
 def test_subsampled_data_are_scaled_up() -> None:
     problem = Problem("x, then theta")
     _, gradient = problem.exact()
@@ -215,6 +215,7 @@ def test_subsampled_data_are_scaled_up() -> None:
     assert agrees(problem.sampled(LeaveOneOutELBO(32), 300)[1], gradient)
 
 
+@pytest.mark.slow
 def test_features_on_the_host_have_the_same_gradient() -> None:
     """Key for key: a callback is no more than another way to compute the same numbers."""
     traced, called = (
@@ -224,6 +225,7 @@ def test_features_on_the_host_have_the_same_gradient() -> None:
     assert np.abs(traced).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order,callback", [("independent", True), ("x, then theta", False), ("theta, then x", False)])
 def test_trace_graph_elbo_agrees_on_the_same_program(order: str, callback: bool) -> None:
     """NumPyro's own loss sees what depends on x through traced features and through a callback."""
@@ -239,6 +241,7 @@ def test_completions_taken_for_reparametrised_lose_the_score(monkeypatch: pytest
     assert t_square_p(problem.sampled(LeaveOneOutELBO(32), 100)[1], gradient) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_score_weight_without_the_other_sites_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """The weight of x's score forgets theta and its preferences, which come after x and depend on it."""
     problem, whole = Problem("x, then theta"), elbo_module._sites
@@ -255,6 +258,7 @@ def test_a_score_weight_without_the_other_sites_is_found_out(monkeypatch: pytest
     assert t_square_p(runs[:, of_table], gradient[of_table]) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_second_discrete_latent_has_a_score_of_its_own() -> None:
     """Unlike Pyro's twin this loss takes it, weighted by the whole particle; by enumeration of coin and completions."""
     problem = Problem("independent")
@@ -299,6 +303,7 @@ def test_a_second_discrete_latent_has_a_score_of_its_own() -> None:
 # --- the example --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_examples_language_model_is_its_table_and_needs_no_torch() -> None:
     code = f"""
 import runpy, sys, numpy as np
@@ -316,6 +321,7 @@ print(np.abs(np.exp(rows) - example["NEXT_WORD"]).max(), "torch" in sys.modules,
 # --- programs of other shapes -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_autoguide_for_the_continuous_part() -> None:
     """It draws an auxiliary site and a Delta: both are understood."""
     problem = Problem("independent")
@@ -342,6 +348,7 @@ def coin_posterior(likelihood: Any = None) -> bk.Posterior:
     return bk.Posterior(coin, likelihood or longer, prompts=[[], [0]], max_new_tokens=3)
 
 
+@pytest.mark.slow
 def test_a_posteriors_own_program_is_part_of_a_larger_one() -> None:
     """`posterior.numpyro_model()` inside another program, its factor beside the user's own, outside the prompts' plate."""
     posterior = coin_posterior()
@@ -409,6 +416,7 @@ def test_what_would_be_lost_is_refused(model_first: Any, guide_first: Any, messa
         LeaveOneOutELBO(4).loss(jax.random.key(0), {}, model, guide)
 
 
+@pytest.mark.slow
 def test_evaluate_names_what_made_a_compiled_step_nan() -> None:
     """A compiled step cannot raise; `SVI.evaluate` of the state before it sees the same draws."""
     short = bk.TokenReward(lambda tokens, lengths: jnp.where(lengths == 3, -jnp.inf, 0.0), alpha=1.0)
@@ -421,6 +429,7 @@ def test_evaluate_names_what_made_a_compiled_step_nan() -> None:
         svi.evaluate(state)
 
 
+@pytest.mark.slow
 def test_features_that_are_none_are_refused() -> None:
     x = jnp.zeros((5, 1, 3), dtype=jnp.int32)
     p = SequenceDistribution(coin_posterior().prior, [()], 3)

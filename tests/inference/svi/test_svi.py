@@ -20,7 +20,7 @@ from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_
 HISTORY = {"elbo", "reward", "kl", "log_weight_sd", "gradient_norm", "learning_rate", "seconds"}
 
 
-@pytest.fixture(scope="module", params=["pyro", "numpyro"])
+@pytest.fixture(scope="module", params=["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest) -> str:
     """What trains: a table of logits is a torch module in Pyro, or a pytree in NumPyro."""
     if request.param == "numpyro":

@@ -66,6 +66,7 @@ def test_the_optimiser_is_torchs() -> None:
     np.testing.assert_allclose(ours, theirs.detach(), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_is_shortened_to_what_the_trust_region_allows() -> None:
     """A learning rate far too high, whose steps are long ones by 1/2 mean (log q_now - log q)^2 on their own draws."""
     posterior = tabular_problem()
@@ -102,6 +103,7 @@ def test_the_same_seed_gives_the_same_fit() -> None:
 # --- rewards of every kind -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_text_reward_trains_through_the_callback() -> None:
     prior = full_table(bk.NgramLM.fit(["abab", "bba", "ab", "ba", "aab", "b"], order=2), 4)
     reward = bk.Reward(lambda completions: [2.0 * c.count("b") - 0.5 * len(c) for c in completions], alpha=0.7)
@@ -151,6 +153,7 @@ def test_bounds_leave_room_for_rounding_to_float32() -> None:
     bk.SVI(2).fit(with_reward(at_length(2.0 / 3.0), bounds=(2.0 / 3.0, 1.0)), seed=0)
 
 
+@pytest.mark.slow
 def test_a_reward_that_is_another_when_traced_is_refused() -> None:
     """JAX takes an index past the end for the last one; NumPy, and so every other algorithm, refuses it."""
     short = jnp.array([1.0, 2.0])
@@ -195,6 +198,7 @@ class Failing:
         return 2.0 * (tokens == 0).sum(axis=1)
 
 
+@pytest.mark.slow
 def test_errors_carry_what_was_learned() -> None:
     posterior = with_reward(Failing(5, ArithmeticError), callback=True)
     svi = bk.SVI(50, num_particles=16, learning_rate=0.1)
@@ -300,6 +304,7 @@ print([name in sys.modules for name in ("torch", "pyro", "jax", "numpyro")])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "on_jax, expected", [(True, "[False, False, True, True]"), (False, "[True, True, False, False]")]
 )

@@ -11,8 +11,7 @@ import torch
 
 import bayes_klrl as bk
 from bayes_klrl.inference.exact.messages import backward_messages
-from bayes_klrl.inference.twists.learned import TWIST_LOSSES
-from bayes_klrl.inference.twists.losses import ctl_loss, fudge_loss, soft_q_loss
+from bayes_klrl.inference.twists.losses import ctl_loss
 from bayes_klrl.models.twists.neural import LMFeatures, RecurrentFeatures
 from tests.helpers.tiny_models import tiny_gpt2, tiny_other
 from tests.helpers.truth import Truth, full_table, random_posterior, z_score
@@ -41,36 +40,20 @@ class Tables:
             [[[number[x[min(t, len(x) - 1)]] for t in range(width)] for x in one] for one in prefixes]
         )
         self.log_likelihood = torch.as_tensor(truth.reward / posterior.alpha)
-        self.bound = float(self.log_likelihood.max()) + 0.5
         self.log_prior = torch.as_tensor(self.cumulated(posterior.prior, posterior))
         drawn_from = posterior.prior if proposal is None else proposal
         self.log_proposal = torch.as_tensor(self.cumulated(drawn_from, posterior))
         self.log_base = self.log_proposal[..., -1]
-        rows = posterior.prior.position_log_probs(posterior.prompt_ids, truth.sequences)  # type: ignore[attr-defined]
-        vocabulary = range(posterior.prior.vocab_size)
-        children = [
-            [[[number.get((*((p, *x[:t])), a), 0) for a in vocabulary] if t < len(x) else [0] * len(vocabulary)
-              for t in range(width)] for x in truth.xs]
-            for p in range(len(prefixes))
-        ]  # fmt: skip
-        self.soft_values = (torch.as_tensor(rows) + self.optimum[torch.tensor(children)]).logsumexp(dim=-1)
         assert tokens.shape == self.inside.shape
 
     def cumulated(self, lm: bk.LanguageModel, posterior: bk.Posterior) -> np.ndarray:
         return np.asarray(lm.token_log_probs(posterior.prompt_ids, self.truth.sequences)).cumsum(axis=2)
 
-    def gradient(self, loss: str, table: torch.Tensor) -> torch.Tensor:
+    def gradient(self, table: torch.Tensor) -> torch.Tensor:
         table = table.clone().requires_grad_()
-        log_psi = table[self.index]
-        if loss == "fudge":
-            outputs = log_psi - self.bound - torch.log1p(-(log_psi - self.bound).exp())
-            value = fudge_loss(outputs, self.log_likelihood, self.bound, self.inside, self.log_base)
-        elif loss == "soft_q":
-            value = soft_q_loss(log_psi, self.soft_values, self.log_likelihood, self.inside, self.log_base)
-        else:
-            value = ctl_loss(
-                log_psi, self.log_prior, self.log_proposal, self.log_likelihood, self.inside, self.log_base
-            )
+        value = ctl_loss(
+            table[self.index], self.log_prior, self.log_proposal, self.log_likelihood, self.inside, self.log_base
+        )
         return torch.autograd.grad(value, table)[0]
 
 
@@ -83,25 +66,22 @@ POSTERIORS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", TWIST_LOSSES)
 @pytest.mark.parametrize("problem", POSTERIORS)
-def test_losses_are_stationary_at_the_optimal_twist(problem: str, loss: str) -> None:
+def test_losses_are_stationary_at_the_optimal_twist(problem: str) -> None:
     """theory.md 3.8: exact expectations, one parameter a prefix; and nowhere else nearby."""
     posterior = random_posterior(**POSTERIORS[problem])
-    proposal = None if loss == "fudge" else full_table(posterior.prior, 3, noise=0.8, seed=3)
-    tables = Tables(posterior, proposal)
-    assert tables.gradient(loss, tables.optimum).abs().max() < 1e-8
+    tables = Tables(posterior, full_table(posterior.prior, 3, noise=0.8, seed=3))
+    assert tables.gradient(tables.optimum).abs().max() < 1e-8
     off = tables.optimum + 0.1 * torch.randn(tables.optimum.shape, generator=torch.Generator().manual_seed(0)).double()
-    assert tables.gradient(loss, off).abs().max() > 1e-4
+    assert tables.gradient(off).abs().max() > 1e-4
 
 
-def test_fudge_needs_draws_from_the_prior_and_ctl_their_density() -> None:
-    """The mistakes that the test above must see."""
+def test_contrastive_learning_needs_the_density_of_its_draws() -> None:
+    """The mistake that the test above must see."""
     posterior = random_posterior(**POSTERIORS["lopsided"])
     elsewhere = Tables(posterior, full_table(posterior.prior, 3, noise=0.8, seed=3))
-    assert elsewhere.gradient("fudge", elsewhere.optimum).abs().max() > 1e-3
     elsewhere.log_proposal = elsewhere.log_prior
-    assert elsewhere.gradient("ctl", elsewhere.optimum).abs().max() > 1e-3
+    assert elsewhere.gradient(elsewhere.optimum).abs().max() > 1e-3
 
 
 def test_contrastive_learning_leaves_a_constant_of_each_step_open() -> None:
@@ -109,32 +89,29 @@ def test_contrastive_learning_leaves_a_constant_of_each_step_open() -> None:
     tables = Tables(posterior)
     steps = torch.zeros_like(tables.optimum)
     steps[tables.index[tables.inside]] = torch.where(tables.inside, torch.arange(4.0), 0.0)[tables.inside].double()
-    assert tables.gradient("ctl", tables.optimum + steps).abs().max() < 1e-8
-    assert tables.gradient("soft_q", tables.optimum + steps).abs().max() > 1e-3
+    assert tables.gradient(tables.optimum + steps).abs().max() < 1e-8
 
 
-def test_draws_of_likelihood_zero_leave_contrast_and_classification_finite() -> None:
+def test_draws_of_likelihood_zero_leave_the_contrast_finite() -> None:
     posterior = random_posterior(**POSTERIORS["lopsided"])
     tables = Tables(posterior)
     tables.log_likelihood = torch.where(tables.log_likelihood > 1.0, tables.log_likelihood, -torch.inf)
-    for loss in ("ctl", "fudge"):
-        assert tables.gradient(loss, tables.optimum).isfinite().all()
+    assert tables.gradient(tables.optimum).isfinite().all()
     tables.log_likelihood = torch.full_like(tables.log_likelihood, -torch.inf)
-    assert tables.gradient("ctl", tables.optimum).isfinite().all()
+    assert tables.gradient(tables.optimum).isfinite().all()
 
 
 # --- training ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", TWIST_LOSSES)
-def test_what_is_learned_is_near_the_optimal_twist(loss: str) -> None:
+def test_what_is_learned_is_near_the_optimal_twist() -> None:
     """Early EOS, so that the scale matters too: log psi of unfinished prefixes, weighted by how often they are met."""
     posterior = random_posterior(11, num_tokens=4, order=2)
     posterior = bk.Posterior(
         posterior.prior, replace(posterior.likelihood, bounds=(-5, 5)), prompts=[[]], max_new_tokens=4  # type: ignore[type-var]
     )  # fmt: skip
     truth = Truth(posterior)
-    recipe = bk.LearnedTwist(150, loss=loss, num_draws=64, learning_rate=1e-2, hidden=24)
+    recipe = bk.LearnedTwist(150, num_draws=64, learning_rate=1e-2, hidden=24)
     twist = recipe.fit(posterior, seed=0)
     assert twist.history.shape == (150,)
     assert twist.training.training_tokens > 1000
@@ -153,13 +130,12 @@ def test_what_is_learned_is_near_the_optimal_twist(loss: str) -> None:
         assert abs(np.log(ratio)) < 0.3
 
 
-@pytest.mark.parametrize("loss,num_steps", [("ctl", 150), ("fudge", 150)])
-def test_learned_twists_tighten_the_bound_where_nothing_else_sees_the_end(loss: str, num_steps: int) -> None:
+def test_learned_twists_tighten_the_bound_where_nothing_else_sees_the_end() -> None:
     """A counter modulo 3 over 8 tokens (P5, shorter): unbiased, and most of the gap to log Z is gone."""
     posterior = counter_posterior(3, 8)
     many = counter_posterior(3, 8, num_runs=200)
     exact = backward_messages(posterior).log_evidence[0]
-    twist = bk.LearnedTwist(num_steps, loss=loss, learning_rate=5e-3).fit(posterior, seed=0)
+    twist = bk.LearnedTwist(150, learning_rate=5e-3).fit(posterior, seed=0)
     plain = bk.SMC(8).run(many, seed=1).log_evidence - exact
     steered = bk.SMC(8, twist=twist, proposal="twisted").run(many, seed=1).log_evidence - exact
     assert abs(z_score(np.exp(steered), 1.0)) < 3
@@ -169,26 +145,14 @@ def test_learned_twists_tighten_the_bound_where_nothing_else_sees_the_end(loss: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss,num_steps", [("ctl", 400), ("fudge", 400)])
-def test_learned_twists_tighten_the_bound_on_p5(loss: str, num_steps: int) -> None:
+def test_learned_twists_tighten_the_bound_on_p5() -> None:
     """P5 of theory.md 8.5, m = 5 and T = 20, K = 8: log Z = 6.324288."""
     many = counter_posterior(5, 20, num_runs=200)
-    twist = bk.LearnedTwist(num_steps, loss=loss, learning_rate=5e-3).fit(counter_posterior(5, 20), seed=0)
+    twist = bk.LearnedTwist(400, learning_rate=5e-3).fit(counter_posterior(5, 20), seed=0)
     plain = bk.SMC(8).run(many, seed=1).log_evidence - 6.324288
     steered = bk.SMC(8, twist=twist, proposal="twisted").run(many, seed=1).log_evidence - 6.324288
     assert plain.mean() < -0.5
     assert steered.mean() > 0.5 * plain.mean()
-
-
-@pytest.mark.slow
-def test_soft_q_hears_of_the_end_late_but_gets_there() -> None:
-    """The counter of 8 tokens: a plateau of some 600 steps, then nearly exact."""
-    posterior, many = counter_posterior(3, 8), counter_posterior(3, 8, num_runs=200)
-    exact = backward_messages(posterior).log_evidence[0]
-    twist = bk.LearnedTwist(1500, loss="soft_q").fit(posterior, seed=0)
-    steered = bk.SMC(8, twist=twist, proposal="twisted").run(many, seed=1).log_evidence - exact
-    assert abs(steered.mean()) < 0.05
-    assert steered.std() < 0.2
 
 
 def test_training_is_reproducible_and_leaves_torch_alone() -> None:
@@ -218,11 +182,10 @@ def neural_posterior(prior: Any = None, eos: int = 0) -> bk.Posterior:
     return bk.Posterior(prior, reward, prompts=[[1, 2], [3]], max_new_tokens=5)
 
 
-@pytest.mark.parametrize("loss", TWIST_LOSSES)
-def test_hidden_states_of_a_transformer(loss: str) -> None:
+def test_hidden_states_of_a_transformer() -> None:
     posterior = neural_posterior()
     truth = Truth(posterior).log_evidence
-    twist = bk.LearnedTwist(60, loss=loss, num_draws=64, learning_rate=1e-2, hidden=32).fit(posterior, seed=0)
+    twist = bk.LearnedTwist(60, num_draws=64, learning_rate=1e-2, hidden=32).fit(posterior, seed=0)
     assert isinstance(twist.features, LMFeatures)
     many = bk.Posterior(posterior.prior, posterior.likelihood, prompts=[[1, 2], [3]] * 100, max_new_tokens=5)
     for options in ({"proposal": "twisted"}, {}):
@@ -230,7 +193,7 @@ def test_hidden_states_of_a_transformer(loss: str) -> None:
         plain = bk.SMC(6).run(many, seed=1).log_evidence.reshape(100, 2) - truth
         for p in range(2):
             assert abs(z_score(np.exp(log_evidence[:, p]), 1.0)) < 3
-        if options and loss != "soft_q":
+        if options:
             assert log_evidence.mean() > plain.mean()
 
 
@@ -306,20 +269,15 @@ def test_priors_that_only_step_are_twisted_too() -> None:
 
 def test_refusals_name_the_cure() -> None:
     posterior = random_posterior(11, num_tokens=3)
-    with pytest.raises(bk.BayesKLRLError, match=r"bounds=\(low, high\)"):
-        bk.LearnedTwist(5, loss="fudge").fit(posterior, seed=0)
     hard = bk.Posterior(
         posterior.prior,
         bk.Constraint(lambda completion_ids: [0 in ids for ids in completion_ids]),
         prompts=[[]],
         max_new_tokens=3,
     )
-    with pytest.raises(bk.UnboundedLossError, match="loss='ctl'"):
-        bk.LearnedTwist(5, loss="soft_q").fit(hard, seed=0)
-    for loss in ("ctl", "fudge"):
-        twist = bk.LearnedTwist(2, loss=loss, num_draws=8).fit(hard, seed=0)
-        assert np.isfinite(twist.next_log_psi(hard, np.zeros(1, int), np.array([[1]]))).all()
-    for bad in ({"loss": "mse"}, {"num_draws": 7}, {"num_draws": 0}, {"learning_rate": 0.0}, {"hidden": 0}):
+    twist = bk.LearnedTwist(2, num_draws=8).fit(hard, seed=0)
+    assert np.isfinite(twist.next_log_psi(hard, np.zeros(1, int), np.array([[1]]))).all()
+    for bad in ({"num_draws": 7}, {"num_draws": 0}, {"learning_rate": 0.0}, {"hidden": 0}):
         with pytest.raises(bk.BayesKLRLError):
             bk.LearnedTwist(5, **bad)
     twist = bk.LearnedTwist(1, num_draws=8).fit(posterior, seed=0)

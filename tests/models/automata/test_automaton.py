@@ -393,7 +393,7 @@ NONE: Any = None
         (lambda: bk.Automaton.contains([0, 2], vocab_size=3, eos_token_ids=2), "has the EOS id 2"),
         (lambda: bk.Automaton.counts([2], modulo=2, vocab_size=3, eos_token_ids=2), "has the EOS id 2"),
         (lambda: bk.Automaton.levenshtein([0, 2], max_distance=0, vocab_size=3, eos_token_ids=2), "has the EOS id 2"),
-        (lambda: bk.Automaton.regex(NONE, vocab_size=3), "The pattern is a str"),
+        (lambda: bk.Automaton.regex(NONE, vocab_size=3), "The pattern must be a str"),
         (lambda: bk.Automaton.regex("a", vocab_size=3, alphabet=["a"]), "a mapping from char"),  # type: ignore[arg-type]
         (lambda: bk.Automaton.regex("a", vocab_size=3, alphabet={"a": 7}), "outside the vocabulary"),
         (lambda: bk.Automaton(LOOP).product(NONE), "another Automaton"),

@@ -93,6 +93,7 @@ def test_condition_scores_any_completion_whatever_stands_past_its_end(where: str
     assert np.log(np.exp(found).sum()) == pytest.approx(truth.log_evidence[0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_replay_substitute_and_block() -> None:
     posterior = text_posterior(["a", "b"], "traced")
     guide = posterior.numpyro_guide(JaxTable(posterior.prior.start))  # type: ignore[attr-defined]
@@ -126,6 +127,7 @@ def test_the_prior_as_its_own_guide_is_frozen() -> None:
 # --- the distribution ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_draws_follow_the_model_and_have_the_shapes_asked_for(where: str) -> None:
     posterior = text_posterior(where=where)
     truth = Truth(posterior)
@@ -174,6 +176,7 @@ def test_each_prompt_has_its_own_draws(where: str) -> None:
     np.testing.assert_allclose(log_prob[1][:, 0], posterior.log_prior(bk.Sequences(tokens, lengths))[2], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_log_probs_are_float64_where_that_is_on(where: str) -> None:
     with jax.enable_x64(True):
         posterior = text_posterior(where=where)
@@ -200,6 +203,7 @@ def test_the_distribution_is_a_pytree() -> None:
 # --- Predictive ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", [False, True])
 @pytest.mark.parametrize("prompts", ["a", ["a", "b", "b"]])
 def test_predictive(parallel: bool, prompts: Any, where: str) -> None:
@@ -218,6 +222,7 @@ def test_predictive(parallel: bool, prompts: Any, where: str) -> None:
             assert chi_square_p(observed, np.exp(truth.log_prior[p])) > 0.001
 
 
+@pytest.mark.slow
 def test_predictive_with_a_guide_draws_from_the_guide() -> None:
     posterior = text_posterior(where="traced")
     truth = Truth(posterior)
@@ -306,6 +311,7 @@ def test_without_has_rsample_false_the_score_term_would_be_dropped(monkeypatch: 
     assert t_square_p(blind, exact) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimiser", [optax.adam(0.1), numpyro.optim.Adam(0.1)], ids=["optax", "numpyro"])
 def test_a_users_svi_with_trace_graph_elbo_trains(optimiser: Any) -> None:
     posterior = token_posterior()
@@ -318,6 +324,7 @@ def test_a_users_svi_with_trace_graph_elbo_trains(optimiser: Any) -> None:
     assert truth.kl(guide.language_model(result.params).to_ngram()) == truth.kl(trained.to_ngram())
 
 
+@pytest.mark.slow
 def test_a_subsample_of_prompts_is_scaled_up() -> None:
     posterior = token_posterior(prompts=((0,), (1,), (1, 0)))
     guide = guide_of(posterior)
@@ -343,6 +350,7 @@ def test_a_subsample_of_prompts_is_scaled_up() -> None:
     assert abs(losses.mean() - exact) < 3 * losses.std() / np.sqrt(len(keys))
 
 
+@pytest.mark.slow
 def test_stock_trace_graph_elbo_scales_a_subsample_twice() -> None:
     """As its documentation says on our side: if this fails NumPyro has mended it, and the sentence can go."""
     posterior = token_posterior(prompts=((0,), (1,), (1, 0)))
@@ -358,6 +366,7 @@ def test_stock_trace_graph_elbo_scales_a_subsample_twice() -> None:
 # --- any prior ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_users_own_model_and_a_torch_model_are_priors_too() -> None:
     from tests.helpers.tiny_models import tiny_gpt2, tiny_tokenizer
 
@@ -405,6 +414,7 @@ def test_a_jax_model_with_a_tokenizer_prompts_of_any_length_and_a_text_reward() 
     assert elbos[1] > elbos[0] + 0.1
 
 
+@pytest.mark.slow
 def test_a_missing_numpyro_is_named_with_its_cure() -> None:
     code = """
 import sys, numpy as np, bayes_klrl as bk

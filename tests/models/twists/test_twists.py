@@ -14,7 +14,6 @@ from bayes_klrl.arrays import to_host
 from bayes_klrl.inference.exact.messages import backward_messages
 from bayes_klrl.models.decoding import Decoding, decode
 from bayes_klrl.models.twists.simple import ConstantTwist, completed_log_psi, next_log_psi
-from bayes_klrl.randomness import generator
 from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, random_posterior, z_score
 from tests.helpers.user_models import RecurrentLM
@@ -367,62 +366,5 @@ def test_a_distilled_twist_of_another_prior_is_nearly_exact() -> None:
 
 
 def test_distillation_needs_an_automaton() -> None:
-    with pytest.raises(bk.BayesKLRLError, match="CountingTwist"):
+    with pytest.raises(bk.BayesKLRLError, match="LearnedTwist"):
         bk.DistilledTwist().fit(random_posterior(11), seed=0)
-
-
-def test_counting_twist_is_the_shrunk_mean_by_hand() -> None:
-    posterior = random_posterior(12, num_tokens=3, vocab_size=3, eos=(2,), prompts=((0,), (1,)))
-    recipe = bk.CountingTwist(num_draws=50, context=1, shrinkage=4.0)
-    fitted = recipe.fit(posterior, seed=0)
-    block = decode((posterior.prior,), posterior.prompt_ids, 50, 3, generator(0, 50))
-    reward = posterior.reward_of_rows(block.tokens, block.lengths, block.prompt_index)
-    phi = np.exp(reward / posterior.alpha)
-    for p in range(2):
-        own = block.prompt_index == p
-        mean = phi[own].mean()
-        for t in (1, 2):
-            unfinished = own & (block.lengths > t)
-            level = (phi[unfinished].sum() + 4 * mean) / (unfinished.sum() + 4)
-            for token in (0, 1):
-                same = unfinished & (block.tokens[:, t - 1] == token)
-                expected = np.log((phi[same].sum() + 4 * level) / (same.sum() + 4))
-                prefix = np.full((1, t), token)
-                np.testing.assert_allclose(fitted(posterior, np.array([p]), prefix), expected, rtol=0, atol=1e-12)
-                ahead = fitted.next_log_psi(posterior, np.array([p]), prefix[:, 1:])
-                np.testing.assert_allclose(ahead[0, token], expected, rtol=0, atol=1e-12)
-        np.testing.assert_allclose(fitted(posterior, np.array([p]), np.empty((1, 0), int)), np.log(mean))
-
-
-def test_counting_twists_converge_and_never_drawn_contexts_are_shorter_ones() -> None:
-    """With the context as long as the prefix, and many draws, psi is psi*."""
-    posterior = random_posterior(11, num_tokens=3)
-    optimal = Optimal(posterior)
-    fitted = bk.CountingTwist(num_draws=60_000, context=2, shrinkage=1.0).fit(posterior, seed=0)
-    prefixes = np.array([[a, b] for a in range(3) for b in range(3)])
-    log_prior = posterior.prior.token_log_probs([[]], bk.Sequences(prefixes[None], np.full((1, 9), 2))).sum(axis=2)[0]
-    prefixes = prefixes[log_prior > np.log(0.01)]  # of the others there are too few draws
-    assert len(prefixes) >= 6
-    index = np.zeros(len(prefixes), dtype=np.int64)
-    np.testing.assert_allclose(
-        fitted(posterior, index, prefixes), optimal(posterior, index, prefixes), rtol=0, atol=0.1
-    )
-    few = bk.CountingTwist(num_draws=1, context=2).fit(posterior, seed=0)
-    assert np.isfinite(few.next_log_psi(posterior, index, prefixes)).all()
-    elsewhere = bk.Posterior(posterior.prior, posterior.likelihood, prompts=[[1]], max_new_tokens=3)
-    with pytest.raises(bk.BayesKLRLError, match="other prompts"):
-        few(elsewhere, index, prefixes)
-    with pytest.raises(bk.BayesKLRLError, match="too long"):
-        bk.CountingTwist(10, context=40).fit(posterior, seed=0)
-
-
-@crossed(context=[2, 0, 1])
-def test_counting_twists_leave_the_evidence_unbiased(backend: str, context: int) -> None:
-    posterior = on(backend, random_posterior(11, num_tokens=4))
-    truth = Truth(posterior).log_evidence[0]
-    twist = bk.CountingTwist(num_draws=1000, context=context).fit(posterior, seed=0)
-    many = repeated(posterior, 300)
-    draws = bk.SMC(8, twist=twist, proposal="twisted").run(many, seed=1)
-    assert abs(z_score(np.exp(draws.log_evidence - truth), 1.0)) < 3
-    if context == 2:
-        assert draws.log_evidence.mean() > bk.SMC(8).run(many, seed=1).log_evidence.mean()

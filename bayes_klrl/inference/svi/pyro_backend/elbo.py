@@ -14,7 +14,7 @@ Rao-Blackwellised (Amini et al. 2025): 1/(N-1) sum_n (r_n - mean r) / alpha s(x_
 Both are unbiased. At q = p* all log w are equal and the first has variance zero, while the second keeps the reward's
 noise; at q = p0 the second's variance is an order of magnitude lower (theory.md 2.5). The default is the first.
 
-In a joint program with further latents z = g(noise, parents), log w holds all sites (`elbo_sites`), and the first becomes
+In a joint program with further latents z = g(noise, parents), log w holds all sites (see `sites`), and the first becomes
 
     1/N sum_n [ d/d parameters log w_n through every z_n + (log w_n - mean of the others) grad log q(x_n | parents) ],
 
