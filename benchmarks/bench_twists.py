@@ -56,12 +56,12 @@ def repeated(posterior: bk.Posterior, num_runs: int) -> bk.Posterior:
 
 
 def recipes(posterior: bk.Posterior, steps: int, draws: int, learning_rate: float) -> dict[str, Any]:
-    """Return the twists by name; None is no resampling with the prior, that is importance sampling."""
+    """Return the twists by name: recipes, the constant 0, and None, which is the constant log Z-hat of a pilot."""
     found: dict[str, Any] = {
         "constant 0": 0.0,
         "constant log Z": None,
         "partial reward": bk.PartialRewardTwist(),
-        "contrastive": bk.LearnedTwist(steps, num_draws=draws, learning_rate=learning_rate),
+        "CTL": bk.LearnedTwist(steps, num_draws=draws, learning_rate=learning_rate),
     }
     if "Automaton" in type(posterior.likelihood).__name__:
         found["distilled, n=2"] = bk.DistilledTwist(2, 4096)

@@ -136,7 +136,7 @@ class Decoding:
 
     @property
     def done(self) -> bool:
-        """Whether every row has finished."""
+        """True if every row has finished."""
         return bool(self.finished.all())
 
     def step(self, uniforms: FloatArray, forced: IntArray | None = None) -> IntArray:

@@ -101,7 +101,7 @@ class PrefixTree:
         """
         q = np.where(self.leaf >= 0, terminal[:, self.leaf], -np.inf)
         lengths = np.array([len(prefix) for prefix in self.prefixes])
-        for length in range(lengths.max(), 0, -1):  # the empty prefix is nobody's child
+        for length in range(lengths.max(), 0, -1):  # the empty prefix continues no other
             level = np.flatnonzero(lengths == length)
             values = state_value(level, q[:, level])
             parents, tokens = np.nonzero(np.isin(self.child, level))

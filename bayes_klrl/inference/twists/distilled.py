@@ -67,7 +67,7 @@ class DistilledTwist:
             raise BayesKLRLError(
                 f"A DistilledTwist solves an n-gram model's posterior, and needs a likelihood made only of "
                 f"bk.AutomatonReward and bk.AutomatonConstraint; got {posterior.likelihood!r}. Use bk.LearnedTwist or "
-                "bk.LearnedTwist."
+                "bk.PartialRewardTwist."
             )
         start = time.perf_counter()
         ngram, model_tokens = self._imitation(posterior, seed)

@@ -22,7 +22,8 @@ class LearnedTwist:
 
     The prior is not changed; a head of two layers reads the hidden state from which the prior predicts its next token. For a
     prior without hidden states, a GRU over the tokens is trained with the head. Half of the draws of each step come from the
-    prior and half from the prior times the current twist, weighted as draws from this mixture, so that completions which the@@
+    prior and half from the prior times the current twist, weighted as draws from this mixture, so that completions which the
+    twist underrates are still drawn.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Losses for learned twists; the optimal twist minimises each of them (theory.md 3.8).
+"""The contrastive loss for learned twists, which the optimal twist minimises (theory.md 3.8).
 
     psi*_t(x_1:t) = E_p0[exp(r(x) / alpha) | x_1:t]
 

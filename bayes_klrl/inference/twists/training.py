@@ -1,9 +1,9 @@
-"""The training loop of `LearnedTwist`: draws from the prior and the twisted prior, a loss, Adam, and a final calibration.
+"""The training loop of `LearnedTwist`: draws, the contrastive loss, Adam, and a final calibration.
 
     q_mix(x_1:t) = (p0(x_1:t) + q_psi(x_1:t)) / 2,     q_psi prop. to p0 psi token by token
 
-Draws are weighted as draws from the mixture (Veach and Guibas 1995), so that no weight exceeds twice the likelihood, however
-wrong the twist still is.
+Half of the draws come from the prior p0 and half from the twisted prior q_psi. All are weighted as draws from the mixture
+(Veach and Guibas 1995), so that no weight exceeds twice the likelihood, however wrong the twist still is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ __all__ = ["train_twist"]
 _STREAM = 35  # number of the stream of training draws, which differ from those of the run that uses the twist
 _PILOT_DRAWS = 256
 _CALIBRATION_DRAWS = 512
-_LEAST_LABEL = 1e-4
 
 
 class TwistPlan(Protocol):
@@ -138,10 +137,10 @@ def token_embedding(features: Any, prior: LanguageModel, hidden: int) -> Tensor:
 
 def draw_batch(posterior: Posterior, twist: NeuralTwist, num_draws: int, rng: np.random.Generator) -> Batch:
     """Return N draws per prompt, N even: half from the prior and half from the twisted prior."""
-    shares: list[LanguageModel] = [posterior.prior, TwistedLM(posterior, twist)]
+    models: tuple[LanguageModel, ...] = (posterior.prior, TwistedLM(posterior, twist))
     count = num_draws // 2
     tokens, lengths, rewards, model_tokens = [], [], [], 0
-    for model in shares:
+    for model in models:
         drawn = decode((model,), posterior.prompt_ids, count, posterior.max_new_tokens, rng)
         sequences, shape = drawn.sequences(), (posterior.num_prompts, count)
         rewards.append(posterior.reward_of_rows(drawn.tokens, drawn.lengths, drawn.prompt_index).reshape(shape))
@@ -167,8 +166,7 @@ def loss_of(posterior: Posterior, twist: NeuralTwist, batch: Batch) -> Tensor:
     log_psi_next = scaled(twist, outputs)
     log_psi = taken(log_psi_next, batch.tokens)
     log_prior_next = prior_log_probs(posterior, twist, batch, features)
-    scores = log_prior_next + log_psi_next.detach()
-    log_prior, log_proposal = mixture(log_prior_next, scores, scores.logsumexp(dim=-1).double(), batch)
+    log_prior, log_proposal = mixture(log_prior_next, log_prior_next + log_psi_next.detach(), batch)
     return ctl_loss(log_psi, log_prior, log_proposal, batch.log_likelihood, batch.inside, batch.log_base)
 
 
@@ -188,8 +186,7 @@ def calibrated(
         features, outputs = outputs_of(posterior, twist, batch)
         log_psi_next = scaled(twist, outputs)
         log_prior_next = prior_log_probs(posterior, twist, batch, features)
-        scores = log_prior_next + log_psi_next
-        log_prior, log_proposal = mixture(log_prior_next, scores, scores.logsumexp(dim=-1).double(), batch)
+        log_prior, log_proposal = mixture(log_prior_next, log_prior_next + log_psi_next, batch)
         log_psi = taken(log_psi_next, batch.tokens)
         weights.append(
             ctl_weights(log_psi, log_prior, log_proposal, batch.log_likelihood, batch.inside, batch.log_base)
@@ -214,7 +211,7 @@ def scaled(twist: NeuralTwist, outputs: Tensor) -> Tensor:
     """Return log psi, (P, N, T, V), from the head's outputs for the P prompts of the training."""
     offsets = torch.as_tensor(twist.offsets, device=outputs.device).to(outputs)[:, None, None, None]
     constants = torch.as_tensor(twist.constants, device=outputs.device).to(outputs)[:, None, :, None]
-    return twist.log_psi(outputs, offsets, constants)
+    return outputs + offsets + constants
 
 
 @torch.no_grad()
@@ -249,10 +246,13 @@ def taken(values: Tensor, tokens: Tensor) -> Tensor:
     return values.gather(-1, tokens[..., None])[..., 0].double()
 
 
-def mixture(log_prior_next: Tensor, scores: Tensor, soft_values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return log p0(x_1:t) and log q_mix(x_1:t) of every prefix, (P, N, T), constant past each length."""
+def mixture(log_prior_next: Tensor, scores: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return log p0(x_1:t) and log q_mix(x_1:t) of every prefix, (P, N, T), constant past each length.
+
+    `scores` are log p0(a | x_<t) + log psi_t(x_<t a) of every next token a, shape (P, N, T, V).
+    """
     drawn_prior = taken(log_prior_next, batch.tokens)
-    drawn_twisted = taken(scores, batch.tokens) - soft_values
+    drawn_twisted = taken(scores, batch.tokens) - scores.logsumexp(dim=-1).double()
     log_prior = torch.where(batch.inside, drawn_prior, 0.0).cumsum(dim=-1)
     log_twisted = torch.where(batch.inside, drawn_twisted, 0.0).cumsum(dim=-1)
     return log_prior, torch.logaddexp(log_prior, log_twisted) - np.log(2.0)

@@ -82,11 +82,11 @@ class Automaton:
                 f"State {state} goes to state {transitions[state, token]} on token {token}, but the states are "
                 f"0..{num_states - 1}. Every state needs a next state in that range for every token."
             )
-        asked = list(self.accepting) if isinstance(self.accepting, Iterable) else [self.accepting]
-        for what, state in [("The start", self.start), *(("The accepting", state) for state in asked)]:
+        accepting_states = list(self.accepting) if isinstance(self.accepting, Iterable) else [self.accepting]
+        for what, state in [("The start", self.start), *(("The accepting", state) for state in accepting_states)]:
             if isinstance(state, bool) or not isinstance(state, int | np.integer) or not 0 <= state < num_states:
                 raise BayesKLRLError(f"{what} state must be one of 0..{num_states - 1}; got {state!r}.")
-        accepting = tuple(sorted({int(state) for state in asked}))
+        accepting = tuple(sorted({int(state) for state in accepting_states}))
         unreachable = sorted(set(accepting) - set(reachable(transitions, int(self.start)).tolist()))
         if unreachable:
             raise BayesKLRLError(

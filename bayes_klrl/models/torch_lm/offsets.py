@@ -59,7 +59,7 @@ class OffsetFamily:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(iter(self.start.values())).device
 
     @property
@@ -116,7 +116,7 @@ class OffsetLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self._family.device
 
     def prefill(self, prompts: Sequence[TokenIds]) -> State:

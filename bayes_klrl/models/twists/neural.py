@@ -230,7 +230,7 @@ class NeuralTwist:
     log_evidence
         log Z-hat of each prompt, the value before the first token, in nats, shape (P,).
     offsets
-        Numbers that are added to the head's output, shape (P,).
+        log Z-hat of the draws before the training, which the head's outputs are added to, in nats, shape (P,).
     constants
         Numbers that are added to log psi, so that on average it has the likelihood's scale, in nats, shape (P, T).
     training
@@ -275,10 +275,6 @@ class NeuralTwist:
         memo, rows = self._ahead(posterior, prompt_index, prefixes, prior_rows)
         return memo.log_psi[rows]
 
-    def log_psi(self, outputs: Tensor, offsets: Tensor, constants: Tensor | float = 0.0) -> Tensor:
-        """Return log psi from the head's outputs."""
-        return outputs + offsets + constants
-
     def _ahead(
         self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray, prior_rows: Any
     ) -> tuple[_Memo, IntArray]:
@@ -310,7 +306,7 @@ class NeuralTwist:
         outputs = self.head(features, torch.tensor(t, device=features.device))
         offsets = self._of_prompt(self.offsets, posterior)[index]
         constants = self._of_prompt(self.constants, posterior)[index, t]
-        log_psi = self.log_psi(outputs.double(), _column(offsets, outputs), _column(constants, outputs))
+        log_psi = outputs.double() + _column(offsets, outputs) + _column(constants, outputs)
         row_of = {keys[row]: place for place, row in enumerate(chosen)}
         return _Memo(posterior, t, row_of, (state, rows), to_host(log_psi))
 

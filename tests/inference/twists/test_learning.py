@@ -1,4 +1,4 @@
-"""Learned twists: each loss has gradient 0 at the optimal twist, and what is learned tightens the bound."""
+"""Learned twists: the contrastive loss has gradient 0 at the optimal twist, and what is learned tightens the bound."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.models.twists.test_twists import counter_posterior
 
 
 class Tables:
-    """Every quantity of the losses on the enumerated completions, and log psi as a table with one entry a prefix."""
+    """Every quantity of the loss on the enumerated completions, and log psi as a table with one entry per prefix."""
 
     def __init__(self, posterior: bk.Posterior, proposal: bk.LanguageModel | None = None) -> None:
         self.truth = truth = Truth(posterior)
@@ -67,8 +67,8 @@ POSTERIORS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("problem", POSTERIORS)
-def test_losses_are_stationary_at_the_optimal_twist(problem: str) -> None:
-    """theory.md 3.8: exact expectations, one parameter a prefix; and nowhere else nearby."""
+def test_the_loss_is_stationary_at_the_optimal_twist(problem: str) -> None:
+    """theory.md 3.8: exact expectations, one parameter per prefix; and nowhere else nearby."""
     posterior = random_posterior(**POSTERIORS[problem])
     tables = Tables(posterior, full_table(posterior.prior, 3, noise=0.8, seed=3))
     assert tables.gradient(tables.optimum).abs().max() < 1e-8
@@ -107,9 +107,6 @@ def test_draws_of_likelihood_zero_leave_the_contrast_finite() -> None:
 def test_what_is_learned_is_near_the_optimal_twist() -> None:
     """Early EOS, so that the scale matters too: log psi of unfinished prefixes, weighted by how often they are met."""
     posterior = random_posterior(11, num_tokens=4, order=2)
-    posterior = bk.Posterior(
-        posterior.prior, replace(posterior.likelihood, bounds=(-5, 5)), prompts=[[]], max_new_tokens=4  # type: ignore[type-var]
-    )  # fmt: skip
     truth = Truth(posterior)
     recipe = bk.LearnedTwist(150, num_draws=64, learning_rate=1e-2, hidden=24)
     twist = recipe.fit(posterior, seed=0)
