@@ -45,7 +45,7 @@ def both(name: str) -> tuple[bk.Posterior, bk.Posterior]:
     return on_torch, on_jax
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_the_enumerated_posteriors_are_one(model: str) -> None:
     first, second = (Truth(posterior) for posterior in both(model))
     np.testing.assert_allclose(first.log_prior, second.log_prior, rtol=0, atol=1e-5)
@@ -54,7 +54,7 @@ def test_the_enumerated_posteriors_are_one(model: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_the_same_seed_gives_the_same_draws_on_both(model: str, name: str) -> None:
     """Uniforms come from the host, so that only a rounding at the edge of a token's interval could tell them apart."""
     on_torch, on_jax = both(model)
@@ -73,7 +73,7 @@ def test_the_same_seed_gives_the_same_draws_on_both(model: str, name: str) -> No
     np.testing.assert_array_equal(again.log_weights, second.log_weights)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_log_evidence_is_the_truth_within_standard_errors(model: str) -> None:
     for posterior in both(model):
         truth = Truth(posterior)
@@ -94,7 +94,7 @@ def test_certificate_frontier_and_comparison_agree() -> None:
     assert not result.failures
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_hidden_states_as_features_agree(model: str) -> None:
     """What a reward model reads: the state after the last token, EOS left out."""
     on_torch, on_jax = both(model)

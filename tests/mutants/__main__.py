@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tests.mutants.table import MUTANTS, Mutant
 from tests.mutants.verdicts import FILE, FOLDER
@@ -29,6 +30,10 @@ __all__ = ["Copy", "Outcome", "killers_of", "mutated_text", "run_mutant"]
 
 ROOT = Path(__file__).parents[2]
 _WEIGHTS = "shipped"  # linked, not copied: no mutant changes it
+_OPTIONS = (
+    *("-q", "-p", "tests.mutants.verdicts", "-p", "no:cacheprovider"),
+    *("-W", "ignore::pytest.PytestAssertRewriteWarning"),  # plugins that the server has imported already
+)
 _TIMEOUT = 300  # seconds; a mutant that hangs is not killed by an assertion
 
 
@@ -59,6 +64,35 @@ class Copy:
         shutil.copy2(ROOT / "pyproject.toml", self.folder)
         weights = Path("bayes_klrl", "models", _WEIGHTS)
         (self.folder / weights).symlink_to(ROOT / weights, target_is_directory=True)
+        self._server: subprocess.Popen[str] | None = None
+
+    def close(self) -> None:
+        """End the process that runs the tests."""
+        if self._server is not None:
+            self._server.communicate()  # its input ends, and so does it
+            self._server = None
+
+    def _asked(self, request: dict[str, Any]) -> dict[str, Any]:
+        """What the server answers; it is started by the first request."""
+        if self._server is None:
+            environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+            environment |= {FOLDER: str(self.folder), FILE: str(self.folder / "verdicts.json")}
+            environment |= {"PYTHONPATH": str(self.folder), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+            environment.pop("PYTHONDONTWRITEBYTECODE", None)
+            self._server = subprocess.Popen(
+                [sys.executable, "-m", "tests.mutants.server"],
+                cwd=self.folder,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        answer: dict[str, Any] = json.loads(self._server.stdout.readline())
+        return answer
 
     @contextmanager
     def mutated(self, mutant: Mutant) -> Iterator[None]:
@@ -83,28 +117,16 @@ class Copy:
         """
         file = self.folder / "verdicts.json"
         file.unlink(missing_ok=True)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        environment |= {"PYTHONPATH": str(self.folder), FOLDER: str(self.folder), FILE: str(file)}
-        environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)
-        if not keep_bytecode:
-            environment["PYTHONDONTWRITEBYTECODE"] = "1"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-p",
-            "tests.mutants.verdicts",
-            "-p",
-            "no:cacheprovider",
-            *tests,
-        ]
-        done = subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False
+        answer = self._asked(
+            {
+                "arguments": [*_OPTIONS, *tests],
+                "keep_bytecode": keep_bytecode,
+                "log": str(self.folder / "pytest.log"),
+                "seconds": _TIMEOUT,
+            }
         )
-        if done.returncode not in (0, 1) or not file.exists():
-            raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        if answer["code"] not in (0, 1) or not file.exists():
+            raise RuntimeError(f"pytest ended with {answer['code']}:\n{answer['said']}")
         found: dict[str, str] = json.loads(file.read_text())
         return {test: found.get(test, "did not run") for test in tests}
 
@@ -149,6 +171,7 @@ def main(words: Sequence[str]) -> int:
                 said = "" if verdict == "failed" else f"  SURVIVED: {verdict}"
                 print(f"{name:{width}} | {seconds} | {test.removeprefix('tests/')}{said}", flush=True)
             ok = ok and not outcome.survivors
+        copy.close()
     print(f"{len(chosen)} mutants in {time.perf_counter() - start:.0f} s: {'all killed' if ok else 'NOT ALL KILLED'}")
     return 0 if ok else 1
 

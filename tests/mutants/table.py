@@ -59,8 +59,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "return (values - values.mean(0)) * (num / (num - 1))",
         "return (values - values.mean(0)) / values.std(0)",
         (
-            "tests/inference/svi/test_pyro_elbo.py::test_tabular_gradients_are_unbiased[leave one out-8]",
-            "tests/inference/svi/test_pyro_elbo.py::test_leave_one_out_is_minus_the_gradient_of_half_the_variance_of_log_weights[3]",
+            "tests/inference/svi/test_elbo.py::test_gradients_are_unbiased[pyro-LeaveOneOutELBO-8]",
+            "tests/inference/svi/test_elbo.py::test_leave_one_out_is_minus_the_gradient_of_half_the_variance_of_log_weights[pyro-16]",
         ),
     ),
     Mutant(
@@ -161,14 +161,14 @@ MUTANTS: tuple[Mutant, ...] = (
         "inference/svi/estimators.py",
         "return (values - values.mean(0)) * (num / (num - 1))",
         "return (values - values.mean()) * (num / (num - 1))",
-        ("tests/inference/svi/test_pyro_elbo.py::test_baselines_are_of_each_prompt_alone[leave one out]",),
+        ("tests/inference/svi/test_elbo.py::test_baselines_are_of_each_prompt_alone[pyro-LeaveOneOutELBO]",),
     ),
     Mutant(
         "the KL's effect on later KLs left out",
         "inference/svi/pyro_backend/elbo.py",
         "surrogate = credit - (kl.sum(dim=2) + score_term).T",
         "surrogate = credit - (kl.sum(dim=2) + 0 * score_term).T",
-        ("tests/inference/svi/test_pyro_elbo.py::test_rao_blackwell_makes_a_token_pay_for_the_kl_that_it_leads_to",),
+        ("tests/inference/svi/test_elbo.py::test_rao_blackwell_makes_a_token_pay_for_the_kl_that_it_leads_to[pyro]",),
     ),
     # --- sequential Monte Carlo
     Mutant(
@@ -361,7 +361,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "parts = torch.split(phi,",
         "parts = torch.split(phi.detach(),",
         (
-            "tests/inference/svi/test_bayesian.py::test_the_gradient_is_that_of_enumeration_times_quadrature[one prompt]",
+            "tests/inference/svi/bayesian/test_bayesian.py::test_the_gradient_is_that_of_enumeration_times_quadrature[one prompt]",
         ),
     ),
     Mutant(
@@ -369,7 +369,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "inference/svi/bayesian/programs.py",
         "scale=(plan.evidence_weight or family.size) / plan.num_particles",
         "scale=(plan.evidence_weight or family.size)",
-        ("tests/inference/svi/test_bayesian.py::test_the_value_is_the_elbo",),
+        ("tests/inference/svi/bayesian/test_bayesian.py::test_the_value_is_the_elbo",),
     ),
     # --- uncertain rewards
     Mutant(

@@ -4,6 +4,7 @@ vocabulary <- models, export <- inference <- reward_models <- problems <- analys
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -173,6 +174,7 @@ def points_up(imported: Import) -> bool:
     return theirs > ours or (theirs == ours > 0 and target.split(".")[0] != imported.file.split(".")[0])
 
 
+@functools.cache
 def all_imports() -> list[Import]:
     return [
         each for file, path in files().items() for each in imports_of(file, ast.parse(path.read_text(encoding="utf-8")))

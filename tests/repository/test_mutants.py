@@ -64,6 +64,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
     verdicts = made.verdicts([*killers_of(MUTANTS), *EQUIVALENT.killers], keep_bytecode=True)
     assert {test: verdict for test, verdict in verdicts.items() if verdict != "passed"} == {}
     yield made
+    made.close()
     differing = [
         path for path in (ROOT / "bayes_klrl").rglob("*.py") if "shipped" not in path.parts and differs(path, made)
     ]

@@ -1,7 +1,7 @@
 """`bk.frontier`: the curve against enumerated truth, its inverse, constraints, extension, refusals, table and picture."""
 
 import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
-from bayes_klrl.analysis.frontier.extension import annealed_points
 from bayes_klrl.analysis.frontier.path_points import PathPoints
 from bayes_klrl.analysis.frontier.picture import policy_point
 from bayes_klrl.problems import gold_posterior
@@ -232,148 +231,6 @@ def test_the_gap_of_a_policy_is_its_kl_to_the_posterior_of_its_own_reward(backen
     assert found.value > 4 * found.se
     below = curve.implied_alpha(float(np.exp(truth.log_prior[0]) @ truth.reward[0]) - 0.3)
     assert below.alpha < 0
-
-
-@dataclass(frozen=True)
-class Annealer:
-    """Reports the enumerated path with errors of known size, on a schedule of its own for each prompt, padded with 1."""
-
-    noise: float = 0.0
-
-    def run(self, posterior: bk.Posterior, *, seed: int, progress: bool = False) -> bk.Draws:
-        rng = np.random.default_rng(seed)
-        prompts = posterior.num_prompts
-        s = np.minimum(np.linspace(0, 1, 41) ** 1.5 * rng.uniform(1.0, 1.1, (prompts, 1)), 1.0)
-        whole = [exact_points(posterior, row / posterior.alpha) for row in (np.unique(each) for each in s)]
-        at = [points.at(row / posterior.alpha) for points, row in zip(whole, s, strict=True)]
-        log_z, reward = (np.stack([at[p][name][p] for p in range(prompts)]) for name in ("log_evidence", "reward"))
-        info = {
-            "schedule": s,
-            "path_log_evidence": log_z + self.noise * rng.standard_normal((prompts, 1)),
-            "path_reward": reward + self.noise * rng.standard_normal((prompts, 1)),
-        }
-        return replace(bk.ImportanceSampling(10).run(posterior, seed=0), info=info)
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_an_algorithm_that_reports_its_path_extends_the_frontier(mixed: bool) -> None:
-    """Also where factors have different alphas, so that tempering changes the reward and not alpha."""
-    posterior = TWO
-    if mixed:
-        slope = bk.TokenReward(lambda tokens, lengths: 0.2 * lengths, alpha=1.3)
-        posterior = bk.Posterior(TWO.prior, TWO.likelihood * slope, prompts=TWO.prompts, max_new_tokens=5)
-    curve = bk.frontier(posterior, num_draws=600, seed=0, extend=Annealer())
-    cold = curve.alphas < curve.cut
-    assert cold.any()
-    assert curve.within.all()
-    for a in np.flatnonzero(cold)[::5]:
-        truth = exact(posterior, curve.alphas[a])
-        for name in ("log_evidence", "reward", "kl"):
-            assert getattr(curve, name)[a] == pytest.approx(truth[name], rel=0.01, abs=0.01)
-
-
-@pytest.mark.parametrize("posterior", [GOLD, TWO], ids=["gold", "two prompts"])
-def test_annealed_smc_extends_the_frontier(backend: str, posterior: bk.Posterior) -> None:
-    """600 prior draws end above alpha 0.2; what annealing adds below is judged by its own errors."""
-    alphas = np.array([0.15, 0.1])
-    curve = bk.frontier(
-        on(backend, posterior), num_draws=600, seed=0, alphas=[0.6, *alphas], extend=bk.AnnealedSMC(256)
-    )
-    assert curve.cut > alphas.max()
-    assert curve.within[1:].all()
-    for a, alpha in enumerate(alphas, start=1):
-        truth = exact(posterior, alpha)
-        for name in ("log_evidence", "reward", "kl"):
-            assert abs(getattr(curve, name)[a] - truth[name]) < 4 * curve.mean.se[name][a]
-    assert curve.alpha_for(kl=float(curve.kl[2])) == pytest.approx(0.1, rel=1e-3)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_alphas_are_found_up_to_the_end_of_an_extension(seed: int) -> None:
-    """Past that end the draws' own extrapolation may lie far below it, and does not hide what the extension knows."""
-    last = 1 / 0.1
-    curve = bk.frontier(GOLD, num_draws=600, seed=seed, extend=exact_points(GOLD, np.linspace(0, last, 200)))
-    assert curve.cut > 0.1
-    for share in (0.9, 0.99, 0.999, 1.0):
-        at = curve.at(1 / (share * last))
-        for name in ("kl", "reward"):
-            target = float(getattr(at, name)[0])
-            assert curve.alpha_for(**{name: target}) == pytest.approx(1 / (share * last), rel=1e-3)
-        assert curve.implied_alpha(float(at.reward[0])).valid
-    with pytest.raises(bk.BayesKLRLError, match="cannot be had"):
-        curve.alpha_for(kl=float(curve.at(0.1).kl[0]) * 1.001)
-
-
-def test_the_errors_of_an_extension_are_the_spread_of_its_runs() -> None:
-    found = [annealed_points(GOLD, Annealer(0.05), 0.1, seed=seed).at(np.array([9.0])) for seed in range(40)]
-    truth = exact(GOLD, 1 / 9.0)
-    scores = [(f[n][0, 0] - truth[n]) / f[f"{n}_se"][0, 0] for f in found for n in ("log_evidence", "reward")]
-    assert abs(np.mean(scores)) < 0.4
-    assert np.mean(np.abs(scores) < 1.96) > 0.85  # 80 scores, 0.95 +- 0.025
-    assert 0.7 < np.std(scores) < 1.3
-
-
-def test_what_cannot_extend() -> None:
-    with pytest.raises(bk.BayesKLRLError, match="reports its path"):
-        bk.frontier(GOLD, num_draws=600, seed=0, extend=bk.ImportanceSampling(10))
-    with pytest.raises(bk.BayesKLRLError, match="extend must be PathPoints or an algorithm"):
-        bk.frontier(GOLD, num_draws=600, seed=0, extend=3)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("posterior", [GOLD, TWO], ids=["gold", "two prompts"])
-def test_an_extension_goes_on_where_the_draws_end(posterior: bk.Posterior) -> None:
-    short = bk.frontier(posterior, num_draws=600, seed=0)
-    nodes = np.linspace(0, 4 / short.cut, 60)
-    points = exact_points(posterior, nodes)
-    curve = bk.frontier(posterior, num_draws=600, seed=0, extend=points)
-    cold = curve.alphas < curve.cut
-    assert curve.cut == short.cut
-    assert cold.any()
-    assert curve.within[curve.alphas > curve.cut / 4].all()
-    for name in ("log_evidence", "reward", "kl"):
-        np.testing.assert_array_equal(getattr(curve, name)[~cold], getattr(short, name)[~cold])
-        for a in np.flatnonzero(curve.within & cold):
-            assert getattr(curve, name)[a] == pytest.approx(exact(posterior, curve.alphas[a])[name], rel=0.01, abs=0.01)
-    num_prompts = posterior.num_prompts
-    np.testing.assert_allclose(
-        curve.mean.se["log_evidence"][curve.within & cold], 0.01 / np.sqrt(num_prompts), rtol=1e-4
-    )
-    target = exact(posterior, curve.cut / 2.2)
-    with pytest.raises(bk.BayesKLRLError, match="cannot be had"):
-        short.alpha_for(kl=target["kl"])
-    assert curve.alpha_for(kl=target["kl"]) == pytest.approx(curve.cut / 2.2, rel=0.03)
-    assert curve.alpha_for(reward=target["reward"]) == pytest.approx(curve.cut / 2.2, rel=0.03)
-    half = exact(posterior, curve.cut / 1.9)
-    planned = curve.at(curve.cut / 1.9).ess[0]
-    assert planned == pytest.approx(600 * half["ess"], rel=0.03)
-    assert curve.alpha_for(ess=float(planned)) == pytest.approx(curve.cut / 1.9, rel=1e-6)
-    implied = curve.implied_alpha(target["reward"], reward_se=0.01)
-    assert implied.alpha == pytest.approx(curve.cut / 2.2, rel=0.03)
-    assert implied.valid
-    gap = curve.gap(target["reward"], target["kl"] + 0.5, kl_se=0.02)
-    assert gap.value == pytest.approx(0.5, abs=0.02)
-    assert gap.se > 0.02
-    assert "the extension down to" in str(curve)
-
-
-def test_an_extension_that_does_not_fit_is_refused() -> None:
-    curve = bk.frontier(GOLD, num_draws=600, seed=0)
-    late = exact_points(GOLD, np.array([2.0, 3.0]) / curve.cut)
-    with pytest.raises(bk.BayesKLRLError, match="leave a hole"):
-        curve.extended(late)
-    with pytest.raises(bk.BayesKLRLError, match="of 2 prompts"):
-        curve.extended(exact_points(TWO, np.array([0.0, 9.0])))
-
-
-def test_points_without_errors_extend_the_curve_but_not_the_intervals() -> None:
-    curve = bk.frontier(GOLD, num_draws=600, seed=0)
-    points = exact_points(GOLD, np.linspace(0, 3 / curve.cut, 40))
-    bare = curve.extended(PathPoints(points.inverse_alpha, points.log_evidence, points.reward))
-    cold = bare.within & (bare.alphas < bare.cut)
-    assert cold.any()
-    assert not bare.valid["kl"][cold].any()
-    assert np.isnan(bare.upper["kl"][cold]).all()
-    assert "nan" not in str(bare)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from bayes_klrl.models.decoding import Decoding
 from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_posterior
 
-NUM_SEEDS = 50
+NUM_SEEDS = 30
 NUM_SEEDS_ON_NETWORKS = 15
 
 

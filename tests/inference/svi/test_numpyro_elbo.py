@@ -1,4 +1,7 @@
-"""Gradient estimators in NumPyro against the gradient of the enumerated ELBO, joint models with continuous sites included."""
+"""What is special to NumPyro's gradient estimators: particles in a plate or mapped, joint models of Rao-Blackwell, refusals.
+
+The rest is in `test_elbo.py`, and joint models of leave-one-out in `test_joint_numpyro.py`.
+"""
 
 from __future__ import annotations
 
@@ -106,101 +109,16 @@ def test_gradients_are_unbiased(estimator: Any, mapped: bool) -> None:
     assert t_square_p(1.25 * runs, exact) < 0.005  # the test bites
 
 
-@pytest.mark.parametrize("eos", [(), (1, 2)], ids=str)
-def test_gradients_are_unbiased_with_no_eos_and_with_two(estimator: Any, eos: tuple[int, ...]) -> None:
-    posterior, guide = problem(eos=eos, vocab_size=4, num_tokens=2)
-    runs = gradients(posterior, guide, estimator(8), 150)
-    check_unbiased(runs, exact_gradient(posterior, guide), num_directions=5)
-
-
-@pytest.mark.parametrize("prompts_per_step, mapped", [(None, False), (1, False), (2, True)])
-def test_several_prompts_and_subsamples_of_them(estimator: Any, prompts_per_step: int | None, mapped: bool) -> None:
-    """The loss is the sum over prompts; a subsample is scaled up, once, and unbiased for it (TraceGraph_ELBO is not)."""
+@pytest.mark.slow
+def test_mapped_particles_see_one_subsample_of_prompts(estimator: Any) -> None:
+    """A subsample is scaled up, once, and unbiased for the whole (TraceGraph_ELBO is not)."""
     shifted = lambda tokens, lengths, prompt_index: pairs(tokens, lengths) + 0.8 * prompt_index  # noqa: E731
     posterior, guide = problem(((0,), (1,), (1, 0)), alpha=1.0, reward=shifted)
-    truth = Truth(posterior)
-    runs = gradients(posterior, guide, estimator(8), 200, mapped, prompts_per_step=prompts_per_step)
+    runs = gradients(posterior, guide, estimator(8), 200, mapped=True, prompts_per_step=2)
     check_unbiased(runs, exact_gradient(posterior, guide))
-    model, program = numpyro_model(posterior, prompts_per_step), numpyro_guide(posterior, guide, prompts_per_step)
-    value = jax.jit(lambda key: estimator(8).loss(key, {"language_model": guide.parameters}, model, program))
-    losses = np.array([float(value(key)) for key in jax.random.split(jax.random.key(0), 100)])
-    exact = float((truth.kl(guide.to_ngram()) - truth.log_evidence).sum())
-    assert abs(losses.mean() - exact) < 3.5 * losses.std() / np.sqrt(100)
 
 
-def test_tokens_that_the_prior_cannot_draw_are_no_trouble(estimator: Any) -> None:
-    with np.errstate(divide="ignore"):
-        prior = bk.NgramLM(np.log([[0.0, 0.6, 0.4], [0.5, 0.2, 0.3], [0.7, 0.3, 0.0]]), eos_token_id=2)
-    reward = bk.TokenReward(lambda tokens, lengths: 1.0 * (tokens == 1).sum(axis=1), alpha=0.8)
-    posterior = bk.Posterior(JaxTable(prior), reward, prompts=[[]], max_new_tokens=3)
-    guide = JaxTable(prior)
-    truth = Truth(posterior)
-    possible = truth.log_prior[0] > -np.inf
-    joint = (truth.log_posterior + truth.log_evidence[:, None])[0, possible]
-    tokens = truth.sequences.tokens[:, possible]
-
-    def minus_elbo(parameters: Any) -> Any:
-        log_q = log_q_of(guide.with_parameters(parameters), posterior, tokens)[0]
-        return (jnp.exp(log_q) * (log_q - joint)).sum()
-
-    runs = gradients(posterior, guide, estimator(16), 150)
-    assert np.isfinite(runs).all()
-    exact = np.nan_to_num(flat(jax.grad(minus_elbo)(guide.parameters)))
-    assert t_square_p(runs, exact, num_directions=4) > 0.005
-
-
-def test_leave_one_out_is_minus_the_gradient_of_half_the_variance_of_log_weights() -> None:
-    """VarGrad, batch for batch (theory.md 2.4), so particles, prompts and baselines are paired as they should be."""
-    posterior, guide = problem(((0,), (1,)))
-    model, program = numpyro_model(posterior), numpyro_guide(posterior, guide)
-    key, params = jax.random.key(3), {"language_model": guide.parameters}
-    from bayes_klrl.inference.svi.numpyro_backend.elbo import STEP
-
-    loss = LeaveOneOutELBO(6)
-    found = jax.jit(lambda params: loss.loss_with_mutable_state(key, {**params, STEP: None}, model, program))(params)
-    step = found["mutable_state"][STEP]
-    assert step["tokens"].shape == (6, 2, 3)
-    ours = flat(jax.jit(jax.grad(lambda params: loss.loss(key, params, model, program)))(params))
-    tokens = np.asarray(step["tokens"]).swapaxes(0, 1)
-    joint = log_q_of(posterior.prior, posterior, tokens) + step["log_likelihood"].T
-
-    def half_variance(parameters: Any) -> Any:
-        log_w = joint - log_q_of(guide.with_parameters(parameters), posterior, tokens)
-        return 0.5 * log_w.var(axis=1, ddof=1).sum()
-
-    np.testing.assert_allclose(ours, flat(jax.jit(jax.grad(half_variance))(guide.parameters)), rtol=0, atol=2e-6)
-    assert np.abs(ours).max() > 0.01
-    log_w = joint - log_q_of(guide, posterior, tokens)
-    np.testing.assert_allclose(step["log_weights"].T, log_w, atol=1e-5)
-    assert float(found["loss"]) == pytest.approx(-float(log_w.mean(axis=1).sum()), abs=1e-5)
-
-
-def test_leave_one_out_has_no_variance_at_the_posterior() -> None:
-    posterior, _ = problem()
-    guide = JaxTable(Truth(posterior).policy())
-    assert np.abs(gradients(posterior, guide, LeaveOneOutELBO(4), 20)).max() < 1e-5
-    assert gradients(posterior, guide, RaoBlackwellELBO(4), 20).std(axis=0).max() > 0.01
-
-
-def test_rao_blackwell_has_the_lower_variance_far_from_the_posterior() -> None:
-    posterior, guide = problem(alpha=20.0)
-    variance = {name: gradients(posterior, guide, kind(8), 60).var(axis=0).sum() for name, kind in ESTIMATORS.items()}
-    assert variance["Rao-Blackwell"] < 0.5 * variance["leave one out"]
-
-
-def test_rao_blackwell_makes_a_token_pay_for_the_kl_that_it_leads_to() -> None:
-    """First tokens cost nothing themselves; after 1 the guide is far from the prior: all gradient comes from later KLs."""
-    prior, table = np.array([[0.5, 0.5], [0.1, 0.9]]), np.array([[0.5, 0.5], [0.9, 0.1]])
-    nothing = bk.TokenReward(lambda tokens, lengths: 0.0 * lengths, alpha=1.0)
-    lm, guide = (JaxTable(bk.NgramLM(np.log(probs), eos_token_id=None)) for probs in (prior, table))
-    posterior = bk.Posterior(lm, nothing, prompts=[[0]], max_new_tokens=2)  # type: ignore[arg-type]
-    runs, exact = gradients(posterior, guide, RaoBlackwellELBO(16), 200), exact_gradient(posterior, guide)
-    later = float((table[1] * np.log(table[1] / prior[1])).sum())
-    assert exact[1] > 0.8 * 0.25 * later  # context 0, token 1: q(1) (1 - q(1)) KL(guide || prior after 1)
-    spread = runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
-    assert (np.abs(runs.mean(axis=0) - exact) < 3.5 * spread + 1e-6).all()
-
-
+@pytest.mark.slow
 def test_a_users_own_svi_reaches_the_posterior(estimator: Any) -> None:
     posterior, _ = problem(((0,), (1,)))
     guide = posterior.numpyro_guide(JaxTable(full_table(posterior.prior.start, 4)))  # type: ignore[attr-defined]
@@ -212,8 +130,8 @@ def test_a_users_own_svi_reaches_the_posterior(estimator: Any) -> None:
 
 
 @pytest.mark.slow
-def test_a_small_transformer(estimator: Any) -> None:
-    """A JaxLM of 40 completions; exact gradients by autodiff through its log-probs of all of them."""
+def test_a_small_transformer() -> None:
+    """A JaxLM of 40 completions, whose positions Rao-Blackwell reads; exact gradients by autodiff through all log-probs."""
     from tests.helpers.tiny_models import tiny_gpt2
     from tests.models.jax_lm.test_lm import jax_lm_of
 
@@ -222,7 +140,7 @@ def test_a_small_transformer(estimator: Any) -> None:
     guide = lm.with_parameters(jax.tree.map(lambda a: a + 0.05 * jax.random.normal(next(keys), a.shape), lm.parameters))
     reward = bk.TokenReward(lambda tokens, lengths: 1.0 * (tokens == 1).sum(axis=1) - 0.3 * lengths, alpha=0.7)
     posterior = bk.Posterior(lm, reward, prompts=[[1, 2], [3]], max_new_tokens=3)
-    runs = gradients(posterior, guide, estimator(32), 60)
+    runs = gradients(posterior, guide, RaoBlackwellELBO(32), 60)
     exact = exact_gradient(posterior, guide)
     assert t_square_p(runs, exact) > 0.005
     assert t_square_p(1.25 * runs, exact) < 0.005
@@ -312,29 +230,39 @@ JOINTS: dict[str, Callable[[], Joint]] = {
 }
 
 
+@pytest.mark.slow
 def test_in_a_joint_model_one_prompts_noise_is_not_anothers(estimator: Any) -> None:
     """Batch for batch: a hundredfold reward of prompt 1 leaves the gradient of what follows prompt 0 as it is."""
 
-    def gradient(factor: float, **options: Any) -> np.ndarray:
+    def gradients_at(*factors: float, **options: Any) -> list[np.ndarray]:
         joint = Joint(prompts=((0,), (1,)), **options)
-        plain = joint.log_factor
-        joint.log_factor = lambda x, theta: plain(x, theta) * jnp.array([1.0, factor])  # type: ignore[method-assign]
-        step = jax.jit(jax.grad(lambda params: estimator(8).loss(jax.random.key(0), params, joint.model, joint.guide)))
-        table = np.asarray(step(joint.params)["logits"]).reshape(3, 3, 3, 3)
-        return np.concatenate([table[2, 2, 0].ravel(), table[2, 0].ravel(), table[0].ravel()])
+        plain, each = joint.log_factor, [jnp.ones(2)]
+        joint.log_factor = lambda x, theta: plain(x, theta) * each[0]  # type: ignore[method-assign]
 
-    assert np.abs(gradient(1.0)).max() > 0.01
-    np.testing.assert_allclose(gradient(1.0), gradient(100.0), rtol=0, atol=1e-6)
-    assert np.abs(gradient(1.0, slope=True) - gradient(100.0, slope=True)).max() > 0.01  # there theta comes after x
+        def loss(params: Any, factor: Any) -> Any:
+            each[0] = jnp.stack([jnp.ones(()), factor])
+            return estimator(8).loss(jax.random.key(0), params, joint.model, joint.guide)
+
+        step = jax.jit(jax.grad(loss))
+        tables = [np.asarray(step(joint.params, factor)["logits"]).reshape(3, 3, 3, 3) for factor in factors]
+        return [np.concatenate([table[2, 2, 0].ravel(), table[2, 0].ravel(), table[0].ravel()]) for table in tables]
+
+    one, hundred = gradients_at(1.0, 100.0)
+    assert np.abs(one).max() > 0.01
+    np.testing.assert_allclose(one, hundred, rtol=0, atol=1e-6)
+    one, hundred = gradients_at(1.0, 100.0, slope=True)
+    assert np.abs(one - hundred).max() > 0.01  # there theta comes after x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", JOINTS)
-def test_joint_models_have_unbiased_gradients(name: str, estimator: Any) -> None:
+def test_joint_models_have_unbiased_gradients(name: str) -> None:
+    """Of Rao-Blackwell, which takes continuous latents beside completions."""
     joint = JOINTS[name]()
     exact = flat(jax.jit(jax.grad(joint.minus_elbo))(joint.params))
-    runs = sampled(estimator(16), joint.model, joint.guide, joint.params, 600)
+    runs = sampled(RaoBlackwellELBO(16), joint.model, joint.guide, joint.params, 600)
     check_unbiased(runs, exact)
-    value = jax.jit(lambda key: estimator(16).loss(key, joint.params, joint.model, joint.guide))
+    value = jax.jit(lambda key: RaoBlackwellELBO(16).loss(key, joint.params, joint.model, joint.guide))
     losses = np.array([float(value(key)) for key in jax.random.split(jax.random.key(0), 100)])
     assert abs(losses.mean() - float(joint.minus_elbo(joint.params))) < 3.5 * losses.std() / 10
 
@@ -363,12 +291,8 @@ def test_a_joint_posterior_is_found_by_svi() -> None:
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-def test_one_particle_has_no_others(estimator: Any) -> None:
-    with pytest.raises(bk.BayesKLRLError, match="num_particles >= 2"):
-        estimator(1)
-
-
-def test_sites_without_a_partner_are_refused(estimator: Any) -> None:
+@pytest.mark.slow
+def test_sites_without_a_partner_are_refused() -> None:
     posterior, guide = problem()
     model, program = numpyro_model(posterior), numpyro_guide(posterior, guide)
 
@@ -384,9 +308,10 @@ def test_sites_without_a_partner_are_refused(estimator: Any) -> None:
         ((model, with_temperature(program)), "guide draws 'temperature', which is no latent site"),
     ):
         with pytest.raises(bk.BayesKLRLError, match=message):
-            estimator(4).loss(jax.random.key(0), {}, *programs)
+            RaoBlackwellELBO(4).loss(jax.random.key(0), {}, *programs)
 
 
+@pytest.mark.slow
 def test_rao_blackwell_is_for_completions_alone() -> None:
     posterior, guide = problem()
     on_host = bk.Posterior(posterior.prior.start, posterior.likelihood, prompts=[[0]], max_new_tokens=3)  # type: ignore[attr-defined]
@@ -406,6 +331,7 @@ def test_rao_blackwell_is_for_completions_alone() -> None:
     assert np.isfinite(LeaveOneOutELBO(4).loss(jax.random.key(0), {}, *programs))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Currently, SVI with Trace_ELBO")
 def test_stock_trace_elbo_has_another_gradient() -> None:
     """Which is why SVI does not use it: it takes completions for reparametrised, and drops the score term (theory.md 9.9)."""

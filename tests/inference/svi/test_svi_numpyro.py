@@ -89,6 +89,7 @@ def test_a_step_is_shortened_to_what_the_trust_region_allows() -> None:
     assert np.flatnonzero(np.isfinite(small)).tolist() == [0, 10, 20]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_fit() -> None:
     posterior = tabular_problem()
     svi = bk.SVI(3, num_particles=8)
