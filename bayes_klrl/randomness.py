@@ -137,10 +137,11 @@ class Streams:
 
     def _of_prompt(self, key: PromptKey, first: int, num_draws: int, width: int) -> FloatArray:
         """Return the numbers of draws first, ..., first + N - 1 of one prompt, shape (N, width)."""
-        start, stop = first // DRAWS_PER_BLOCK, -(-(first + num_draws) // DRAWS_PER_BLOCK)
-        last = first + num_draws - start * DRAWS_PER_BLOCK
-        blocks = []
-        for block in range(start, stop):
-            rows = min(DRAWS_PER_BLOCK, first + num_draws - block * DRAWS_PER_BLOCK)
-            blocks.append(self.generator(key, block).random((rows, width)))
-        return np.concatenate(blocks)[first - start * DRAWS_PER_BLOCK : last]
+        blocks, last = [], first + num_draws
+        for block in range(first // DRAWS_PER_BLOCK, -(-last // DRAWS_PER_BLOCK)):
+            start = block * DRAWS_PER_BLOCK
+            skipped = max(first - start, 0)
+            rng = self.generator(key, block)
+            rng.bit_generator.advance(skipped * width)  # type: ignore[attr-defined]  # PCG64, one step per number
+            blocks.append(rng.random((min(DRAWS_PER_BLOCK, last - start) - skipped, width)))
+        return np.concatenate(blocks)

@@ -6,6 +6,7 @@ Letters: P prompts, N draws or particles, T tokens (max_new_tokens), V vocabular
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -31,6 +32,7 @@ __all__ = [
     "TokenIds",
     "Twist",
     "TwistRecipe",
+    "is_algorithm",
 ]
 
 FloatArray: TypeAlias = NDArray[np.float64]
@@ -184,6 +186,18 @@ class Algorithm(Protocol):
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """Return draws from (an approximation of) the posterior; the same seed gives the same draws."""
+
+
+def is_algorithm(kind: type) -> bool:
+    """Return whether a class is an `Algorithm`: its `run` must be given a posterior and a seed, and nothing else.
+
+    `isinstance` alone looks at the name of the method only, and a `Fit` has a `run` of its own.
+    """
+    run = getattr(kind, "run", None)
+    if run is None:
+        return False
+    parameters = list(inspect.signature(run).parameters.values())[1:]
+    return [each.name for each in parameters if each.default is inspect.Parameter.empty] == ["posterior", "seed"]
 
 
 @runtime_checkable

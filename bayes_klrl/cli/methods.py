@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -69,25 +68,20 @@ def algorithms_of(methods: Sequence[str], num_steps: int) -> dict[str, Algorithm
 def _algorithm(text: str) -> Algorithm:
     """Return the algorithm that a call makes."""
     import bayes_klrl as bk
+    from bayes_klrl.typing import is_algorithm
 
     node = _parsed(text)
     if not isinstance(node, ast.Call):
         name = text if text in bk.__all__ else "SMC"
         raise _refusal(text, f"it is neither a short name ({_NAMES}) nor a call. Write {name}(...) with its arguments")
     kind = _public_class(node, text)
-    if not (issubclass(kind, bk.Algorithm) and _runs_on_a_posterior(kind)):
+    if not is_algorithm(kind):
         raise _refusal(
             text,
             f"{kind.__name__} is not an algorithm, which has run(posterior, seed=...). Call one that is, such as SMC",
         )
     algorithm: Algorithm = _made(node, text)
     return algorithm
-
-
-def _runs_on_a_posterior(kind: type[Algorithm]) -> bool:
-    """Return whether `run` needs a posterior and a seed, no more: `isinstance` looks at the name of the method only."""
-    parameters = list(inspect.signature(kind.run).parameters.values())[1:]
-    return [each.name for each in parameters if each.default is inspect.Parameter.empty] == ["posterior", "seed"]
 
 
 def _parsed(text: str) -> ast.expr:

@@ -19,7 +19,7 @@ from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import progress_display, track
 from bayes_klrl.randomness import stream_seed
-from bayes_klrl.typing import Algorithm, GuideRecipe
+from bayes_klrl.typing import Algorithm, GuideRecipe, is_algorithm
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -290,8 +290,13 @@ def _check_algorithms(algorithms: Mapping[str, Algorithm], posterior: Posterior)
             raise BayesKLRLError(
                 f"A method's name must be a text without '/', since it becomes the name of a group in draws.nc; got {name!r}."
             )
-        if isinstance(algorithm, type) or not isinstance(algorithm, Algorithm):
-            raise BayesKLRLError(f"{name!r} is not an algorithm: {algorithm!r} has no run(posterior, seed=...).")
+        if isinstance(algorithm, type) or not is_algorithm(type(algorithm)):
+            cure = (
+                " Give bk.ImportanceSampling(1000, proposal=fit.guide), or the recipe."
+                if isinstance(algorithm, Fit)
+                else ""
+            )
+            raise BayesKLRLError(f"{name!r} is not an algorithm: {algorithm!r} has no run(posterior, seed=...).{cure}")
         proposal = getattr(algorithm, "proposal", None)
         if proposal is not None and not isinstance(proposal, GuideRecipe):
             check_proposal(proposal, posterior.prior)

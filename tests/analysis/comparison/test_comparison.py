@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from bayes_klrl.draws import Cost
 from bayes_klrl.inference.sampling.order_statistics import best_of_n_log_probs
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.problems import gold_posterior
@@ -188,3 +189,16 @@ def test_everything_is_saved_and_only_over_what_is_ours(tmp_path) -> None:
     (tmp_path / "theirs" / "thesis.tex").write_text("x")
     with pytest.raises(bk.BayesKLRLError, match="not written by bayes-klrl"):
         result.save(tmp_path / "theirs")
+
+
+def test_a_fit_is_not_an_algorithm() -> None:
+    """It has a `run`, which takes other arguments; refused before any other row runs."""
+    coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+
+    def never(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        raise AssertionError("A method was run.")
+
+    posterior = bk.Posterior(coin, bk.TokenReward(never, alpha=1.0), max_new_tokens=2)
+    fit = Fit(coin, {}, posterior, Cost())
+    with pytest.raises(bk.BayesKLRLError, match=r"'tuned' is not an algorithm.*proposal=fit\.guide"):
+        bk.compare(posterior, {"IS": bk.ImportanceSampling(4), "tuned": fit}, seed=0)  # type: ignore[dict-item]
