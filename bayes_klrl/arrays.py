@@ -15,6 +15,12 @@ from bayes_klrl.typing import Array, FloatArray, IntArray
 
 __all__ = ["draw_tokens", "is_identity", "no_gradient", "take_tokens", "to_host"]
 
+_FLOATS_AT_ONCE = 2**21
+"""Largest number of cumulative probabilities at once on the host: 8 MB in float32, which the next ones use again."""
+
+_FLOATS_ON_DEVICE = 2**25
+"""The same on an accelerator, where many small kernels would take longer (128 MB)."""
+
 
 def no_gradient() -> AbstractContextManager[Any]:
     """Return a context in which no backend records gradients."""
@@ -55,10 +61,38 @@ def draw_tokens(log_probs: Array, rows: IntArray, uniforms: FloatArray) -> IntAr
     >>> draw_tokens(log_probs, np.array([0, 0, 1]), np.array([0.49, 0.5, 0.0]))
     array([0, 2, 1])
     """
-    last = log_probs.shape[1] - 1
+    table = log_probs if hasattr(log_probs, "detach") else to_host(log_probs)
+    num_rows, size = len(table), max(1, _most_floats(table) // table.shape[1])
+    if max(num_rows, len(rows)) <= size:
+        return _first_beyond(_cumulative(table), rows, uniforms)
+    tokens = np.empty(len(rows), dtype=np.int64)
+    for start in range(0, num_rows, size):
+        cumulative = _cumulative(table[start : start + size])
+        draws = np.flatnonzero((rows >= start) & (rows < start + size))
+        for first in range(0, draws.size, size):
+            part = draws[first : first + size]
+            tokens[part] = _first_beyond(cumulative, rows[part] - start, uniforms[part])
+    return tokens
+
+
+def _most_floats(table: Array) -> int:
+    """Return the largest number of cumulative probabilities that are held at once; rows do not affect each other."""
+    on_device = hasattr(table, "detach") and table.device.type != "cpu"
+    return _FLOATS_ON_DEVICE if on_device else _FLOATS_AT_ONCE
+
+
+def _cumulative(log_probs: Array) -> Array:
+    """Return the cumulative probabilities of each row, (R, V): torch in its own precision, else float64 on the host."""
     if hasattr(log_probs, "detach"):
+        return log_probs.softmax(dim=-1).cumsum(dim=-1)  # exp, but by a faster kernel
+    return np.exp(log_probs.astype(np.float64)).cumsum(axis=-1)
+
+
+def _first_beyond(cumulative: Array, rows: IntArray, uniforms: FloatArray) -> IntArray:
+    """Return for each draw the first token of its row whose cumulative probability exceeds u times the last one."""
+    last = cumulative.shape[1] - 1
+    if hasattr(cumulative, "detach"):
         torch = sys.modules["torch"]
-        cumulative = log_probs.softmax(dim=-1).cumsum(dim=-1)  # exp, but by a faster kernel
         if not is_identity(rows, len(cumulative)):
             cumulative = cumulative[torch.as_tensor(rows, device=cumulative.device)]
         u = torch.as_tensor(uniforms, dtype=cumulative.dtype, device=cumulative.device)[:, None]
@@ -66,7 +100,7 @@ def draw_tokens(log_probs: Array, rows: IntArray, uniforms: FloatArray) -> IntAr
         tokens = torch.searchsorted(cumulative, targets, right=True)[:, 0]
         drawn: IntArray = to_host(tokens.clamp(max=last))
         return drawn
-    cumulative = np.exp(to_host(log_probs).astype(np.float64)).cumsum(axis=-1)[rows]
+    cumulative = cumulative[rows]
     targets = np.minimum(uniforms, 1.0 - np.finfo(np.float64).eps)[:, None] * cumulative[:, -1:]
     on_host: IntArray = np.minimum((cumulative <= targets).sum(axis=-1), last)
     return on_host

@@ -17,7 +17,7 @@ import numpy as np
 from bayes_klrl.arrays import to_host
 from bayes_klrl.errors import RewardError
 from bayes_klrl.sequences import Sequences
-from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, TokenIds
 
 __all__ = [
     "RESERVED_NAMES",
@@ -27,6 +27,7 @@ __all__ = [
     "accepts",
     "called_on_text",
     "called_on_tokens",
+    "completion_texts",
     "first_failing_row",
     "parameters",
     "to_floats",
@@ -36,6 +37,8 @@ _BATCH_NAMES = ("prompts", "completions", "completion_ids", "finished")
 RESERVED_NAMES = frozenset(
     {*_BATCH_NAMES, "tokens", "lengths", "prompt_index", "prior", "likelihood", "max_new_tokens"}
 )
+_TRAINER_NAMES = frozenset({"prompt", "environments", "trainer_state", "log_extra", "log_metric"})
+"""Names that TRL has for other things than completions: its datasets' prompt, and what its trainers give to rewards."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +81,8 @@ class Batch:
         Further data about the prompts, each column of length P.
     prior
         The language model, which decodes the completions and knows EOS.
+    prompt_ids
+        The P prompts as token ids; None: the completions are decoded without their prompts.
     """
 
     tokens: IntArray
@@ -86,6 +91,7 @@ class Batch:
     prompts: Sequence[Any]
     columns: Mapping[str, Sequence[Any]]
     prior: LanguageModel
+    prompt_ids: Sequence[TokenIds] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -102,8 +108,10 @@ class Batch:
 
     @cached_property
     def completions(self) -> list[str]:
-        """The text of each completion, special tokens skipped."""
-        return list(self.prior.decode(self.completion_ids))
+        """The text of each completion as it follows its prompt, special tokens skipped."""
+        known = self.prompt_ids
+        prompts: list[TokenIds] = [() if known is None else known[p] for p in self.prompt_index]
+        return completion_texts(self.prior, prompts, self.completion_ids)
 
     def named(self, name: str) -> Sequence[Any]:
         """Return the column that a reward function asks for by `name`, one entry per completion."""
@@ -125,6 +133,12 @@ class Batch:
         return f"completion {row}{text} (ids {ids}, prompt {prompt!r})"
 
 
+def completion_texts(lm: LanguageModel, prompts: Sequence[TokenIds], ids: Sequence[TokenIds]) -> list[str]:
+    """Return the text of each completion as it follows its prompt: by the model's `decode_after`, if it has one."""
+    after = getattr(lm, "decode_after", None)
+    return list(lm.decode(ids) if after is None else after(prompts, ids))
+
+
 @dataclass(frozen=True)
 class TextCall:
     """A text function with the names of the arguments it asks for.
@@ -141,6 +155,8 @@ class TextCall:
         """Read the function's signature against the names that this posterior offers."""
         known = {*_BATCH_NAMES, *columns}
         required, optional, open_ended = parameters(fn)
+        if len(required) == 1 and required[0] in (RESERVED_NAMES | _TRAINER_NAMES) - known:
+            raise _reserved(label, required[0], known)
         if len(required) == 1 and required[0] not in known:
             others = sorted(known - {"completions"})
             extra = others if open_ended else [name for name in optional if name in others]
@@ -173,6 +189,16 @@ class TextCall:
             return self.fn(**arguments)
         named = {name: value for name, value in arguments.items() if name != "completions"}
         return self.fn(arguments["completions"], **named)
+
+
+def _reserved(label: str, name: str, known: set[str]) -> RewardError:
+    """Return the error about a function whose only parameter has a name that stands for something else than completions."""
+    owner = "TRL gives to something else" if name in _TRAINER_NAMES else "is reserved"
+    return RewardError(
+        f"Reward {label!r} asks for {name!r}, a name that {owner}; it does not receive the completions. Names that can be "
+        f"asked for are {sorted(known)}. Call the parameter `completions` if it is to receive them. A function of tokens and "
+        "lengths is a bk.TokenReward, and further data are columns: bk.Posterior(..., name=[one value per prompt])."
+    )
 
 
 def called_on_text(fn: Callable[..., Any], label: str, batch: Batch) -> Any:

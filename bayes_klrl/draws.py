@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bayes_klrl.batch import completion_texts
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
-from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, TokenIds
 from bayes_klrl.weights import effective_sample_size, log_evidence_se, logmeanexp, normalised, psis
 
 if TYPE_CHECKING:
@@ -55,6 +56,27 @@ class Cost:
 
 
 @dataclass(frozen=True, eq=False)
+class PromptDecoder:
+    """The decoder of a posterior's draws: texts of completions, alone or as they follow their prompts."""
+
+    lm: LanguageModel
+    prompt_ids: Sequence[TokenIds]
+
+    @classmethod
+    def of(cls, posterior: Posterior) -> PromptDecoder | None:
+        """Return the decoder of a posterior, None if its prior has no tokenizer."""
+        return cls(posterior.prior, posterior.prompt_ids) if posterior.prior.tokenizer is not None else None
+
+    def __call__(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each completion, decoded alone."""
+        return list(self.lm.decode(ids))
+
+    def after(self, prompt_index: IntArray, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each completion as it follows the prompt of its index."""
+        return completion_texts(self.lm, [self.prompt_ids[p] for p in prompt_index], ids)
+
+
+@dataclass(frozen=True, eq=False)
 class Draws:
     """N draws for each of P prompts, with their log-densities, weights and estimates of the evidence.
 
@@ -84,7 +106,8 @@ class Draws:
         (P, T), for Markov chains the `chain` (N,) of each draw; for models in half precision `scoring_gap` (P,), the largest
         difference between decoded and teacher-forced log-probs, in nats.
     decoder
-        Function that turns lists of token ids into texts; None if the prior has no tokenizer.
+        Function that turns lists of token ids into texts; None if the prior has no tokenizer. If it has a method
+        `after(prompt_index, ids)`, `texts` uses that: it decodes completions as they follow their prompts.
 
     Examples
     --------
@@ -198,7 +221,7 @@ class Draws:
             method=method,
             alpha=posterior.alpha,
             cost=cost,
-            decoder=posterior.prior.decode if posterior.prior.tokenizer is not None else None,
+            decoder=PromptDecoder.of(posterior),
         )
 
     def __repr__(self) -> str:
@@ -248,7 +271,8 @@ class Draws:
         if self.decoder is None:
             raise BayesKLRLError("These draws have no text: the prior has no tokenizer. Use `tokens` and `lengths`.")
         num_prompts, num_draws = self.shape
-        flat = list(self.decoder(self.sequences.lists()))
+        ids, after = self.sequences.lists(), getattr(self.decoder, "after", None)
+        flat = list(self.decoder(ids) if after is None else after(np.repeat(np.arange(num_prompts), num_draws), ids))
         return [flat[p * num_draws : (p + 1) * num_draws] for p in range(num_prompts)]
 
     def mean(self, values: ArrayLike | Callable[[list[str]], Sequence[float]]) -> FloatArray:

@@ -18,7 +18,21 @@ from bayes_klrl.batch import Batch, Setting, TextCall, accepts, called_on_text, 
 from bayes_klrl.errors import BayesKLRLError, RewardError, TextRewardError
 from bayes_klrl.typing import FloatArray, LanguageModel
 
-__all__ = ["Constraint", "Factor", "Likelihood", "Reward", "TokenReward", "check_alpha_and_bounds", "product"]
+__all__ = [
+    "MAX_NATS",
+    "Constraint",
+    "Factor",
+    "Likelihood",
+    "Reward",
+    "TokenReward",
+    "check_alpha_and_bounds",
+    "check_nats",
+    "product",
+]
+
+MAX_NATS = 1e12
+"""The largest |r / alpha|: to a larger number float64 adds the log-prob of the prior with an error above 1e-4 nats."""
+_LEAST, _LARGEST = 1e-280, 1e280  # of alpha: products with rewards of `MAX_NATS`, and sums of those, do not overflow
 
 
 class Likelihood(ABC):
@@ -71,11 +85,19 @@ class Likelihood(ABC):
         """Return r(x) of every completion, shape (M,), float64; -inf outside a constraint."""
         total = np.zeros(len(batch))
         for factor in self.factors:
-            total += factor.values(batch) * factor.scale_in(self.alpha)
+            total += factor.checked_values(batch) * factor.scale_in(self.alpha)
+        check_nats(total, self.alpha, self.label, batch)
         return total
 
     def log_likelihood(self, reward: FloatArray) -> FloatArray:
-        """Return reward / alpha in nats, same shape."""
+        """Return reward / alpha in nats, same shape.
+
+        Raises
+        ------
+        RewardError
+            If a finite reward is more than `MAX_NATS`.
+        """
+        check_nats(reward, self.alpha, self.label)
         return reward / (self.alpha or 1.0)
 
     @property
@@ -164,6 +186,12 @@ class Factor(Likelihood):
     def values(self, batch: Batch) -> FloatArray:
         """Return the factor's checked reward, shape (M,)."""
 
+    def checked_values(self, batch: Batch) -> FloatArray:
+        """Return `values`, refusing rewards of more nats than float64 resolves, see `check_nats`."""
+        values = self.values(batch)
+        check_nats(values, self.alpha, self.label, batch)
+        return values
+
     @abstractmethod
     def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
         """See `Likelihood.check`."""
@@ -214,9 +242,10 @@ class Reward(_TextFactor):
     Parameters
     ----------
     fn
-        Function that takes a list of completions and returns one float per completion. A sole required parameter of any name
-        receives the completions; by name it may also ask for `prompts`, `completions`, `completion_ids`, `finished` and any
-        column given to the posterior; `**kwargs` receives all of them. A TRL reward function works unchanged.
+        Function that takes a list of completions and returns one float per completion. A sole required parameter receives
+        the completions, unless TRL or this package uses its name for something else; by name it may also ask for `prompts`,
+        `completions`, `completion_ids`, `finished` and any column given to the posterior; `**kwargs` receives all of them. A
+        TRL reward function works unchanged.
     alpha
         Units of reward per nat ("beta" in TRL and DPO); positive and finite.
     bounds
@@ -376,6 +405,30 @@ def check_alpha_and_bounds(factor: Factor) -> None:
         object.__setattr__(factor, "bounds", (low, high))
 
 
+def check_nats(reward: FloatArray, alpha: float | None, label: str, batch: Batch | None = None) -> None:
+    """Refuse finite rewards of more than `MAX_NATS` at alpha; -inf, the reward of what is impossible, is legal.
+
+    Parameters
+    ----------
+    reward
+        The rewards, of any shape; where a batch is given the last axis is that of its completions.
+    alpha, label
+        Units of reward per nat (None: 1), and the name of the reward in the message.
+    batch
+        The completions, which the message then describes.
+    """
+    large = (np.abs(reward) > MAX_NATS * (alpha or 1.0)) & ~np.isneginf(reward)
+    if not large.any():
+        return
+    index = tuple(np.argwhere(large)[0].tolist())
+    where = "" if batch is None else f" for {batch.describe(index[-1])}"
+    raise RewardError(
+        f"Reward {label!r} returned {reward[index]:g}{where}, which is more than {MAX_NATS:g} nats at alpha = "
+        f"{alpha or 1.0:g}. To such a number float64 cannot add the log-prob of the prior. Return -inf for completions that "
+        "are excluded; otherwise scale the reward down, or raise alpha."
+    )
+
+
 def _positive(what: str, value: float | None) -> float:
     """Return a positive finite number as float."""
     try:
@@ -385,5 +438,10 @@ def _positive(what: str, value: float | None) -> float:
     if not (np.isfinite(number) and number > 0):
         raise BayesKLRLError(
             f"{what} must be a positive finite number; got {value!r}. For a hard limit use bk.Constraint."
+        )
+    if not _LEAST <= number <= _LARGEST:
+        raise BayesKLRLError(
+            f"{what} must lie between {_LEAST:g} and {_LARGEST:g}, where r / alpha does not overflow; got {value!r}. For a "
+            "hard limit use bk.Constraint."
         )
     return number

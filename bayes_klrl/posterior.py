@@ -19,6 +19,7 @@ from bayes_klrl.batch import RESERVED_NAMES, Batch, Setting
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError, needs_jax
 from bayes_klrl.likelihood import Likelihood
+from bayes_klrl.prompts import prompt_list
 from bayes_klrl.sequences import Sequences, pad_token
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
@@ -41,7 +42,8 @@ class Posterior:
     likelihood
         The likelihood exp(r / alpha): a `Reward`, `TokenReward`, `Constraint`, or a product of them.
     prompts
-        One prompt or a list of P prompts: texts, or lists of token ids.
+        One prompt or a list of P prompts: texts, or lists or arrays of token ids. Of a tokenizer's output (a
+        `transformers.BatchEncoding`) the `input_ids` are taken, without padding.
     max_new_tokens
         T, the largest number of tokens that a completion may have, EOS included.
     **columns
@@ -86,7 +88,7 @@ class Posterior:
         check_count("max_new_tokens", max_new_tokens)
         self.prior = prior
         self.max_new_tokens = int(max_new_tokens)
-        self.prompts = _prompt_list(prompts)
+        self.prompts = prompt_list(prompts)
         self.columns = _checked_columns(columns, len(self.prompts))
         likelihood.check(prior, self.columns)
         self.prompt_ids = encoded_prompts(self.prompts, prior)
@@ -162,7 +164,8 @@ class Posterior:
         prompt_index
             Index of the prompt that each completion follows, shape (M,).
         """
-        return self.likelihood.reward(Batch(tokens, lengths, prompt_index, self.prompts, self.columns, self.prior))
+        batch = Batch(tokens, lengths, prompt_index, self.prompts, self.columns, self.prior, self.prompt_ids)
+        return self.likelihood.reward(batch)
 
     def log_likelihood(self, x: Sequences | Draws | Sequence[Sequence[int]]) -> FloatArray:
         """Return r(x, c) / alpha in nats, shape (P, N), float64."""
@@ -222,31 +225,6 @@ def completion_log_probs(lm: LanguageModel, prompt_ids: Sequence[Sequence[int]],
             chunk = Sequences(sequences.tokens[:, part], sequences.lengths[:, part])
             total[:, part] = to_host(lm.token_log_probs(prompt_ids, chunk)).sum(axis=2, dtype=np.float64)
     return total
-
-
-def _prompt_list(prompts: str | Sequence[Any]) -> tuple[Any, ...]:
-    """Return the prompts as a tuple of texts or of token-id tuples."""
-    if isinstance(prompts, str):
-        return (prompts,)
-    if not hasattr(prompts, "__len__"):
-        raise BayesKLRLError(f"prompts must be a text or a list; got {prompts!r}.")
-    listed = [prompt.tolist() if isinstance(prompt, np.ndarray | np.generic) else prompt for prompt in prompts]
-    if listed and all(_is_id(item) for item in listed):
-        return (tuple(listed),)
-    if not listed:
-        raise BayesKLRLError("prompts is empty; give at least one prompt (the empty text '' is one).")
-    if all(isinstance(prompt, str) for prompt in listed):
-        return tuple(listed)
-    if all(isinstance(p, list | tuple) and all(_is_id(i) for i in p) for p in listed):
-        return tuple(tuple(int(i) for i in p) for p in listed)
-    raise BayesKLRLError(
-        f"prompts must be one text or list of token ids, or a list of such, all of one kind; got {prompts!r}."
-    )
-
-
-def _is_id(item: object) -> bool:
-    """Return whether something can be a token id."""
-    return isinstance(item, int | np.integer) and not isinstance(item, bool)
 
 
 def _checked_columns(columns: dict[str, Sequence[Any]], num_prompts: int) -> dict[str, tuple[Any, ...]]:

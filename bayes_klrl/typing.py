@@ -89,6 +89,14 @@ class LanguageModel(Protocol):
     the first of several models (itself) and scores under all of them without single steps, or None if it cannot do so for
     these models. The tokens must be those that the steps would draw.
 
+    A model whose tokenizer drops the space of the first token that it decodes, as those of SentencePiece's kind do, may have
+    `decode_after(prompts, ids) -> list[str]`. It returns the text of each completion as it follows its own prompt of token
+    ids, one prompt per completion, so that the texts of prompt and completion together are what the model wrote. Absent:
+    rewards and draws show what `decode` returns.
+
+    A table (R, V) of more than 128 MB is computed some rows at a time. A model whose `select` copies much, such as caches, may
+    have `next_log_probs_of(state, rows) -> Array`, which returns the same as `next_log_probs(select(state, rows))`.
+
     Examples
     --------
     >>> import bayes_klrl as bk

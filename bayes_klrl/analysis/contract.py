@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bayes_klrl.arrays import no_gradient, to_host
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.models.decoding import decode
 from bayes_klrl.posterior import Posterior, completion_log_probs
 from bayes_klrl.randomness import generator
@@ -18,6 +18,7 @@ __all__ = ["Check", "ContractReport", "check_posterior"]
 
 _TOKEN_TOLERANCE = 1e-5
 _NUM_DRAWS = 32
+_NUM_IDS = 5
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,11 @@ class ContractReport:
 def check_posterior(posterior: Posterior, *, seed: int = 0) -> ContractReport:
     """Check the properties that every algorithm relies on, and return a report that says which of them are broken.
 
-    The model: next-token log-probs are normalised and hold no NaN; decoding and teacher forcing give the same log-probs
-    (EOS, padding, positions, temperature), whatever else is in the batch; states can be permuted and repeated; `append`
-    leaves the old state as it was. The likelihood: a completion gets the same reward alone, in a batch and in another order,
-    whatever stands past its end; at least one draw has positive likelihood.
+    The model: a `TorchLM` gives the log-probs of its own plain forward; next-token log-probs are normalised and hold no NaN;
+    decoding and teacher forcing give the same log-probs (EOS, padding, positions, temperature), whatever else is in the batch;
+    no later token changes an earlier log-prob, and the log-prob of two tokens is that of the first plus that of the second;
+    states can be permuted and repeated; `append` leaves the old state as it was. The likelihood: a completion gets the same
+    reward alone, in a batch and in another order, whatever stands past its end; at least one draw has positive likelihood.
 
     Parameters
     ----------
@@ -77,13 +79,78 @@ def check_posterior(posterior: Posterior, *, seed: int = 0) -> ContractReport:
     drawn = decode((posterior.prior,), posterior.prompt_ids, _NUM_DRAWS, posterior.max_new_tokens, rng)
     sequences, log_probs = drawn.sequences(), drawn.log_probs[0].reshape(posterior.num_prompts, -1)
     parts: tuple[Callable[[], Iterator[Check]], ...] = (
+        lambda: _own_forward(posterior),
         lambda: _normalised(posterior),
         lambda: _sampler_is_scorer(posterior, sequences, log_probs),
         lambda: _batch_does_not_matter(posterior, sequences),
+        lambda: _causal(posterior, sequences),
+        lambda: _last_two_tokens(posterior),
         lambda: _states_are_values(posterior),
         lambda: _reward_is_a_function(posterior, sequences, rng),
     )
     return ContractReport(tuple(check for part in parts for check in part()))
+
+
+def _own_forward(posterior: Posterior) -> Iterator[Check]:
+    """Check a model that can compare itself with an independent computation of its numbers."""
+    check_numbers = getattr(posterior.prior, "check_numbers", None)
+    if check_numbers is None:
+        return
+    try:
+        kept, seen = True, str(check_numbers())
+    except CheckpointError as error:
+        kept, seen = False, str(error)
+    yield Check("log-probs are those of the model's own forward, prefix by prefix", kept, seen)
+
+
+def _causal(posterior: Posterior, sequences: Sequences) -> Iterator[Check]:
+    """Check that the log-probs of a completion's tokens do not depend on its last token, or on what stands past its end."""
+    prior, num_tokens = posterior.prior, posterior.max_new_tokens
+    if num_tokens == 1:
+        return
+    filler = posterior.pad_token
+    other = sequences.tokens.copy()
+    last = sequences.lengths[..., None] - 1
+    replaced = (np.take_along_axis(other, last, axis=2) + 1) % prior.vocab_size
+    np.put_along_axis(other, last, replaced, axis=2)
+    other = np.where(sequences.mask, other, (filler + 1) % prior.vocab_size)
+    with no_gradient():
+        before = to_host(prior.token_log_probs(posterior.prompt_ids, sequences)).astype(np.float64)
+        after = to_host(prior.token_log_probs(posterior.prompt_ids, Sequences(other, sequences.lengths))).astype(
+            np.float64
+        )
+    earlier = np.arange(num_tokens) < last
+    with np.errstate(invalid="ignore"):
+        moved = np.nan_to_num(np.abs(before - after), nan=np.inf)[earlier & (before != after)]
+    off = float(moved.max(initial=0.0))
+    yield Check("no later token changes an earlier log-prob", off < _TOKEN_TOLERANCE, f"up to {off:.1e} nats per token")
+
+
+def _last_two_tokens(posterior: Posterior) -> Iterator[Check]:
+    """Check that the scored log-prob of two tokens is what decoding gives the first one, and the second one after it."""
+    if posterior.max_new_tokens == 1:
+        return
+    prior, prompts = posterior.prior, posterior.prompt_ids[:1]
+    with no_gradient():
+        state = prior.prefill(prompts)
+        first = to_host(prior.next_log_probs(state)).astype(np.float64)[0]
+        likely = [int(token) for token in np.argsort(-first) if int(token) not in prior.eos_token_ids][:_NUM_IDS]
+        likely = [token for token in likely if np.isfinite(first[token])]
+        if not likely:
+            return
+        after = prior.append(prior.select(state, np.zeros(len(likely), dtype=np.int64)), np.array(likely))
+        second = to_host(prior.next_log_probs(after)).astype(np.float64)  # (ids, V)
+        ids = np.argsort(-second, axis=1)[:, :_NUM_IDS]
+        pairs = np.stack([np.repeat(likely, ids.shape[1]), ids.ravel()], axis=1)[None]
+        scored = to_host(prior.token_log_probs(prompts, Sequences(pairs, np.full(pairs.shape[:2], 2))))
+    joint = scored.astype(np.float64).sum(axis=2).ravel()
+    expected = (first[likely][:, None] + np.take_along_axis(second, ids, axis=1)).ravel()
+    off = float(np.abs(joint - expected)[joint != expected].max(initial=0.0))
+    yield Check(
+        "two tokens have the log-prob of the first plus that of the second",
+        off < 2 * _TOKEN_TOLERANCE,
+        f"up to {off:.1e} nats over {joint.size} pairs",
+    )
 
 
 def _normalised(posterior: Posterior) -> Iterator[Check]:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ import xarray as xr
 import bayes_klrl
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.export.output_folder import check_group_name
 from bayes_klrl.resampling import systematic
 from bayes_klrl.typing import FloatArray, IntArray
 from bayes_klrl.weights import normalised
@@ -116,6 +117,7 @@ def comparison_to_datatree(results: Mapping[str, Draws]) -> xr.DataTree:
     children: dict[str, xr.DataTree] = {}
     for name, draws in results.items():
         child = name.replace("/", "-")
+        check_group_name(child)
         if child in children:
             raise BayesKLRLError(f"Two methods would be stored as {child!r} ('/' becomes '-'); rename {name!r}.")
         children[child] = draws_to_datatree(draws)
@@ -162,15 +164,30 @@ def load_draws(path: Path) -> Draws:
 class StoredTexts:
     """The decoder of draws read from a file: knows the texts of their own completions, and no other."""
 
-    texts: Mapping[tuple[int, ...], str]
+    texts: Mapping[tuple[int, tuple[int, ...]], str]
+    """The texts by the index of the prompt, and the completion's ids."""
 
     def __call__(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each completion."""
+        """Return the text of each completion; of one that follows several prompts, that after the first of them."""
+        alone: dict[tuple[int, ...], str] = {}
+        for (_, completion), text in self.texts.items():
+            alone.setdefault(completion, text)
+        return self._found(alone, map(tuple, ids))
+
+    def after(self, prompt_index: IntArray, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each completion as it follows the prompt of its index."""
+        return self._found(self.texts, zip(prompt_index.tolist(), map(tuple, ids), strict=True))
+
+    @staticmethod
+    def _found(texts: Mapping[Any, str], keys: Iterable[Any]) -> list[str]:
+        """Return the texts of some keys: completions, or completions of prompts."""
         try:
-            return [self.texts[tuple(completion)] for completion in ids]
+            return [texts[key] for key in keys]
         except KeyError as error:
+            key = error.args[0]
+            completion = key[1] if len(key) == 2 and isinstance(key[1], tuple) else key
             raise BayesKLRLError(
-                f"The completion {list(error.args[0])} is not among these draws, which were read from a file and know "
+                f"The completion {list(completion)} is not among these draws, which were read from a file and know "
                 "only their own texts. Decode it with the model."
             ) from error
 
@@ -302,5 +319,6 @@ def _with_texts(draws: Draws, text: xr.DataArray) -> Draws:
     """Return the draws with a decoder that knows their texts."""
     stored = text.values.ravel().tolist()
     texts = [json.loads(each) for each in stored] if text.attrs["stored_as"] == "json" else stored
-    known = dict(zip(map(tuple, draws.sequences.lists()), texts, strict=True))
+    index = np.repeat(np.arange(draws.shape[0]), draws.shape[1]).tolist()
+    known = dict(zip(zip(index, map(tuple, draws.sequences.lists()), strict=True), texts, strict=True))
     return replace(draws, decoder=StoredTexts(known))

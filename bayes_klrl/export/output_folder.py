@@ -1,13 +1,14 @@
-"""Folders of results: the package marks its own, and writes into no other that holds something."""
+"""Folders of results: the package marks its own, and writes into no other that holds something; names of what is saved."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 from bayes_klrl.errors import BayesKLRLError
 
-__all__ = ["check_output", "prepare_output"]
+__all__ = ["check_group_name", "check_output", "prepare_output"]
 
 _MARK = ".bayes-klrl"
 _OURS = (
@@ -24,6 +25,19 @@ _OURS = (
     "frontier.png",
     "suite.png",
 )
+
+_NO_GROUP = re.compile(
+    r"|\.{1,2}|.*[/\x00\ud800-\udfff].*", re.DOTALL
+)  # paths have "/", ".", ".."; HDF5 names end at NUL
+
+
+def check_group_name(name: object) -> None:
+    """Refuse a method's name that cannot be the name of a group in a file of draws."""
+    if not isinstance(name, str) or _NO_GROUP.fullmatch(name):
+        raise BayesKLRLError(
+            f"A method's name becomes the name of a group in draws.nc, and {name!r} cannot be one: it must be a text that is "
+            "not empty, not '.' or '..', and has no '/', no NUL and no lone surrogate in it. Rename the method."
+        )
 
 
 def check_output(folder: str | Path) -> Path:

@@ -20,7 +20,7 @@ from bayes_klrl.posterior import Posterior, check_context, check_language_model
 from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import GuideRecipe, LanguageModel
 
-__all__ = ["as_policy", "covers_prior", "policy_draws"]
+__all__ = ["as_policy", "check_of", "covers_prior", "policy_draws"]
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _MOST_ENTRIES = 10_000_000  # largest n-gram tables whose zeros are compared
@@ -58,7 +58,16 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
     check_language_model("The policy", policy)
     check_same_vocabulary(policy, posterior.prior)
     check_context(posterior.prompt_ids, posterior.max_new_tokens, policy)
+    if getattr(policy, "self_check", None) is not None:
+        policy.check_numbers()  # training has changed it since the check at its loading
     return policy  # type: ignore[no-any-return]
+
+
+def check_of(lm: LanguageModel) -> str:
+    """Return how a model's log-probs were checked, in words; empty for a model without a self-check."""
+    if not hasattr(lm, "self_check"):
+        return ""
+    return "not checked (check=False)" if lm.self_check is None else str(lm.self_check)
 
 
 def policy_draws(

@@ -13,6 +13,7 @@ __all__ = [
     "OWN_ENTRY",
     "TOKENIZER_FILES",
     "check_has_weights",
+    "eos_union",
     "not_finite_error",
     "own_entries",
     "own_options",
@@ -31,6 +32,24 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "spiece.model",
 )
+
+
+def eos_union(*entries: Any) -> Any:
+    """Return the EOS ids of several configurations together; None if none of them names any.
+
+    Those of instruction-tuned checkpoints often stand in the generation configuration alone.
+
+    Examples
+    --------
+    >>> eos_union(2, [2, 7]), eos_union(None, 3), eos_union(None, None)
+    ([2, 7], [3], None)
+    """
+    known = [
+        entry if isinstance(entry, list | tuple | set | frozenset) else [entry]
+        for entry in entries
+        if entry is not None
+    ]
+    return list(dict.fromkeys(token for entry in known for token in entry)) if known else None
 
 
 def own_entries(eos_token_ids: Collection[int], temperature: float) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from bayes_klrl.arrays import draw_tokens, is_identity, take_tokens
 from bayes_klrl.errors import CheckpointError, SupportError
+from bayes_klrl.models.passes import fits, next_log_probs_of, passes
 from bayes_klrl.posterior import check_language_model, completion_log_probs
 from bayes_klrl.randomness import PromptKey, Streams, prompt_keys
 from bayes_klrl.sequences import Sequences, completion_lengths, pad_token
@@ -75,14 +76,15 @@ class Decoding:
 
     Rows with the same prefix share one row of the models' states: after the prompt, after a resampling, and as long as they
     draw the same tokens. Rows that have ended are dropped from a state once they are more than a fifth of its rows.
-    Otherwise states grow in place. Nothing is computed after the last token.
+    Otherwise states grow in place. Nothing is computed after the last token. Next-token log-probs are computed for some state
+    rows at a time where all of them would take too much memory (`passes`).
 
     Parameters
     ----------
     models
         The language models. The first one draws, all of them score. An object that occurs twice is run once. So is a model
         beside another one that wraps it, that is, one which has it as its `base` and returns the log-probs of both by
-        `log_probs_with_base(state)`.
+        `log_probs_with_base(state, rows)`, of some rows or, for None, of all.
     prompt_ids
         Token ids of the P prompts.
     num_draws
@@ -115,8 +117,10 @@ class Decoding:
         # a model that wraps another (a twisted prior) carries the other's state in its own and gives both log-probs
         self._carriers = {id(model) for model in distinct.values() if id(getattr(model, "base", None)) in distinct}
         carried = {id(model.base) for model in distinct.values() if id(model) in self._carriers}  # type: ignore[attr-defined]
-        self._distinct = [model for key, model in distinct.items() if key not in carried]
         self._keys = [id(model) for model in models]
+        run = [model for key, model in distinct.items() if key not in carried]
+        self._distinct = sorted(run, key=self._draws, reverse=True)  # the one that draws comes first
+        self._vocab_size = models[0].vocab_size
         self._eos = np.array(sorted(models[0].eos_token_ids), dtype=np.int64)
         self._filler = pad_token(models[0].eos_token_ids)
         self.step_count = 0
@@ -157,15 +161,13 @@ class Decoding:
         if self.step_count:
             self._advance()
         rows = np.flatnonzero(~self.finished)
-        state_rows = self._state_row[rows]
-        log_probs = self._next_log_probs()
-        tokens = draw_tokens(log_probs[self._keys[0]], state_rows, uniforms[rows])
-        if forced is not None:
-            tokens = np.where(forced[rows] >= 0, forced[rows], tokens)
-        taken = {key: take_tokens(array, state_rows, tokens) for key, array in log_probs.items()}
-        for k, key in enumerate(self._keys):
-            self.log_probs[k, rows] += taken[key]
-        self.tokens[rows, self.step_count] = tokens
+        owners = self._state_row[rows]
+        if fits(self._num_state_rows, self._vocab_size):
+            self._extend(rows, None, uniforms, forced)
+        else:
+            for state_rows in passes(np.unique(owners), self._vocab_size):
+                self._extend(rows[np.isin(owners, state_rows)], state_rows, uniforms, forced)
+        tokens = self.tokens[rows, self.step_count]
         self.lengths[rows] += 1
         self.step_count += 1
         ended = np.isin(tokens, self._eos) | (self.step_count == self.max_new_tokens)
@@ -178,15 +180,38 @@ class Decoding:
         self.finished, self.log_probs = self.finished[ancestors], self.log_probs[:, ancestors]
         self._state_row = self._state_row[ancestors]
 
-    def _next_log_probs(self) -> dict[int, Array]:
-        """Return the next-token log-probs of each distinct model, by its identity."""
-        found: dict[int, Array] = {}
+    def _extend(
+        self, rows: IntArray, state_rows: IntArray | None, uniforms: FloatArray, forced: IntArray | None
+    ) -> None:
+        """Add one token to some rows, and its log-prob under every model; `state_rows` are those of the rows, None for all."""
+        owners = self._state_row[rows]
+        owners = owners if state_rows is None else np.searchsorted(state_rows, owners)
+        tokens: IntArray | None = None
+        taken: dict[int, FloatArray] = {}
         for model, state in zip(self._distinct, self._states, strict=True):
-            if id(model) in self._carriers:
-                found[id(model)], found[id(model.base)] = model.log_probs_with_base(state)  # type: ignore[attr-defined]
-            else:
-                found[id(model)] = model.next_log_probs(state)
-        return found
+            log_probs = self._next_log_probs(model, state, state_rows)
+            if tokens is None:
+                tokens = draw_tokens(log_probs[self._keys[0]], owners, uniforms[rows])
+                tokens = tokens if forced is None else np.where(forced[rows] >= 0, forced[rows], tokens)
+            taken |= {key: take_tokens(array, owners, tokens) for key, array in log_probs.items()}
+            log_probs.clear()  # before the next model makes a table as large
+        for k, key in enumerate(self._keys):
+            self.log_probs[k, rows] += taken[key]
+        assert tokens is not None
+        self.tokens[rows, self.step_count] = tokens
+
+    def _next_log_probs(self, model: LanguageModel, state: State, state_rows: IntArray | None) -> dict[int, Array]:
+        """Return the next-token log-probs of a model, and of the one that it wraps, by their identities."""
+        if id(model) in self._carriers:
+            both = model.log_probs_with_base(state, state_rows)  # type: ignore[attr-defined]
+            return dict(zip((id(model), id(model.base)), both, strict=True))  # type: ignore[attr-defined]
+        if state_rows is None:
+            return {id(model): model.next_log_probs(state)}
+        return {id(model): next_log_probs_of(model, state, state_rows)}
+
+    def _draws(self, model: LanguageModel) -> bool:
+        """Return whether the log-probs that tokens are drawn by come from this model, its own or those of its base."""
+        return self._keys[0] in (id(model), id(getattr(model, "base", None)))
 
     def _advance(self) -> None:
         """Append the newest tokens to the states, with one state row for each distinct unfinished prefix."""
@@ -224,18 +249,20 @@ class Decoding:
 
     def finish(self, lockstep: Lockstep, uniforms: FloatArray) -> None:
         """Draw all missing tokens in one call, by the uniforms (T, R) that single steps would have used."""
-        rows = np.flatnonzero(~self.finished)
         done = self.step_count
-        newest = self.tokens[rows, done - 1]
-        tokens, log_probs, model_tokens = lockstep(self._states, self._state_row[rows], newest, uniforms[done:, rows])
-        lengths = completion_lengths(tokens, self._eos)
-        self.tokens[rows, done:] = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, self._filler)
-        self.lengths[rows] += lengths
-        keys = [id(model) for model in self._distinct]
-        self.log_probs[:, rows] += log_probs[[keys.index(key) for key in self._keys]]
-        self.finished[rows] = True
-        self.model_tokens += model_tokens
-        self.step_count += int(lengths.max())
+        for rows in passes(np.flatnonzero(~self.finished), self._vocab_size):
+            newest = self.tokens[rows, done - 1]
+            tokens, log_probs, model_tokens = lockstep(
+                self._states, self._state_row[rows], newest, uniforms[done:, rows]
+            )
+            lengths = completion_lengths(tokens, self._eos)
+            self.tokens[rows, done:] = np.where(np.arange(tokens.shape[1]) < lengths[:, None], tokens, self._filler)
+            self.lengths[rows] += lengths
+            keys = [id(model) for model in self._distinct]
+            self.log_probs[:, rows] += log_probs[[keys.index(key) for key in self._keys]]
+            self.finished[rows] = True
+            self.model_tokens += model_tokens
+            self.step_count = max(self.step_count, done + int(lengths.max()))
 
     def sequences(self) -> Sequences:
         """Return the completions, shape (P, N, T)."""

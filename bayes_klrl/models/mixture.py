@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 
 from bayes_klrl.arrays import to_host
+from bayes_klrl.batch import completion_texts
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.models.passes import fits, next_log_probs_of, passes
 from bayes_klrl.models.token_ids import check_ids
 from bayes_klrl.posterior import check_language_model
 from bayes_klrl.sequences import Sequences
@@ -28,6 +30,8 @@ from bayes_klrl.weights import logsumexp
 
 __all__ = ["MixtureLM"]
 
+_FLOATS_AT_ONCE = 2**21  # of all models' log-probs in float64 (16 MB)
+
 
 @dataclass(eq=False)
 class MixtureState:
@@ -35,7 +39,7 @@ class MixtureState:
 
     states: tuple[State, ...]
     log_weights: FloatArray  # (S, R), normalised over S
-    log_probs: FloatArray | None = field(default=None, repr=False)  # (S, R, V) of the models; None until needed
+    tables: list[np.ndarray] | None = field(default=None, repr=False)  # S arrays (R, V) of the models; None unless kept
 
 
 class MixtureLM:
@@ -158,6 +162,10 @@ class MixtureLM:
         """See `LanguageModel`."""
         return self._with_tokenizer().decode(ids)
 
+    def decode_after(self, prompts: Sequence[TokenIds], ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        return completion_texts(self._with_tokenizer(), prompts, ids)
+
     def prefill(self, prompts: Sequence[TokenIds]) -> MixtureState:
         """See `LanguageModel`."""
         states = tuple(model.prefill(prompts) for model in self._models)
@@ -165,13 +173,17 @@ class MixtureLM:
 
     def next_log_probs(self, state: MixtureState) -> FloatArray:
         """See `LanguageModel`. Shape (R, V), float64 on the host."""
-        return logsumexp_over_models(state.log_weights[..., None] + self._log_probs(state))
+        return averaged(state.log_weights, self._kept(state))
+
+    def next_log_probs_of(self, state: MixtureState, rows: IntArray) -> FloatArray:
+        """Return the next-token log-probs of some rows, (len(rows), V); nothing is kept for `append`."""
+        return averaged(state.log_weights[:, rows], self._tables(state, rows))
 
     def append(self, state: MixtureState, tokens: IntArray) -> MixtureState:
         """See `LanguageModel`: what was read says which model wrote it."""
         tokens = np.asarray(tokens)
         check_ids(tokens, self.vocab_size)
-        joint = state.log_weights + self._log_probs(state)[:, np.arange(len(tokens)), tokens]
+        joint = state.log_weights + self._read(state, tokens)
         total = logsumexp_over_models(joint)
         impossible = np.isneginf(total)  # no model can have written it: whatever is said after it has probability 0
         log_weights = np.where(impossible, state.log_weights, joint - np.where(impossible, 0.0, total))
@@ -181,7 +193,7 @@ class MixtureLM:
     def select(self, state: MixtureState, rows: IntArray) -> MixtureState:
         """See `LanguageModel`."""
         states = tuple(model.select(part, rows) for model, part in zip(self._models, state.states, strict=True))
-        known = None if state.log_probs is None else state.log_probs[:, rows]
+        known = None if state.tables is None else [table[rows] for table in state.tables]
         return MixtureState(states, state.log_weights[:, rows], known)
 
     def token_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> FloatArray:
@@ -202,14 +214,27 @@ class MixtureLM:
             [to_host(model.token_log_probs(prompts, sequences)).astype(np.float64) for model in self._models]
         )
 
-    def _log_probs(self, state: MixtureState) -> FloatArray:
-        """Return every model's next-token log-probs, shape (S, R, V); the models are called once for each state."""
-        if state.log_probs is None:
+    def _kept(self, state: MixtureState) -> list[np.ndarray]:
+        """Return every model's next-token log-probs, S arrays (R, V); the models are called once for each state."""
+        if state.tables is None:
             pairs = zip(self._models, state.states, strict=True)
-            state.log_probs = np.stack(
-                [to_host(model.next_log_probs(part)).astype(np.float64) for model, part in pairs]
-            )
-        return state.log_probs
+            state.tables = [to_host(model.next_log_probs(part)) for model, part in pairs]
+        return state.tables
+
+    def _tables(self, state: MixtureState, rows: IntArray) -> list[np.ndarray]:
+        """Return every model's next-token log-probs of some rows, S arrays (len(rows), V)."""
+        if state.tables is not None:
+            return [table[rows] for table in state.tables]
+        pairs = zip(self._models, state.states, strict=True)
+        return [to_host(next_log_probs_of(model, part, rows)) for model, part in pairs]
+
+    def _read(self, state: MixtureState, tokens: IntArray) -> FloatArray:
+        """Return every model's log-prob of one token per row, shape (S, R); computed anew if the tables are not kept."""
+        every = np.arange(len(tokens))
+        if fits(len(tokens), self.vocab_size):
+            return taken_from(self._kept(state), tokens)
+        parts = passes(every, self.vocab_size)
+        return np.concatenate([taken_from(self._tables(state, rows), tokens[rows]).T for rows in parts]).T
 
     def _attribute(self, name: str, default: Any) -> Any:
         """Return the first value of an attribute that is not None."""
@@ -219,6 +244,24 @@ class MixtureLM:
     def _with_tokenizer(self) -> LanguageModel:
         """Return the first model that has a tokenizer, else the first."""
         return next((model for model in self._models if model.tokenizer is not None), self._models[0])
+
+
+def taken_from(tables: Sequence[np.ndarray], tokens: IntArray) -> FloatArray:
+    """Return the log-prob of one token per row in each of S tables (R, V), shape (S, R); row by row in memory."""
+    rows = np.arange(len(tokens))
+    return np.stack([table[rows, tokens].astype(np.float64) for table in tables], axis=1).T
+
+
+def averaged(log_weights: FloatArray, tables: Sequence[np.ndarray]) -> FloatArray:
+    """Return log sum_s w_s p_s, (R, V), of log-weights (S, R) and S tables (R, V), computed for some rows at a time."""
+    num_rows, vocab_size = tables[0].shape
+    mixed = np.empty((num_rows, vocab_size))
+    step = max(1, _FLOATS_AT_ONCE // (len(tables) * vocab_size))
+    for start in range(0, num_rows, step):
+        rows = slice(start, start + step)
+        log_probs = np.stack([table[rows].astype(np.float64) for table in tables])
+        mixed[rows] = logsumexp_over_models(log_weights[:, rows, None] + log_probs)
+    return mixed
 
 
 def logsumexp_over_models(log_values: FloatArray) -> FloatArray:

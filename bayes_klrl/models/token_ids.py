@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral
 from typing import Any
 
@@ -17,8 +20,11 @@ __all__ = [
     "check_prompts",
     "check_tokenizer_fits",
     "decoded",
+    "decoded_after",
+    "drops_first_space",
     "encoded",
     "first_token",
+    "known_ids",
     "require_tokenizer",
     "resolved_eos",
 ]
@@ -36,8 +42,12 @@ def require_tokenizer(lm: Any, purpose: str) -> Any:
 
 
 def encoded(tokenizer: Any, texts: Sequence[str], *, keep_eos: bool) -> list[list[int]]:
-    """Return the ids of each text; a final EOS that the tokenizer adds is removed unless `keep_eos`."""
-    prompts = [list(tokenizer.encode(text)) for text in texts]
+    """Return the ids of each text, with one BOS where the tokenizer adds one.
+
+    A text that begins with BOS already, as rendered chat templates do, gets no second one. A final EOS that the tokenizer
+    adds is removed unless `keep_eos`.
+    """
+    prompts = [_without_added_bos(tokenizer, text, list(tokenizer.encode(text))) for text in texts]
     if keep_eos:
         return prompts
     return [
@@ -47,9 +57,126 @@ def encoded(tokenizer: Any, texts: Sequence[str], *, keep_eos: bool) -> list[lis
 
 
 def decoded(tokenizer: Any, ids: Sequence[TokenIds]) -> list[str]:
-    """Return the text of each completion, special tokens skipped."""
+    """Return the text of each completion; special tokens, and ids that the tokenizer does not have, are skipped."""
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    return [tokenizer.decode([int(token) for token in completion], **options) for completion in ids]
+    return [tokenizer.decode(completion, **options) for completion in known_ids(tokenizer, ids)]
+
+
+def decoded_after(
+    tokenizer: Any,
+    decode: Callable[[list[TokenIds]], Sequence[str]],
+    prompts: Sequence[TokenIds],
+    ids: Sequence[TokenIds],
+) -> list[str]:
+    """Return the text of each completion as it stands after its prompt, so that both together are what the model wrote.
+
+    Tokenizers of SentencePiece's kind drop the space of the first token that they decode: "_world" and "world" would have one
+    text. Here the completion is decoded after the prompt's last token, whose own text is then cut off. After an empty prompt
+    and after a special token, which has no text, a completion is decoded alone, as it is with all other tokenizers.
+
+    Parameters
+    ----------
+    tokenizer
+        The tokenizer, a part of which `decode` is.
+    decode
+        The model's own `decode`.
+    prompts, ids
+        The prompt of each completion, and the completions.
+    """
+    given = [list(completion) for completion in ids]
+    alone = list(decode(given))  # type: ignore[arg-type]  # lists are sequences
+    if not drops_first_space(tokenizer):
+        return alone
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    last = {
+        row: int(prompt[-1]) for row, prompt in enumerate(prompts) if len(prompt) and int(prompt[-1]) not in special
+    }
+    ends = sorted(set(last.values()))
+    before = dict(zip(ends, decode([[end] for end in ends]), strict=True))
+    together = decode([[end, *given[row]] for row, end in last.items()])
+    for (row, end), whole in zip(last.items(), together, strict=True):
+        rest = whole.removeprefix(before[end])
+        space = rest.removesuffix(alone[row])
+        if whole == before[end] + space + alone[row] and space.isspace():
+            alone[row] = rest
+    return alone
+
+
+class _PerTokenizer:
+    """A value for each tokenizer object, which is forgotten with it: tokenizers are told apart by identity."""
+
+    def __init__(self) -> None:
+        self._values: dict[int, tuple[Any, Any]] = {}
+
+    def get(self, tokenizer: Any, make: Callable[[Any], Any]) -> Any:
+        """Return the tokenizer's value, which is made when it is first asked for."""
+        found = self._values.get(id(tokenizer))
+        if found is not None and found[0]() is tokenizer:
+            return found[1]
+        value, key = make(tokenizer), id(tokenizer)
+        with suppress(TypeError):  # of an object that cannot be referred to weakly: it is asked anew each time
+            self._values[key] = weakref.ref(tokenizer, lambda _: self._values.pop(key, None)), value
+        return value
+
+
+_drops_first_space, _own_ids, _told_of_bos = _PerTokenizer(), _PerTokenizer(), _PerTokenizer()
+_SPACE = "\u2581"  # SentencePiece's sign for a space
+_NUM_PROBES = 4
+
+
+def drops_first_space(tokenizer: Any) -> bool:
+    """Return whether decoding loses the space before the first token; found out once for each tokenizer."""
+    return bool(_drops_first_space.get(tokenizer, _loses_a_space))
+
+
+def _loses_a_space(tokenizer: Any) -> bool:
+    """Return whether a word with a space before it loses the space where it is first, and keeps it where it is second."""
+    words = _vocabulary(tokenizer)
+    spaced = [(i, word[1:]) for word, i in words.items() if word[:1] == _SPACE and word[1:].isalnum()]
+    probes = sorted(spaced)[:_NUM_PROBES]
+    return bool(probes) and all(
+        tokenizer.decode([i]) == word and tokenizer.decode([i, i]) == f"{word} {word}" for i, word in probes
+    )
+
+
+def known_ids(tokenizer: Any, ids: Sequence[TokenIds]) -> list[list[int]]:
+    """Return each completion without the ids that the tokenizer does not have: a model may be wider than its tokenizer."""
+    rows = [[int(token) for token in completion] for completion in ids]
+    length = len(tokenizer) if hasattr(tokenizer, "__len__") else None
+    if length is None or all(token < length for row in rows for token in row):
+        return rows
+    own = _own_ids.get(tokenizer, lambda it: frozenset(_vocabulary(it).values()))
+    return [[token for token in row if token < length or token in own] for row in rows]
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Return the tokenizer's tokens with their ids; nothing if it does not tell."""
+    words = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    return dict(words) if isinstance(words, Mapping) else {}
+
+
+def _without_added_bos(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """Return a text's ids without the BOS that the tokenizer added before a BOS of the text's own."""
+    for mark in ("bos", "cls"):
+        token, word = getattr(tokenizer, f"{mark}_token_id", None), getattr(tokenizer, f"{mark}_token", None)
+        if token is None or ids[:2] != [token, token] or not text.lstrip().startswith(str(word)):
+            continue
+        if leading(token, ids) > leading(token, tokenizer.encode(text, add_special_tokens=False)):
+            _told_of_bos.get(tokenizer, _tell_of_bos)
+            return ids[1:]
+    return ids
+
+
+def _tell_of_bos(tokenizer: Any) -> bool:
+    """Warn that no second BOS was added."""
+    word = getattr(tokenizer, "bos_token", None) or getattr(tokenizer, "cls_token", None)
+    warnings.warn(
+        f"A text begins with {word!r}, the token that the tokenizer would put before it, as rendered chat templates do. "
+        "bayes_klrl does not add a second one. Leave it out of the text, and nothing changes but this warning.",
+        UserWarning,
+        stacklevel=2,
+    )
+    return True
 
 
 def ends_with_added_eos(tokenizer: Any, text: str, ids: list[int]) -> bool:
@@ -63,6 +190,11 @@ def ends_with_added_eos(tokenizer: Any, text: str, ids: list[int]) -> bool:
     if set(ids) == {getattr(tokenizer, "bos_token_id", None)}:
         return False  # BOS and EOS share one id and there is no other: this is the BOS
     return trailing(eos, ids) > trailing(eos, tokenizer.encode(text, add_special_tokens=False))
+
+
+def leading(token: int, ids: Sequence[int]) -> int:
+    """Return the number of ids at the beginning that equal `token`."""
+    return next((count for count, i in enumerate(ids) if i != token), len(ids))
 
 
 def trailing(token: int, ids: Sequence[int]) -> int:

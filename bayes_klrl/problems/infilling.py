@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bayes_klrl.arrays import no_gradient, to_host
+from bayes_klrl.batch import completion_texts
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BudgetError
 from bayes_klrl.inference.smc.conditional import ConditionalSMC
@@ -100,7 +101,7 @@ def infilling(
     likelihood = TokenReward(
         SuffixLogProb(prior, prompt_ids, suffixes), alpha=1.0, bounds=(-np.inf, 0.0), name="log p0(suffix)"
     )
-    texts = suffixes.tolist() if prior.tokenizer is None else prior.decode(suffixes.tolist())
+    texts = suffixes.tolist() if prior.tokenizer is None else completion_texts(prior, gaps.tolist(), suffixes.tolist())
     posterior = Posterior(
         prior, likelihood, prompts=[prompt] * num_suffixes, max_new_tokens=num_tokens, suffix=list(texts)
     )

@@ -17,6 +17,7 @@ from bayes_klrl.batch import Batch
 from bayes_klrl.errors import BayesKLRLError, SupportError
 from bayes_klrl.inference.exact.enumeration import all_sequences, num_sequences
 from bayes_klrl.inference.sampling.drawing import draw
+from bayes_klrl.likelihood import check_nats
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import Streams
 from bayes_klrl.reward_models.features import FeatureMap
@@ -107,7 +108,7 @@ def measured_anchors(
     shape = (base.num_prompts, len(thetas))
     log_z, ess, mean = np.empty(shape), np.empty(shape), np.empty(shape)
     for p in range(base.num_prompts):
-        rewards = thetas @ features(posterior_batch(base, pool, p)).T  # (S, N)
+        rewards = rewards_of(thetas, features, posterior_batch(base, pool, p), alpha)  # (S, N)
         log_w = log_prior[p] + others[p] + rewards / alpha
         log_z[p], ess[p] = logsumexp(log_w), effective_sample_size(log_w)
         mean[p] = rewards @ np.exp(log_prior[p])
@@ -120,6 +121,16 @@ def measured_anchors(
     return Anchors(log_z, se, np.full(shape, np.inf) if exact else ess, mean, exact)
 
 
+def rewards_of(
+    thetas: FloatArray, features: FeatureMap, batch: Batch, alpha: float, label: str = "r_theta"
+) -> FloatArray:
+    """Return r_theta(x) of S thetas and M completions, shape (S, M); refuse what is more nats than float64 resolves."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        rewards: FloatArray = thetas @ features(batch).T
+    check_nats(np.nan_to_num(rewards, nan=np.inf, neginf=-np.finfo(np.float64).max), alpha, label, batch)
+    return rewards
+
+
 def posterior_batch(posterior: Posterior, x: Sequences, p: int | None = None) -> Batch:
     """Return completions (P, N, T) of a posterior as a batch for feature functions; only those of prompt `p` if given."""
     prompts = np.arange(posterior.num_prompts) if p is None else np.array([p])
@@ -130,4 +141,5 @@ def posterior_batch(posterior: Posterior, x: Sequences, p: int | None = None) ->
         posterior.prompts,
         posterior.columns,
         posterior.prior,
+        posterior.prompt_ids,
     )

@@ -25,7 +25,7 @@ from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.likelihood import Factor, Likelihood, TokenReward, check_alpha_and_bounds, product
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.reward_models.anchors import Anchors, measured_anchors, posterior_batch
+from bayes_klrl.reward_models.anchors import Anchors, measured_anchors, posterior_batch, rewards_of
 from bayes_klrl.reward_models.features import FeatureMap, HiddenStates
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
@@ -198,12 +198,10 @@ class EnsembleReward(Factor):
     def rewards(self, x: Batch | Sequences | Draws | Sequence[Sequence[int]]) -> FloatArray:
         """Return r_theta(x) without anchors: (S, M) for a batch, (P, S, N) for completions of the posterior's prompts."""
         if isinstance(x, Batch):
-            of_batch: FloatArray = self.thetas @ self.model.features(x).T
-            return of_batch
+            return rewards_of(self.thetas, self.model.features, x, self.alpha, self.label)
         sequences = self._posterior.sequences(x)
         each = [
-            self.thetas @ self.model.features(posterior_batch(self._posterior, sequences, p)).T
-            for p in range(self._posterior.num_prompts)
+            self.rewards(posterior_batch(self._posterior, sequences, p)) for p in range(self._posterior.num_prompts)
         ]
         return np.stack(each)
 

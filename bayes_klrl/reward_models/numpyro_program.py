@@ -22,6 +22,7 @@ import numpyro
 from numpyro import distributions as dist
 from numpyro.infer import MCMC, NUTS
 
+from bayes_klrl.models.programs.turns import NUMPYRO_TURN, in_turn
 from bayes_klrl.typing import FloatArray
 
 __all__ = ["reward_program", "run_nuts"]
@@ -71,6 +72,7 @@ def reward_program(
     numpyro.sample("scores", dist.Normal(reward, noise), obs=scores)
 
 
+@in_turn(NUMPYRO_TURN)
 def run_nuts(
     data: Mapping[str, FloatArray | float],
     *,

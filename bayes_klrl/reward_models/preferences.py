@@ -14,6 +14,7 @@ import numpy as np
 
 from bayes_klrl.batch import RESERVED_NAMES, Batch
 from bayes_klrl.errors import BayesKLRLError, TextRewardError
+from bayes_klrl.prompts import as_prompts
 from bayes_klrl.sequences import Sequences, pad_token
 from bayes_klrl.typing import FloatArray, LanguageModel
 
@@ -216,8 +217,15 @@ def training_batch(
     index = np.tile(np.arange(len(prompts)), len(completions) // len(prompts))
     tokens, lengths = padded.tokens[0], padded.lengths[0]
     if texts:
-        return _GivenTexts(tokens, lengths, index, prompts, columns, prior, tuple(completions))
-    return Batch(tokens, lengths, index, prompts, columns, prior)
+        return _GivenTexts(tokens, lengths, index, prompts, columns, prior, texts=tuple(completions))
+    return Batch(tokens, lengths, index, prompts, columns, prior, _prompt_ids(prior, prompts))
+
+
+def _prompt_ids(prior: LanguageModel, prompts: Sequence[Any]) -> list[Any]:
+    """Return the prompts as token ids; of texts without a tokenizer, no ids."""
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        return list(prompts)
+    return prior.encode(list(prompts)) if prior.tokenizer is not None else [() for _ in prompts]
 
 
 def _encoded(prior: LanguageModel, texts: Sequence[str]) -> list[list[int]]:
@@ -271,8 +279,8 @@ def _check_one_kind(completions: Sequence[Any]) -> None:
 
 def _set_common(data: Preferences | Scores, num: int) -> None:
     """Set prompts and columns of a frozen data set, one entry per row; other lengths and reserved names are refused."""
-    prompts: Any = data.prompts
-    listed = [*prompts] if hasattr(prompts, "__iter__") and not isinstance(prompts, str | bytes) else None
+    prompts: Any = as_prompts(data.prompts)
+    listed = None if isinstance(prompts, str) else prompts
     if isinstance(prompts, str) or (listed and all(_is_id(token) for token in listed)):
         listed = [prompts] * num
     if listed is None or len(listed) != num:

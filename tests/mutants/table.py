@@ -312,7 +312,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "surrogate=pathwise + score",
         "surrogate=pathwise.detach() + score",
         (
-            "tests/inference/svi/test_joint_pyro.py::test_our_gradient_is_that_of_enumeration_times_quadrature[independent-1]",
+            "tests/inference/svi/test_joint.py::"
+            "test_value_and_gradient_are_those_of_enumeration_times_quadrature[pyro-independent-1]",
         ),
     ),
     Mutant(
@@ -321,7 +322,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "cost = weights if sites.whole else",
         "cost = weights if False else",
         (
-            "tests/inference/svi/test_joint_pyro.py::test_our_gradient_is_that_of_enumeration_times_quadrature[x, then theta-2]",
+            "tests/inference/svi/test_joint.py::"
+            "test_value_and_gradient_are_those_of_enumeration_times_quadrature[pyro-x, then theta-2]",
         ),
     ),
     Mutant(
@@ -329,7 +331,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "models/programs/pyro_program.py",
         "on_device = torch.as_tensor(found, device=tokens.device).reshape(*tokens.shape[:-1], *found.shape[1:])",
         "return torch.as_tensor(found, device=tokens.device).reshape(*tokens.shape[:-1], *found.shape[1:])",
-        ("tests/inference/svi/test_joint_pyro.py::test_trace_graph_elbo_agrees_on_the_same_program[independent]",),
+        ("tests/inference/svi/test_joint.py::test_trace_graph_elbo_agrees_on_the_same_program[pyro-independent]",),
     ),
     Mutant(
         "on JAX, x credited with its own prompt's terms although theta is drawn after all x",
@@ -337,8 +339,8 @@ MUTANTS: tuple[Mutant, ...] = (
         "or _any_outside_after(scored[0], own, guide_trace)",
         "or False",
         (
-            "tests/inference/svi/test_joint_numpyro.py::"
-            "test_value_and_gradient_are_those_of_enumeration_times_quadrature[x, then theta-2]",
+            "tests/inference/svi/test_joint.py::"
+            "test_value_and_gradient_are_those_of_enumeration_times_quadrature[numpyro-x, then theta-2]",
         ),
     ),
     Mutant(
@@ -346,7 +348,7 @@ MUTANTS: tuple[Mutant, ...] = (
         "inference/svi/numpyro_backend/elbo.py",
         'if not isinstance(site["fn"], MaskedDistribution):',
         "if True:",
-        ("tests/inference/svi/test_joint_numpyro.py::test_masked_completions_still_have_a_score",),
+        ("tests/inference/svi/test_joint_numpyro_only.py::test_masked_completions_still_have_a_score",),
     ),
     Mutant(
         "a mixture that averages next-token distributions with its prior weights",

@@ -35,7 +35,7 @@ from bayes_klrl.analysis.certificate.text import certificate_table, certificate_
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
 from bayes_klrl.inference.exact.message_lm import MessageLM
-from bayes_klrl.inference.policies import as_policy, covers_prior, policy_draws
+from bayes_klrl.inference.policies import as_policy, check_of, covers_prior, policy_draws
 from bayes_klrl.inference.sampling.importance import ImportanceSampling
 from bayes_klrl.inference.smc.conditional import retainable
 from bayes_klrl.inference.smc.smc import SMC
@@ -85,6 +85,8 @@ class Certificate(CertificateRecord):
         The policy's completions, and exact draws of the posterior (None if there are none).
     cost
         Seconds and model tokens of the whole certificate.
+    prior_check, policy_check
+        How the log-probs of prior and policy were checked, in words; empty for models without a self-check.
 
     Examples
     --------
@@ -233,6 +235,8 @@ def certify(
         draws=ours,
         exact_draws=evidence.draws,
         cost=replace(ours.cost + evidence.cost + prior_draws.cost, seconds=time.perf_counter() - start),
+        prior_check=check_of(posterior.prior),
+        policy_check=check_of(lm),
     )
 
 

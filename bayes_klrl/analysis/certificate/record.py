@@ -36,3 +36,5 @@ class CertificateRecord:
     draws: Draws = field(repr=False)
     exact_draws: Draws | None = field(repr=False)
     cost: Cost = field(default_factory=Cost)
+    prior_check: str = ""
+    policy_check: str = ""

@@ -63,6 +63,8 @@ def certificate_text(certificate: CertificateRecord) -> str:
         f"  {'bounds on log Z':26}{certificate.evidence_source}",
         f"  {'failure probability':26}{failure_text(certificate)}",
     ]
+    checks = {"prior": certificate.prior_check, "policy": certificate.policy_check}
+    lines += [f"  {f'numbers of the {name}':26}{check}" for name, check in checks.items() if check]
     if num_prompts > 1:
         lines += ["", *prompt_lines(certificate)]
     if certificate.coverage is not None:

@@ -13,7 +13,7 @@ from bayes_klrl.analysis.comparison.table import ComparisonTable, method_row, re
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
-from bayes_klrl.export.output_folder import prepare_output
+from bayes_klrl.export.output_folder import check_group_name, prepare_output
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.posterior import Posterior
@@ -137,7 +137,7 @@ class Comparison:
     def _named_draws(self) -> dict[str, Draws]:
         """Return the draws by method, numbered from the second repeat on."""
         return {
-            name if repeat == 0 else f"{name} #{repeat + 1}": draws
+            _numbered(name, repeat): draws
             for name, repeats in self.draws.items()
             for repeat, draws in enumerate(repeats)
         }
@@ -189,6 +189,7 @@ def compare(
     check_count("repeats", repeats)
     stream_seed(seed, 0, "")
     _check_algorithms(algorithms, posterior)
+    _check_numbered(algorithms, repeats)
     draws: dict[str, list[Draws]] = {}
     fits: dict[str, Fit] = {}
     failures: dict[str, BayesKLRLError] = {}
@@ -281,15 +282,28 @@ def _fit_or_error(svi: GuideRecipe, posterior: Posterior, seed: int, progress: b
         return error
 
 
+def _numbered(name: str, repeat: int) -> str:
+    """Return the name under which the draws of a repeat are saved."""
+    return name if repeat == 0 else f"{name} #{repeat + 1}"
+
+
+def _check_numbered(algorithms: Mapping[str, Algorithm], repeats: int) -> None:
+    """Refuse a row that has the name of another row's repeat: only one of the two would be saved."""
+    for name in algorithms:
+        for repeat in range(1, repeats):
+            if _numbered(name, repeat) in algorithms:
+                raise BayesKLRLError(
+                    f"{_numbered(name, repeat)!r} is the name of repeat {repeat + 1} of {name!r}, and of a row of its own. "
+                    "Rename the row."
+                )
+
+
 def _check_algorithms(algorithms: Mapping[str, Algorithm], posterior: Posterior) -> None:
     """Refuse arguments that cannot be right, before the first run starts."""
     if not isinstance(algorithms, Mapping) or not algorithms:
         raise BayesKLRLError('algorithms must be a non-empty mapping from names, such as {"SMC": bk.SMC(256)}.')
     for name, algorithm in algorithms.items():
-        if not isinstance(name, str) or not name or "/" in name:
-            raise BayesKLRLError(
-                f"A method's name must be a text without '/', since it becomes the name of a group in draws.nc; got {name!r}."
-            )
+        check_group_name(name)
         if isinstance(algorithm, type) or not is_algorithm(type(algorithm)):
             cure = (
                 " Give bk.ImportanceSampling(1000, proposal=fit.guide), or the recipe."

@@ -294,9 +294,11 @@ def frontier(
             "log Z_theta, so that no frontier is of one reward. Take bk.frontier of the plug-in or conservative target, or "
             "make a posterior at each alpha and ask its draws."
         )
-    grid = None if alphas is None else np.unique(checked_alphas(alphas))[::-1]
+    if alphas is not None:
+        checked_alphas(alphas, np.zeros(0))  # before anything is drawn
     used = drawn_or_given(posterior, draws, num_draws, seed, progress)
     pool = pool_of(used)
+    grid = None if alphas is None else np.unique(checked_alphas(alphas, pool.reward))[::-1]
     cut = pool_cut(pool, posterior.alpha)
     inverse = default_grid(pool, posterior.alpha, cut) if grid is None else 1.0 / grid
     mean, per_prompt = curves(pool, inverse)

@@ -16,6 +16,7 @@ from bayes_klrl.analysis.frontier.path import QUANTITIES, Curves, RewardPool, cu
 from bayes_klrl.analysis.frontier.path_points import PathPoints
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.likelihood import check_nats
 from bayes_klrl.typing import FloatArray
 
 __all__ = ["FrontierRecord", "checked_alphas"]
@@ -81,7 +82,7 @@ class FrontierRecord:
 
     def at(self, alphas: ArrayLike) -> Curves:
         """Return the curves of the mean over prompts at other alphas, in the order given."""
-        return self.curves_at(1.0 / np.atleast_1d(checked_alphas(alphas)))[0]
+        return self.curves_at(1.0 / np.atleast_1d(checked_alphas(alphas, self.pool.reward)))[0]
 
     def curves_at(self, inverse_alpha: FloatArray) -> tuple[Curves, Curves]:
         """Return the curves of the mean and of each prompt: from the pool, and below `cut` from the extension."""
@@ -106,14 +107,15 @@ class FrontierRecord:
         return result
 
 
-def checked_alphas(alphas: ArrayLike) -> FloatArray:
-    """Return alphas as float64, refusing what is not positive and finite."""
+def checked_alphas(alphas: ArrayLike, reward: FloatArray) -> FloatArray:
+    """Return alphas as float64, refusing what is not positive and finite, and rewards of too many nats at one of them."""
     try:
         values = np.asarray(alphas, dtype=np.float64)
     except (TypeError, ValueError):
         values = np.empty((0, 0))
     if values.ndim > 1 or not values.size or not (np.isfinite(values) & (values > 0)).all():
         raise BayesKLRLError(f"alphas must be positive finite numbers, one or a list; got {alphas!r}.")
+    check_nats(reward, float(values.min()), "the frontier's own")
     return values
 
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from bayes_klrl.batch import completion_texts
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.exact.prior_chains import Chain
 from bayes_klrl.models.automata.reward import AutomatonPotential
@@ -198,6 +199,10 @@ class MessageLM:
     def decode(self, ids: Sequence[TokenIds]) -> list[str]:
         """See `LanguageModel.decode`."""
         return self.posterior.prior.decode(ids)
+
+    def decode_after(self, prompts: Sequence[TokenIds], ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        return completion_texts(self.posterior.prior, prompts, ids)
 
     def prefill(self, prompts: Sequence[TokenIds]) -> _DecodingState:
         """See `LanguageModel.prefill`."""

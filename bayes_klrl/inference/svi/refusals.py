@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bayes_klrl.batch import completion_texts
 from bayes_klrl.errors import BayesKLRLError, UnboundedLossError
-from bayes_klrl.typing import LanguageModel
+from bayes_klrl.typing import LanguageModel, TokenIds
 
 __all__ = ["check_same_latents", "completion_text", "no_adapter", "no_density", "unbounded_loss"]
 
@@ -62,6 +63,8 @@ def check_same_latents(model: Mapping[str, Any], guide: Mapping[str, Any]) -> No
             )
 
 
-def completion_text(lm: LanguageModel, ids: Sequence[int]) -> str:
-    """Return the words by which an error names a completion: its text, if there is one, and its ids."""
-    return f"{lm.decode([ids])[0]!r} (ids {ids})" if lm.tokenizer is not None else f"with ids {ids}"
+def completion_text(lm: LanguageModel, ids: Sequence[int], prompt: TokenIds = ()) -> str:
+    """Return the words by which an error names a completion: its text after the prompt, if there is one, and its ids."""
+    if lm.tokenizer is None:
+        return f"with ids {ids}"
+    return f"{completion_texts(lm, [prompt], [ids])[0]!r} (ids {ids})"

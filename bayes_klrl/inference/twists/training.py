@@ -20,6 +20,7 @@ from bayes_klrl.draws import Cost
 from bayes_klrl.inference.svi.steps import MAX_GRADIENT_NORM, learning_rate_schedule
 from bayes_klrl.inference.twists.losses import ctl_loss, ctl_weights
 from bayes_klrl.models.decoding import decode
+from bayes_klrl.models.programs.turns import PYRO_TURN
 from bayes_klrl.models.twists.neural import LMFeatures, NeuralTwist, TwistHead, features_for
 from bayes_klrl.models.twists.simple import log_evidence_of_pilot, prior_pilot
 from bayes_klrl.models.twists.twisted_lm import TwistedLM
@@ -76,7 +77,7 @@ def train_twist(recipe: TwistPlan, posterior: Posterior, *, seed: int, progress:
     """Return the twist after `recipe.num_steps` steps; see `LearnedTwist.fit`."""
     start, rng = time.perf_counter(), generator(seed, _STREAM)
     losses: list[float] = []
-    with torch.random.fork_rng(devices=[]):
+    with PYRO_TURN, torch.random.fork_rng(devices=[]):  # torch, too, has one random state for all threads
         torch.manual_seed(check_seed(seed))
         twist, model_tokens = untrained(recipe, posterior, seed)
     parameters = [p for net in (twist.features, twist.head) for p in getattr(net, "parameters", list)()]

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from bayes_klrl.batch import Batch
 from bayes_klrl.errors import BayesKLRLError, RewardError
-from bayes_klrl.likelihood import Factor, Likelihood, check_alpha_and_bounds
+from bayes_klrl.likelihood import Factor, Likelihood, check_alpha_and_bounds, check_nats
 from bayes_klrl.models.automata.automaton import Automaton
 from bayes_klrl.models.automata.tables import minimal, product_machine
 from bayes_klrl.typing import FloatArray, LanguageModel
@@ -93,6 +93,8 @@ class AutomatonReward(_AutomatonFactor):
         token_rewards = _rewards("token_rewards", self.token_rewards, (shape[1:], shape))
         object.__setattr__(self, "token_rewards", _frozen(np.broadcast_to(token_rewards, shape)))
         object.__setattr__(self, "final_rewards", _frozen(_rewards("final_rewards", self.final_rewards, (shape[:1],))))
+        for name in ("token_rewards", "final_rewards"):
+            check_nats(getattr(self, name), self.alpha, f"{name} of {self.label}")
 
     def tempered(self, gamma: float) -> AutomatonReward:
         """Return the same reward at alpha / gamma."""

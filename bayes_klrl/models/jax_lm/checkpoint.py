@@ -22,6 +22,7 @@ from bayes_klrl.errors import CheckpointError
 from bayes_klrl.models.checkpoint_files import (
     TOKENIZER_FILES,
     check_has_weights,
+    eos_union,
     not_finite_error,
     own_entries,
     shipped_folder,
@@ -46,6 +47,9 @@ def load(name_or_folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     architecture = architecture_of(config)
     tensors = read_tensors(folder)
     check_numbers(folder, tensors)
+    generation = folder / "generation_config.json"
+    if generation.is_file():  # nothing else of it is read: it says how `generate` samples
+        config["eos_token_id"] = eos_union(config.get("eos_token_id"), read_object(generation).get("eos_token_id"))
     return parameter_tree(architecture, tensors), config, load_tokenizer(folder)
 
 

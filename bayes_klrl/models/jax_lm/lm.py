@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from bayes_klrl.models.token_ids import (
     check_prompts,
     check_tokenizer_fits,
     decoded,
+    decoded_after,
     encoded,
     first_token,
     require_tokenizer,
@@ -226,6 +228,10 @@ class JaxLM:
         """See `LanguageModel`."""
         return decoded(require_tokenizer(self, "decode"), ids)
 
+    def decode_after(self, prompts: Sequence[TokenIds], ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        return decoded_after(require_tokenizer(self, "decode"), self.decode, prompts, ids)
+
     def prefill(self, prompts: Sequence[TokenIds]) -> JaxState:
         """See `LanguageModel`."""
         self._check_prompts(prompts, num_new=0)
@@ -238,6 +244,11 @@ class JaxLM:
         """See `LanguageModel`. Shape (R, V), float32."""
         log_probs = next_log_probs(self._architecture, self._parameters, state.features, self.temperature)
         return cut(log_probs, len(state.num_tokens))
+
+    def next_log_probs_of(self, state: JaxState, rows: IntArray) -> Array:
+        """Return `next_log_probs` of some rows, (len(rows), V), without a copy of their caches."""
+        picked = padded_to(rows, bucket(len(rows), MIN_BUCKET))
+        return self.next_log_probs(replace(state, features=state.features[picked], num_tokens=state.num_tokens[rows]))
 
     def append(self, state: JaxState, tokens: IntArray) -> JaxState:
         """See `LanguageModel`."""

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.ngram_lm.lm import as_ids, as_int_array, check_vocabulary, plain_ids, texts_of
+from bayes_klrl.models.token_ids import decoded_after
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, TokenIds
 
@@ -122,6 +123,10 @@ class HmmLM:
         if self._tokenizer is None:
             raise BayesKLRLError("This HmmLM has no tokenizer, so its tokens have no text: use token ids.")
         return texts_of(self._tokenizer, ids, self._eos_token_ids)
+
+    def decode_after(self, prompts: Sequence[TokenIds], ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        return decoded_after(self._tokenizer, self.decode, prompts, ids)
 
     def prefill(self, prompts: Sequence[TokenIds]) -> FloatArray:
         """Return the filter p(z | prompt) after each prompt, (R, S + 1); before the first token the last entry is 1.

@@ -20,6 +20,7 @@ from numpy.typing import ArrayLike
 
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.models.ngram_lm.tables import BackoffTable, DenseTable, NgramTable, fit_witten_bell
+from bayes_klrl.models.token_ids import decoded_after, known_ids
 from bayes_klrl.sequences import Sequences, pad_token
 from bayes_klrl.typing import FloatArray, IntArray, TokenIds
 
@@ -264,6 +265,10 @@ class NgramLM:
             raise BayesKLRLError("This NgramLM has no tokenizer, so its tokens have no text: use token ids.")
         return texts_of(self._tokenizer, ids, self._eos_token_ids)
 
+    def decode_after(self, prompts: Sequence[TokenIds], ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        return decoded_after(self._tokenizer, self.decode, prompts, ids)
+
     def prefill(self, prompts: Sequence[TokenIds]) -> IntArray:
         """Return the last order - 1 tokens of each prompt, (R, order - 1): see `LanguageModel.prefill`."""
         width = self.order - 1
@@ -391,9 +396,9 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def texts_of(tokenizer: Any, ids: Sequence[TokenIds], eos_token_ids: Collection[int]) -> list[str]:
-    """Return the text of each list of ids; EOS and the tokenizer's special tokens are skipped."""
+    """Return the text of each list of ids; EOS, special tokens and ids that the tokenizer does not have are skipped."""
     special = {*eos_token_ids, *getattr(tokenizer, "all_special_ids", ())}
-    return [tokenizer.decode([int(i) for i in row if int(i) not in special]) for row in ids]
+    return [tokenizer.decode([i for i in row if i not in special]) for row in known_ids(tokenizer, ids)]
 
 
 def _load_tokenizer(folder: Path, config: dict[str, Any]) -> Any | None:

@@ -142,9 +142,9 @@ def _host_function(posterior: Posterior) -> Callable[..., np.ndarray]:
         rows = [np.asarray(array).astype(np.int64) for array in (tokens, lengths, prompt_index)]
         shape = rows[1].shape
         flat = (rows[0].reshape(-1, rows[0].shape[-1]), rows[1].ravel(), rows[2].ravel())
-        batch = Batch(*flat, posterior.prompts, posterior.columns, posterior.prior)
+        batch = Batch(*flat, posterior.prompts, posterior.columns, posterior.prior, posterior.prompt_ids)
         total: FloatArray = sum(
-            (factor.values(batch) * factor.scale_in(alpha) for factor in factors), start=np.zeros(len(batch))
+            (factor.checked_values(batch) * factor.scale_in(alpha) for factor in factors), start=np.zeros(len(batch))
         )
         return total.reshape(shape).astype(dtype)
 

@@ -13,13 +13,25 @@ from transformers.pytorch_utils import Conv1D
 
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.torch_lm.network import base_model
+from bayes_klrl.models.torch_lm.self_check import apart, own_log_probs, tolerance
 
-__all__ = ["adapted", "frozen", "import_peft", "merged", "quiet_peft", "shared_copy", "trainable_copy"]
+__all__ = [
+    "adapted",
+    "can_be_merged",
+    "check_starts_as",
+    "frozen",
+    "import_peft",
+    "merged",
+    "quiet_peft",
+    "shared_copy",
+    "trainable_copy",
+]
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
     """Return a deep copy with all parameters trainable."""
-    duplicate = copy.deepcopy(module).requires_grad_(True)
+    check_has_gradients(module)
+    duplicate = duplicated(module, {}).requires_grad_(True)
     return duplicate.eval()
 
 
@@ -33,6 +45,14 @@ def shared_copy(module: nn.Module) -> nn.Module:
         id(parameter): nn.Parameter(parameter.data, requires_grad=False) for parameter in module.parameters()
     }
     memo |= {id(buffer): buffer for buffer in module.buffers()}
+    return duplicated(module, memo)
+
+
+def duplicated(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Return a deep copy; peft keeps views of tied weights in its layers, which torch alone refuses to copy."""
+    for part in module.modules():
+        tied = getattr(part, "kwargs", {}).get("tied_adapter") or {}
+        memo |= {id(view): view.detach().clone() for view in tied.values()}
     return copy.deepcopy(module, memo)
 
 
@@ -44,6 +64,7 @@ def frozen(module: nn.Module) -> Any:
 def adapted(module: nn.Module, config: Any) -> nn.Module:
     """Return a PEFT model that gives exactly the outputs of `module` until its adapter is trained."""
     peft = import_peft()
+    check_has_gradients(module)
     base = frozen(module)
     if config == "lora":
         config = default_lora(peft, base)
@@ -60,6 +81,18 @@ def adapted(module: nn.Module, config: Any) -> nn.Module:
     return wrapped.eval()
 
 
+def check_starts_as(guide: nn.Module, module: nn.Module, config: Any, vocab_size: int) -> None:
+    """Refuse an adapter that changes the model before it is trained, as virtual tokens do."""
+    ids = [index * vocab_size // 5 for index in (1, 2, 3, 4)]
+    own, started = (own_log_probs(each, ids[:2], ids[2:]) for each in (module, guide))
+    if (gap := float(apart(own, started).max())) > tolerance(module, own):
+        raise BayesKLRLError(
+            f"An adapter of {type(config).__name__} changes log-probs by {gap:.2g} nats before it is trained, so the guide "
+            "would not start as this model. Use an adapter that starts at 0, such as peft.LoraConfig(r=8), or wrap the model "
+            "yourself: bk.TorchLM(peft.get_peft_model(model, config))."
+        )
+
+
 def default_lora(peft: Any, module: Any) -> Any:
     """Return a LoRA configuration of rank 8 on all linear layers except the head, without dropout."""
     return peft.LoraConfig(
@@ -72,12 +105,58 @@ def default_lora(peft: Any, module: Any) -> Any:
     )
 
 
+def check_has_gradients(module: nn.Module) -> None:
+    """Refuse to make a guide of a model that has no gradients without dropout."""
+    if any(type(part).__name__ == "ReformerModel" for part in module.modules()):
+        raise BayesKLRLError(
+            "A Reformer computes gradients in training mode only, where dropout is on, so it cannot be a guide. It can be a "
+            "prior: use SMC, importance sampling or SuffixMH."
+        )
+
+
+def can_be_merged(module: nn.Module) -> bool:
+    """Return whether a model's adapters can be added to its weights; virtual tokens cannot."""
+    return not hasattr(module, "peft_config") or hasattr(getattr(module, "base_model", None), "merge_and_unload")
+
+
 def merged(module: nn.Module) -> Any:
-    """Return the Hugging Face model with its adapters added to the weights; the given module does not change."""
+    """Return the Hugging Face model with its adapters added to the weights; the given module does not change.
+
+    Raises
+    ------
+    BayesKLRLError
+        If an adapter cannot be added to the weights.
+    """
     if not hasattr(module, "peft_config"):
         return base_model(module)
-    duplicate: Any = copy.deepcopy(module)
+    if not can_be_merged(module):
+        kinds = ", ".join(sorted({type(config).__name__ for config in module.peft_config.values()}))  # type: ignore[operator]
+        raise BayesKLRLError(
+            f"An adapter of {kinds} cannot be added to the model's weights. Train another adapter from the model without it, "
+            "or save it as an adapter."
+        )
+    duplicate: Any = duplicated(module, {})
+    untie_adapted(duplicate)
     return duplicate.merge_and_unload()
+
+
+def untie_adapted(module: Any) -> None:
+    """Give every layer under an adapter weights of its own; shared ones would change in another layer, too."""
+    adapted_layers = {id(part.base_layer) for part in module.modules() if hasattr(part, "base_layer")}
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            owners.setdefault(id(parameter), []).append((part, name))
+    shared = [places for places in owners.values() if len(places) > 1]
+    for places in shared:
+        if any(id(part) in adapted_layers for part, _ in places):
+            for part, name in places[1:]:
+                weight = part._parameters[name]
+                part._parameters[name] = (
+                    None if weight is None else nn.Parameter(weight.detach().clone(), requires_grad=False)
+                )
+            config = base_model(module).config
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
 
 
 @contextmanager

@@ -28,15 +28,21 @@ from bayes_klrl.models.checkpoint_files import (
     shipped_folder,
     shipped_names,
 )
-from bayes_klrl.models.torch_lm.adapters import frozen, import_peft, merged, quiet_peft
+from bayes_klrl.models.torch_lm.adapters import can_be_merged, frozen, import_peft, merged, quiet_peft
+from bayes_klrl.models.torch_lm.network import decoder_start
 
-__all__ = ["load", "save"]
+__all__ = ["keep_adapter", "load", "save"]
 
 SMOLLM2 = "smollm2"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def load(
-    name_or_folder: str | os.PathLike[str], dtype: torch.dtype | str | None, *, base: nn.Module | None = None
+    name_or_folder: str | os.PathLike[str],
+    dtype: torch.dtype | str | None,
+    *,
+    base: nn.Module | None = None,
+    revision: str | None = None,
 ) -> tuple[Any, Any | None]:
     """Return the model and its tokenizer (None if the folder has none); see `TorchLM.from_pretrained`.
 
@@ -46,6 +52,8 @@ def load(
         The model and its precision, as for `TorchLM.from_pretrained`.
     base
         The model of an adapter whose folder does not name one; it does not change.
+    revision
+        The revision of a model on the hub; None: its newest one.
     """
     precision = torch.float32 if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
     name = os.fspath(name_or_folder)
@@ -64,7 +72,7 @@ def load(
             )
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise CheckpointError(f"There is no folder {name!r} (and a hub id has the form 'owner/name').")
-        return load_model(name, precision)
+        return load_model(name, precision, **({} if revision is None else {"revision": revision}))
 
 
 def load_folder(folder: Path, dtype: torch.dtype, base: nn.Module | None = None) -> tuple[Any, Any | None]:
@@ -125,11 +133,17 @@ def load_tokenizer(source: str, **options: Any) -> Any | None:
 def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None) -> tuple[Any, Any | None]:
     """Return the base model that an adapter folder names (`base` if it names none) with the adapter on it."""
     peft = import_peft()
-    name = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    name = config.get("base_model_name_or_path")
     by_hand = "load that model as `base`, and use TorchLM(peft.PeftModel.from_pretrained(base, folder))"
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        cure = "save the adapter again with safe_serialization=True" if any(folder.glob("*.bin")) else "is it complete?"
+        raise CheckpointError(
+            f"The adapter in {str(folder)!r} has no {ADAPTER_WEIGHTS}, the only kind that is read: {cure}"
+        )
     if name:
         try:
-            model, tokenizer = load(name, dtype)
+            model, tokenizer = load(name, dtype, revision=config.get("revision"))
         except CheckpointError as error:
             raise CheckpointError(
                 f"The adapter in {str(folder)!r} belongs to the model {name!r}, which cannot be loaded. If it has moved, "
@@ -139,39 +153,112 @@ def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None
         model, tokenizer = frozen(base), None
     else:
         raise CheckpointError(f"The adapter in {str(folder)!r} does not say which model it belongs to: {by_hand}.")
+    onto = repr(name) if name else "(the prior, since the folder names no model)"
     try:
         with quiet_peft():
             wrapped = peft.PeftModel.from_pretrained(model, str(folder))
+            misfits = misfitting_tensors(peft, wrapped, folder)
+    except KeyError as error:  # peft's, for a whole layer that was trained
+        misfits = [f"the file lacks 1 tensors ({error.args[0]})"]
     except Exception as error:  # as above: peft passes on all errors of torch and safetensors
-        onto = repr(name) if name else "(the prior, since the folder names no model)"
         raise CheckpointError(f"The adapter in {str(folder)!r} does not fit its base {onto}: {error}") from error
+    if misfits:
+        raise CheckpointError(
+            f"The adapter in {str(folder)!r} does not fit its base {onto}: "
+            + "; ".join(misfits)
+            + ". The rest would be "
+            "another policy than the one that was trained. Use the base that it was trained on, and its whole file."
+        )
+    for parameter_name, parameter in wrapped.named_parameters():
+        if not parameter.isfinite().all():
+            raise not_finite_error(parameter_name, str(folder))
     return wrapped, load_tokenizer(str(folder), local_files_only=True) or tokenizer
+
+
+def misfitting_tensors(peft: Any, wrapped: Any, folder: Path) -> list[str]:
+    """Return what is missing from an adapter's file, and what is in it without a place in the model, three names each."""
+    from safetensors import safe_open
+
+    with safe_open(folder / ADAPTER_WEIGHTS, framework="pt") as file:
+        names = set(file.keys())
+    config = wrapped.peft_config["default"]
+    if config.is_prompt_learning:  # one tensor, which peft itself demands
+        return []
+    result = wrapped.load_adapter(str(folder), "default")  # from_pretrained has done the same, and reports nothing
+    # weights that peft shares between layers, or makes anew from others, are in no file
+    shared = ("vblora_vector_bank", "prompt_encoder", ".tinylora_v.", ".unilora_theta_d.")
+    missing = {key for key in result.missing_keys if not any(part in key for part in shared)}
+    whole = tuple(getattr(config, "modules_to_save", None) or ())
+    expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False) if whole else {}
+    missing |= {key for key in expected.keys() - names if any(f".{part}." in f".{key}." for part in whole)}
+    found = (("the file lacks", missing), ("the model has no place for", set(result.unexpected_keys)))
+    return [f"{verb} {len(keys)} tensors ({', '.join(sorted(keys)[:3])})" for verb, keys in found if keys]
 
 
 def save(
     module: nn.Module, tokenizer: Any | None, folder: Path, eos_token_ids: frozenset[int], temperature: float
 ) -> None:
-    """Write a folder in Hugging Face's format, adapters merged; see `TorchLM.save_pretrained`."""
-    model = merged(module)
-    entries = own_entries(eos_token_ids, temperature)
+    """Write a folder in Hugging Face's format, adapters merged; see `TorchLM.save_pretrained`.
+
+    An adapter that cannot be merged is written as an adapter, if it says which model it belongs to.
+    """
     with quiet():
-        model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-        sampling = GenerationConfig(
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            eos_token_id=entries["eos_token_id"],
-            bos_token_id=getattr(model.config, "bos_token_id", None),
-            pad_token_id=getattr(model.config, "pad_token_id", None),
-            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
-        )
-        sampling.save_pretrained(folder)
+        if can_be_merged(module):
+            save_model(merged(module), folder, eos_token_ids, temperature)
+        else:
+            save_adapter(module, folder)
+
+
+def save_model(model: Any, folder: Path, eos_token_ids: frozenset[int], temperature: float) -> None:
+    """Write a model without adapters, with the EOS ids and the temperature in its configurations."""
+    entries = own_entries(eos_token_ids, temperature)
+    with weights_as_loaded(model):
+        model.save_pretrained(folder)
+    sampling = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=entries["eos_token_id"],
+        bos_token_id=getattr(model.config, "bos_token_id", None),
+        pad_token_id=getattr(model.config, "pad_token_id", None),
+        decoder_start_token_id=decoder_start(model) if model.config.is_encoder_decoder else None,
+    )
+    sampling.save_pretrained(folder)
     config_file = folder / "config.json"
     config = json.loads(config_file.read_text()) | entries
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_adapter(module: Any, folder: Path) -> None:
+    """Write an adapter as peft does; refuse one that does not name its base, since nothing could load it."""
+    for config in module.peft_config.values():
+        if not config.base_model_name_or_path:
+            raise CheckpointError(
+                f"An adapter of {type(config).__name__} cannot be added to the model's weights, and it does not say which "
+                "model it belongs to. Save it with lm.module.save_pretrained(folder), and load it with "
+                "TorchLM(peft.PeftModel.from_pretrained(base, folder))."
+            )
+    with quiet_peft():
+        module.save_pretrained(folder)
+
+
+@contextmanager
+def weights_as_loaded(model: Any) -> Iterator[None]:
+    """Undo what RWKV does to its weights in evaluation mode (it divides them, layer by layer) while they are written."""
+    body = next((part for part in model.modules() if hasattr(part, "layers_are_rescaled")), None)
+    if body is None or not body.layers_are_rescaled:
+        yield
+        return
+    model.train()
+    body._rescale_layers()
+    try:
+        yield
+    finally:
+        model.eval()
+        body._rescale_layers()
 
 
 def smollm2_folder() -> Path:
@@ -194,3 +281,12 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def keep_adapter(module: Any, folder: Path) -> Path | None:
+    """Write the adapter of a model that was not saved right into a folder inside; return that folder, None without adapter."""
+    if not hasattr(module, "peft_config"):
+        return None
+    with quiet(), quiet_peft():
+        module.save_pretrained(folder / "adapter")
+    return folder / "adapter"

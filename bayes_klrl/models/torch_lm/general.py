@@ -1,14 +1,15 @@
 """Networks that call a Hugging Face model's own forward: any causal LM, and encoder-decoder ones.
 
 The features are the logits, since models differ in what they do between hidden states and logits (scaling, soft caps). There
-are three networks:
+are four networks:
 
 * `CachedNetwork`: left padding, attention mask, explicit positions and the model's own cache;
 * `PlainNetwork`: no cache and no padding; rows of equal length are run together, and all tokens are read at every step;
-* `EncoderDecoderNetwork`: the encoder reads the prompt; the decoder starts from its start token.
+* `EncoderDecoderNetwork`: the encoder reads the prompt; the decoder starts from its start token;
+* `PlainEncoderDecoderNetwork`: the same without cache and padding.
 
-The first one is faster. It is used if it agrees with the second one on a small ragged batch. So a model is not affected by
-padding that leaks, by positions that it computes itself or by a cache of an unknown kind.
+The cached ones are faster. They are used if they pass the self-check (`self_check`). So a model is not affected by padding
+that leaks, by positions that it computes itself or by a cache of an unknown kind.
 """
 
 from __future__ import annotations
@@ -24,34 +25,40 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from bayes_klrl.models.torch_lm.network import Network, agree, base_model, left_padded, model_device, probe, tolerance
+from bayes_klrl.models.torch_lm.network import (
+    Network,
+    base_model,
+    decoder_start,
+    left_padded,
+    model_device,
+)
 from bayes_klrl.typing import TokenIds
 
-__all__ = ["CachedNetwork", "EncoderDecoderNetwork", "PlainNetwork", "general_network"]
+__all__ = [
+    "CachedNetwork",
+    "EncoderDecoderNetwork",
+    "PlainEncoderDecoderNetwork",
+    "PlainNetwork",
+    "accepted",
+    "general_networks",
+    "has_virtual_tokens",
+]
 
 
-def general_network(module: nn.Module, vocab_size: int) -> Network:
-    """Return the fastest of the general networks that reproduces this model's own log-probs."""
-    if base_model(module).config.is_encoder_decoder:
-        return EncoderDecoderNetwork(module, vocab_size)
-    plain = PlainNetwork(module, vocab_size)
-    cached = CachedNetwork(module, vocab_size)
-    try:
-        return cached if agree(cached, plain, vocab_size) and cache_is_right(cached, vocab_size) else plain
-    except (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return plain  # no padded batch, or no cache of this kind; the plain network needs neither
+def general_networks(module: nn.Module, vocab_size: int) -> Iterator[Network]:
+    """Yield the general networks of a model, the fastest first; the last one needs neither a cache nor padding.
 
-
-@torch.no_grad()
-def cache_is_right(network: CachedNetwork, vocab_size: int) -> bool:
-    """Return whether decoding with the cache, with permuted rows, gives the scores of the full forward."""
-    prompts, owners, tokens = probe(vocab_size)
-    device = model_device(network.module)
-    scored = network.features(prompts, owners.to(device), tokens.to(device)).log_softmax(-1)
-    order = torch.tensor([1, 0], device=device)
-    state = network.select(network.prefill(prompts)[1], order)
-    decoded = network.step(state, tokens.to(device)[order, 0])[0].log_softmax(-1)
-    return bool((decoded - scored[order, 1]).abs().max() <= tolerance(scored))
+    An adapter of virtual tokens (prompt tuning, P-tuning, prefix tuning) changes what a position is, and only the model's own
+    forward knows how. Its models get the last one alone.
+    """
+    cached, plain = (
+        (EncoderDecoderNetwork, PlainEncoderDecoderNetwork)
+        if base_model(module).config.is_encoder_decoder
+        else (CachedNetwork, PlainNetwork)
+    )
+    if not has_virtual_tokens(module):
+        yield cached(module, vocab_size)
+    yield plain(module, vocab_size)
 
 
 class PlainNetwork:
@@ -61,7 +68,8 @@ class PlainNetwork:
         self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
         self.device = model_device(module)
         self.options = accepted(module, {"use_cache": False, "return_dict": True})
-        self.keeps_last = "logits_to_keep" in forward_parameters(module)
+        # with virtual tokens the model has more positions than the text, and an index from the left would be shifted
+        self.keeps_last = "logits_to_keep" in forward_parameters(module) and not has_virtual_tokens(module)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, list[list[int]]]:
@@ -191,10 +199,7 @@ class EncoderDecoderNetwork:
     def __init__(self, module: nn.Module, vocab_size: int) -> None:
         self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
         self.device = model_device(module)
-        config = base_model(module).config
-        names = ("decoder_start_token_id", "bos_token_id", "pad_token_id")
-        starts = (getattr(config, name, None) for name in names)
-        self.start = next((token for token in starts if token is not None), 0)
+        self.start = decoder_start(module)
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, DecoderRows]:
@@ -254,6 +259,61 @@ class EncoderDecoderNetwork:
 
     def _starts(self, num_rows: int) -> Tensor:
         return torch.full((num_rows,), self.start, dtype=torch.long, device=self.device)
+
+
+class PlainEncoderDecoderNetwork:
+    """See `Network`. The model's own forward on prompts of one length at a time; all tokens are read at every step."""
+
+    def __init__(self, module: nn.Module, vocab_size: int) -> None:
+        self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
+        self.device = model_device(module)
+        self.options = accepted(module, {"use_cache": False, "return_dict": True})
+        self.start = decoder_start(module)
+
+    @torch.no_grad()
+    def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, list[tuple[list[int], list[int]]]]:
+        """See `Network.prefill`."""
+        rows = [(list(prompt), [self.start]) for prompt in prompts]
+        return self._last_logits(rows), rows
+
+    @torch.no_grad()
+    def step(
+        self, cache: list[tuple[list[int], list[int]]], tokens: Tensor
+    ) -> tuple[Tensor, list[tuple[list[int], list[int]]]]:
+        """See `Network.step`."""
+        rows = [(prompt, [*read, token]) for (prompt, read), token in zip(cache, tokens.tolist(), strict=True)]
+        return self._last_logits(rows), rows
+
+    def select(self, cache: list[tuple[list[int], list[int]]], rows: Tensor) -> list[tuple[list[int], list[int]]]:
+        """See `Network.select`."""
+        return [cache[row] for row in rows.tolist()]
+
+    def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
+        """See `Network.features`."""
+        starts = torch.full((len(tokens), 1), self.start, dtype=torch.long, device=self.device)
+        return self._logits([prompts[owner] for owner in owners.tolist()], torch.cat([starts, tokens[:, :-1]], dim=1))
+
+    def logits(self, features: Tensor) -> Tensor:
+        """See `Network.logits`."""
+        return features.float()
+
+    def _last_logits(self, rows: list[tuple[list[int], list[int]]]) -> Tensor:
+        read = torch.tensor([tokens for _, tokens in rows], dtype=torch.long, device=self.device)
+        return self._logits([prompt for prompt, _ in rows], read)[:, -1]
+
+    def _logits(self, prompts: Sequence[TokenIds], read: Tensor) -> Tensor:
+        parts, order = [], []
+        for _, rows in equal_lengths([len(prompt) for prompt in prompts], self.device):
+            texts = torch.tensor([list(prompts[row]) for row in rows.tolist()], dtype=torch.long, device=self.device)
+            parts.append(self.module(input_ids=texts, decoder_input_ids=read[rows], **self.options).logits)
+            order.append(rows)
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def has_virtual_tokens(module: nn.Module) -> bool:
+    """Return whether a PEFT adapter puts tokens of its own before the text."""
+    configs = getattr(module, "peft_config", None)
+    return isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values())
 
 
 def last_positions(tokens: Tensor, num_last: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,23 @@ from torch import Tensor, nn
 
 from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.models.checkpoint_files import OWN_ENTRY, eos_union, own_options
 from bayes_klrl.models.token_ids import (
     check_ids,
     check_length,
     check_prompts,
     check_tokenizer_fits,
     decoded,
+    decoded_after,
     encoded,
     first_token,
     require_tokenizer,
     resolved_eos,
 )
-from bayes_klrl.models.torch_lm.network import Network, base_model, model_device
+from bayes_klrl.models.torch_lm.network import Network, base_model, context_limit, model_device
 from bayes_klrl.models.torch_lm.scoring import full_features, full_log_probs, sequence_log_probs, tempered
-from bayes_klrl.models.torch_lm.tight import choose_network, renewed
+from bayes_klrl.models.torch_lm.self_check import SelfCheck, apart, choose_network, rebuilt, tolerance
+from bayes_klrl.models.torch_lm.tight import TightNetwork, tight_network
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import IntArray, TokenIds
 
@@ -60,17 +63,27 @@ class TorchLM:
     tokenizer
         The model's tokenizer; None: the model works on token ids only.
     eos_token_id
-        The id or ids that end a completion; an empty collection for none. None: those of the model's configuration, else the
-        tokenizer's. A configured id outside the vocabulary can never be drawn and is left out.
+        The id or ids that end a completion; an empty collection for none. None: those of the model's configuration and of its
+        generation configuration together, else the tokenizer's. A configured id outside the vocabulary can never be drawn and
+        is left out.
     temperature
         The number by which the logits are divided, in sampling and in scoring.
     device
         The device to move the model to; None: the model stays where it is.
+    check
+        True: the numbers are compared with the model's own forward before anything is computed with them (`SelfCheck`, some
+        ten small forward passes). False: no model is refused for its numbers.
+
+    Attributes
+    ----------
+    self_check
+        What the comparison found, a `SelfCheck`; None if there was none.
 
     Raises
     ------
     CheckpointError
-        If the tokenizer has more ids than the model.
+        If the tokenizer has more ids than the model. If the model's numbers would be wrong: an encoder that sees later tokens,
+        for instance; the message says which path, which token, and how many nats.
     BayesKLRLError
         If the temperature is not positive, or an EOS id is outside the vocabulary.
 
@@ -94,6 +107,7 @@ class TorchLM:
         eos_token_id: int | Collection[int] | None = None,
         temperature: float = 1.0,
         device: str | torch.device | None = None,
+        check: bool = True,
     ) -> None:
         check_positive("temperature", temperature)
         self._vocab_size = output_size(model)
@@ -102,10 +116,13 @@ class TorchLM:
         self._tokenizer = tokenizer
         self._config: Any = base_model(model).config
         self._network: Network | None = None
+        self.self_check: SelfCheck | None = None
         self.temperature = float(temperature)
         check_tokenizer_fits(tokenizer, self._vocab_size)
-        configured = getattr(self._config, "eos_token_id", None)
+        configured = eos_union(*(getattr(source, "eos_token_id", None) for source in self._configurations()))
         self._eos_token_ids = resolved_eos(eos_token_id, configured, tokenizer, self._vocab_size)
+        if check:
+            self.check_numbers()
 
     def __repr__(self) -> str:
         return f"TorchLM({type(base_model(self._module)).__name__}, V={self.vocab_size})"
@@ -130,14 +147,13 @@ class TorchLM:
         device
             The device to move the model to; None: where transformers loads it, by default the CPU.
         options
-            `eos_token_id` and `temperature` of `TorchLM`; by default those that `save_pretrained` stored.
+            `eos_token_id`, `temperature` and `check` of `TorchLM`; the first two by default as `save_pretrained` stored them.
 
         Raises
         ------
         CheckpointError
             If there is no such model, or weights are missing; the message says what to do.
         """
-        from bayes_klrl.models.checkpoint_files import OWN_ENTRY, own_options
         from bayes_klrl.models.torch_lm.checkpoint import load
 
         model, tokenizer = load(name_or_folder, dtype)
@@ -182,9 +198,12 @@ class TorchLM:
 
     @property
     def context_length(self) -> int | None:
-        """Largest number of tokens of prompt and completion together; None if the model has no limit."""
-        length = getattr(self._config, "max_position_embeddings", None)
-        return length if isinstance(length, int) and length > 0 else None
+        """Largest number of tokens of prompt and completion together; None if the model has no limit.
+
+        Where a longer text has other log-probs for its first tokens, it is the length up to which it has not: the original
+        length of rotary embeddings of the type "longrope", for instance.
+        """
+        return context_limit(self._module)
 
     @property
     def half_precision(self) -> bool:
@@ -209,6 +228,12 @@ class TorchLM:
         """See `LanguageModel`."""
         return decoded(require_tokenizer(self, "decode"), ids)
 
+    def decode_after(self, prompts: Sequence[TokenIds], ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`. The completion of an encoder-decoder model is a text of its own."""
+        if self.prompt_apart:
+            return self.decode(ids)
+        return decoded_after(require_tokenizer(self, "decode"), self.decode, prompts, ids)
+
     def prefill(self, prompts: Sequence[TokenIds]) -> TorchState:
         """See `LanguageModel`. No gradient flows through it."""
         self._check_prompts(prompts, num_new=0)
@@ -220,6 +245,11 @@ class TorchLM:
     def next_log_probs(self, state: TorchState) -> Tensor:
         """See `LanguageModel`. Shape (R, V), float32, without a gradient."""
         return tempered(state.network.logits(state.features), self.temperature).log_softmax(-1)
+
+    def next_log_probs_of(self, state: TorchState, rows: IntArray) -> Tensor:
+        """Return `next_log_probs` of some rows, (len(rows), V), without a copy of their caches."""
+        features = state.features[torch.as_tensor(rows, device=state.features.device)]
+        return self.next_log_probs(replace(state, features=features, cache=None, num_tokens=state.num_tokens[rows]))
 
     def log_probs_from(self, features: Tensor) -> Tensor:
         """Return the next-token log-probs (..., V) that features (..., F) predict, float32."""
@@ -266,11 +296,31 @@ class TorchLM:
         """
         return self._scored(full_features, prompts, sequences)
 
+    def check_numbers(self) -> SelfCheck:
+        """Compare decoding and scoring with the model's own plain forward, prefix by prefix, and return what was compared.
+
+        This happens once when a `TorchLM` is made. Call it again for a model whose layers were replaced since.
+
+        Raises
+        ------
+        CheckpointError
+            If they differ by more than rounding; the message says which path, which token, and how many nats.
+        """
+        self._switch_dropout_off()
+        self._network, found = choose_network(self._module, self._vocab_size, self._special_ids())
+        assert found is not None
+        self.self_check = found
+        return found
+
     def copy(self) -> TorchLM:
         """Return an independent copy with all parameters trainable."""
         from bayes_klrl.models.torch_lm.adapters import trainable_copy
 
-        return self._with_module(trainable_copy(self._module))
+        duplicate = self._with_module(trainable_copy(self._module), check=False)
+        # the same numbers, so the check need not be repeated
+        duplicate.self_check, network = self.self_check, self._network
+        duplicate._network = None if network is None else rebuilt(type(network), duplicate.module, self._vocab_size)
+        return duplicate
 
     def with_adapter(self, config: Any = "lora") -> TorchLM:
         """Return a guide that equals this model and trains only an adapter; the frozen weights are shared.
@@ -280,22 +330,63 @@ class TorchLM:
         config
             A `peft` configuration, or "lora": a LoRA adapter of rank 8 on all linear layers.
         """
-        from bayes_klrl.models.torch_lm.adapters import adapted
+        from bayes_klrl.models.torch_lm.adapters import adapted, check_starts_as
 
-        return self._with_module(adapted(self._module, config))
+        guide = self._with_module(adapted(self._module, config))
+        check_starts_as(guide.module, self._module, config, self._vocab_size)
+        return guide
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write a Hugging Face folder that `from_pretrained` reads: weights with adapters merged, tokenizer, EOS ids.
 
         Temperature and EOS ids are written to config.json, from which `from_pretrained` reads them, and to the generation
-        config, for Hugging Face's `generate`.
+        config, for Hugging Face's `generate`. An adapter that cannot be merged, such as prompt tuning, is written as an
+        adapter. At the end the folder is loaded again, and eight completions are scored by what was written.
+
+        Raises
+        ------
+        CheckpointError
+            If the folder gives other log-probs than this model; the unmerged adapter is then in its subfolder "adapter".
         """
-        from bayes_klrl.models.torch_lm.checkpoint import save
+        from bayes_klrl.models.torch_lm.checkpoint import keep_adapter, save
 
         save(self._module, self._tokenizer, Path(folder), self._eos_token_ids, self.temperature)
+        precision = next((parameter.dtype for parameter in self._module.parameters()), torch.float32)
+        written = TorchLM.from_pretrained(folder, dtype=precision, device=self.device, check=False)
+        gap = self._scoring_gap(written)
+        if gap > 0:
+            kept = keep_adapter(self._module, Path(folder))
+            where = "" if kept is None else f" The adapter itself is in {str(kept)!r}: use it with its base model."
+            raise CheckpointError(
+                f"The model in {str(folder)!r} is not the one that was saved: log-probs of single tokens differ by up to "
+                f"{gap:.2g} nats after loading it again. Do not use this folder.{where}"
+            )
 
-    def _with_module(self, module: nn.Module) -> TorchLM:
-        return TorchLM(module, self._tokenizer, eos_token_id=self._eos_token_ids, temperature=self.temperature)
+    def _scoring_gap(self, other: TorchLM) -> float:
+        """Return the largest difference between the log-probs of eight completions, in nats; 0 if it is rounding."""
+        rng = np.random.default_rng(0)
+        prompt, tokens = rng.integers(0, self._vocab_size, 2).tolist(), rng.integers(0, self._vocab_size, (1, 8, 4))
+        limit = self.context_length or 6
+        tokens = tokens[..., : max(1, min(4, limit - 2))]
+        sequences = Sequences(tokens, np.full((1, 8), tokens.shape[2]))
+        with torch.no_grad():
+            own, others = (lm.token_log_probs([prompt[: max(1, limit - 1)]], sequences) for lm in (self, other))
+        gap = float(apart(own, others).max())
+        return gap if gap > tolerance(self._module, own) else 0.0
+
+    def _with_module(self, module: nn.Module, *, check: bool = True) -> TorchLM:
+        return TorchLM(
+            module, self._tokenizer, eos_token_id=self._eos_token_ids, temperature=self.temperature, check=check
+        )
+
+    def _configurations(self) -> tuple[Any, Any]:
+        """Return the model's configuration and its generation configuration."""
+        return self._config, getattr(base_model(self._module), "generation_config", None)
+
+    def _special_ids(self) -> list[int]:
+        """Return the padding id, the EOS ids and BOS, as far as they are known."""
+        pads = [getattr(source, "pad_token_id", None) for source in (*self._configurations(), self._tokenizer)]
+        return [token for token in [*pads, *sorted(self._eos_token_ids), self.bos_token_id] if isinstance(token, int)]
 
     def _scored(self, score: Any, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
         """Return `score` of all P * N rows, reshaped to (P, N, T, ...); positions past the longest length are not computed."""
@@ -318,9 +409,12 @@ class TorchLM:
         return torch.cat([scores, padding], dim=1).view(num_prompts, num_draws, num_tokens, *scores.shape[2:])
 
     def _ready_network(self) -> Network:
-        """Return the network: chosen at the first call, then rebuilt at each, since layers may have been replaced."""
+        """Return the network: the chosen one, or if it is tight, the same of the present layers, which may be others."""
         self._switch_dropout_off()
-        self._network = renewed(self._network, self._module) or choose_network(self._module, self._vocab_size)
+        if self._network is None or isinstance(self._network, TightNetwork):
+            self._network = (
+                None if self._network is None else tight_network(self._module, self._vocab_size)
+            ) or choose_network(self._module, self._vocab_size, self._special_ids(), refuse=False)[0]
         return self._network
 
     def _switch_dropout_off(self) -> None:
@@ -349,6 +443,8 @@ def output_size(model: nn.Module) -> int:
             "AutoModelForCausalLM, or call bk.TorchLM.from_pretrained with its folder or name."
         )
     weight = getattr(head, "weight", None)
+    if callable(weight):  # a quantised layer
+        weight = weight()
     if weight is not None:
         return int(weight.shape[0])
     return int(base_model(model).config.get_text_config().vocab_size)

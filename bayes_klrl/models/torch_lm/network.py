@@ -1,17 +1,16 @@
-"""The interface between `TorchLM` and a network, and the comparison of two networks.
+"""The interface between `TorchLM` and a network, and what every network asks of a Hugging Face model.
 
 A network turns tokens into *features*, one vector per position, from which `logits` predicts the next token. Sampling
 (`prefill`, `step`, `select`) and scoring (`features`) share the forward pass, so they cannot disagree.
 
-There are two implementations. The tight network (`tight`) is two to three times faster than Hugging Face's `generate` on
-small models, but supports two families of architectures only. The general one (`general`) calls the forward of the model
-itself and supports all others. The choice is made by an allow-list and by comparing the two on a small ragged batch, once per
-model.
+The tight network (`tight`) is two to three times faster than Hugging Face's `generate` on small models, but supports two
+families of architectures only. The general ones (`general`) call the forward of the model itself and support all others. The
+choice is made by their numbers, once per model (`self_check`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from bayes_klrl.typing import TokenIds
 
-__all__ = ["Network", "agree", "base_model", "left_padded", "model_device", "probe", "tolerance"]
+__all__ = ["Network", "base_model", "context_limit", "decoder_start", "left_padded", "model_device", "nested"]
 
 
 class Network(Protocol):
@@ -75,25 +74,41 @@ def left_padded(prompts: Sequence[TokenIds], device: torch.device) -> tuple[Tens
     return torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(padding, device=device)
 
 
-@torch.no_grad()
-def agree(first: Network, second: Network, vocab_size: int) -> bool:
-    """Return whether two networks give the same log-probs, up to rounding, on a ragged batch of two prompts."""
-    prompts, owners, tokens = probe(vocab_size)
-    device = second.prefill(prompts)[0].device
-    scores = [
-        network.logits(network.features(prompts, owners.to(device), tokens.to(device))).log_softmax(-1)
-        for network in (first, second)
-    ]
-    return bool((scores[0] - scores[1]).abs().max() <= tolerance(scores[1]))
+def decoder_start(module: nn.Module) -> int:
+    """Return the token that an encoder-decoder model's decoder reads first; 0 if no configuration names one.
+
+    It may stand in the model's configuration, in its generation configuration, or in the decoder's own configuration.
+    """
+    model = base_model(module)
+    sources = (model.config, getattr(model, "generation_config", None), getattr(model.config, "decoder", None))
+    for name in ("decoder_start_token_id", "bos_token_id", "pad_token_id"):
+        for source in sources:
+            if isinstance(token := getattr(source, name, None), int):
+                return token
+    return 0
 
 
-def probe(vocab_size: int) -> tuple[list[list[int]], Tensor, Tensor]:
-    """Return two prompts of lengths 3 and 1, and a continuation of two tokens for each."""
-    ids = [index % vocab_size for index in range(1, 9)]
-    tokens = torch.tensor([ids[4:6], ids[6:8]], device="cpu")
-    return [ids[:3], ids[3:4]], torch.tensor([0, 1], device="cpu"), tokens
+def context_limit(module: nn.Module) -> int | None:
+    """Return the largest number of tokens that a model reads under one rule; None if it has no limit.
+
+    Some models compute other log-probs for a text's first tokens once the text is longer than a certain length. No
+    distribution over completions has such log-probs, so the limit is that length:
+
+    * rotary embeddings of the type "longrope" use other frequencies for all positions past the original length;
+    * an index that selects `index_topk` positions to attend to breaks ties in another way in every batch.
+    """
+    config = base_model(module).config
+    lengths = [getattr(config, "max_position_embeddings", None)]
+    for entry in nested(config.to_dict()):
+        if entry.get("rope_type") == "longrope":
+            lengths.append(entry.get("original_max_position_embeddings"))
+        lengths.append(entry.get("index_topk"))
+    return min((length for length in lengths if isinstance(length, int) and length > 0), default=None)
 
 
-def tolerance(log_probs: Tensor) -> float:
-    """Return the largest difference by rounding between two correct computations of these log-probs."""
-    return 1e-4 * max(1.0, float(log_probs.abs().max()))
+def nested(entries: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield a configuration and all configurations in it."""
+    yield entries
+    for value in entries.values():
+        if isinstance(value, Mapping):
+            yield from nested(value)

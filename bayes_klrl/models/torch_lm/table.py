@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bayes_klrl.batch import completion_texts
 from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import Array, IntArray, TokenIds
@@ -63,6 +64,10 @@ class TableLM(nn.Module):
     def decode(self, ids: Sequence[TokenIds]) -> list[str]:
         """See `LanguageModel.decode`."""
         return self._prior.decode(ids)
+
+    def decode_after(self, prompts: Sequence[TokenIds], ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        return completion_texts(self._prior, prompts, ids)
 
     def prefill(self, prompts: Sequence[TokenIds]) -> IntArray:
         """See `LanguageModel.prefill`."""

@@ -10,7 +10,7 @@ frozen. For a prior without hidden states (an n-gram model) h is a trained GRU o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from bayes_klrl.arrays import to_host
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.passes import fits, passes
 from bayes_klrl.models.torch_lm.lm import TorchLM
 from bayes_klrl.models.torch_lm.network import base_model
 from bayes_klrl.posterior import Posterior
@@ -203,13 +204,26 @@ class TwistHead(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class _Memo:
-    """The last evaluation: distinct (prompt, prefix) pairs, the state after them, and log psi of every extension."""
+    """The last evaluation: R distinct (prompt, prefix) pairs, the state after them, and log psi of every extension."""
 
     posterior: Posterior
     num_tokens: int
     row_of: dict[bytes, int]
     state: Any
-    log_psi: FloatArray  # (R, V)
+    prompt_index: IntArray  # (R,)
+    features: Tensor  # (R, F)
+    log_psi: FloatArray | None  # (R, V); None if it is too large to keep
+
+    def with_rows_of(self, other: _Memo) -> _Memo:
+        """Return this evaluation with the further pairs of another one, of other rows of the same state."""
+        return replace(
+            self,
+            row_of=self.row_of | {key: len(self.row_of) + row for key, row in other.row_of.items()},
+            state=(self.state[0], np.concatenate([self.state[1], other.state[1]])),
+            prompt_index=np.concatenate([self.prompt_index, other.prompt_index]),
+            features=torch.cat([self.features, other.features]),
+            log_psi=None,
+        )
 
 
 @dataclass(eq=False)
@@ -261,7 +275,10 @@ class NeuralTwist:
         if prefixes.shape[1] == 0:
             return self._of_prompt(self.log_evidence, posterior)[prompt_index]
         memo, rows = self._ahead(posterior, prompt_index, prefixes[:, :-1], None)
-        log_psi: FloatArray = memo.log_psi[rows, prefixes[:, -1]]
+        parts = [np.arange(len(rows))] if memo.log_psi is not None else passes(np.arange(len(rows)), self._vocab_size)
+        log_psi: FloatArray = np.empty(len(rows))
+        for part in parts:
+            log_psi[part] = self._log_psi(memo, rows[part])[np.arange(part.size), prefixes[part, -1]]
         return log_psi
 
     def next_log_psi(
@@ -273,7 +290,7 @@ class NeuralTwist:
     ) -> FloatArray:
         """Return log psi of every one-token extension, (R, V); see `bayes_klrl.models.twists.simple.next_log_psi`."""
         memo, rows = self._ahead(posterior, prompt_index, prefixes, prior_rows)
-        return memo.log_psi[rows]
+        return self._log_psi(memo, rows)
 
     def _ahead(
         self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray, prior_rows: Any
@@ -285,30 +302,62 @@ class NeuralTwist:
         if memo is None or memo.posterior is not posterior or memo.num_tokens != prefixes.shape[1]:
             memo = None
         if memo is None or not all(key in memo.row_of for key in keys):
-            memo = self._memo = self._computed(posterior, prompt_index, prefixes, keys, prior_rows)
+            memo = self._memo = self._computed(posterior, prompt_index, prefixes, keys, prior_rows, memo)
         return memo, np.array([memo.row_of[key] for key in keys], dtype=np.int64)
 
     @torch.no_grad()
     def _computed(
-        self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray, keys: list[bytes], prior_rows: Any
+        self,
+        posterior: Posterior,
+        prompt_index: IntArray,
+        prefixes: IntArray,
+        keys: list[bytes],
+        prior_rows: Any,
+        memo: _Memo | None,
     ) -> _Memo:
-        """Return the evaluation of these prefixes: from the prior's state, from the previous step, or from the start."""
+        """Return the evaluation of these prefixes: from the prior's state, from the previous step, or from the start.
+
+        Rows of a prior state that are read in several passes are joined: `memo` holds earlier passes.
+        """
         first = {key: row for row, key in reversed(list(enumerate(keys)))}
-        chosen = np.array(sorted(first.values()), dtype=np.int64)
-        index, distinct = prompt_index[chosen], prefixes[chosen]
-        if prior_rows is not None and isinstance(self.features, LMFeatures) and posterior.prior is self.features.lm:
+        of_prior = (
+            prior_rows is not None and isinstance(self.features, LMFeatures) and posterior.prior is self.features.lm
+        )
+        earlier = memo if of_prior and memo is not None and memo.state[0] is prior_rows[0] else None
+        known = {} if earlier is None else earlier.row_of
+        chosen = np.array(sorted(row for key, row in first.items() if key not in known), dtype=np.int64)
+        if of_prior:
             state, rows = prior_rows[0], prior_rows[1][chosen]
         else:
-            state, rows = self._state(posterior, index, distinct), np.arange(len(chosen))
+            state, rows = self._state(posterior, prompt_index[chosen], prefixes[chosen]), np.arange(len(chosen))
         features = self.features.of_state(state)
         features = features[torch.as_tensor(rows, device=features.device)]
-        t = prefixes.shape[1]
-        outputs = self.head(features, torch.tensor(t, device=features.device))
-        offsets = self._of_prompt(self.offsets, posterior)[index]
-        constants = self._of_prompt(self.constants, posterior)[index, t]
-        log_psi = outputs.double() + _column(offsets, outputs) + _column(constants, outputs)
         row_of = {keys[row]: place for place, row in enumerate(chosen)}
-        return _Memo(posterior, t, row_of, (state, rows), to_host(log_psi))
+        found = _Memo(posterior, prefixes.shape[1], row_of, (state, rows), prompt_index[chosen], features, None)
+        if earlier is not None:
+            return earlier.with_rows_of(found)
+        if not fits(len(chosen), self._vocab_size):
+            return found
+        return replace(found, log_psi=self._log_psi(found, np.arange(len(chosen))))
+
+    @torch.no_grad()
+    def _log_psi(self, memo: _Memo, rows: IntArray) -> FloatArray:
+        """Return log psi of every extension of some rows of an evaluation, (len(rows), V)."""
+        if memo.log_psi is not None:
+            return memo.log_psi[rows]
+        features, index, t = (
+            memo.features[torch.as_tensor(rows, device=memo.features.device)],
+            memo.prompt_index[rows],
+            memo.num_tokens,
+        )
+        outputs = self.head(features, torch.tensor(t, device=features.device))
+        offsets = self._of_prompt(self.offsets, memo.posterior)[index]
+        constants = self._of_prompt(self.constants, memo.posterior)[index, t]
+        return to_host(outputs.double() + _column(offsets, outputs) + _column(constants, outputs))
+
+    @property
+    def _vocab_size(self) -> int:
+        return len(self.head.embedding)
 
     def _state(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> Any:
         """Return the state of `features` after distinct prefixes."""

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from bayes_klrl.arrays import to_host
+from bayes_klrl.batch import completion_texts
 from bayes_klrl.checks import check_count, check_fraction
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.passes import next_log_probs_of, passes
 from bayes_klrl.models.twists.simple import next_log_psi
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.sequences import Sequences
@@ -158,6 +160,10 @@ class TwistedLM:
         """See `LanguageModel`."""
         return self.base.decode(ids)
 
+    def decode_after(self, prompts: Sequence[TokenIds], ids: Sequence[TokenIds]) -> list[str]:
+        """See `LanguageModel`."""
+        return completion_texts(self.base, prompts, ids)
+
     def prefill(self, prompts: Sequence[TokenIds]) -> TwistedState:
         """See `LanguageModel`; all prompts must be prompts of the posterior."""
         index = self._prompt_index(prompts)
@@ -167,16 +173,24 @@ class TwistedLM:
         """See `LanguageModel`. Shape (R, V), float64 on the host."""
         return self.log_probs_with_base(state)[0]
 
-    def log_probs_with_base(self, state: TwistedState) -> tuple[FloatArray, Any]:
-        """Return the next-token log-probs of this model and of the prior, from one run of the prior."""
-        of_base = self.base.next_log_probs(state.base)
+    def next_log_probs_of(self, state: TwistedState, rows: IntArray) -> FloatArray:
+        """Return the next-token log-probs of some rows, (len(rows), V); no cache is copied."""
+        return self.log_probs_with_base(state, rows)[0]
+
+    def log_probs_with_base(self, state: TwistedState, rows: IntArray | None = None) -> tuple[FloatArray, Any]:
+        """Return the next-token log-probs of this model and of the prior, from one run of the prior, for some rows or all."""
+        if rows is None:
+            rows, of_base = np.arange(len(state.prefixes)), self.base.next_log_probs(state.base)
+        else:
+            of_base = next_log_probs_of(self.base, state.base, rows)
         log_prior = to_host(of_base).astype(np.float64)
         log_probs = log_prior.copy()
-        rows = np.flatnonzero(~np.isin(state.prefixes, self._eos).any(axis=1))
-        if state.prefixes.shape[1] < self._posterior.max_new_tokens and rows.size:
-            arguments = (self._twist, self._posterior, state.prompt_index[rows], state.prefixes[rows])
-            log_psi_of = partial(next_log_psi, *arguments, prior_rows=(state.base, rows))
-            log_probs[rows] = self._steered(log_prior[rows], log_psi_of)
+        unfinished = np.flatnonzero(~np.isin(state.prefixes[rows], self._eos).any(axis=1))
+        if state.prefixes.shape[1] < self._posterior.max_new_tokens and unfinished.size:
+            chosen = rows[unfinished]
+            arguments = (self._twist, self._posterior, state.prompt_index[chosen], state.prefixes[chosen])
+            log_psi_of = partial(next_log_psi, *arguments, prior_rows=(state.base, chosen))
+            log_probs[unfinished] = self._steered(log_prior[unfinished], log_psi_of)
         return log_probs, of_base
 
     def append(self, state: TwistedState, tokens: IntArray) -> TwistedState:
@@ -197,7 +211,8 @@ class TwistedLM:
         log_probs = np.zeros(tokens.shape)
         longest = int(sequences.lengths.max(initial=0))
         for t in range(longest):
-            log_probs[:, t] = self.next_log_probs(state)[np.arange(len(tokens)), tokens[:, t]]
+            for rows in passes(np.arange(len(tokens)), self.vocab_size):
+                log_probs[rows, t] = self.next_log_probs_of(state, rows)[np.arange(rows.size), tokens[rows, t]]
             if t + 1 < longest:
                 state = self.append(state, tokens[:, t])
         return np.where(sequences.mask, log_probs.reshape(sequences.tokens.shape), 0.0)

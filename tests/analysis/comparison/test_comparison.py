@@ -1,15 +1,22 @@
 """`compare`: one row a method, honest notes, shared trainings, streams of their own."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import xarray as xr
 
 import bayes_klrl as bk
 from bayes_klrl.draws import Cost
+from bayes_klrl.export.datatree import comparison_to_datatree
 from bayes_klrl.inference.sampling.order_statistics import best_of_n_log_probs
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.problems import gold_posterior
 
 POSTERIOR = gold_posterior(alpha=0.5, max_new_tokens=3)
+LONGER = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+NAMED = bk.Posterior(bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1), LONGER, max_new_tokens=2)
 METHODS = {"prior IS": bk.ImportanceSampling(500), "SMC": bk.SMC(200), "best of 4": bk.BestOfN(4, 50)}
 
 
@@ -202,3 +209,44 @@ def test_a_fit_is_not_an_algorithm() -> None:
     fit = Fit(coin, {}, posterior, Cost())
     with pytest.raises(bk.BayesKLRLError, match=r"'tuned' is not an algorithm.*proposal=fit\.guide"):
         bk.compare(posterior, {"IS": bk.ImportanceSampling(4), "tuned": fit}, seed=0)  # type: ignore[dict-item]
+
+
+# --- names of rows, which become groups of a file ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/", "a\x00b", "\x00", "\ud800", 3, None])
+def test_a_name_that_cannot_be_saved_is_refused_before_anything_runs(name: Any) -> None:
+    class Never:
+        def run(self, posterior: bk.Posterior, *, seed: int, progress: bool = False) -> bk.Draws:
+            raise AssertionError("it ran")
+
+    with pytest.raises(bk.BayesKLRLError, match=r"becomes the name of a group in draws\.nc"):
+        bk.compare(NAMED, {"fine": Never(), name: Never()}, seed=0)
+
+
+@pytest.mark.parametrize("name", [" ", "...", ".a", "a.", "\n", "ä", "name", "posterior", "a #3"])
+def test_any_other_name_is_saved(name: str, tmp_path: Path) -> None:
+    comparison = bk.compare(NAMED, {name: bk.Exact(), "a": bk.ImportanceSampling(4)}, seed=0, repeats=2)
+    comparison.to_arviz().to_netcdf(tmp_path / "draws.nc", engine="h5netcdf")
+    with xr.open_datatree(tmp_path / "draws.nc", engine="h5netcdf") as tree:
+        assert set(tree.children) == {name, f"{name} #2", "a", "a #2"}
+
+
+def test_repeats_do_not_take_the_name_of_another_row() -> None:
+    rows = {"a": bk.Exact(), "a #2": bk.ImportanceSampling(4)}
+    assert set(bk.compare(NAMED, rows, seed=0).to_arviz().children) == set(rows)
+    with pytest.raises(bk.BayesKLRLError, match=r"'a #2' is the name of repeat 2 of 'a'"):
+        bk.compare(NAMED, rows, seed=0, repeats=2)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a\x00b"])
+def test_nor_can_it_be_exported(name: str) -> None:
+    with pytest.raises(bk.BayesKLRLError, match="becomes the name of a group"):
+        comparison_to_datatree({name: bk.Exact().run(NAMED, seed=0)})
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\x00b"])
+def test_columns_are_not_saved_and_may_have_any_name(name: str, tmp_path: Path) -> None:
+    posterior = bk.Posterior(NAMED.prior, NAMED.likelihood, max_new_tokens=2, **{name: [1]})
+    draws = bk.Exact().run(posterior, seed=0)
+    assert bk.Draws.load(draws.save(tmp_path / "draws.nc")).shape == draws.shape

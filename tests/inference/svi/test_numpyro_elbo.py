@@ -1,6 +1,6 @@
 """What is special to NumPyro's gradient estimators: particles in a plate or mapped, joint models of Rao-Blackwell, refusals.
 
-The rest is in `test_elbo.py`, and joint models of leave-one-out in `test_joint_numpyro.py`.
+The rest is in `test_elbo.py`, and joint models of leave-one-out in `test_joint.py`.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def test_a_likelihood_of_zero_is_named(estimator: str) -> None:
 
 
 def test_sites_that_would_be_dropped_are_refused() -> None:
-    """What joint models may have is in test_joint_pyro.py."""
+    """What joint models may have is in test_joint.py."""
     posterior, guide = table_problem()
     inner, program = pyro_model(posterior), pyro_guide(posterior, guide)
 

@@ -13,9 +13,9 @@ import transformers
 from transformers.activations import NewGELUActivation
 
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
-from bayes_klrl.models.torch_lm.activation import tanh_gelu
 from bayes_klrl.models.torch_lm.lm import TorchLM
 from bayes_klrl.models.torch_lm.tight import TightNetwork
+from bayes_klrl.models.torch_lm.tight.activation import tanh_gelu
 from bayes_klrl.sequences import Sequences
 from tests.helpers.tiny_models import tiny_gpt2, tiny_other, tiny_t5, tiny_tokenizer
 from tests.models.torch_lm.test_lm import (

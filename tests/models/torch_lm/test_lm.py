@@ -285,7 +285,7 @@ def test_a_layer_replaced_after_first_use_is_used() -> None:
 
 
 def test_the_self_check_catches_a_tight_network_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bayes_klrl.models.torch_lm import families as torch_families
+    from bayes_klrl.models.torch_lm.tight import families as torch_families
 
     monkeypatch.setattr(torch_families, "rotate", lambda heads, cos, sin: heads)
     lm = TorchLM(tiny_llama())

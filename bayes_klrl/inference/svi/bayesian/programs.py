@@ -29,6 +29,7 @@ from bayes_klrl.inference.svi.estimators import leave_one_out
 from bayes_klrl.inference.svi.pyro_backend.sites import check_bounded
 from bayes_klrl.models.mixture import MixtureLM
 from bayes_klrl.models.programs.pyro_program import SequenceDistribution, on_model_device, pyro_model, to_sequences
+from bayes_klrl.models.programs.turns import PYRO_TURN, in_turn
 from bayes_klrl.models.torch_lm.offsets import OffsetFamily
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
@@ -161,6 +162,7 @@ class PolicyELBO(ELBO):
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         return model_trace, guide_trace
 
+    @in_turn(PYRO_TURN)
     def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Return a scalar whose value is -ELBO and whose gradient is the module's estimator."""
         losses, weights, likelihoods, self._traces, self.model_tokens = [], [], [], [], 0
@@ -203,11 +205,13 @@ class PolicyELBO(ELBO):
                 (trace.nodes["phi"]["value"] - mean_field.mu) / mean_field.log_sigma.exp() for trace, _ in self._traces
             ]
 
+    @in_turn(PYRO_TURN)
     def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return -ELBO."""
         with torch.no_grad():
             return float(torch_item(self.differentiable_loss(model, guide, *args, **kwargs)))
 
+    @in_turn(PYRO_TURN)
     def loss_and_grads(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
         """Return -ELBO and add its gradient to the parameters'."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)

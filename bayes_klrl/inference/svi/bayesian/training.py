@@ -18,6 +18,7 @@ from bayes_klrl.inference.svi.loop import run_training
 from bayes_klrl.inference.svi.pyro_backend.trust_region import TrustRegion
 from bayes_klrl.inference.svi.steps import learning_rate_schedule
 from bayes_klrl.models.programs.pyro_program import on_model_device
+from bayes_klrl.models.programs.turns import PYRO_TURN, in_turn
 from bayes_klrl.models.torch_lm.offsets import OffsetFamily, offset_family
 from bayes_klrl.models.torch_lm.table import TableLM
 from bayes_klrl.posterior import Posterior
@@ -31,6 +32,7 @@ _SCALE_RATE = 0.05
 FitT = TypeVar("FitT", bound=Fit)
 
 
+@in_turn(PYRO_TURN)
 def fit_policies(
     plan: PolicyPlan, posterior: Posterior, made: Callable[..., FitT], *, seed: int, progress: bool
 ) -> FitT:

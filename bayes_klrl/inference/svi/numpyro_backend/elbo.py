@@ -39,6 +39,7 @@ from bayes_klrl.inference.svi.refusals import check_same_latents
 from bayes_klrl.models.programs.numpyro_distribution import SequenceDistribution
 from bayes_klrl.models.programs.numpyro_program import NumpyroGuide, NumpyroModel
 from bayes_klrl.models.programs.traced_rewards import float_type
+from bayes_klrl.models.programs.turns import NUMPYRO_TURN, in_turn
 from bayes_klrl.typing import Array
 
 __all__ = ["STEP", "LeaveOneOutELBO", "Parts", "RaoBlackwellELBO"]
@@ -83,6 +84,7 @@ class _SequenceELBO(ELBO):
             raise BayesKLRLError(f"A leave-one-out baseline needs num_particles >= 2; got {num_particles}.")
         super().__init__(num_particles=num_particles)
 
+    @in_turn(NUMPYRO_TURN)
     def loss_with_mutable_state(
         self, rng_key: Any, param_map: dict[str, Any], model: Any, guide: Any, *args: Any, **kwargs: Any
     ) -> Any:

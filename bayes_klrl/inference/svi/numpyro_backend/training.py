@@ -23,6 +23,7 @@ from bayes_klrl.inference.svi.loop import TrainingPlan, trained
 from bayes_klrl.inference.svi.numpyro_backend.elbo import STEP, LeaveOneOutELBO, RaoBlackwellELBO
 from bayes_klrl.inference.svi.refusals import completion_text, no_adapter, unbounded_loss
 from bayes_klrl.inference.svi.steps import MAX_GRADIENT_NORM, StepLimit, learning_rate_schedule
+from bayes_klrl.likelihood import MAX_NATS
 from bayes_klrl.models.programs.numpyro_program import (
     NumpyroGuide,
     completion_distribution,
@@ -30,6 +31,7 @@ from bayes_klrl.models.programs.numpyro_program import (
     numpyro_model,
 )
 from bayes_klrl.models.programs.traced_rewards import check_traceable, host_errors, is_traced
+from bayes_klrl.models.programs.turns import NUMPYRO_TURN, in_turn
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import completion_lengths
@@ -43,6 +45,7 @@ _TRACING_TOLERANCE = 1e-3
 """Allowed difference of a traced reward from the same function on the host, relative to the largest reward (float32)."""
 
 
+@in_turn(NUMPYRO_TURN)
 def fit_guide(plan: TrainingPlan, posterior: Posterior, *, seed: int, progress: bool) -> Fit:
     """Return the guide after `plan.num_steps` steps; see `SVI.fit`."""
     start = time.perf_counter()
@@ -206,6 +209,7 @@ class Completions:
         low, high = likelihood.bounds or (-np.inf, np.inf)
         slack = _TRACING_TOLERANCE * (1 + np.abs(reward[np.isfinite(reward)]).max(initial=0.0))
         fine = (reward < np.inf) & (reward >= low - slack) & (reward <= high + slack)  # NaN is not
+        fine &= (np.abs(self.log_likelihood) <= MAX_NATS) | np.isneginf(reward)
         if traced and (against_host or not fine.all()):
             on_host = self._host_reward()
             with np.errstate(invalid="ignore"):
@@ -219,7 +223,9 @@ class Completions:
                 )
         impossible = np.isneginf(reward)
         if impossible.any():
-            raise unbounded_loss(completion_text(self.posterior.prior, self._ids(*np.argwhere(impossible)[0])))
+            n, p = np.argwhere(impossible)[0]
+            prompt = self.posterior.prompt_ids[self.prompt_index[p]]
+            raise unbounded_loss(completion_text(self.posterior.prior, self._ids(n, p), prompt))
 
     def _ids(self, n: int, p: int) -> list[int]:
         """Return one completion's ids."""

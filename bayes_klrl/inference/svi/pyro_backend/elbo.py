@@ -43,6 +43,7 @@ from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.svi.estimators import leave_one_out
 from bayes_klrl.inference.svi.pyro_backend.sites import check_bounded, random_sites, site_terms
 from bayes_klrl.models.programs.pyro_program import SequenceDistribution, to_sequences
+from bayes_klrl.models.programs.turns import PYRO_TURN, in_turn
 
 __all__ = ["LeaveOneOutELBO", "RaoBlackwellELBO"]
 
@@ -97,6 +98,7 @@ class _SequenceELBO(ELBO):
     def terms(self, model_trace: Any, guide_trace: Any) -> ElboTerms:
         """Return this estimator's terms."""
 
+    @in_turn(PYRO_TURN)
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -120,11 +122,13 @@ class _SequenceELBO(ELBO):
             now = self._last_site["fn"].log_prob(self._last_site["value"])
         return float((now.reshape(self.last.log_guide.shape) - self.last.log_guide).square().mean() / 2)
 
+    @in_turn(PYRO_TURN)
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return -ELBO, summed over prompts."""
         with torch.no_grad():
             return float(torch_item(self.differentiable_loss(model, guide, *args, **kwargs)))
 
+    @in_turn(PYRO_TURN)
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
         """Return -ELBO and add its gradient to the parameters'."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)

@@ -187,4 +187,4 @@ def completion_of(x: Any, n: int, p: int) -> str:
         return f"{x['value'][n].tolist()}"
     lm = x["fn"].lm
     sequences = to_sequences(x["value"], lm)
-    return completion_text(lm, sequences.tokens[p, n, : sequences.lengths[p, n]].tolist())
+    return completion_text(lm, sequences.tokens[p, n, : sequences.lengths[p, n]].tolist(), x["fn"].prompt_ids[p])

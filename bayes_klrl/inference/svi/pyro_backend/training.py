@@ -19,6 +19,7 @@ from bayes_klrl.inference.svi.refusals import no_adapter
 from bayes_klrl.inference.svi.steps import MAX_GRADIENT_NORM, learning_rate_schedule
 from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.models.programs.pyro_program import on_model_device, pyro_guide, pyro_model
+from bayes_klrl.models.programs.turns import PYRO_TURN, in_turn
 from bayes_klrl.models.torch_lm.table import TableLM
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import check_seed
@@ -29,6 +30,7 @@ __all__ = ["fit_guide", "trainable_guide"]
 _ELBOS = {"leave_one_out": LeaveOneOutELBO, "rao_blackwell": RaoBlackwellELBO}
 
 
+@in_turn(PYRO_TURN)
 def fit_guide(plan: TrainingPlan, posterior: Posterior, *, seed: int, progress: bool) -> Fit:
     """Return the guide after `plan.num_steps` steps; see `SVI.fit`."""
     start = time.perf_counter()

@@ -29,8 +29,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from bayes_klrl.models.torch_lm.activation import tanh_gelu
 from bayes_klrl.models.torch_lm.network import base_model, model_device
+from bayes_klrl.models.torch_lm.tight.activation import tanh_gelu
 
 __all__ = ["Family", "Layer", "Rotation", "family_of"]
 

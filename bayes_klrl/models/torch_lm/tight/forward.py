@@ -16,12 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bayes_klrl.models.torch_lm.families import Family, family_of
-from bayes_klrl.models.torch_lm.general import general_network
-from bayes_klrl.models.torch_lm.network import Network, agree, left_padded
+from bayes_klrl.models.torch_lm.network import left_padded
+from bayes_klrl.models.torch_lm.tight.families import Family, family_of
 from bayes_klrl.typing import TokenIds
 
-__all__ = ["TightNetwork", "choose_network", "renewed", "tight_network"]
+__all__ = ["TightNetwork", "tight_network"]
 
 GROWTH = 32
 """Number of positions added to a full buffer: one copy costs little compared to GROWTH attention steps over it."""
@@ -237,17 +236,3 @@ def tight_network(module: nn.Module, vocab_size: int) -> TightNetwork | None:
     """Return the tight network of a model; None if its architecture or configuration is not on the allow-list."""
     family = family_of(module)
     return None if family is None else TightNetwork(family, vocab_size)
-
-
-def choose_network(module: nn.Module, vocab_size: int) -> Network:
-    """Return the tight network if the model is on the allow-list and both agree on a small batch, else the general one."""
-    general = general_network(module, vocab_size)
-    tight = tight_network(module, vocab_size)
-    return tight if tight is not None and agree(tight, general, vocab_size) else general
-
-
-def renewed(network: Network | None, module: nn.Module) -> Network | None:
-    """Return the network chosen earlier, rebuilt from the model's present layers; None if it has to be chosen again."""
-    if isinstance(network, TightNetwork):
-        return tight_network(module, network.vocab_size)
-    return network

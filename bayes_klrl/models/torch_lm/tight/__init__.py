@@ -1,0 +1,8 @@
+"""A fast forward pass of our own for GPT-2 and Llama relatives, from the model's own modules.
+
+Read `forward` first (the network: its loop, its cache and its attention), then `families` (one layer of each family, and
+the list of models for which the loop is known to be right) and `activation` (GPT-2's activation in one exponential).
+"""
+
+from bayes_klrl.models.torch_lm.tight.forward import TightNetwork as TightNetwork
+from bayes_klrl.models.torch_lm.tight.forward import tight_network as tight_network
