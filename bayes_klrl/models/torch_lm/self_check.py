@@ -116,6 +116,11 @@ def choose_network(
         If no network gives these numbers, or the model cannot be run on token ids alone.
     """
     started = time.perf_counter()
+    if refuse and reads_for_invocation(module):
+        raise CheckpointError(
+            "An activated LoRA (alora_invocation_tokens) changes a text from its last invocation on, so a later token changes "
+            "earlier log-probs, and no completion has a log-prob. Use a LoRA without invocation tokens."
+        )
     num_parameters = sum(parameter.numel() for parameter in module.parameters())
     lengths, not_reached = named_lengths(module, num_parameters)
     limit = context_limit(module) or LONGEST
@@ -315,6 +320,12 @@ def sees_later_tokens(module: nn.Module, probe: Probe) -> bool:
 def prefix(probe: Probe, row: int, position: int) -> tuple[list[int], list[int]]:
     """Return the prompt, and the completion's tokens before a position."""
     return probe.prompts[probe.owners[row]], probe.tokens[row][:position]
+
+
+def reads_for_invocation(module: nn.Module) -> bool:
+    """Return whether a PEFT adapter is switched on by tokens of the text."""
+    configs = getattr(module, "peft_config", None)
+    return isinstance(configs, dict) and any(getattr(c, "alora_invocation_tokens", None) for c in configs.values())
 
 
 def shortened(ids: list[int]) -> str:
