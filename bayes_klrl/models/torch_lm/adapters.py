@@ -137,23 +137,34 @@ def merged(module: nn.Module) -> Any:
         )
     duplicate: Any = duplicated(module, {})
     untie_adapted(duplicate)
-    return duplicate.merge_and_unload()
+    tied = base_model(duplicate).config.tie_word_embeddings
+    model = duplicate.merge_and_unload()
+    if any(
+        len(places) > 1 for places in places_of_weights(model)
+    ):  # peft compares the head with the encoder's embedding
+        model.config.tie_word_embeddings = tied
+    return model
 
 
 def untie_adapted(module: Any) -> None:
     """Give every layer under an adapter weights of its own; shared ones would change in another layer, too."""
     adapted_layers = {id(part.base_layer) for part in module.modules() if hasattr(part, "base_layer")}
-    owners: dict[int, list[tuple[nn.Module, str]]] = {}
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append((part, name))
-    for places in owners.values():
+    for places in places_of_weights(module):
         if len(places) > 1 and any(id(part) in adapted_layers for part, _ in places):
             for part, name in places[1:]:
                 part._parameters[name] = nn.Parameter(getattr(part, name).detach().clone(), requires_grad=False)
             config = base_model(module).config
             config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+
+
+def places_of_weights(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:
+    """Return for each parameter the layers that hold it, with its name there; several for tied weights."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((part, name))
+    return list(places.values())
 
 
 @contextmanager

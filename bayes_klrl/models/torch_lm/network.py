@@ -101,7 +101,8 @@ def context_limit(module: nn.Module) -> int | None:
     lengths = [getattr(config, "max_position_embeddings", None)]
     for entry in nested(config.to_dict()):
         if entry.get("rope_type") == "longrope":
-            lengths.append(entry.get("original_max_position_embeddings"))
+            original = entry.get("original_max_position_embeddings")
+            lengths.append(original or getattr(config, "original_max_position_embeddings", None))
         lengths.append(entry.get("index_topk"))
     return min((length for length in lengths if isinstance(length, int) and length > 0), default=None)
 

@@ -30,7 +30,7 @@ class Probe:
 
 
 def short_probe(vocab_size: int, special_ids: Sequence[int], limit: int, *, thorough: bool) -> Probe:
-    """Return completions that hold the special ids, of two prompts of different lengths.
+    """Return completions that hold the special ids, of two prompts of different lengths, one of which holds the first one.
 
     Parameters
     ----------
@@ -53,7 +53,8 @@ def short_probe(vocab_size: int, special_ids: Sequence[int], limit: int, *, thor
     last = num_tokens - 1
     both = [(row, t) for row in (0, len(tokens) - 1) for t in range(num_tokens)]
     places = [*both, (1, last)] if thorough else [(0, last), (len(tokens) - 1, last)]
-    return Probe([ids[:num_prompt], ids[3:4]], [0] * (len(tokens) - 1) + [1], tokens, places)
+    prompt = [ids[0], *(special or ids[1:])[:1], ids[2]][:num_prompt]
+    return Probe([prompt, ids[3:4]], [0] * (len(tokens) - 1) + [1], tokens, places)
 
 
 def long_probe(vocab_size: int, length: int, encoder_decoder: bool) -> Probe:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import bayes_klrl as bk
 from bayes_klrl.models.torch_lm.adapters import quiet_peft
 from tests.helpers.tiny_models import seeded, tiny_gpt2, tiny_llama
+from tests.models.torch_lm.architectures import tiny
 
 VOCAB = 20
 
@@ -264,3 +265,24 @@ def test_the_revision_of_an_adapter_reaches_its_base(tmp_path: Path, monkeypatch
     monkeypatch.setattr(checkpoint, "load_model", load_model)
     bk.TorchLM.from_pretrained(folder)
     assert asked == [("somebody/base", {"revision": "v2"})]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name,targets",
+    [
+        ("t5", ["q", "v"]),
+        ("t5", ["lm_head"]),
+        ("bart", ["lm_head"]),
+        ("bart", ["embed_tokens"]),
+        ("m2m_100", ["q_proj", "lm_head"]),
+        ("t5gemma", ["q_proj"]),
+        ("t5gemma", ["embed_tokens"]),
+    ],
+)
+def test_lora_on_an_encoder_decoder_is_saved_as_it_was_fitted(name: str, targets: list[str], tmp_path: Path) -> None:
+    prior = bk.TorchLM(tiny(name, seq2seq=True))
+    guide = moved(prior.with_adapter(peft.LoraConfig(r=4, target_modules=targets, task_type="SEQ_2_SEQ_LM")), 0.1)
+    assert np.abs(scores(guide) - scores(prior)).max() > 0.01
+    guide.save_pretrained(tmp_path)
+    np.testing.assert_allclose(scores(bk.TorchLM.from_pretrained(tmp_path)), scores(guide), atol=2e-5)
