@@ -19,6 +19,7 @@ __all__ = ["Check", "ContractReport", "check_posterior"]
 _TOKEN_TOLERANCE = 1e-5
 _NUM_DRAWS = 32
 _NUM_IDS = 5
+_MANY_ROWS = 160
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,18 @@ def check_posterior(posterior: Posterior, *, seed: int = 0) -> ContractReport:
     True
     """
     rng = generator(seed)
-    drawn = decode((posterior.prior,), posterior.prompt_ids, _NUM_DRAWS, posterior.max_new_tokens, rng)
+    first = list(_made("the model draws completions", lambda: _normalised(posterior)))
+    if not all(check.kept for check in first):
+        return ContractReport(tuple(first))
+    try:
+        drawn = decode((posterior.prior,), posterior.prompt_ids, _NUM_DRAWS, posterior.max_new_tokens, rng)
+    except Exception as error:  # whatever a user's model raises
+        raised = Check("the model draws completions", False, f"{type(error).__name__}: {error}")
+        return ContractReport((*first, raised))
     sequences, log_probs = drawn.sequences(), drawn.log_probs[0].reshape(posterior.num_prompts, -1)
     parts: tuple[Callable[[], Iterator[Check]], ...] = (
         lambda: _own_forward(posterior),
-        lambda: _normalised(posterior),
+        lambda: _rows_of_every_step(posterior, sequences),
         lambda: _sampler_is_scorer(posterior, sequences, log_probs),
         lambda: _batch_does_not_matter(posterior, sequences),
         lambda: _causal(posterior, sequences),
@@ -88,7 +96,45 @@ def check_posterior(posterior: Posterior, *, seed: int = 0) -> ContractReport:
         lambda: _states_are_values(posterior),
         lambda: _reward_is_a_function(posterior, sequences, rng),
     )
-    return ContractReport(tuple(check for part in parts for check in part()))
+    later = [check for part in parts for check in _made("the model and the reward can be called", part)]
+    return ContractReport((*first, *later))
+
+
+def _made(promise: str, part: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """Yield the checks of a part, and what it raised as a broken promise."""
+    try:
+        yield from part()
+    except Exception as error:  # whatever a user's model or reward raises
+        yield Check(promise, False, f"{type(error).__name__}: {error}")
+
+
+def _rows_of_every_step(posterior: Posterior, sequences: Sequences) -> Iterator[Check]:
+    """Check along drawn completions, row by row, that next-token probabilities sum to 1 and that old states do not change."""
+    prior, num_prompts = posterior.prior, posterior.num_prompts
+    num_draws = sequences.tokens.shape[1]
+    tokens = sequences.tokens.reshape(-1, posterior.max_new_tokens)
+    unfinished = sequences.mask.reshape(tokens.shape)
+    off, moved = 0.0, 0.0
+    with no_gradient():
+        state = prior.select(prior.prefill(posterior.prompt_ids), np.repeat(np.arange(num_prompts), num_draws))
+        for t in range(posterior.max_new_tokens):
+            rows = to_host(prior.next_log_probs(state)).astype(np.float64)
+            alive = unfinished[:, t]
+            with np.errstate(over="ignore"):
+                sums = np.exp(rows[alive]).sum(axis=-1)
+            off = max(off, float(np.nan_to_num(np.abs(sums - 1), nan=np.inf).max(initial=0.0)))
+            if t + 1 == posterior.max_new_tokens or not unfinished[:, t + 1].any():
+                break
+            after = prior.append(state, tokens[:, t])
+            again = to_host(prior.next_log_probs(state)).astype(np.float64)
+            with np.errstate(invalid="ignore"):
+                change = np.abs(again - rows)[alive][again[alive] != rows[alive]]
+            moved = max(moved, float(np.nan_to_num(change, nan=np.inf).max(initial=0.0)))
+            state = after
+    yield Check("next-token probabilities sum to 1 after every prefix that was drawn", off < 1e-4, f"off by {off:.1e}")
+    yield Check(
+        "a state gives the same log-probs after it was appended to", moved < _TOKEN_TOLERANCE, f"{moved:.1e} nats"
+    )
 
 
 def _own_forward(posterior: Posterior) -> Iterator[Check]:
@@ -109,20 +155,22 @@ def _causal(posterior: Posterior, sequences: Sequences) -> Iterator[Check]:
     if num_tokens == 1:
         return
     filler = posterior.pad_token
-    other = sequences.tokens.copy()
     last = sequences.lengths[..., None] - 1
-    replaced = (np.take_along_axis(other, last, axis=2) + 1) % prior.vocab_size
-    np.put_along_axis(other, last, replaced, axis=2)
-    other = np.where(sequences.mask, other, (filler + 1) % prior.vocab_size)
+    earlier = np.arange(num_tokens) < last
     with no_gradient():
         before = to_host(prior.token_log_probs(posterior.prompt_ids, sequences)).astype(np.float64)
-        after = to_host(prior.token_log_probs(posterior.prompt_ids, Sequences(other, sequences.lengths))).astype(
-            np.float64
-        )
-    earlier = np.arange(num_tokens) < last
-    with np.errstate(invalid="ignore"):
-        moved = np.nan_to_num(np.abs(before - after), nan=np.inf)[earlier & (before != after)]
-    off = float(moved.max(initial=0.0))
+    off = 0.0
+    for shift in range(1, min(prior.vocab_size, _NUM_IDS + 1)):
+        other = sequences.tokens.copy()
+        replaced = (np.take_along_axis(other, last, axis=2) + shift) % prior.vocab_size
+        np.put_along_axis(other, last, replaced, axis=2)
+        other = np.where(sequences.mask, other, (filler + shift) % prior.vocab_size)
+        with no_gradient():
+            found = prior.token_log_probs(posterior.prompt_ids, Sequences(other, sequences.lengths))
+        after = to_host(found).astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            moved = np.nan_to_num(np.abs(before - after), nan=np.inf)[earlier & (before != after)]
+        off = max(off, float(moved.max(initial=0.0)))
     yield Check("no later token changes an earlier log-prob", off < _TOKEN_TOLERANCE, f"up to {off:.1e} nats per token")
 
 
@@ -181,12 +229,20 @@ def _sampler_is_scorer(posterior: Posterior, sequences: Sequences, log_probs: np
 
 def _batch_does_not_matter(posterior: Posterior, sequences: Sequences) -> Iterator[Check]:
     """Check that a completion's log-prob does not depend on the other rows and prompts of its batch."""
-    together = completion_log_probs(posterior.prior, posterior.prompt_ids, sequences)
+    copies = -(-_MANY_ROWS // sequences.tokens.shape[1])
+    many = Sequences(np.tile(sequences.tokens, (1, copies, 1)), np.tile(sequences.lengths, (1, copies)))
+    with no_gradient():
+        found = to_host(posterior.prior.token_log_probs(posterior.prompt_ids, many)).astype(np.float64).sum(axis=2)
+    together = found[:, -sequences.tokens.shape[1] :]
     off = 0.0
     for p in range(min(posterior.num_prompts, 4)):
-        alone = Sequences(sequences.tokens[p : p + 1, :1], sequences.lengths[p : p + 1, :1])
-        single = completion_log_probs(posterior.prior, [posterior.prompt_ids[p]], alone)[0, 0]
-        off = max(off, abs(single - together[p, 0]) / int(alone.lengths[0, 0]))
+        for n in (0, sequences.tokens.shape[1] - 1):
+            alone = Sequences(sequences.tokens[p : p + 1, n : n + 1], sequences.lengths[p : p + 1, n : n + 1])
+            single = completion_log_probs(posterior.prior, [posterior.prompt_ids[p]], alone)[0, 0]
+            if single != together[p, n]:
+                off = max(
+                    off, float(np.nan_to_num(abs(single - together[p, n]), nan=np.inf)) / int(alone.lengths[0, 0])
+                )
     yield Check(
         "a completion's log-prob does not depend on its batch",
         off < _TOKEN_TOLERANCE,
@@ -206,8 +262,11 @@ def _states_are_values(posterior: Posterior) -> Iterator[Check]:
         again = to_host(prior.next_log_probs(prior.append(start, tokens[::-1].copy())))[::-1]
         swapped = prior.select(prior.append(start, tokens), np.array([1, 0]))
         swapped_rows = to_host(prior.next_log_probs(swapped))[::-1]
+        order = np.arange(_MANY_ROWS)[::-1] % 2
+        many = to_host(prior.next_log_probs(prior.select(prior.append(start, tokens), order)))
     yield Check("a state is unchanged by append", _close(after, again), "append twice on one state")
     yield Check("select permutes rows", _close(after, swapped_rows), "two rows swapped")
+    yield Check("select repeats rows", _close(after[order], many), f"{_MANY_ROWS} rows of two")
 
 
 def _reward_is_a_function(posterior: Posterior, sequences: Sequences, rng: np.random.Generator) -> Iterator[Check]:

@@ -130,13 +130,16 @@ def drops_first_space(tokenizer: Any) -> bool:
 
 
 def _loses_a_space(tokenizer: Any) -> bool:
-    """Return whether a word with a space before it loses the space where it is first, and keeps it where it is second."""
-    words = _vocabulary(tokenizer)
-    spaced = [(i, word[1:]) for word, i in words.items() if word[:1] == _SPACE and word[1:].isalnum()]
-    probes = sorted(spaced)[:_NUM_PROBES]
-    return bool(probes) and all(
-        tokenizer.decode([i]) == word and tokenizer.decode([i, i]) == f"{word} {word}" for i, word in probes
-    )
+    """Return whether a token with a space before it loses the space where it is first, and keeps it after another one."""
+    words, special = _vocabulary(tokenizer), set(getattr(tokenizer, "all_special_ids", ()))
+    ordinary = sorted(i for word, i in words.items() if i not in special and word[:1] != _SPACE and word.isalnum())
+    spaced = sorted((len(w) == 1, i, w[1:]) for w, i in words.items() if w[:1] == _SPACE and i not in special)
+    for _, i, word in spaced[:_NUM_PROBES] + spaced[-1:]:
+        for other in (ordinary[:1] or [i]) + [i]:
+            first, alone, whole = (tokenizer.decode(each) for each in ([other], [i], [other, i]))
+            if alone == word and whole == f"{first} {alone}":
+                return True
+    return False
 
 
 def known_ids(tokenizer: Any, ids: Sequence[TokenIds]) -> list[list[int]]:

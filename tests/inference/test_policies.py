@@ -108,9 +108,8 @@ def test_an_adapter_finds_its_base(names_base: bool, with_config: bool, tmp_path
 
 def test_an_adapter_on_a_prior_that_has_one_of_its_own(tmp_path: Path) -> None:
     """The base is what the prior computes."""
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        prior = PRIOR.with_adapter(adapter_config())
+    module = tuned_adapter(tiny_gpt2(), seed=1)
+    prior = bk.TorchLM(module, PRIOR.tokenizer, eos_token_id=PRIOR.eos_token_ids, temperature=PRIOR.temperature)
     before = log_probs(prior)
     assert np.abs(before - log_probs(PRIOR)).max() > 0.1
     trained = tuned_adapter(merged(prior.module))

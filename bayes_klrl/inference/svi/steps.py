@@ -51,6 +51,8 @@ class StepLimit:
 
     Attributes
     ----------
+    unmeasured
+        Number of steps that need not be measured.
     last_kl
         KL by which the newest step moved the guide, in nats; NaN if it was not measured.
 
@@ -63,7 +65,7 @@ class StepLimit:
 
     def __init__(self, max_kl: float) -> None:
         self._max_kl = max_kl
-        self._unmeasured = 0
+        self.unmeasured = 0
         self.last_kl = float("nan")
 
     def is_due(self) -> bool:
@@ -71,8 +73,8 @@ class StepLimit:
         self.last_kl = float("nan")
         if self._max_kl == float("inf"):
             return False
-        self._unmeasured -= self._unmeasured > 0
-        return self._unmeasured == 0
+        self.unmeasured -= self.unmeasured > 0
+        return self.unmeasured == 0
 
     def share(self, kl: float) -> float:
         """Return the share to take of a step that moved the guide by `kl` nats."""
@@ -80,5 +82,5 @@ class StepLimit:
         if kl > self._max_kl:
             return float((self._max_kl / kl) ** 0.5)
         if kl < _CALM * self._max_kl:
-            self._unmeasured = _CALM_STEPS
+            self.unmeasured = _CALM_STEPS
         return 1.0

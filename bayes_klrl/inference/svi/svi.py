@@ -104,8 +104,9 @@ class SVI:
         """Return the trained guide with its history. Ctrl-C ends training early and keeps what was learned.
 
         It may be called in several threads, where it gives what it gives alone: Pyro, and NumPyro, keep one stack of effect
-        handlers for the whole process, so that each runs one training at a time, and the others wait for their turn. For
-        trainings that run at the same time use processes.
+        handlers for the whole process, so that each runs one training at a time, and the others wait for their turn. Programs
+        that you run yourself meanwhile, under handlers of your own, are not kept apart from it: use processes for these, and for
+        trainings that run at the same time.
 
         Raises
         ------

@@ -56,16 +56,47 @@ def duplicated(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def frozen(module: nn.Module) -> Any:
-    """Return a frozen model to put an adapter on, with earlier adapters merged; the given module does not change."""
-    return merged(module) if hasattr(module, "peft_config") else shared_copy(module)
+def frozen(module: nn.Module, *, shared: bool) -> Any:
+    """Return a frozen model to put an adapter on, with earlier adapters merged; the given module does not change.
+
+    Parameters
+    ----------
+    module
+        The model, with or without adapters.
+    shared
+        True: the weights are the given module's own; False: they are copied, for adapters that write into them.
+    """
+    if hasattr(module, "peft_config"):
+        return merged(module)
+    return shared_copy(module) if shared else duplicated(module, {}).requires_grad_(False)
+
+
+def leaves_base_alone(config: Any) -> bool:
+    """Return whether an adapter is known to write nothing into the weights of its base, when it is made or trained.
+
+    Biases that are trained are the base's own; OLoRA and its like begin with a decomposition of the base's weights.
+    """
+    if config == "lora":
+        return True
+    kind = str(getattr(getattr(config, "peft_type", ""), "value", getattr(config, "peft_type", "")))
+    plain = kind == "LORA" or getattr(config, "is_prompt_learning", False)
+    return (
+        plain
+        and getattr(config, "bias", "none") == "none"
+        and getattr(config, "init_lora_weights", True)
+        in (
+            True,
+            False,
+            "gaussian",
+        )
+    )
 
 
 def adapted(module: nn.Module, config: Any) -> nn.Module:
     """Return a PEFT model that gives exactly the outputs of `module` until its adapter is trained."""
     peft = import_peft()
     check_has_gradients(module)
-    base = frozen(module)
+    base = frozen(module, shared=leaves_base_alone(config))
     if config == "lora":
         config = default_lora(peft, base)
     if not isinstance(config, peft.PeftConfig):
@@ -73,7 +104,14 @@ def adapted(module: nn.Module, config: Any) -> nn.Module:
     try:
         with quiet_peft():
             wrapped: nn.Module = peft.get_peft_model(base, config)
-    except (KeyError, RuntimeError, ValueError) as error:  # the errors of peft for a model that it cannot adapt
+    except (
+        AttributeError,
+        KeyError,
+        NotImplementedError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:  # the errors of peft for a model that it cannot adapt
         raise BayesKLRLError(
             f"peft cannot put this adapter on a {type(base).__name__}: {error}. Name its layers in "
             "peft.LoraConfig(target_modules=[...]), or train a full copy (adapter=None)."
@@ -129,6 +167,11 @@ def merged(module: nn.Module) -> Any:
     """
     if not hasattr(module, "peft_config"):
         return base_model(module)
+    if getattr(module, "_hf_peft_config_loaded", False):
+        raise BayesKLRLError(
+            "This model has an adapter that transformers put on it (model.add_adapter). Put it on with peft.get_peft_model or "
+            "peft.PeftModel.from_pretrained instead, so that it can be merged."
+        )
     if not can_be_merged(module):
         kinds = ", ".join(sorted({type(config).__name__ for config in module.peft_config.values()}))  # type: ignore[operator]
         raise BayesKLRLError(
@@ -137,7 +180,7 @@ def merged(module: nn.Module) -> Any:
         )
     duplicate: Any = duplicated(module, {})
     untie_adapted(duplicate)
-    tied = base_model(duplicate).config.tie_word_embeddings
+    tied = getattr(base_model(duplicate).config, "tie_word_embeddings", False)
     model = duplicate.merge_and_unload()
     if any(
         len(places) > 1 for places in places_of_weights(model)
@@ -153,8 +196,8 @@ def untie_adapted(module: Any) -> None:
         if len(places) > 1 and any(id(part) in adapted_layers for part, _ in places):
             for part, name in places[1:]:
                 part._parameters[name] = nn.Parameter(getattr(part, name).detach().clone(), requires_grad=False)
-            config = base_model(module).config
-            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+            for config in (base_model(module).config, base_model(module).config.get_text_config()):
+                config.tie_word_embeddings = False
 
 
 def places_of_weights(module: nn.Module) -> list[list[tuple[nn.Module, str]]]:

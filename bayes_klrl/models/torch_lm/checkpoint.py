@@ -1,6 +1,6 @@
 """Loading and saving of torch checkpoints: folders, shipped names and hub ids.
 
-Only safetensors (and GGUF) are read, never pickles. Code that comes with a model is never run. A checkpoint with missing
+Only safetensor(s) (and GGUF) are read, never pickles. Code that comes with a model is never run. A checkpoint with missing
 weights is an error; the missing weights are not filled with random numbers.
 """
 
@@ -28,7 +28,14 @@ from bayes_klrl.models.checkpoint_files import (
     shipped_folder,
     shipped_names,
 )
-from bayes_klrl.models.torch_lm.adapters import can_be_merged, frozen, import_peft, merged, quiet_peft
+from bayes_klrl.models.torch_lm.adapters import (
+    can_be_merged,
+    frozen,
+    import_peft,
+    leaves_base_alone,
+    merged,
+    quiet_peft,
+)
 from bayes_klrl.models.torch_lm.network import decoder_start
 
 __all__ = ["keep_adapter", "load", "save"]
@@ -83,6 +90,14 @@ def load_folder(folder: Path, dtype: torch.dtype, base: nn.Module | None = None)
     if gguf_files and not (folder / "config.json").is_file():
         return load_model(str(folder), dtype, gguf_file=gguf_files[0].name, local_files_only=True)
     check_has_weights(folder)
+    if (folder / "adapter_config.json").is_file():
+        base = adapter_configuration(folder).get("base_model_name_or_path")
+        if not (base and Path(base).is_dir() and Path(base).resolve() == folder.resolve()):
+            raise CheckpointError(
+                f"{str(folder)!r} holds both the weights of a model and an adapter, which transformers would add to them. If "
+                "the adapter is merged already, remove adapter_config.json and adapter_model.safetensors; otherwise move them "
+                "to a folder of their own."
+            )
     return load_model(str(folder), dtype, local_files_only=True)
 
 
@@ -133,8 +148,10 @@ def load_tokenizer(source: str, **options: Any) -> Any | None:
 def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None) -> tuple[Any, Any | None]:
     """Return the base model that an adapter folder names (`base` if it names none) with the adapter on it."""
     peft = import_peft()
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = adapter_configuration(folder)
     name = config.get("base_model_name_or_path")
+    if name and Path(name).is_dir() and Path(name).resolve() == folder.resolve():
+        raise CheckpointError(f"The adapter in {str(folder)!r} names its own folder as its base model. Name the base.")
     by_hand = "load that model as `base`, and use TorchLM(peft.PeftModel.from_pretrained(base, folder))"
     if not (folder / ADAPTER_WEIGHTS).is_file():
         cure = "save the adapter again with safe_serialization=True" if any(folder.glob("*.bin")) else "is it complete?"
@@ -150,7 +167,9 @@ def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None
                 f"{by_hand}. ({error})"
             ) from error
     elif base is not None:
-        model, tokenizer = frozen(base), None
+        from peft import PeftConfig
+
+        model, tokenizer = frozen(base, shared=leaves_base_alone(PeftConfig.from_pretrained(str(folder)))), None
     else:
         raise CheckpointError(f"The adapter in {str(folder)!r} does not say which model it belongs to: {by_hand}.")
     onto = repr(name) if name else "(the prior, since the folder names no model)"
@@ -159,7 +178,7 @@ def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None
             wrapped = peft.PeftModel.from_pretrained(model, str(folder))
             misfits = misfitting_tensors(peft, wrapped, folder)
     except KeyError as error:  # peft's, for a whole layer that was trained
-        misfits = [f"the file lacks 1 tensors ({error.args[0]})"]
+        misfits = [f"the file lacks 1 tensor(s) ({error.args[0]})"]
     except Exception as error:  # as above: peft passes on all errors of torch and safetensors
         raise CheckpointError(f"The adapter in {str(folder)!r} does not fit its base {onto}: {error}") from error
     if misfits:
@@ -173,6 +192,17 @@ def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None
         if not parameter.isfinite().all():
             raise not_finite_error(parameter_name, str(folder))
     return wrapped, load_tokenizer(str(folder), local_files_only=True) or tokenizer
+
+
+def adapter_configuration(folder: Path) -> dict[str, Any]:
+    """Return the content of adapter_config.json."""
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"The adapter_config.json in {str(folder)!r} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"The adapter_config.json in {str(folder)!r} holds {config!r}, no configuration.")
+    return config
 
 
 def misfitting_tensors(peft: Any, wrapped: Any, folder: Path) -> list[str]:
@@ -192,7 +222,7 @@ def misfitting_tensors(peft: Any, wrapped: Any, folder: Path) -> list[str]:
     expected = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False) if whole else {}
     missing |= {key for key in expected.keys() - names if any(f".{part}." in f".{key}." for part in whole)}
     found = (("the file lacks", missing), ("the model has no place for", set(result.unexpected_keys)))
-    return [f"{verb} {len(keys)} tensors ({', '.join(sorted(keys)[:3])})" for verb, keys in found if keys]
+    return [f"{verb} {len(keys)} tensor(s) ({', '.join(sorted(keys)[:3])})" for verb, keys in found if keys]
 
 
 def save(
@@ -202,6 +232,11 @@ def save(
 
     An adapter that cannot be merged is written as an adapter, if it says which model it belongs to.
     """
+    if can_be_merged(module) and (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{str(folder)!r} holds an adapter, and would then hold a model beside it, so that one is added to the other at "
+            "loading. Save into an empty folder."
+        )
     with quiet():
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -214,7 +249,7 @@ def save(
 def save_model(model: Any, folder: Path, eos_token_ids: frozenset[int], temperature: float) -> None:
     """Write a model without adapters, with the EOS ids and the temperature in its configurations."""
     entries = own_entries(eos_token_ids, temperature)
-    with weights_as_loaded(model):
+    with weights_as_loaded(model), plain_generation_config(model):
         model.save_pretrained(folder)
     sampling = GenerationConfig(
         do_sample=True,
@@ -243,6 +278,17 @@ def save_adapter(module: Any, folder: Path) -> None:
             )
     with quiet_peft():
         module.save_pretrained(folder)
+
+
+@contextmanager
+def plain_generation_config(model: Any) -> Iterator[None]:
+    """Replace the model's generation configuration, which transformers would check; ours is written afterwards."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """Networks that call a Hugging Face model's own forward: any causal LM, and encoder-decoder ones.
 
-The features are the logits, since models differ in what they do between hidden states and logits (scaling, soft caps). There
-are four networks:
+The features are the hidden states before the head, if the head with one known step after it (`Head`) gives the model's own
+logits; then logits are made of the rows that are asked for only. Otherwise the features are the logits. There are four
+networks:
 
 * `CachedNetwork`: left padding, attention mask, explicit positions and the model's own cache;
 * `PlainNetwork`: no cache and no padding; rows of equal length are run together, and all tokens are read at every step;
@@ -56,16 +57,89 @@ def general_networks(module: nn.Module, vocab_size: int) -> Iterator[Network]:
         if base_model(module).config.is_encoder_decoder
         else (CachedNetwork, PlainNetwork)
     )
+    head = head_of(module, vocab_size)
     if not has_virtual_tokens(module):
+        if head is not None:
+            yield cached(module, vocab_size, head)
         yield cached(module, vocab_size)
+    if head is not None:
+        yield plain(module, vocab_size, head)
     yield plain(module, vocab_size)
+
+
+_ACTIVATIONS = 8
+"""Floats per token at the widest layer of a body, in units of its hidden size."""
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The body of a model without its head, and the function from hidden states to logits.
+
+    logits = scale * (W h + b) + bias,  or  cap * tanh(logits / cap)
+    """
+
+    body: nn.Module
+    head: nn.Module
+    scale: float
+    cap: float | None
+    bias: Tensor | None
+    width: int
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits (..., V) of hidden states (..., D), float32."""
+        logits: Tensor = self.head(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.cap is not None:
+            logits = (logits / self.cap).tanh() * self.cap
+        return (logits if self.bias is None else logits + self.bias).float()
+
+
+@torch.no_grad()
+def head_of(module: nn.Module, vocab_size: int) -> Head | None:
+    """Return the head of a model apart from its body, if together they give the model's own logits on one text; else None.
+
+    None for a model with virtual tokens, and for one with hooks, which a call of the body would miss.
+    """
+    model = base_model(module)
+    body, head = getattr(model, "model", None), model.get_output_embeddings()
+    body = getattr(model, model.base_model_prefix, None) if body is None else body
+    if not isinstance(body, nn.Module) or head is None or body is model or has_virtual_tokens(module):
+        return None
+    hooked = model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model) or "forward" in vars(module)
+    if hooked or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    ids = torch.tensor([[index * vocab_size // 5 for index in (1, 2, 3, 4)]], device=model_device(module))
+    inputs = {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    try:
+        options = accepted(module, {"use_cache": False, "return_dict": True})
+        own = module(**inputs, **options).logits
+        hidden = body(**inputs, **options).last_hidden_state
+        plain = head(hidden)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return None
+    if plain.shape != own.shape:
+        return None
+    largest = plain.abs().argmax()
+    ratio = float(own.flatten()[largest] / plain.flatten()[largest])
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    bias = getattr(model, "final_logits_bias", None)
+    tries = [(1.0, None, None), (1.0, cap, None), (1.0, None, bias), (ratio, None, None)]
+    for scale, its_cap, its_bias in tries:
+        found = Head(body, head, scale, its_cap, its_bias, hidden.shape[-1])
+        if (found.logits(hidden) - own.float()).abs().max() <= 1e-5 * max(1.0, float(own.abs().max())):
+            return found
+    return None
 
 
 class PlainNetwork:
     """See `Network`. The cache is the list of each row's tokens."""
 
-    def __init__(self, module: nn.Module, vocab_size: int) -> None:
-        self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
+    def __init__(self, module: nn.Module, vocab_size: int, head: Head | None = None) -> None:
+        self.module, self.vocab_size, self.head = module, vocab_size, head
+        self.width = vocab_size if head is None else max(head.width, _ACTIVATIONS * head.width)
         self.device = model_device(module)
         self.options = accepted(module, {"use_cache": False, "return_dict": True})
         # with virtual tokens the model has more positions than the text, and an index from the left would be shifted
@@ -100,7 +174,7 @@ class PlainNetwork:
 
     def logits(self, features: Tensor) -> Tensor:
         """See `Network.logits`."""
-        return features.float()
+        return features.float() if self.head is None else self.head.logits(features)
 
     def _last_logits(self, rows: list[list[int]]) -> Tensor:
         logits = None
@@ -114,6 +188,9 @@ class PlainNetwork:
 
     def _logits(self, tokens: Tensor, num_last: int) -> Tensor:
         keep = {"logits_to_keep": last_positions(tokens, num_last)} if self.keeps_last else {}
+        if self.head is not None:
+            hidden: Tensor = self.head.body(input_ids=tokens, **self.options).last_hidden_state
+            return hidden[:, -num_last:]
         logits: Tensor = self.module(input_ids=tokens, **keep, **self.options).logits
         return logits[:, -num_last:]
 
@@ -130,8 +207,9 @@ class CachedRows:
 class CachedNetwork:
     """See `Network`. It runs one padded batch, with the model's own cache, which is copied before it grows."""
 
-    def __init__(self, module: nn.Module, vocab_size: int) -> None:
-        self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
+    def __init__(self, module: nn.Module, vocab_size: int, head: Head | None = None) -> None:
+        self.module, self.vocab_size, self.head = module, vocab_size, head
+        self.width = vocab_size if head is None else max(head.width, _ACTIVATIONS * head.width)
         self.device = model_device(module)
         self.parameters = forward_parameters(module)
         self.config = base_model(module).config
@@ -167,7 +245,7 @@ class CachedNetwork:
 
     def logits(self, features: Tensor) -> Tensor:
         """See `Network.logits`."""
-        return features.float()
+        return features.float() if self.head is None else self.head.logits(features)
 
     def _logits(self, tokens: Tensor, padding: Tensor, start: int, num_last: int, **cache: Any) -> Tensor:
         """Return the logits at the last positions of `tokens` (R, S), whose positions start at `start`."""
@@ -178,7 +256,12 @@ class CachedNetwork:
             "logits_to_keep": last_positions(tokens, num_last),
             "return_dict": True,
         }
+        if self.head is not None:
+            del options["logits_to_keep"]
         options = {name: value for name, value in options.items() if name in self.parameters}
+        if self.head is not None:
+            hidden: Tensor = self.head.body(input_ids=tokens, **options, **cache).last_hidden_state
+            return hidden[:, -num_last:]
         logits: Tensor = self.module(input_ids=tokens, **options, **cache).logits
         return logits[:, -num_last:]
 
@@ -196,8 +279,9 @@ class DecoderRows:
 class EncoderDecoderNetwork:
     """See `Network`. The decoder reads its start token first, which is never part of a completion, even if it is EOS."""
 
-    def __init__(self, module: nn.Module, vocab_size: int) -> None:
-        self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
+    def __init__(self, module: nn.Module, vocab_size: int, head: Head | None = None) -> None:
+        self.module, self.vocab_size, self.head = module, vocab_size, head
+        self.width = vocab_size if head is None else max(head.width, _ACTIVATIONS * head.width)
         self.device = model_device(module)
         self.start = decoder_start(module)
 
@@ -232,7 +316,7 @@ class EncoderDecoderNetwork:
 
     def logits(self, features: Tensor) -> Tensor:
         """See `Network.logits`."""
-        return features.float()
+        return features.float() if self.head is None else self.head.logits(features)
 
     def _encode(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
         # encoders are bidirectional and pad on the right: positions then need no correction
@@ -248,14 +332,16 @@ class EncoderDecoderNetwork:
     def _decode(self, encoded: Tensor, encoder_mask: Tensor, tokens: Tensor, **cache: Any) -> Tensor:
         from transformers.modeling_outputs import BaseModelOutput
 
-        logits: Tensor = self.module(
+        called = self.module if self.head is None else self.head.body
+        output = called(
             encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
             attention_mask=encoder_mask,
             decoder_input_ids=tokens,
             return_dict=True,
             **cache,
-        ).logits
-        return logits
+        )
+        found: Tensor = output.logits if self.head is None else output.last_hidden_state
+        return found
 
     def _starts(self, num_rows: int) -> Tensor:
         return torch.full((num_rows,), self.start, dtype=torch.long, device=self.device)
@@ -264,8 +350,9 @@ class EncoderDecoderNetwork:
 class PlainEncoderDecoderNetwork:
     """See `Network`. The model's own forward on prompts of one length at a time; all tokens are read at every step."""
 
-    def __init__(self, module: nn.Module, vocab_size: int) -> None:
-        self.module, self.vocab_size, self.width = module, vocab_size, vocab_size
+    def __init__(self, module: nn.Module, vocab_size: int, head: Head | None = None) -> None:
+        self.module, self.vocab_size, self.head = module, vocab_size, head
+        self.width = vocab_size if head is None else max(head.width, _ACTIVATIONS * head.width)
         self.device = model_device(module)
         self.options = accepted(module, {"use_cache": False, "return_dict": True})
         self.start = decoder_start(module)
@@ -295,7 +382,7 @@ class PlainEncoderDecoderNetwork:
 
     def logits(self, features: Tensor) -> Tensor:
         """See `Network.logits`."""
-        return features.float()
+        return features.float() if self.head is None else self.head.logits(features)
 
     def _last_logits(self, rows: list[tuple[list[int], list[int]]]) -> Tensor:
         read = torch.tensor([tokens for _, tokens in rows], dtype=torch.long, device=self.device)
@@ -305,7 +392,9 @@ class PlainEncoderDecoderNetwork:
         parts, order = [], []
         for _, rows in equal_lengths([len(prompt) for prompt in prompts], self.device):
             texts = torch.tensor([list(prompts[row]) for row in rows.tolist()], dtype=torch.long, device=self.device)
-            parts.append(self.module(input_ids=texts, decoder_input_ids=read[rows], **self.options).logits)
+            called = self.module if self.head is None else self.head.body
+            output = called(input_ids=texts, decoder_input_ids=read[rows], **self.options)
+            parts.append(output.logits if self.head is None else output.last_hidden_state)
             order.append(rows)
         return torch.cat(parts)[torch.cat(order).argsort()]
 

@@ -193,7 +193,7 @@ class TorchLM:
     @property
     def bos_token_id(self) -> int | None:
         """The token that replaces an empty prompt: the tokenizer's BOS, else the configuration's, else None."""
-        sources = (self._tokenizer, self._config)
+        sources = (self._tokenizer, self._config, self._config.get_text_config())
         return first_token([getattr(source, "bos_token_id", None) for source in sources], self._vocab_size)
 
     @property
@@ -291,7 +291,7 @@ class TorchLM:
     def features(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
         """Return the features that predict every token, shape (P, N, T, F), 0 past each completion's length.
 
-        They are the last hidden states for the architectures of `TightNetwork`, else the logits. A `TorchState` holds the same
+        They are the last hidden states where these give the model's logits by one known step, else the logits. A `TorchState` holds the same
         features in decoding.
         """
         return self._scored(full_features, prompts, sequences)
@@ -319,7 +319,7 @@ class TorchLM:
         duplicate = self._with_module(trainable_copy(self._module), check=False)
         # the same numbers, so the check need not be repeated
         duplicate.self_check, network = self.self_check, self._network
-        duplicate._network = None if network is None else rebuilt(type(network), duplicate.module, self._vocab_size)
+        duplicate._network = None if network is None else rebuilt(network, duplicate.module, self._vocab_size)
         return duplicate
 
     def with_adapter(self, config: Any = "lora") -> TorchLM:
@@ -379,9 +379,10 @@ class TorchLM:
             module, self._tokenizer, eos_token_id=self._eos_token_ids, temperature=self.temperature, check=check
         )
 
-    def _configurations(self) -> tuple[Any, Any]:
-        """Return the model's configuration and its generation configuration."""
-        return self._config, getattr(base_model(self._module), "generation_config", None)
+    def _configurations(self) -> tuple[Any, ...]:
+        """Return the model's configuration, that of its text part, and its generation configuration."""
+        generation = getattr(base_model(self._module), "generation_config", None)
+        return self._config, self._config.get_text_config(), generation
 
     def _special_ids(self) -> list[int]:
         """Return the padding id, the EOS ids and BOS, as far as they are known."""

@@ -21,6 +21,15 @@ from bayes_klrl.typing import TokenIds
 __all__ = ["Network", "base_model", "context_limit", "decoder_start", "left_padded", "model_device", "nested"]
 
 
+_LENGTHS = (
+    "max_position_embeddings",
+    "max_seq_len",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+)
+"""The names of a configuration's largest length."""
+
+
 class Network(Protocol):
     """A neural network as a step function with a cache; R rows, P prompts, F the width of a feature vector."""
 
@@ -96,15 +105,34 @@ def context_limit(module: nn.Module) -> int | None:
 
     * rotary embeddings of the type "longrope" use other frequencies for all positions past the original length;
     * an index that selects `index_topk` positions to attend to breaks ties in another way in every batch.
+
+    Virtual tokens of an adapter count.
     """
     config = base_model(module).config
-    lengths = [getattr(config, "max_position_embeddings", None)]
+    parts = {id(part): part for part in (config, config.get_text_config(), *coders(config))}.values()
+    lengths = [getattr(part, name, None) for part in parts for name in _LENGTHS]
     for entry in nested(config.to_dict()):
         if entry.get("rope_type") == "longrope":
             original = entry.get("original_max_position_embeddings")
             lengths.append(original or getattr(config, "original_max_position_embeddings", None))
         lengths.append(entry.get("index_topk"))
-    return min((length for length in lengths if isinstance(length, int) and length > 0), default=None)
+    limits = [length for length in lengths if isinstance(length, int) and length > 0]
+    return max(1, min(limits) - num_virtual_tokens(module)) if limits else None
+
+
+def coders(config: Any) -> list[Any]:
+    """Return the configurations of encoder and decoder, if the model has one each."""
+    found = (getattr(config, name, None) for name in ("encoder", "decoder"))
+    return [part for part in found if hasattr(part, "to_dict")]
+
+
+def num_virtual_tokens(module: nn.Module) -> int:
+    """Return the number of tokens that a PEFT adapter puts before the text."""
+    configs = getattr(module, "peft_config", None)
+    if not isinstance(configs, dict):
+        return 0
+    virtual = [config for config in configs.values() if config.is_prompt_learning]
+    return max((getattr(config, "num_virtual_tokens", None) or 0 for config in virtual), default=0)
 
 
 def nested(entries: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -116,6 +116,11 @@ def choose_network(
         If no network gives these numbers, or the model cannot be run on token ids alone.
     """
     started = time.perf_counter()
+    if getattr(base_model(module).config, "attention_type", None) == "block_sparse":
+        raise CheckpointError(
+            "Block-sparse attention (BigBird) looks at random blocks, and becomes full attention for good at the first short "
+            "text. Call model.set_attention_type('original_full') first, or load with attention_type='original_full'."
+        )
     if refuse and reads_for_invocation(module):
         raise CheckpointError(
             "An activated LoRA (alora_invocation_tokens) changes a text from its last invocation on, so a later token changes "
@@ -160,9 +165,13 @@ def networks(module: nn.Module, vocab_size: int) -> Iterator[Network]:
     yield from general_networks(module, vocab_size)
 
 
-def rebuilt(kind: type, module: nn.Module, vocab_size: int) -> Network | None:
-    """Return a network of a kind that was chosen earlier, of the model's present layers; None if it cannot be built."""
-    return next((network for network in networks(module, vocab_size) if type(network) is kind), None)
+def rebuilt(like: Network, module: nn.Module, vocab_size: int) -> Network | None:
+    """Return a network of the kind of one that was chosen earlier, of another module; None if it cannot be built."""
+    has_head = getattr(like, "head", None) is not None
+    for network in networks(module, vocab_size):
+        if type(network) is type(like) and (getattr(network, "head", None) is not None) == has_head:
+            return network
+    return None
 
 
 # --- the paths --------------------------------------------------------------------------------------------------

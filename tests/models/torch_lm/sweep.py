@@ -26,11 +26,17 @@ NETWORKS = {
     "PlainEncoderDecoderNetwork": "its forward, without a cache",
 }
 
+FULL = ("big_bird", "bigbird_pegasus")
 CASES: dict[str, dict[str, Any]] = {
     **{name: CAUSAL_SWITCH.get(name, {}) for name in CAUSAL},
     **{f"{name} (encoder-decoder)": {"seq2seq": True} for name in SEQ2SEQ},
     **{f"{name} (as configured by default)": {} for name in CAUSAL_SWITCH},
 }
+for _name in [case for case in CASES if case.startswith(FULL) and "default" not in case]:
+    CASES[f"{_name.split(' (')[0]} (original_full{', encoder-decoder' if '(' in _name else ''})"] = {
+        **CASES[_name],
+        "attention_type": "original_full",
+    }
 
 
 def case_names() -> list[str]:
@@ -62,7 +68,10 @@ def row(case: str, found: bk.TorchLM | bk.CheckpointError) -> str:
     """Return a line of the table: the network that an architecture gets, or that it is refused and why."""
     if isinstance(found, bk.TorchLM):
         return f"| {case} | {NETWORKS[type(found.prefill([[4]]).network).__name__]} |"
-    return f"| {case} | refused: {'sees later tokens' if 'tokens that come later' in str(found) else 'other numbers'} |"
+    reasons = {"tokens that come later": "sees later tokens", "Block-sparse": "block-sparse attention"}
+    return (
+        f"| {case} | refused: {next((why for words, why in reasons.items() if words in str(found)), 'other numbers')} |"
+    )
 
 
 def tried(module: Any) -> bk.TorchLM | bk.CheckpointError:

@@ -25,6 +25,7 @@ KINDS = {
     "DoRA": lambda: peft.LoraConfig(r=4, use_dora=True, **BOTH),
     "LoRA with biases": lambda: peft.LoraConfig(r=4, bias="all", **BOTH),
     "PiSSA": lambda: peft.LoraConfig(r=4, init_lora_weights="pissa", **BOTH),
+    "OLoRA": lambda: peft.LoraConfig(r=4, init_lora_weights="olora", **BOTH),
     "LoRA and the head": lambda: peft.LoraConfig(r=4, modules_to_save=["lm_head"], **BOTH),
     "LoRA and the embedding": lambda: peft.LoraConfig(r=4, modules_to_save=["embed_tokens"], **BOTH),
     "LoRA and new tokens": lambda: peft.LoraConfig(r=4, trainable_token_indices=[3, 4], **BOTH),
@@ -45,7 +46,6 @@ KINDS = {
     "SHiRA": lambda: peft.ShiraConfig(r=2, **BOTH),
 }
 REFUSED = {
-    "OLoRA": (lambda: peft.LoraConfig(r=4, init_lora_weights="olora", **BOTH), "before it is trained"),
     "repeated layers": (
         lambda: peft.LoraConfig(r=4, layer_replication=[(0, 2), (0, 2)], **BOTH),
         "before it is trained",

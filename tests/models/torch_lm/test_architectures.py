@@ -39,7 +39,7 @@ def test_numbers_are_its_own_and_whole_runs_work_or_it_is_refused(case: str, tmp
         check_numbers(module, found)
         check_runs(case, found, tmp_path)
     else:
-        assert "nats" in str(found)
+        assert "nats" in str(found) or "Block-sparse" in str(found)
 
 
 def completions(lm: bk.TorchLM) -> np.ndarray:

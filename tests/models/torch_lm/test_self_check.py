@@ -123,6 +123,34 @@ def test_longrope_is_one_model_up_to_its_original_length(family: str) -> None:
         scored(lm, [1, 2, 3, 4, 5, 6], [4, 5, 6, 7, 8])
 
 
+@pytest.mark.parametrize("rope", ["longrope", "default"])
+def test_virtual_tokens_count_in_the_context(rope: str) -> None:
+    parameters = dict(LONG) if rope == "longrope" else {"rope_type": "default", "rope_theta": 1e4}
+    base = tiny_llama(VOCAB, max_position_embeddings=8, rope_parameters=parameters)
+    with quiet_peft():
+        policy = bk.TorchLM(peft.get_peft_model(base, VIRTUAL["prompt tuning"]()))
+    assert policy.context_length == 5
+    with pytest.raises(bk.BayesKLRLError, match="at most 5"):
+        scored(policy, [1, 2, 3], [4, 5, 6])
+
+
+def test_the_context_of_composite_and_two_sided_models() -> None:
+    assert bk.TorchLM(tiny("llama4", max_position_embeddings=12)).context_length == 12
+    assert bk.TorchLM(tiny("led", seq2seq=True, max_decoder_position_embeddings=9)).context_length == 9
+    assert bk.TorchLM(tiny("encoder-decoder", seq2seq=True)).context_length == 64
+
+
+@pytest.mark.parametrize("name", ["big_bird", "bigbird_pegasus"])
+def test_block_sparse_attention_is_refused_and_the_model_left_as_it_was(name: str) -> None:
+    """It becomes full attention for good at the first short text, such as that of the check."""
+    given = {"is_decoder": True} if name == "big_bird" else {"seq2seq": True}
+    model = tiny(name, attention_type="block_sparse", **given)
+    with pytest.raises(bk.CheckpointError, match=r"set_attention_type\('original_full'\)"):
+        bk.TorchLM(model)
+    assert model.config.attention_type == "block_sparse"
+    assert bk.TorchLM(tiny(name, attention_type="original_full", **given)).self_check is not None
+
+
 def test_a_start_token_that_stands_in_the_generation_configuration_alone() -> None:
     model = tiny_t5(VOCAB)
     model.config.decoder_start_token_id = None

@@ -59,6 +59,7 @@ def training_steps(plan: TrainingPlan, posterior: Posterior, guide: Any) -> Iter
         trust_region.step(optimiser)
         schedule.step()
         terms = elbo.last
+        check_finite_weights(terms.log_weights, posterior)
         yield {
             "elbo": float(terms.log_weights.mean()),
             "reward": float(terms.log_likelihood.mean()) * posterior.alpha,
@@ -69,6 +70,16 @@ def training_steps(plan: TrainingPlan, posterior: Posterior, guide: Any) -> Iter
             "step_kl": trust_region.limit.last_kl,
             "tokens": terms.model_tokens,
         }
+
+
+def check_finite_weights(log_weights: torch.Tensor, posterior: Posterior) -> None:
+    """Refuse to go on once the guide's log-probs are NaN."""
+    if not torch.isfinite(log_weights).all():
+        half = getattr(posterior.prior, "half_precision", False)
+        cure = (
+            "Load the prior in float32: its weights have fewer bits." if half else "Lower learning_rate or max_step_kl."
+        )
+        raise BayesKLRLError(f"The guide's log-probs are no longer finite, so the training has diverged. {cure}")
 
 
 def default_learning_rate(plan: TrainingPlan, guide: Any) -> float:
