@@ -291,8 +291,8 @@ class TorchLM:
     def features(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
         """Return the features that predict every token, shape (P, N, T, F), 0 past each completion's length.
 
-        They are the last hidden states where these give the model's logits by one known step, else the logits. A `TorchState` holds the same
-        features in decoding.
+        They are the last hidden states where these give the model's logits by one known step, else the logits. A `TorchState`
+        holds the same features in decoding.
         """
         return self._scored(full_features, prompts, sequences)
 
