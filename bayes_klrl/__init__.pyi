@@ -4,6 +4,7 @@ from .analysis.audit.audit import Audit as Audit
 from .analysis.audit.audit import audit as audit
 from .analysis.certificate.certificate import Certificate as Certificate
 from .analysis.certificate.certificate import certify as certify
+from .analysis.certificate.every import CertifyEvery as CertifyEvery
 from .analysis.comparison.compare import Comparison as Comparison
 from .analysis.comparison.compare import compare as compare
 from .analysis.contract import check_posterior as check_posterior
@@ -33,8 +34,15 @@ from .inference.smc.conditional import ConditionalSMC as ConditionalSMC
 from .inference.smc.smc import SMC as SMC
 from .inference.svi.bayesian.recipe import BayesianFit as BayesianFit
 from .inference.svi.bayesian.recipe import BayesianSVI as BayesianSVI
+from .inference.svi.callbacks import Checkpoint as Checkpoint
+from .inference.svi.callbacks import EarlyStopping as EarlyStopping
+from .inference.svi.callbacks import StepRecord as StepRecord
+from .inference.svi.callbacks import TensorBoard as TensorBoard
 from .inference.svi.fit import Fit as Fit
 from .inference.svi.losses import LossInputs as LossInputs
+from .inference.svi.objectives.weights import ForwardKL as ForwardKL
+from .inference.svi.objectives.weights import LogVariance as LogVariance
+from .inference.svi.optimizers import KLSGD as KLSGD
 from .inference.svi.svi import SVI as SVI
 from .inference.twists.distilled import DistilledTwist as DistilledTwist
 from .inference.twists.learned import LearnedTwist as LearnedTwist

@@ -8,20 +8,26 @@ from __future__ import annotations
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.svi.callbacks import Callback, Checkpoint, StepRecord, call_all
+from bayes_klrl.inference.svi.checkpoint import read_checkpoint, write_checkpoint
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
 from bayes_klrl.typing import FloatArray, LanguageModel
 
-__all__ = ["TrainingPlan", "run_training", "trained"]
+__all__ = ["Habits", "Training", "TrainingPlan", "run_training", "trained"]
+
+_HISTORY = "history."
 
 
 class TrainingPlan(Protocol):
@@ -55,15 +61,74 @@ class TrainingPlan(Protocol):
     def prompts_per_step(self) -> int | None:
         """Number of prompts that each step uses; None: all."""
 
+    @property
+    def objective(self) -> Any:
+        """What is minimised: a name or an objective."""
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer: a name or a recipe; None: Adam."""
+
+    @property
+    def twist(self) -> Any:
+        """The critic: a twist or a recipe of one; None: none."""
+
+    @property
+    def discount(self) -> float:
+        """Lambda of the critic's advantages."""
+
+    @property
+    def initial_guide(self) -> Any:
+        """The policy that training starts from; None: the prior."""
+
+    @property
+    def particles_per_pass(self) -> int | None:
+        """Number of completions per prompt that are differentiated at once; None: all."""
+
+
+class Training(Protocol):
+    """A training of one backend, step by step."""
+
+    def step(self) -> Mapping[str, float]:
+        """Take a step, and return its means over prompts in nats, by name, and under "tokens" the model tokens."""
+
+    def guide_so_far(self) -> LanguageModel:
+        """Return the guide after the newest step."""
+
+    def saved(self) -> dict[str, Any]:
+        """Return all arrays that later steps depend on, by name."""
+
+    def restore(self, arrays: Mapping[str, Any]) -> None:
+        """Go on from what `saved` returned."""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What surrounds the steps of a training; see `SVI.fit`.
+
+    Parameters
+    ----------
+    callbacks
+        Who looks at each step.
+    checkpoint
+        Where and how often checkpoints are written; None: none are.
+    resume
+        The folder of the checkpoint to go on from; None: the training begins.
+    belongs_to
+        What checkpoints belong to, see `checkpoint.fingerprint`.
+    framework
+        "pt" or "np", the arrays of the state.
+    """
+
+    callbacks: Sequence[Callback] = ()
+    checkpoint: Checkpoint | None = None
+    resume: str | Path | None = None
+    belongs_to: Mapping[str, Any] = field(default_factory=dict)
+    framework: str = "pt"
+
 
 def trained(
-    plan: TrainingPlan,
-    posterior: Posterior,
-    steps: Iterable[Mapping[str, float]],
-    guide_so_far: Callable[[], LanguageModel],
-    *,
-    start: float,
-    progress: bool,
+    plan: TrainingPlan, posterior: Posterior, training: Training, habits: Habits, *, start: float, progress: bool
 ) -> Fit:
     """Return the guide after all steps, or after those before Ctrl-C; see `run_training`.
 
@@ -71,21 +136,74 @@ def trained(
     ----------
     plan, posterior
         The numbers of the training, and the posterior that the guide approximates.
-    steps
-        See `run_training`; each item has "elbo", "reward" and "kl" among its keys.
-    guide_so_far
-        Returns the guide after the newest step.
+    training
+        The training of a backend.
+    habits
+        Callbacks and checkpoints.
     start, progress
         See `run_training`.
     """
+    history: dict[str, list[float]] = defaultdict(list)
+    first = 0
+    if habits.resume is not None:
+        arrays, first = read_checkpoint(habits.resume, habits.belongs_to, habits.framework)
+        training.restore({name: array for name, array in arrays.items() if not name.startswith(_HISTORY)})
+        for name, array in arrays.items():
+            if name.startswith(_HISTORY):
+                history[name.removeprefix(_HISTORY)] = np.asarray(array, dtype=np.float64).tolist()
+    before = history["seconds"][-1] if history["seconds"] else 0.0
 
     def fit_so_far(history: Mapping[str, FloatArray], cost: Cost, interrupted: bool) -> Fit:
-        return Fit(guide_so_far(), history, posterior, cost, interrupted)
+        return Fit(training.guide_so_far(), history, posterior, cost, interrupted)
 
     def status(step: Mapping[str, float]) -> str:
         return f"ELBO {step['elbo']:.3f} nats, E[r] {step['reward']:.3f}, KL {step['kl']:.3f}"
 
-    return run_training("SVI", plan.num_steps, steps, fit_so_far, status, start=start, progress=progress)
+    def write(number: int) -> None:
+        assert habits.checkpoint is not None
+        kept = {f"{_HISTORY}{name}": _array(values, habits.framework) for name, values in history.items()}
+        write_checkpoint(habits.checkpoint.folder, {**training.saved(), **kept}, {**habits.belongs_to, "step": number})
+
+    def is_due(number: int, ended: bool) -> bool:
+        every = None if habits.checkpoint is None else habits.checkpoint.every
+        return every is not None and (ended or (number + 1) % every == 0 or number + 1 == plan.num_steps)
+
+    def steps() -> Iterator[Mapping[str, float]]:
+        for number in range(first, plan.num_steps):
+            values = training.step()
+            yield values  # the history has them from here on
+            try:
+                ended = call_all(
+                    habits.callbacks, StepRecord(number, plan.num_steps, values, posterior), training.guide_so_far
+                )
+            except BaseException:
+                if habits.checkpoint is not None:
+                    write(number + 1)
+                raise
+            if is_due(number, ended):
+                write(number + 1)
+            if ended:
+                return
+
+    return run_training(
+        "SVI",
+        plan.num_steps - first,
+        steps(),
+        fit_so_far,
+        status,
+        start=start - before,
+        progress=progress,
+        history=history,
+    )
+
+
+def _array(values: list[float], framework: str) -> Any:
+    """Return a list of numbers as an array of the framework."""
+    if framework == "np":
+        return np.array(values)
+    import torch
+
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 FitT = TypeVar("FitT", bound=Fit)
@@ -100,6 +218,7 @@ def run_training(
     *,
     start: float,
     progress: bool,
+    history: dict[str, list[float]] | None = None,
 ) -> FitT:
     """Return the fit after all steps, or after those before Ctrl-C.
 
@@ -118,13 +237,15 @@ def run_training(
         `time.perf_counter()` at the beginning of the training.
     progress
         Whether to show progress.
+    history
+        The values of earlier steps by name, to which those of the steps are added; None: there are none.
 
     Raises
     ------
     BayesKLRLError
         The error that a step raised; after the first step its attribute `fit` holds the fit so far.
     """
-    history: dict[str, list[float]] = defaultdict(list)
+    history = defaultdict(list) if history is None else history
     interrupted: list[bool] = []
 
     def fit() -> FitT:

@@ -8,22 +8,29 @@ training itself is in `pyro_backend`, and for a `JaxLM` in `numpyro_backend`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bayes_klrl.checks import check_count, check_positive, check_prompts_per_step
+from bayes_klrl.checks import check_count, check_fraction, check_positive, check_prompts_per_step
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, needs_jax
+from bayes_klrl.inference.svi.callbacks import Callback, Checkpoint
+from bayes_klrl.inference.svi.checkpoint import fingerprint
 from bayes_klrl.inference.svi.fit import Fit
+from bayes_klrl.inference.svi.loop import Habits
+from bayes_klrl.inference.svi.objectives import ELBO, objective_of
+from bayes_klrl.inference.svi.optimizers import optimizer_of
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import JaxModel
 
-__all__ = ["ESTIMATORS", "OBJECTIVES", "SVI"]
+__all__ = ["ESTIMATORS", "SVI"]
 
 ESTIMATORS = ("leave_one_out", "rao_blackwell")
-OBJECTIVES = ("elbo",)
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class SVI:
         Adam's peak rate: 5 % warm-up, then linear decay to 0. None: 2e-3 for a full copy of the prior, 5e-3 for adapters,
         0.1 for an `NgramLM`.
     objective
-        Name of the objective; "elbo" is the only one.
+        What is minimised: "elbo", "log_variance", "forward_kl", "js" or "tv" (see `svi.objectives`), or an object with the
+        method `weights` of these.
     estimator
         Name of the gradient estimator: "leave_one_out", which has variance zero at the posterior, or "rao_blackwell", which
         has a lower variance far from it (see `bayes_klrl.inference.svi.pyro_backend.elbo`).
@@ -54,6 +62,21 @@ class SVI:
         limit. Without a limit, a learning rate that suits one model makes another collapse onto one short completion.
     prompts_per_step
         Number of the P prompts that each step uses, drawn at random; None: all.
+    optimizer
+        "adam", "kl_sgd", or a recipe of `svi.optimizers` such as `KLSGD(momentum=0.9)`; None: "adam". "kl_sgd" measures its
+        steps in nats; with a critic it is the better choice for a transformer on real text.
+    twist
+        The critic: a twist or a recipe of one, as SMC takes them, which gives each token an advantage of its own (see
+        `svi.objectives.critics`). `bk.PartialRewardTwist()` scores the prefixes of completions, and learns during the
+        training. None: every token of a completion has the weight of the completion.
+    discount
+        lambda of the critic's advantages, in [0, 1]. At 1 the gradient is unbiased whatever the critic; lower values have less
+        variance.
+    initial_guide
+        A language model that the training starts from, such as the guide of an earlier fit; None: the prior.
+    particles_per_pass
+        Completions per prompt that are differentiated at once, to bound memory; None: all. The gradient is the same up to
+        rounding.
 
     Examples
     --------
@@ -74,12 +97,17 @@ class SVI:
     num_steps: int
     num_particles: int = 64
     learning_rate: float | None = None
-    objective: str = "elbo"
+    objective: Any = "elbo"
     estimator: str = "leave_one_out"
     adapter: Any = None
     num_draws: int = 1000
     max_step_kl: float = 0.03
     prompts_per_step: int | None = None
+    optimizer: Any = None
+    twist: Any = None
+    discount: float = 0.85
+    initial_guide: Any = None
+    particles_per_pass: int | None = None
 
     def __post_init__(self) -> None:
         check_count("num_steps", self.num_steps)
@@ -91,8 +119,20 @@ class SVI:
             check_positive("max_step_kl", self.max_step_kl)
         if self.prompts_per_step is not None:
             check_count("prompts_per_step", self.prompts_per_step)
-        if self.objective not in OBJECTIVES:
-            raise BayesKLRLError(f"Unknown objective {self.objective!r}; choose one of {list(OBJECTIVES)}.")
+        objective = objective_of(self.objective)
+        if self.optimizer is not None:
+            optimizer_of(self.optimizer)
+        check_fraction("discount", self.discount)
+        if self.particles_per_pass is not None:
+            check_count("particles_per_pass", self.particles_per_pass)
+        if self.twist is not None and not isinstance(objective, ELBO):
+            raise BayesKLRLError(
+                f'A critic (twist=) is for objective="elbo"; got {self.objective!r}. Leave the twist out.'
+            )
+        if self.estimator != "leave_one_out" and (self.twist is not None or not isinstance(objective, ELBO)):
+            raise BayesKLRLError(
+                f'estimator={self.estimator!r} is one of objective="elbo" without a critic. Leave estimator out.'
+            )
         if self.estimator not in ESTIMATORS:
             raise BayesKLRLError(
                 f"Unknown estimator {self.estimator!r}; choose one of {list(ESTIMATORS)}. Stock Pyro losses are not "
@@ -100,13 +140,36 @@ class SVI:
                 "posterior.pyro_model() if you must)."
             )
 
-    def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Fit:
+    def fit(
+        self,
+        posterior: Posterior,
+        *,
+        seed: int,
+        progress: bool = False,
+        callbacks: Sequence[Callback] = (),
+        checkpoint: str | Path | Checkpoint | None = None,
+        resume: str | Path | None = None,
+    ) -> Fit:
         """Return the trained guide with its history. Ctrl-C ends training early and keeps what was learned.
+
+        Parameters
+        ----------
+        posterior, seed, progress
+            The posterior, the seed for all random numbers, and whether to show progress.
+        callbacks
+            Functions of each step's `StepRecord` and the guide so far, such as `EarlyStopping` and `CertifyEvery` of
+            `svi.callbacks`; one that returns True ends the training.
+        checkpoint
+            A folder, or a `Checkpoint`: the state of the training is written there every so many steps (10), whole or not at
+            all.
+        resume
+            The folder of a checkpoint to go on from. The guide is then that of a training that was never interrupted, to the
+            bit. It may be the same folder as `checkpoint`.
 
         It may be called in several threads, where it gives what it gives alone: Pyro, and NumPyro, keep one stack of effect
         handlers for the whole process, so that each runs one training at a time, and the others wait for their turn. Programs
-        that you run yourself meanwhile, under handlers of your own, are not kept apart from it: use processes for these, and for
-        trainings that run at the same time.
+        that you run yourself meanwhile, under handlers of your own, are not kept apart from it: use processes for these, and
+        for trainings that run at the same time.
 
         Raises
         ------
@@ -120,7 +183,21 @@ class SVI:
                 from bayes_klrl.inference.svi.numpyro_backend.training import fit_guide
         else:
             from bayes_klrl.inference.svi.pyro_backend.training import fit_guide
-        return fit_guide(self, posterior, seed=seed, progress=progress)
+        written = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+        belonging = self._belonging(posterior, seed, needed=written is not None or resume is not None)
+        habits = Habits(tuple(callbacks), written, resume, *belonging)
+        return fit_guide(self, posterior, habits, seed=seed, progress=progress)
+
+    def _belonging(self, posterior: Posterior, seed: int, *, needed: bool) -> tuple[Mapping[str, Any], str]:
+        """Return what checkpoints belong to, if that is needed, and the framework of their arrays."""
+        on_jax = isinstance(posterior.prior, JaxModel)
+        backend, framework = ("numpyro", "np") if on_jax else ("pyro", "pt")
+        if not needed:
+            return {}, framework
+        recipe = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.name != "num_draws"}
+        if self.initial_guide is not None:
+            recipe["initial_guide"] = type(self.initial_guide).__name__
+        return fingerprint(posterior, recipe, seed, backend, version("jax" if on_jax else "torch")), framework
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """Return draws from the trained guide, with `Draws.guide` set; see `Fit.run`."""

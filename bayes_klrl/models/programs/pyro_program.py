@@ -37,7 +37,14 @@ from bayes_klrl.posterior import Posterior
 from bayes_klrl.sequences import Sequences, completion_lengths
 from bayes_klrl.typing import IntArray, LanguageModel, TokenIds
 
-__all__ = ["SequenceDistribution", "on_model_device", "pyro_guide", "pyro_model", "to_sequences"]
+__all__ = [
+    "SequenceDistribution",
+    "distinct_completions",
+    "on_model_device",
+    "pyro_guide",
+    "pyro_model",
+    "to_sequences",
+]
 
 
 class SequenceDistribution(TorchDistribution):
@@ -125,7 +132,7 @@ class SequenceDistribution(TorchDistribution):
         batch_shape = np.broadcast_shapes(self.batch_shape, tokens.shape[:-1])
         sequences = to_sequences(tokens.expand(*batch_shape, tokens.shape[-1]), self.lm)
         with torch.no_grad() if self.frozen else nullcontext():
-            distinct, index = _distinct(sequences)
+            distinct, index = distinct_completions(sequences)
             log_probs = torch.as_tensor(
                 self.lm.token_log_probs(self.prompt_ids, distinct), device=model_device(self.lm)
             )
@@ -159,7 +166,7 @@ class SequenceDistribution(TorchDistribution):
         return track_provenance(on_device, provenance)  # type: ignore[no-any-return]
 
 
-def _distinct(sequences: Sequences) -> tuple[Sequences, IntArray]:
+def distinct_completions(sequences: Sequences) -> tuple[Sequences, IntArray]:
     """Return each prompt's distinct completions (P, M, T), and the index of each draw among them (P, N).
 
     M is the largest number of distinct completions of a prompt. Draws of short completions, or from peaked policies, repeat

@@ -7,7 +7,7 @@ as everywhere else before the step is kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,9 +17,9 @@ import numpyro
 import optax
 from jax import random
 
-from bayes_klrl.errors import RewardError
+from bayes_klrl.errors import BayesKLRLError, RewardError
 from bayes_klrl.inference.svi.fit import Fit
-from bayes_klrl.inference.svi.loop import TrainingPlan, trained
+from bayes_klrl.inference.svi.loop import Habits, TrainingPlan, trained
 from bayes_klrl.inference.svi.numpyro_backend.elbo import STEP, LeaveOneOutELBO, RaoBlackwellELBO
 from bayes_klrl.inference.svi.refusals import completion_text, no_adapter, unbounded_loss
 from bayes_klrl.inference.svi.steps import MAX_GRADIENT_NORM, StepLimit, learning_rate_schedule
@@ -46,13 +46,30 @@ _TRACING_TOLERANCE = 1e-3
 
 
 @in_turn(NUMPYRO_TURN)
-def fit_guide(plan: TrainingPlan, posterior: Posterior, *, seed: int, progress: bool) -> Fit:
+def fit_guide(plan: TrainingPlan, posterior: Posterior, habits: Habits, *, seed: int, progress: bool) -> Fit:
     """Return the guide after `plan.num_steps` steps; see `SVI.fit`."""
     start = time.perf_counter()
     no_adapter(posterior.prior, plan.adapter)
+    only_on_torch(plan)
     check_traceable(posterior)
     training = Training(plan, posterior, jax_key(seed))
-    return trained(plan, posterior, training.steps(), training.guide_so_far, start=start, progress=progress)
+    return trained(plan, posterior, training, habits, start=start, progress=progress)
+
+
+def only_on_torch(plan: TrainingPlan) -> None:
+    """Refuse what the backend on torch alone has."""
+    asked = {
+        "objective": plan.objective != "elbo",
+        "optimizer": plan.optimizer not in (None, "adam"),
+        "twist": plan.twist is not None,
+        "initial_guide": plan.initial_guide is not None,
+        "particles_per_pass": plan.particles_per_pass is not None,
+    }
+    for name, is_asked in asked.items():
+        if is_asked:
+            raise BayesKLRLError(
+                f"SVI({name}=...) is for priors on torch; a JaxLM is trained on the ELBO by Adam. Use a bk.TorchLM."
+            )
 
 
 def jax_key(seed: object) -> Any:
@@ -97,27 +114,52 @@ class Training:
         blank = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), shapes["mutable_state"])
         self.state = self.state._replace(mutable_state=blank)
         self.limit = StepLimit(plan.max_step_kl)
+        self._compiled: Any = None
+        self._number = 0
 
     def steps(self) -> Iterator[dict[str, float]]:
-        """Take one gradient step per item; each item holds the step's means by name, in nats."""
-        update, change = jax.jit(self.svi.update), jax.jit(self._change)
-        for number, learning_rate in enumerate(self.learning_rates.tolist()):
-            with host_errors(self.posterior):
-                state, _ = update(self.state)
-                record = jax.device_get(state.mutable_state[STEP])
-            completions = Completions(self.posterior, record)
-            completions.check(against_host=number == 0)
-            if self.limit.is_due():
-                share = self.limit.share(float(change(state)))
-                state = state if share == 1 else _shortened(self.state, state, share)
-            self.state = state
-            yield {
-                **completions.history,
-                "gradient_norm": float(_optax_state(state)[0]),
-                "learning_rate": learning_rate,
-                "step_kl": self.limit.last_kl,
-                "tokens": completions.model_tokens,
-            }
+        """Take one gradient step per item; see `step`."""
+        for _ in self.learning_rates:
+            yield self.step()
+
+    def step(self) -> dict[str, float]:
+        """See `Training.step` of `svi.loop`."""
+        if self._compiled is None:
+            self._compiled = jax.jit(self.svi.update), jax.jit(self._change)
+        update, change = self._compiled
+        with host_errors(self.posterior):
+            state, _ = update(self.state)
+            record = jax.device_get(state.mutable_state[STEP])
+        completions = Completions(self.posterior, record)
+        completions.check(against_host=self._number == 0)
+        if self.limit.is_due():
+            share = self.limit.share(float(change(state)))
+            state = state if share == 1 else _shortened(self.state, state, share)
+        self.state = state
+        rate = float(self.learning_rates[self._number])
+        self._number += 1
+        return {
+            **completions.history,
+            "gradient_norm": float(_optax_state(state)[0]),
+            "learning_rate": rate,
+            "step_kl": self.limit.last_kl,
+            "tokens": completions.model_tokens,
+        }
+
+    def saved(self) -> dict[str, np.ndarray]:
+        """See `Training.saved` of `svi.loop`: the leaves of NumPyro's state, by number."""
+        leaves = jax.tree.leaves(self.state._replace(rng_key=random.key_data(self.state.rng_key)))
+        found = {f"state.{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
+        return found | {"numbers": np.array([self._number, self.limit.unmeasured])}
+
+    def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """See `Training.restore` of `svi.loop`."""
+        bare = self.state._replace(rng_key=random.key_data(self.state.rng_key))
+        leaves, structure = jax.tree.flatten(bare)
+        loaded = [jnp.asarray(arrays[f"state.{i}"], dtype=leaf.dtype) for i, leaf in enumerate(leaves)]
+        state = jax.tree.unflatten(structure, loaded)
+        self.state = state._replace(rng_key=random.wrap_key_data(state.rng_key))
+        self._number, self.limit.unmeasured = (int(number) for number in arrays["numbers"])
 
     def guide_so_far(self) -> Any:
         """Return the guide as a language model."""

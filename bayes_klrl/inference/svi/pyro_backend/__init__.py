@@ -1,5 +1,6 @@
 """SVI on torch, by Pyro.
 
-Read `training` first (the loop), then `elbo` (our gradient estimators as Pyro ELBOs), `sites` (the term of
-each site of a program in the log-weight) and `trust_region` (steps that are shortened to a number of nats).
+Read `training` first (one training, step by step), then `elbo` (our gradient estimators as Pyro ELBOs), `scores` (any
+objective and critic, token by token), `sites` (the term of each site of a program in the log-weight), `optimizers` (the
+optimizers at work) and `trust_region` (steps that are shortened to a number of nats).
 """

@@ -45,7 +45,7 @@ from bayes_klrl.inference.svi.pyro_backend.sites import check_bounded, random_si
 from bayes_klrl.models.programs.pyro_program import SequenceDistribution, to_sequences
 from bayes_klrl.models.programs.turns import PYRO_TURN, in_turn
 
-__all__ = ["LeaveOneOutELBO", "RaoBlackwellELBO"]
+__all__ = ["ElboTerms", "LeaveOneOutELBO", "RaoBlackwellELBO", "SequenceELBO", "model_tokens", "own_likelihood"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ElboTerms:
     """Tokens that went through a model: to draw, and to score under guide and prior."""
 
 
-class _SequenceELBO(ELBO):
+class SequenceELBO(ELBO):
     """Common part: run guide and model once with all particles in a plate, and differentiate a surrogate.
 
     Parameters
@@ -137,7 +137,7 @@ class _SequenceELBO(ELBO):
         return float(torch_item(loss))
 
 
-class LeaveOneOutELBO(_SequenceELBO):
+class LeaveOneOutELBO(SequenceELBO):
     """The ELBO with a leave-one-out baseline of the whole log-weight; see the module's formulas.
 
     Joint programs are allowed: in addition to "x" any number of reparametrised latents, outside the prompts' plate or inside,
@@ -162,11 +162,11 @@ class LeaveOneOutELBO(_SequenceELBO):
             log_likelihood=other.detach(),
             log_guide=sites.raw_log_guide.detach(),
             surrogate=pathwise + score,
-            model_tokens=_model_tokens(guide_trace),
+            model_tokens=model_tokens(guide_trace),
         )
 
 
-class RaoBlackwellELBO(_SequenceELBO):
+class RaoBlackwellELBO(SequenceELBO):
     """The ELBO with its KL summed over the vocabulary at every prefix; see the module's formula.
 
     Both models must offer `position_log_probs`, as `TorchLM` and `NgramLM` do; the table (N, T, V) must fit into memory.
@@ -190,11 +190,11 @@ class RaoBlackwellELBO(_SequenceELBO):
         tokens = torch.as_tensor(sequences.tokens, device=kl.device).masked_fill(~inside, 0)
         drawn = log_q.gather(3, tokens[..., None])[..., 0].double() * inside
         score_term = (leave_one_out_by_prompt(later) * drawn).sum(dim=2)
-        log_lik = _own_likelihood(model_trace, guide_trace)
+        log_lik = own_likelihood(model_trace, guide_trace)
         credit = leave_one_out(log_lik) * drawn.sum(dim=2).T
         surrogate = credit - (kl.sum(dim=2) + score_term).T
         log_w, log_guide = log_lik - kl.detach().sum(dim=2).T, drawn.detach().sum(dim=2).T
-        return ElboTerms(log_w, log_lik, log_guide, surrogate, _model_tokens(guide_trace))
+        return ElboTerms(log_w, log_lik, log_guide, surrogate, model_tokens(guide_trace))
 
 
 def leave_one_out_by_prompt(values: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def leave_one_out_by_prompt(values: Tensor) -> Tensor:
     return by_particle.transpose(0, 1)
 
 
-def _own_likelihood(model_trace: Any, guide_trace: Any) -> Tensor:
+def own_likelihood(model_trace: Any, guide_trace: Any) -> Tensor:
     """Return the factor's log-likelihood (N, P) of a posterior's own program, refusing any other site."""
     for what, trace in (("model", model_trace), ("guide", guide_trace)):
         for name, _ in random_sites(trace):
@@ -218,7 +218,7 @@ def _own_likelihood(model_trace: Any, guide_trace: Any) -> Tensor:
     return log_lik
 
 
-def _model_tokens(guide_trace: Any) -> int:
+def model_tokens(guide_trace: Any) -> int:
     """Return the tokens of one step: every completion is drawn once and scored twice, with its prompt each time."""
     site = guide_trace.nodes["x"]
     if not isinstance(site["fn"], SequenceDistribution):  # a site of the user's own, which no model of ours has seen

@@ -1,75 +1,158 @@
-"""The training loop of `SVI`: a Pyro model, a Pyro guide, our ELBO, Adam."""
+"""The training of `SVI` on torch: a Pyro model, a Pyro guide, a loss and an optimizer."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pyro
 import torch
 
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.svi.fit import Fit
-from bayes_klrl.inference.svi.loop import TrainingPlan, trained
+from bayes_klrl.inference.svi.loop import Habits, TrainingPlan, trained
+from bayes_klrl.inference.svi.objectives import ELBO, objective_of
+from bayes_klrl.inference.svi.objectives.critics import critic_of
+from bayes_klrl.inference.svi.optimizers import KLSGD, optimizer_of
 from bayes_klrl.inference.svi.pyro_backend.elbo import LeaveOneOutELBO, RaoBlackwellELBO
-from bayes_klrl.inference.svi.pyro_backend.trust_region import TrustRegion
+from bayes_klrl.inference.svi.pyro_backend.optimizers import AdamSteps, MomentumSteps, embedding_rows
+from bayes_klrl.inference.svi.pyro_backend.scores import ScoreELBO
 from bayes_klrl.inference.svi.refusals import no_adapter
-from bayes_klrl.inference.svi.steps import MAX_GRADIENT_NORM, learning_rate_schedule
+from bayes_klrl.models.decoding import check_shares_vocabulary
 from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.models.programs.pyro_program import on_model_device, pyro_guide, pyro_model
 from bayes_klrl.models.programs.turns import PYRO_TURN, in_turn
 from bayes_klrl.models.torch_lm.table import TableLM
+from bayes_klrl.models.twists.simple import prior_pilot
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import check_seed
+from bayes_klrl.randomness import Streams, check_seed
 from bayes_klrl.typing import LanguageModel
 
-__all__ = ["fit_guide", "trainable_guide"]
+__all__ = ["TorchTraining", "fit_guide", "trainable_guide"]
 
 _ELBOS = {"leave_one_out": LeaveOneOutELBO, "rao_blackwell": RaoBlackwellELBO}
+_USES_FROM = 128
 
 
 @in_turn(PYRO_TURN)
-def fit_guide(plan: TrainingPlan, posterior: Posterior, *, seed: int, progress: bool) -> Fit:
+def fit_guide(plan: TrainingPlan, posterior: Posterior, habits: Habits, *, seed: int, progress: bool) -> Fit:
     """Return the guide after `plan.num_steps` steps; see `SVI.fit`."""
     start = time.perf_counter()
     with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope(), on_model_device(posterior.prior):
         torch.manual_seed(check_seed(seed))
-        guide = trainable_guide(posterior.prior, plan.adapter)
-        steps = training_steps(plan, posterior, guide)
-        so_far = guide.to_ngram if isinstance(guide, TableLM) else lambda: guide
-        return trained(plan, posterior, steps, so_far, start=start, progress=progress)
+        training = TorchTraining(plan, posterior, seed)
+        return trained(plan, posterior, training, habits, start=start, progress=progress)
 
 
-def training_steps(plan: TrainingPlan, posterior: Posterior, guide: Any) -> Iterator[dict[str, float]]:
-    """Train the guide in place, one gradient step per item; each item holds the step's means by name, in nats."""
-    model = pyro_model(posterior, plan.prompts_per_step)
-    program = pyro_guide(posterior, guide, plan.prompts_per_step)
-    elbo = _ELBOS[plan.estimator](plan.num_particles)
-    parameters = [parameter for parameter in guide.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.Adam(parameters, lr=plan.learning_rate or default_learning_rate(plan, guide))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, learning_rate_schedule(plan.num_steps))
-    trust_region = TrustRegion(parameters, plan.max_step_kl, elbo.guide_change)
-    for _ in range(plan.num_steps):
-        optimiser.zero_grad(set_to_none=True)
-        elbo.loss_and_grads(model, program)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM)
-        learning_rate = float(schedule.get_last_lr()[0])
-        trust_region.step(optimiser)
-        schedule.step()
-        terms = elbo.last
-        check_finite_weights(terms.log_weights, posterior)
-        yield {
+class TorchTraining:
+    """One training on torch, step by step; Pyro runs the programs.
+
+    Parameters
+    ----------
+    plan, posterior
+        The numbers of the training, and the posterior that the guide approximates.
+    seed
+        Seed for the critic's own draws. All other random numbers come from torch's generator.
+    """
+
+    def __init__(self, plan: TrainingPlan, posterior: Posterior, seed: int) -> None:
+        self.posterior = posterior
+        self.guide = starting_guide(plan, posterior)
+        self.model = pyro_model(posterior, plan.prompts_per_step)
+        self.program = pyro_guide(posterior, self.guide, plan.prompts_per_step)
+        self.parameters = [parameter for parameter in self.guide.parameters() if parameter.requires_grad]
+        self.critic: Any = None if plan.twist is None else critic_of(plan.twist, posterior, seed)
+        self.elbo = loss_of(plan, self.critic)
+        self.steps = steps_of(plan, self.guide, self.parameters, self.elbo, posterior)
+        # what the critic has read before the first step
+        self._tokens_before = int(getattr(self.critic, "model_tokens", 0))
+
+    def step(self) -> dict[str, float]:
+        """See `Training.step`."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self.elbo.loss_and_grads(self.model, self.program)
+        terms = self.elbo.last
+        check_finite_weights(terms.log_weights, self.posterior)
+        taken = self.steps.step(terms.log_weights)
+        tokens = terms.model_tokens + self._tokens_before
+        self._tokens_before = 0
+        return {
             "elbo": float(terms.log_weights.mean()),
-            "reward": float(terms.log_likelihood.mean()) * posterior.alpha,
+            "reward": float(terms.log_likelihood.mean()) * self.posterior.alpha,
             "kl": float((terms.log_likelihood - terms.log_weights).mean()),
             "log_weight_sd": float(terms.log_weights.std(dim=0).mean()),
-            "gradient_norm": float(norm),
-            "learning_rate": learning_rate,
-            "step_kl": trust_region.limit.last_kl,
-            "tokens": terms.model_tokens,
+            **taken,
+            "tokens": tokens,
         }
+
+    def guide_so_far(self) -> LanguageModel:
+        """See `Training.guide_so_far`."""
+        return self.guide.to_ngram() if isinstance(self.guide, TableLM) else self.guide
+
+    def saved(self) -> dict[str, torch.Tensor]:
+        """See `Training.saved`."""
+        found = {f"guide.{i}": parameter for i, parameter in enumerate(self.parameters)}
+        found |= {f"optimizer.{name}": value for name, value in self.steps.state().items()}
+        for owner, name in ((self.critic, "critic"), (self.elbo, "loss")):
+            if hasattr(owner, "state"):
+                found |= {f"{name}.{key}": torch.as_tensor(value) for key, value in owner.state().items()}
+        return found | {"random": torch.get_rng_state()}
+
+    def restore(self, arrays: Mapping[str, torch.Tensor]) -> None:
+        """See `Training.restore`."""
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters):
+                parameter.copy_(arrays[f"guide.{i}"])
+        self.steps.load_state(_part(arrays, "optimizer."))
+        for owner, name in ((self.critic, "critic."), (self.elbo, "loss.")):
+            if hasattr(owner, "load_state"):
+                owner.load_state({key: value.cpu().numpy() for key, value in _part(arrays, name).items()})
+        self._tokens_before = 0
+        torch.set_rng_state(arrays["random"].cpu())
+
+
+def _part(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return the entries whose names begin with a prefix, under their names without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def loss_of(plan: TrainingPlan, critic: Any) -> Any:
+    """Return the loss: those of whole completions for the plain ELBO, else the one of scores."""
+    objective = objective_of(plan.objective)
+    if isinstance(objective, ELBO) and critic is None and plan.particles_per_pass is None:
+        return _ELBOS[plan.estimator](plan.num_particles)
+    return ScoreELBO(plan.num_particles, objective, critic, plan.discount, plan.particles_per_pass)
+
+
+def steps_of(plan: TrainingPlan, guide: Any, parameters: list[torch.Tensor], elbo: Any, posterior: Posterior) -> Any:
+    """Return the optimizer at work on a guide."""
+    recipe = optimizer_of(plan.optimizer or "adam")
+    if isinstance(recipe, KLSGD):
+        scales = embedding_rows(guide, parameters, token_uses(posterior)) if recipe.frequency_scaling else None
+        return MomentumSteps(recipe, plan.num_steps, parameters, elbo.guide_change, scales)
+    rate = plan.learning_rate or default_learning_rate(plan, guide)
+    return AdamSteps(parameters, rate, plan.num_steps, plan.max_step_kl, elbo.guide_change)
+
+
+def token_uses(posterior: Posterior) -> torch.Tensor:
+    """Return the mean number of uses of each token in a completion of the prior, (V,), from a small sample."""
+    pilot, _ = prior_pilot(posterior, max(2, _USES_FROM // posterior.num_prompts), Streams.of(0, _USES_FROM))
+    inside = np.arange(pilot.tokens.shape[1]) < pilot.lengths[:, None]
+    counts = np.bincount(pilot.tokens[inside], minlength=posterior.prior.vocab_size)
+    return torch.as_tensor(counts / len(pilot.tokens), dtype=torch.float32)
+
+
+def starting_guide(plan: TrainingPlan, posterior: Posterior) -> Any:
+    """Return the trainable model that the training starts from: the prior's copy, or that of another policy."""
+    if plan.initial_guide is None:
+        return trainable_guide(posterior.prior, plan.adapter)
+    guide = trainable_guide(plan.initial_guide, plan.adapter)
+    check_shares_vocabulary("initial_guide", guide, posterior.prior)
+    return guide
 
 
 def check_finite_weights(log_weights: torch.Tensor, posterior: Posterior) -> None:

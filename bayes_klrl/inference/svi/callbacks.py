@@ -1,0 +1,166 @@
+"""Callbacks: who looks at a training after each step, and may end it.
+
+A callback is a function of the step's record and of the guide so far; it ends the training by returning True. Checkpoints are
+written by `SVI.fit(checkpoint=...)`, since only the training knows its whole state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from bayes_klrl.checks import check_count, check_positive
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.posterior import Posterior
+from bayes_klrl.typing import LanguageModel
+
+__all__ = ["Callback", "Checkpoint", "EarlyStopping", "StepRecord", "TensorBoard", "call_all"]
+
+
+@dataclass(frozen=True, eq=False)
+class StepRecord:
+    """What a callback sees of a step.
+
+    Parameters
+    ----------
+    step, num_steps
+        The number of the step, from 0, and the number of steps of the whole training.
+    values
+        The step's means over prompts in nats, by the names of `Fit.history`.
+    posterior
+        The posterior that the guide approximates.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> def enough(record, guide):
+    ...     return record.values["kl"] > 0.1
+    >>> fit = bk.SVI(200).fit(posterior, seed=0, callbacks=[enough])
+    >>> len(fit.history["kl"]) < 200
+    True
+    """
+
+    step: int
+    num_steps: int
+    values: Mapping[str, float]
+    posterior: Posterior
+
+    @property
+    def logged(self) -> dict[str, float]:
+        """The values under the names of logs, in nats: elbo, kl_to_prior, log_weight_sd, step_kl; and the reward."""
+        names = {"kl": "kl_to_prior"}
+        return {names.get(name, name): value for name, value in self.values.items() if name != "tokens"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Write the whole state of the training into a folder, whole or not at all; `SVI.fit(checkpoint=...)` takes it.
+
+    Parameters
+    ----------
+    folder
+        The folder, which is made if it is not there.
+    every
+        Number of steps between two checkpoints.
+
+    Examples
+    --------
+    >>> import tempfile, numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior, svi = bk.Posterior(coin, longer, max_new_tokens=3), bk.SVI(30)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     fit = svi.fit(posterior, seed=0, checkpoint=bk.Checkpoint(folder, every=5))
+    ...     again = svi.fit(posterior, seed=0, resume=folder)  # which had ended
+    >>> bool((fit.history["elbo"] == again.history["elbo"]).all())
+    True
+    """
+
+    folder: str | Path
+    every: int = 10
+
+    def __post_init__(self) -> None:
+        check_count("every", self.every)
+
+
+Callback: TypeAlias = Callable[[StepRecord, LanguageModel], bool | None]
+"""`callback(record, guide)`; True ends the training."""
+
+
+@dataclass
+class EarlyStopping:
+    """End the training once the guide is near its posterior.
+
+    Near the optimum the KL to the posterior is about half the variance of log w. The training ends when a moving mean of that
+    is below `gap` nats, but not in the first `least_steps`.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> fit = bk.SVI(200).fit(posterior, seed=0, callbacks=[bk.EarlyStopping(gap=0.1, least_steps=5)])
+    >>> 5 <= len(fit.history["elbo"]) < 200
+    True
+    """
+
+    gap: float
+    least_steps: int = 10
+    _mean: float = field(default=float("nan"), repr=False)
+
+    def __post_init__(self) -> None:
+        check_positive("gap", self.gap)
+        check_count("least_steps", self.least_steps)
+
+    def __call__(self, record: StepRecord, guide: LanguageModel) -> bool:
+        """Return whether the gap is small enough."""
+        now = record.values["log_weight_sd"] ** 2 / 2
+        self._mean = now if np.isnan(self._mean) else 0.8 * self._mean + 0.2 * now
+        return record.step + 1 >= self.least_steps and self._mean < self.gap
+
+
+class TensorBoard:
+    """Write each step's values as TensorBoard events; needs the tensorboard package (extra `tensorboard`).
+
+    Parameters
+    ----------
+    folder
+        The folder of the events.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> callbacks = [bk.TensorBoard("runs/first")]  # doctest: +SKIP
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise BayesKLRLError("TensorBoard needs a package: pip install 'bayes_klrl[tensorboard]'") from error
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def __call__(self, record: StepRecord, guide: LanguageModel) -> None:
+        """Write the values."""
+        for name, value in record.logged.items():
+            if np.isfinite(value):
+                self._writer.add_scalar(name, value, record.step)
+        self._writer.flush()
+
+
+def call_all(callbacks: Sequence[Callback], record: StepRecord, guide_so_far: Callable[[], LanguageModel]) -> bool:
+    """Call all callbacks, and return whether one of them ends the training."""
+    if not callbacks:
+        return False
+    guide, ended = guide_so_far(), False
+    for callback in callbacks:  # all of them, also after one that ends the training
+        ended |= bool(callback(record, guide))
+    return ended
