@@ -43,6 +43,7 @@ from .inference.svi.losses import LossInputs as LossInputs
 from .inference.svi.objectives.weights import ForwardKL as ForwardKL
 from .inference.svi.objectives.weights import LogVariance as LogVariance
 from .inference.svi.optimizers import KLSGD as KLSGD
+from .inference.svi.optimizers import Natural as Natural
 from .inference.svi.svi import SVI as SVI
 from .inference.twists.distilled import DistilledTwist as DistilledTwist
 from .inference.twists.learned import LearnedTwist as LearnedTwist

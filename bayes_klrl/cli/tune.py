@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -30,12 +31,16 @@ def tune(
     out: Annotated[Path, typer.Option(help="Folder for the policy, its draws and its training curve.")] = Path(
         "bayes-klrl-out"
     ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the training that was stopped in this --out folder.")
+    ] = False,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Tune a policy by SVI and write it as a Hugging Face folder.
 
-    Ctrl-C ends the training early and keeps what was learned.
+    Ctrl-C ends the training early and keeps what was learned. The state of the training is written every ten steps, so
+    that --resume goes on after any end, to the policy that it would have been.
     """
     from bayes_klrl.export.output_folder import check_output, prepare_output
 
@@ -46,25 +51,27 @@ def tune(
     from bayes_klrl.export.pictures import plot_history
 
     svi = bk.SVI(steps, particles, learning_rate=learning_rate, adapter=adapter)
+    state = out / "training"
     posterior, _ = load(file, quiet)
     if not hasattr(posterior.prior, "save_pretrained"):
         raise BayesKLRLError(
             f"A {type(posterior.prior).__name__} has no save_pretrained, so its policy could not be saved."
         )
+    folder = check_output(out) if resume else prepare_output(out)
     try:
-        fit = svi.fit(posterior, seed=seed, progress=not quiet)
+        fit = svi.fit(posterior, seed=seed, progress=not quiet, checkpoint=state, resume=state if resume else None)
     except BayesKLRLError as error:
         if error.fit is not None:
-            err().print(
-                f"The policy, as far as it was trained, is in {error.fit.save(prepare_output(out) / 'policy')}."
-            )
+            err().print(f"The policy, as far as it was trained, is in {error.fit.save(folder / 'policy')}.")
         raise
-    folder = prepare_output(out)
     fit.save(folder / "policy")
+    if not fit.interrupted:
+        shutil.rmtree(state, ignore_errors=True)  # nothing is left to go on with
     plot_history(fit.history, folder / "training.png")
     if fit.interrupted:
         out_console().print(
-            f"Interrupted after {len(fit.history['elbo'])} steps; the policy so far is in {folder / 'policy'}."
+            f"Interrupted after {len(fit.history['elbo'])} steps; the policy so far is in {folder / 'policy'}. The same "
+            "command with --resume goes on."
         )
     corrected = bk.ImportanceSampling(1000, proposal=fit.guide).run(posterior, seed=seed, progress=not quiet)
     corrected.save(folder / "draws.nc")

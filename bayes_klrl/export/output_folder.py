@@ -12,6 +12,7 @@ __all__ = ["check_group_name", "check_output", "prepare_output"]
 
 _MARK = ".bayes-klrl"
 _OURS = (
+    "training",
     "draws.nc",
     "table.csv",
     "comparison.png",

@@ -1,6 +1,7 @@
 """The command line: what it writes, and that every bad call ends in one readable line and a non-zero code."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -163,3 +164,32 @@ def test_a_policy_in_the_output_folder_is_not_overwritten(small: Path, tmp_cwd: 
     result = run("compare", small, "--policy", tmp_cwd / "out" / "policy", "--out", tmp_cwd / "out", "--quiet")
     assert result.exit_code == 1
     assert "would be overwritten" in " ".join(result.output.split())
+
+
+def test_tune_goes_on_where_it_was_stopped(small: Path, tmp_cwd: Path) -> None:
+    """The policy is that of a run that was not stopped, to the bit."""
+    whole = run("tune", small, "--steps", 14, "--particles", 8, "--out", tmp_cwd / "whole", "--quiet")
+    assert whole.exit_code == 0, whole.output
+    command = ("tune", small, "--steps", 14, "--particles", 8, "--out", tmp_cwd / "parts", "--quiet")
+    with pytest.MonkeyPatch.context() as patch:
+        steps: list[int] = []
+
+        def stopped(record: Any) -> bool:
+            steps.append(1)
+            if len(steps) == 12:
+                raise RuntimeError("killed")
+            return False
+
+        patch.setattr("bayes_klrl.inference.svi.loop.call_all", lambda callbacks, record, guide: stopped(record))
+        assert run(*command).exit_code != 0
+    assert (tmp_cwd / "parts" / "training").is_dir()
+    again = run(*command, "--resume")
+    assert again.exit_code == 0, again.output
+    assert not (tmp_cwd / "parts" / "training").exists()
+    first, second = (
+        {f.name: f.read_bytes() for f in (tmp_cwd / name / "policy").iterdir()} for name in ("whole", "parts")
+    )
+    assert first == second
+    nothing = run("tune", small, "--out", tmp_cwd / "new", "--resume", "--quiet")
+    assert nothing.exit_code != 0
+    assert "holds none" in nothing.output

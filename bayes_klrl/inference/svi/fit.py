@@ -69,11 +69,25 @@ class Fit:
         """Wall time of the training."""
         return self.training.training_seconds
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the guide in the format that `from_pretrained` reads, adapters merged, and return the folder."""
+    def save(self, folder: str | Path, *, merged: bool = True) -> Path:
+        """Write the guide in the format that `from_pretrained` reads, and return the folder.
+
+        Parameters
+        ----------
+        folder
+            The folder, which is made if it is not there.
+        merged
+            True: adapters are added to the weights, and the folder holds a whole model. False: the adapter stays an adapter,
+            a few files that `peft` and trainers read, which name the prior's folder as their base.
+        """
         if not hasattr(self.guide, "save_pretrained"):
             raise BayesKLRLError(f"A {type(self.guide).__name__} has no save_pretrained, so it cannot be saved.")
-        self.guide.save_pretrained(folder)
+        if merged:
+            self.guide.save_pretrained(folder)
+        elif hasattr(self.guide, "save_adapter"):
+            self.guide.save_adapter(folder)
+        else:
+            raise BayesKLRLError(f"A {type(self.guide).__name__} has no adapter to save apart. Leave out merged=False.")
         return Path(folder)
 
     def run(self, num_draws: int, seed: int, *, progress: bool = False) -> Draws:

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bayes_klrl.checks import check_fraction, check_positive
+from bayes_klrl.checks import check_count, check_fraction, check_positive
 from bayes_klrl.errors import BayesKLRLError
 
-__all__ = ["KLSGD", "OPTIMIZERS", "Adam", "StepLength", "optimizer_of"]
+__all__ = ["KLSGD", "OPTIMIZERS", "Adam", "Natural", "StepLength", "optimizer_of"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,51 @@ class KLSGD:
         check_positive("relative", self.relative)
 
 
+@dataclass(frozen=True)
+class Natural:
+    """The natural gradient of the ELBO in the space of the draws (minSR, with the momentum of SPRING); theory.md 2.16.
+
+    It reaches the posterior of a small problem in a tenth of Adam's steps, at several times the cost of a step. On a language
+    model with few draws a step it overfits them.
+
+    Parameters
+    ----------
+    momentum
+        The share of the last direction that is kept, at its largest, in [0, 1).
+    damping
+        The ridge of the regression of log w on the scores, relative to the mean eigenvalue; "held_out" chooses it by
+        predicting one half of the draws from the other.
+    step_kl
+        The most nats of a step.
+    replay
+        Number of earlier steps whose draws are scored again and used beside the new ones.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
+    >>> fit = bk.SVI(10, 256, optimizer=bk.Natural()).fit(posterior, seed=0)
+    >>> bool(fit.history["elbo"][-1] > fit.history["elbo"][0])
+    True
+    """
+
+    momentum: float = 0.8
+    damping: float | str = 0.03
+    step_kl: float = 1.0
+    replay: int = 3
+
+    def __post_init__(self) -> None:
+        check_fraction("momentum", self.momentum)
+        if self.momentum == 1:
+            raise BayesKLRLError("momentum must be below 1; got 1, with which a step would never end.")
+        if self.damping != "held_out":
+            check_positive("damping", self.damping)
+        check_positive("step_kl", self.step_kl)
+        check_count("replay", self.replay, least=0)
+
+
 class StepLength:
     """The length of the steps of `KLSGD`, in nats.
 
@@ -90,7 +135,7 @@ class StepLength:
         return longest * min(1.0, (step + 1) / 3) * (1 - step / self._num_steps)
 
 
-OPTIMIZERS: dict[str, Callable[[], Any]] = {"adam": Adam, "kl_sgd": KLSGD}
+OPTIMIZERS: dict[str, Callable[[], Any]] = {"adam": Adam, "kl_sgd": KLSGD, "natural": Natural}
 
 
 def optimizer_of(given: Any) -> Any:

@@ -24,7 +24,7 @@ from bayes_klrl.inference.svi.checkpoint import fingerprint
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.inference.svi.loop import Habits
 from bayes_klrl.inference.svi.objectives import ELBO, objective_of
-from bayes_klrl.inference.svi.optimizers import optimizer_of
+from bayes_klrl.inference.svi.optimizers import Natural, optimizer_of
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import JaxModel
 
@@ -63,12 +63,15 @@ class SVI:
     prompts_per_step
         Number of the P prompts that each step uses, drawn at random; None: all.
     optimizer
-        "adam", "kl_sgd", or a recipe of `svi.optimizers` such as `KLSGD(momentum=0.9)`; None: "adam". "kl_sgd" measures its
-        steps in nats; with a critic it is the better choice for a transformer on real text.
+        "adam", "kl_sgd", "natural", or a recipe such as `bk.KLSGD(momentum=0.9)`. None: "kl_sgd" for a `TorchLM` of at
+        least 200,000 parameters with the ELBO, where it is measured to end nearer to the posterior with fewer completions;
+        "adam" for smaller models, for tables, for a JaxLM, and wherever `learning_rate` is given. On small problems "natural"
+        needs a tenth of Adam's steps, each of which takes several times as long.
     twist
         The critic: a twist or a recipe of one, as SMC takes them, which gives each token an advantage of its own (see
         `svi.objectives.critics`). `bk.PartialRewardTwist()` scores the prefixes of completions, and learns during the
-        training. None: every token of a completion has the weight of the completion.
+        training. None: that one with "kl_sgd", unless rewards of prefixes would take much longer than the rest of a step,
+        which a warning says; none with "adam". "none": every token of a completion has the weight of the completion.
     discount
         lambda of the critic's advantages, in [0, 1]. At 1 the gradient is unbiased whatever the critic; lower values have less
         variance.
@@ -125,11 +128,19 @@ class SVI:
         check_fraction("discount", self.discount)
         if self.particles_per_pass is not None:
             check_count("particles_per_pass", self.particles_per_pass)
-        if self.twist is not None and not isinstance(objective, ELBO):
+        if self.optimizer is not None and isinstance(optimizer_of(self.optimizer), Natural):
+            own = self.twist in (None, "none") and isinstance(objective, ELBO) and self.estimator == "leave_one_out"
+            if not own or self.particles_per_pass is not None:
+                raise BayesKLRLError(
+                    'optimizer="natural" has a gradient of its own, that of the ELBO from whole completions. Leave out twist, '
+                    "objective, estimator and particles_per_pass."
+                )
+        has_critic = self.twist is not None and self.twist != "none"
+        if has_critic and not isinstance(objective, ELBO):
             raise BayesKLRLError(
                 f'A critic (twist=) is for objective="elbo"; got {self.objective!r}. Leave the twist out.'
             )
-        if self.estimator != "leave_one_out" and (self.twist is not None or not isinstance(objective, ELBO)):
+        if self.estimator != "leave_one_out" and (has_critic or not isinstance(objective, ELBO)):
             raise BayesKLRLError(
                 f'estimator={self.estimator!r} is one of objective="elbo" without a critic. Leave estimator out.'
             )

@@ -38,7 +38,7 @@ from bayes_klrl.models.torch_lm.adapters import (
 )
 from bayes_klrl.models.torch_lm.network import decoder_start
 
-__all__ = ["keep_adapter", "load", "save"]
+__all__ = ["keep_adapter", "load", "save", "save_adapter"]
 
 SMOLLM2 = "smollm2"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -269,12 +269,14 @@ def save_model(model: Any, folder: Path, eos_token_ids: frozenset[int], temperat
 
 def save_adapter(module: Any, folder: Path) -> None:
     """Write an adapter as peft does; refuse one that does not name its base, since nothing could load it."""
+    if not hasattr(module, "peft_config"):
+        raise CheckpointError("This model has no adapter that could be saved apart. Save the whole model.")
     for config in module.peft_config.values():
         if not config.base_model_name_or_path:
             raise CheckpointError(
-                f"An adapter of {type(config).__name__} cannot be added to the model's weights, and it does not say which "
+                f"An adapter of {type(config).__name__} is to be saved without its base model, and it does not say which "
                 "model it belongs to. Save it with lm.module.save_pretrained(folder), and load it with "
-                "TorchLM(peft.PeftModel.from_pretrained(base, folder))."
+                "TorchLM(peft.PeftModel.from_pretrained(base, folder)); or save the prior, load it, and fit again."
             )
     with quiet_peft():
         module.save_pretrained(folder)

@@ -348,11 +348,33 @@ class TorchLM:
         CheckpointError
             If the folder gives other log-probs than this model; the unmerged adapter is then in its subfolder "adapter".
         """
-        from bayes_klrl.models.torch_lm.checkpoint import keep_adapter, save
+        from bayes_klrl.models.torch_lm.checkpoint import save
 
         save(self._module, self._tokenizer, Path(folder), self._eos_token_ids, self.temperature)
+        self._check_written(folder)
+
+    def save_adapter(self, folder: str | os.PathLike[str]) -> None:
+        """Write this model's adapter as `peft` does, without its base, and compare what was written as `save_pretrained` does.
+
+        Raises
+        ------
+        CheckpointError
+            If the model has no adapter, or the adapter does not say which folder or name its base has.
+        """
+        from bayes_klrl.models.torch_lm.checkpoint import save_adapter
+
+        save_adapter(self._module, Path(folder))
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+        self._check_written(folder)
+
+    def _check_written(self, folder: str | os.PathLike[str]) -> None:
+        """Load what was written, and refuse it if it gives other log-probs than this model."""
+        from bayes_klrl.models.torch_lm.checkpoint import keep_adapter
+
         precision = next((parameter.dtype for parameter in self._module.parameters()), torch.float32)
-        written = TorchLM.from_pretrained(folder, dtype=precision, device=self.device, check=False)
+        own = {"eos_token_id": self._eos_token_ids, "temperature": self.temperature, "check": False}
+        written = TorchLM.from_pretrained(folder, dtype=precision, device=self.device, **own)
         gap = self._scoring_gap(written)
         if gap > 0:
             kept = keep_adapter(self._module, Path(folder))

@@ -243,6 +243,9 @@ def test_names_are_shorthand() -> None:
         ({"objective": "js", "twist": bk.PartialRewardTwist()}, r"critic .* is for objective=\"elbo\""),
         ({"estimator": "rao_blackwell", "twist": bk.PartialRewardTwist()}, "without a critic"),
         ({"discount": 1.5}, "discount"),
+        ({"optimizer": "natural", "objective": "js"}, "gradient of its own"),
+        ({"optimizer": "natural", "twist": bk.PartialRewardTwist()}, "gradient of its own"),
+        ({"optimizer": bk.KLSGD(), "particles_per_pass": -1}, "particles_per_pass"),
         ({"particles_per_pass": 0}, "particles_per_pass"),
     ],
 )

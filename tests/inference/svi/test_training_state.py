@@ -33,6 +33,7 @@ RECIPES = {
     "kl_sgd and critic": {"optimizer": "kl_sgd", "twist": bk.PartialRewardTwist()},
     "replay": {"objective": LogVariance(replay=8)},
     "js": {"objective": "js"},
+    "natural": {"optimizer": "natural"},
     "a prompt at a time": {"prompts_per_step": 1, "optimizer": "kl_sgd", "twist": bk.PartialRewardTwist()},
 }
 
@@ -266,3 +267,15 @@ def test_a_training_may_begin_from_another_guide() -> None:
 def test_what_is_for_torch_alone_is_refused_on_jax(options: dict[str, Any], quick_jax: None) -> None:
     with pytest.raises(bk.BayesKLRLError, match=f"{next(iter(options))}=.* on torch"):
         bk.SVI(2, 4, **options).fit(posterior(prior_on("jax", COIN)), seed=0)
+
+
+def test_tensorboard_writes_events(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    fit = bk.SVI(5, 8).fit(posterior(), seed=0, callbacks=[bk.TensorBoard(tmp_path)])
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert {"elbo", "kl_to_prior", "log_weight_sd", "reward"} <= set(events.Tags()["scalars"])
+    logged = [event.value for event in events.Scalars("elbo")]
+    np.testing.assert_allclose(logged, fit.history["elbo"], rtol=1e-6)

@@ -360,3 +360,22 @@ def test_half_precision_that_diverges_stops_the_training() -> None:
     posterior = posterior_of(bk.TorchLM(tiny_llama(VOCAB).half()))
     with pytest.raises(bk.BayesKLRLError, match=r"no longer finite.*float32"):
         bk.SVI(12, 16, learning_rate=10.0, max_step_kl=np.inf).fit(posterior, seed=0)
+
+
+def test_an_adapter_may_stay_an_adapter(tmp_path: Path) -> None:
+    """The folder loads in peft and here, and is a few files."""
+    tiny_llama(VOCAB).save_pretrained(tmp_path / "base")
+    posterior = posterior_of(bk.TorchLM.from_pretrained(tmp_path / "base"))
+    fit = bk.SVI(10, 16, adapter="lora").fit(posterior, seed=0)
+    fit.save(tmp_path / "adapter", merged=False)
+    assert not (tmp_path / "adapter" / "config.json").exists()
+    np.testing.assert_allclose(scores(bk.TorchLM.from_pretrained(tmp_path / "adapter")), scores(fit.guide), atol=1e-5)
+    base = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with quiet_peft():
+        again = bk.TorchLM(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))
+    np.testing.assert_allclose(scores(again), scores(fit.guide), atol=1e-5)
+    with pytest.raises(bk.CheckpointError, match="no adapter"):
+        bk.SVI(1, 4).fit(posterior, seed=0).save(tmp_path / "other", merged=False)
+    unnamed = bk.SVI(1, 4, adapter="lora").fit(posterior_of(bk.TorchLM(tiny_llama(VOCAB))), seed=0)
+    with pytest.raises(bk.CheckpointError, match="does not say which model"):
+        unnamed.save(tmp_path / "third", merged=False)

@@ -224,7 +224,7 @@ class BayesianFit(Fit):
         mean_field = MeanField.of(self.mu, self.sigma, self.family.device)
         return policy_programs(self.recipe, self.posterior, self.family, mean_field)
 
-    def save(self, folder: str | Path) -> Path:
+    def save(self, folder: str | Path, *, merged: bool = True) -> Path:
         """Write mu, sigma, the parameters that they are offsets from, the recipe and the history; return the folder.
 
         `fit.policy(seed).save_pretrained(folder)` writes one policy in Hugging Face's format.

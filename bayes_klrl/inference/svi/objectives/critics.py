@@ -13,6 +13,7 @@ A critic is a twist of SMC: alpha V is a value function of RL.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -184,6 +185,8 @@ class PrefixRewardCritic:
     ----------
     model_tokens
         Tokens that the prior read and drew for the start.
+    seconds_of_draws, seconds_of_rewards
+        Time that these draws took, and the rewards of all of them.
     """
 
     def __init__(
@@ -191,7 +194,12 @@ class PrefixRewardCritic:
     ) -> None:
         self._posterior, self._forgetting, self._ridge = posterior, forgetting, ridge
         each = max(2, -(-num_pilot // posterior.num_prompts))
+        start = time.perf_counter()
         pilot, log_likelihood = prior_pilot(posterior, each, Streams.of(seed, each))
+        whole, again = time.perf_counter() - start, time.perf_counter()
+        posterior.reward_of_rows(pilot.tokens, pilot.lengths, pilot.prompt_index)
+        self.seconds_of_rewards = time.perf_counter() - again
+        self.seconds_of_draws = max(whole - self.seconds_of_rewards, 0.0)
         self.model_tokens = pilot.model_tokens
         self.num_pilot = each * posterior.num_prompts
         finite = log_likelihood[np.isfinite(log_likelihood)]

@@ -80,7 +80,7 @@ class SequenceELBO(ELBO):
     """
 
     last: ElboTerms
-    _last_site: Any
+    last_site: Any
 
     def __init__(self, num_particles: int = 64, max_plate_nesting: int = 1) -> None:
         if num_particles < 2:
@@ -105,7 +105,7 @@ class SequenceELBO(ELBO):
         """Return a scalar whose value is -ELBO, summed over prompts, and whose gradient is the estimator's."""
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
             self.last = self.terms(model_trace, guide_trace)
-            self._last_site = guide_trace.nodes["x"]
+            self.last_site = guide_trace.nodes["x"]
             scale = model_trace.nodes["x"]["scale"]  # P / prompts_per_step where prompts are subsampled
         surrogate = -self.last.surrogate.mean(dim=0).sum() * scale
         value = -self.last.log_weights.mean(dim=0).sum() * scale
@@ -119,7 +119,7 @@ class SequenceELBO(ELBO):
         length of a short step.
         """
         with torch.no_grad():
-            now = self._last_site["fn"].log_prob(self._last_site["value"])
+            now = self.last_site["fn"].log_prob(self.last_site["value"])
         return float((now.reshape(self.last.log_guide.shape) - self.last.log_guide).square().mean() / 2)
 
     @in_turn(PYRO_TURN)

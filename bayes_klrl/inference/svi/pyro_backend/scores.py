@@ -66,7 +66,7 @@ class ScoreELBO(SequenceELBO):
             return super().loss_and_grads(model, guide, *args, **kwargs)
         with torch.no_grad():
             loss = float(self.differentiable_loss(model, guide, *args, **kwargs))
-        site, weights = self._last_site, self._weights
+        site, weights = self.last_site, self._weights
         sequences = to_sequences(site["value"], site["fn"].lm)
         num_draws = sequences.tokens.shape[1]
         for start in range(0, num_draws, self.per_pass):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +16,10 @@ from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.inference.svi.loop import Habits, TrainingPlan, trained
 from bayes_klrl.inference.svi.objectives import ELBO, objective_of
-from bayes_klrl.inference.svi.objectives.critics import critic_of
-from bayes_klrl.inference.svi.optimizers import KLSGD, optimizer_of
+from bayes_klrl.inference.svi.objectives.critics import PrefixRewardCritic, critic_of
+from bayes_klrl.inference.svi.optimizers import KLSGD, Natural, optimizer_of
 from bayes_klrl.inference.svi.pyro_backend.elbo import LeaveOneOutELBO, RaoBlackwellELBO
+from bayes_klrl.inference.svi.pyro_backend.natural_steps import NaturalSteps
 from bayes_klrl.inference.svi.pyro_backend.optimizers import AdamSteps, MomentumSteps, embedding_rows
 from bayes_klrl.inference.svi.pyro_backend.scores import ScoreELBO
 from bayes_klrl.inference.svi.refusals import no_adapter
@@ -35,6 +37,11 @@ __all__ = ["TorchTraining", "fit_guide", "trainable_guide"]
 
 _ELBOS = {"leave_one_out": LeaveOneOutELBO, "rao_blackwell": RaoBlackwellELBO}
 _USES_FROM = 128
+_NO_MATTER = 0.5  # seconds
+_MOST_OF_PREFIXES = 6.0  # a step of a small model takes about six times as long as its draws
+
+LARGE = 200_000
+"""Number of parameters of a transformer from which "kl_sgd" is the default."""
 
 
 @in_turn(PYRO_TURN)
@@ -64,9 +71,10 @@ class TorchTraining:
         self.model = pyro_model(posterior, plan.prompts_per_step)
         self.program = pyro_guide(posterior, self.guide, plan.prompts_per_step)
         self.parameters = [parameter for parameter in self.guide.parameters() if parameter.requires_grad]
-        self.critic: Any = None if plan.twist is None else critic_of(plan.twist, posterior, seed)
+        optimizer = optimizer_of(plan.optimizer or default_optimizer(plan, self.guide))
+        self.critic = critic_for(plan, optimizer, posterior, seed)
         self.elbo = loss_of(plan, self.critic)
-        self.steps = steps_of(plan, self.guide, self.parameters, self.elbo, posterior)
+        self.steps = steps_of(plan, optimizer, self.guide, self.parameters, self.elbo, posterior)
         # what the critic has read before the first step
         self._tokens_before = int(getattr(self.critic, "model_tokens", 0))
 
@@ -74,7 +82,10 @@ class TorchTraining:
         """See `Training.step`."""
         for parameter in self.parameters:
             parameter.grad = None
-        self.elbo.loss_and_grads(self.model, self.program)
+        if getattr(self.steps, "needs_gradient", True):
+            self.elbo.loss_and_grads(self.model, self.program)
+        else:
+            self.elbo.loss(self.model, self.program)
         terms = self.elbo.last
         check_finite_weights(terms.log_weights, self.posterior)
         taken = self.steps.step(terms.log_weights)
@@ -128,12 +139,42 @@ def loss_of(plan: TrainingPlan, critic: Any) -> Any:
     return ScoreELBO(plan.num_particles, objective, critic, plan.discount, plan.particles_per_pass)
 
 
-def steps_of(plan: TrainingPlan, guide: Any, parameters: list[torch.Tensor], elbo: Any, posterior: Posterior) -> Any:
+def default_optimizer(plan: TrainingPlan, guide: Any) -> str:
+    """Return the name of the optimizer that is measured to be the better one for this kind of guide."""
+    plain = isinstance(objective_of(plan.objective), ELBO) and plan.estimator == "leave_one_out"
+    module = getattr(guide, "module", None)
+    is_large = module is not None and sum(parameter.numel() for parameter in module.parameters()) >= LARGE
+    return "kl_sgd" if plain and is_large and plan.learning_rate is None else "adam"
+
+
+def critic_for(plan: TrainingPlan, optimizer: Any, posterior: Posterior, seed: int) -> Any:
+    """Return the critic that is asked for, or by default the one of rewards of prefixes; None for none."""
+    if plan.twist is not None:
+        return None if plan.twist == "none" else critic_of(plan.twist, posterior, seed)
+    if not isinstance(optimizer, KLSGD) or not isinstance(objective_of(plan.objective), ELBO):
+        return None
+    critic = PrefixRewardCritic(posterior, seed)
+    seconds = critic.seconds_of_rewards * posterior.max_new_tokens
+    share = seconds / max(critic.seconds_of_draws, 1e-9)
+    if share > _MOST_OF_PREFIXES and seconds > _NO_MATTER:
+        warnings.warn(
+            f"Rewards of prefixes would take {share:.0f} times as long as drawing the completions, so there is no critic. "
+            "SVI(twist=bk.PartialRewardTwist()) has one all the same, and twist='none' says that none is wanted.",
+            stacklevel=2,
+        )
+        return None
+    return critic
+
+
+def steps_of(
+    plan: TrainingPlan, recipe: Any, guide: Any, parameters: list[torch.Tensor], elbo: Any, posterior: Posterior
+) -> Any:
     """Return the optimizer at work on a guide."""
-    recipe = optimizer_of(plan.optimizer or "adam")
     if isinstance(recipe, KLSGD):
         scales = embedding_rows(guide, parameters, token_uses(posterior)) if recipe.frequency_scaling else None
         return MomentumSteps(recipe, plan.num_steps, parameters, elbo.guide_change, scales)
+    if isinstance(recipe, Natural):
+        return NaturalSteps(recipe, guide, elbo, same_prompts=plan.prompts_per_step is None)
     rate = plan.learning_rate or default_learning_rate(plan, guide)
     return AdamSteps(parameters, rate, plan.num_steps, plan.max_step_kl, elbo.guide_change)
 
