@@ -2,6 +2,7 @@
 
     python benchmarks/bench_svi.py tasks       KL(q || p*) after 600 steps x 256 completions, five seeds, three tasks
     python benchmarks/bench_svi.py tasks --backend jax     the same on JAX: the same checkpoints, compiling included
+    python benchmarks/bench_svi.py tasks --steps 60 --optimizer natural     60 steps of the natural gradient
     python benchmarks/bench_svi.py step        CPU seconds of a step with 64 completions x 16 tokens, GPT-2 4 x 128, V = 2000
 
 One thread, CPU seconds (`time.process_time`). The population value of ESS / N of importance sampling from the guide is
@@ -32,7 +33,7 @@ def on_jax(posterior: bk.Posterior) -> bk.Posterior:
     return bk.Posterior(prior, posterior.likelihood, prompts=prompts, max_new_tokens=posterior.max_new_tokens)
 
 
-def bench_tasks(num_seeds: int, backend: str) -> None:
+def bench_tasks(num_seeds: int, backend: str, num_steps: int, optimizer: str | None) -> None:
     """Print, for each task and seed, both KLs, the effective sample sizes and the CPU seconds of a fit."""
     for name in GPT2_TASKS:
         posterior = gpt2_task(name) if backend == "torch" else on_jax(gpt2_task(name))
@@ -43,7 +44,7 @@ def bench_tasks(num_seeds: int, backend: str) -> None:
         rows = []
         for seed in range(num_seeds):
             start = time.process_time()
-            fit = bk.SVI(600, 256).fit(posterior, seed=seed)
+            fit = bk.SVI(num_steps, 256, optimizer=optimizer).fit(posterior, seed=seed)
             seconds = time.process_time() - start
             log_guide = completion_log_probs(fit.guide, posterior.prompt_ids, exact.sequences)
             reverse = float((np.exp(log_guide) * (log_guide - log_posterior)).sum())
@@ -76,7 +77,7 @@ def bench_step(num_steps: int, backend: str) -> None:
     posterior = bk.Posterior(prior, evens, prompts=[list(range(1, 9))], max_new_tokens=16)
     options = {
         "full copy": {"learning_rate": 1e-4},
-        "LoRA": {"adapter": "lora"},
+        "LoRA": {"adapter": "lora", "optimizer": "adam"},
         "Rao-Blackwell": {"learning_rate": 1e-4, "estimator": "rao_blackwell"},
     }
     if backend == "jax":
@@ -105,14 +106,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["tasks", "step"])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, help="default: 600 for tasks, 10 for step")
+    parser.add_argument("--optimizer", choices=["adam", "kl_sgd", "natural"])
     parser.add_argument("--backend", choices=["torch", "jax"], default="torch")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.what == "tasks":
-        bench_tasks(arguments.seeds, arguments.backend)
+        bench_tasks(arguments.seeds, arguments.backend, arguments.steps or 600, arguments.optimizer)
     else:
-        bench_step(arguments.steps, arguments.backend)
+        bench_step(arguments.steps or 10, arguments.backend)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.mutants.later import LATER
 from tests.mutants.table import MUTANTS, Mutant
 from tests.mutants.verdicts import FILE, FOLDER
 
@@ -154,7 +155,7 @@ def run_mutant(mutant: Mutant, copy: Copy) -> Outcome:
 
 def main(words: Sequence[str]) -> int:
     """Print the table, and return 1 if a mutant survived or the unmutated copy failed."""
-    chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
+    chosen = [mutant for mutant in (*MUTANTS, *LATER) if not words or any(word in mutant.name for word in words)]
     width = max(len(mutant.name) for mutant in chosen) if chosen else 0
     start, ok = time.perf_counter(), bool(chosen)
     with tempfile.TemporaryDirectory() as folder:

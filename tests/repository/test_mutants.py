@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.mutants.__main__ import ROOT, Copy, killers_of, mutated_text, run_mutant
-from tests.mutants.table import MUTANTS, Mutant
+from tests.mutants.later import LATER
+from tests.mutants.table import MUTANTS as FIRST
+from tests.mutants.table import Mutant
+
+MUTANTS = (*FIRST, *LATER)
 
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
 EQUIVALENT = Mutant(
