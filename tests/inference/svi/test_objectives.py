@@ -258,3 +258,59 @@ def test_a_twist_that_is_none_is_refused() -> None:
     posterior, _ = problem()
     with pytest.raises(bk.BayesKLRLError, match="twist is a twist or a recipe"):
         bk.SVI(2, 4, twist=3.0).fit(posterior, seed=0)
+
+
+def test_a_reward_of_whole_completions_only_is_no_obstacle_unless_its_critic_is_asked_for() -> None:
+    """A reward that parses what it reads fails on prefixes; the default critic then knows the position alone."""
+    posterior, _ = problem()
+
+    def parsed(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        whole = (np.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0] == 2) | (lengths == 3)
+        if not whole.all():
+            raise ValueError("no end")
+        return 1.0 * (tokens == 0).sum(axis=1)
+
+    strict = bk.Posterior(posterior.prior, bk.TokenReward(parsed, alpha=0.6), prompts=[[0]], max_new_tokens=3)
+    with pytest.raises(bk.RewardError, match="no end"):
+        PrefixRewardCritic(strict, 0)
+    critic = PrefixRewardCritic(strict, 0, forgiving=True)
+    draws = bk.ImportanceSampling(8).run(strict, seed=0)
+    values = critic.values(Rows(np.zeros(8, dtype=int), draws.tokens[0], draws.lengths[0]))
+    assert np.isfinite(values).all()
+    assert np.ptp(values[:, 1]) == 0
+
+
+def test_the_default_is_chosen_by_the_size_of_the_guide(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bayes_klrl.inference.svi.pyro_backend import training
+    from tests.helpers.tiny_models import tiny_gpt2
+
+    reward = bk.TokenReward(lambda tokens, lengths: (tokens % 2).mean(axis=1), alpha=0.5)
+    posterior = bk.Posterior(bk.TorchLM(tiny_gpt2(6)), reward, prompts=[[1, 2]], max_new_tokens=3)
+
+    def chosen(**options: Any) -> tuple[str, str]:
+        made = training.TorchTraining(bk.SVI(3, 4, **options), posterior, 0)
+        return type(made.steps).__name__, type(made.critic).__name__
+
+    assert chosen() == ("AdamSteps", "NoneType")
+    monkeypatch.setattr(training, "LARGE", 1000)
+    assert chosen() == ("MomentumSteps", "PrefixRewardCritic")
+    assert chosen(twist="none") == ("MomentumSteps", "NoneType")
+    assert chosen(learning_rate=1e-3) == ("AdamSteps", "NoneType")
+    assert chosen(objective="js") == ("AdamSteps", "NoneType")
+    assert chosen(estimator="rao_blackwell") == ("AdamSteps", "NoneType")
+    assert chosen(optimizer="natural") == ("NaturalSteps", "NoneType")
+    slow = bk.PartialRewardTwist()
+    assert chosen(optimizer="adam", twist=slow) == ("AdamSteps", "PrefixRewardCritic")
+
+
+def test_a_slow_reward_has_no_critic_by_default_and_this_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bayes_klrl.inference.svi.pyro_backend import training
+    from tests.helpers.tiny_models import tiny_gpt2
+
+    reward = bk.TokenReward(lambda tokens, lengths: (tokens % 2).mean(axis=1), alpha=0.5)
+    posterior = bk.Posterior(bk.TorchLM(tiny_gpt2(6)), reward, prompts=[[1, 2]], max_new_tokens=3)
+    monkeypatch.setattr(training, "_NO_MATTER", 0.0)
+    monkeypatch.setattr(training, "_MOST_OF_PREFIXES", 0.0)
+    with pytest.warns(UserWarning, match="Rewards of prefixes would take .* so there is no critic"):
+        made = training.TorchTraining(bk.SVI(3, 4, optimizer="kl_sgd"), posterior, 0)
+    assert made.critic is None

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, RewardError
 from bayes_klrl.models.twists.simple import PartialRewardTwist, prior_pilot
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import Streams
@@ -180,6 +180,9 @@ class PrefixRewardCritic:
         Number of these draws, shared by the prompts.
     forgetting, ridge
         The factor of earlier steps, and the ridge penalty.
+    forgiving
+        True: where the reward of a prefix cannot be had, since the reward function takes whole completions only, the values of
+        that step know the position alone. False: its error is raised.
 
     Attributes
     ----------
@@ -190,9 +193,17 @@ class PrefixRewardCritic:
     """
 
     def __init__(
-        self, posterior: Posterior, seed: int, *, num_pilot: int = 256, forgetting: float = 0.9, ridge: float = 10.0
+        self,
+        posterior: Posterior,
+        seed: int,
+        *,
+        num_pilot: int = 256,
+        forgetting: float = 0.9,
+        ridge: float = 10.0,
+        forgiving: bool = False,
     ) -> None:
         self._posterior, self._forgetting, self._ridge = posterior, forgetting, ridge
+        self._forgiving = forgiving
         each = max(2, -(-num_pilot // posterior.num_prompts))
         start = time.perf_counter()
         pilot, log_likelihood = prior_pilot(posterior, each, Streams.of(seed, each))
@@ -245,7 +256,12 @@ class PrefixRewardCritic:
         """Return the regressors of the prefix before each token, (R, T, K)."""
         num_rows, num_tokens = rows.tokens.shape
         num_prompts = self._posterior.num_prompts
-        raw = prefix_log_likelihoods(self._posterior, rows) / self._scale
+        try:
+            raw = prefix_log_likelihoods(self._posterior, rows) / self._scale
+        except RewardError:
+            if not self._forgiving:
+                raise
+            raw = np.full(rows.tokens.shape, np.nan)
         impossible = np.isneginf(raw)
         u = np.where(np.isfinite(raw), raw, 0.0)
         tau = np.broadcast_to(np.arange(num_tokens) / num_tokens, u.shape)
