@@ -23,7 +23,10 @@ def tune(
     particles: Annotated[int, typer.Option(help="Completions per prompt and step.", min=2)] = 64,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Adam's peak rate, after a short warm-up; it then falls to 0. Default: 2e-3, for LoRA 5e-3."),
+        typer.Option(
+            help="Adam's peak rate, after a short warm-up; it then falls to 0. Default: steps measured in nats, without a "
+            "rate, for models of 200,000 parameters and more; otherwise 2e-3, for LoRA 5e-3."
+        ),
     ] = None,
     adapter: Annotated[
         str | None, typer.Option(help='"lora": train LoRA adapters over the frozen prior. Default: train a full copy.')

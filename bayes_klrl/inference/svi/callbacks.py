@@ -7,7 +7,7 @@ written by `SVI.fit(checkpoint=...)`, since only the training knows its whole st
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -31,6 +31,8 @@ class StepRecord:
         The number of the step, from 0, and the number of steps of the whole training.
     values
         The step's means over prompts in nats, by the names of `Fit.history`.
+    history
+        The values of all steps so far by the same names, this step's last; those before a resume included.
     posterior
         The posterior that the guide approximates.
 
@@ -50,6 +52,7 @@ class StepRecord:
     step: int
     num_steps: int
     values: Mapping[str, float]
+    history: Mapping[str, Sequence[float]]
     posterior: Posterior
 
     @property
@@ -94,7 +97,7 @@ Callback: TypeAlias = Callable[[StepRecord, LanguageModel], bool | None]
 """`callback(record, guide)`; True ends the training."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class EarlyStopping:
     """End the training once the guide is near its posterior.
 
@@ -114,7 +117,6 @@ class EarlyStopping:
 
     gap: float
     least_steps: int = 10
-    _mean: float = field(default=float("nan"), repr=False)
 
     def __post_init__(self) -> None:
         check_positive("gap", self.gap)
@@ -122,9 +124,11 @@ class EarlyStopping:
 
     def __call__(self, record: StepRecord, guide: LanguageModel) -> bool:
         """Return whether the gap is small enough."""
-        now = record.values["log_weight_sd"] ** 2 / 2
-        self._mean = now if np.isnan(self._mean) else 0.8 * self._mean + 0.2 * now
-        return record.step + 1 >= self.least_steps and self._mean < self.gap
+        gaps = [sd**2 / 2 for sd in record.history["log_weight_sd"]]
+        mean = gaps[0]
+        for gap in gaps[1:]:
+            mean = 0.8 * mean + 0.2 * gap
+        return record.step + 1 >= self.least_steps and mean < self.gap
 
 
 class TensorBoard:

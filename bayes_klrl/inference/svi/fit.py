@@ -29,8 +29,8 @@ class Fit:
         The approximate posterior q, a language model.
     history
         Arrays of one value per step, means over prompts in nats: "elbo", "reward" (in its own units), "kl" (to the prior),
-        "log_weight_sd", "gradient_norm", "learning_rate", "step_kl" (how far the step moved the guide; NaN where it was not
-        measured), "seconds".
+        "log_weight_sd", "gradient_norm", "learning_rate" (of Adam; the share of a natural step that was taken; NaN with
+        "kl_sgd"), "step_kl" (how far the step moved the guide; NaN where it was not measured), "seconds".
     posterior
         The posterior that the guide approximates.
     training

@@ -174,7 +174,9 @@ def trained(
             yield values  # the history has them from here on
             try:
                 ended = call_all(
-                    habits.callbacks, StepRecord(number, plan.num_steps, values, posterior), training.guide_so_far
+                    habits.callbacks,
+                    StepRecord(number, plan.num_steps, values, history, posterior),
+                    training.guide_so_far,
                 )
             except BaseException:
                 if habits.checkpoint is not None:

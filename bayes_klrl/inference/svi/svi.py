@@ -23,7 +23,7 @@ from bayes_klrl.inference.svi.callbacks import Callback, Checkpoint
 from bayes_klrl.inference.svi.checkpoint import fingerprint
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.inference.svi.loop import Habits
-from bayes_klrl.inference.svi.objectives import ELBO, objective_of
+from bayes_klrl.inference.svi.objectives import ELBO, LogVariance, objective_of
 from bayes_klrl.inference.svi.optimizers import Natural, optimizer_of
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import JaxModel
@@ -44,8 +44,8 @@ class SVI:
     num_particles
         Completions per prompt that each step draws, at least 2.
     learning_rate
-        Adam's peak rate: 5 % warm-up, then linear decay to 0. None: 2e-3 for a full copy of the prior, 5e-3 for adapters,
-        0.1 for an `NgramLM`.
+        Adam's peak rate: 5 % warm-up, then linear decay to 0; giving it chooses Adam. None, where Adam is used: 2e-3 for a
+        full copy of the prior, 5e-3 for adapters, 0.1 for an `NgramLM`.
     objective
         What is minimised: "elbo", "log_variance", "forward_kl", "js" or "tv" (see `svi.objectives`), or an object with the
         method `weights` of these.
@@ -135,6 +135,8 @@ class SVI:
                     'optimizer="natural" has a gradient of its own, that of the ELBO from whole completions. Leave out twist, '
                     "objective, estimator and particles_per_pass."
                 )
+        if self.particles_per_pass is not None and isinstance(objective, LogVariance) and objective.replay:
+            raise BayesKLRLError("particles_per_pass is for draws of the step alone; leave it out with replay.")
         has_critic = self.twist is not None and self.twist != "none"
         if has_critic and not isinstance(objective, ELBO):
             raise BayesKLRLError(

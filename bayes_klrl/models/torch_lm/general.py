@@ -16,7 +16,6 @@ that leaks, by positions that it computes itself or by a cache of an unknown kin
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +25,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
+from bayes_klrl.models.torch_lm.heads import Head, head_of
 from bayes_klrl.models.torch_lm.network import (
     Network,
+    accepted,
     base_model,
     decoder_start,
+    forward_parameters,
+    has_virtual_tokens,
     left_padded,
     model_device,
 )
@@ -40,9 +43,7 @@ __all__ = [
     "EncoderDecoderNetwork",
     "PlainEncoderDecoderNetwork",
     "PlainNetwork",
-    "accepted",
     "general_networks",
-    "has_virtual_tokens",
 ]
 
 
@@ -67,79 +68,12 @@ def general_networks(module: nn.Module, vocab_size: int) -> Iterator[Network]:
     yield plain(module, vocab_size)
 
 
-_ACTIVATIONS = 8
-"""Floats per token at the widest layer of a body, in units of its hidden size."""
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """The body of a model without its head, and the function from hidden states to logits.
-
-    logits = scale * (W h + b) + bias,  or  cap * tanh(logits / cap)
-    """
-
-    body: nn.Module
-    head: nn.Module
-    scale: float
-    cap: float | None
-    bias: Tensor | None
-    width: int
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits (..., V) of hidden states (..., D), float32."""
-        logits: Tensor = self.head(hidden)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.cap is not None:
-            logits = (logits / self.cap).tanh() * self.cap
-        return (logits if self.bias is None else logits + self.bias).float()
-
-
-@torch.no_grad()
-def head_of(module: nn.Module, vocab_size: int) -> Head | None:
-    """Return the head of a model apart from its body, if together they give the model's own logits on one text; else None.
-
-    None for a model with virtual tokens, and for one with hooks, which a call of the body would miss.
-    """
-    model = base_model(module)
-    body, head = getattr(model, "model", None), model.get_output_embeddings()
-    body = getattr(model, model.base_model_prefix, None) if body is None else body
-    if not isinstance(body, nn.Module) or head is None or body is model or has_virtual_tokens(module):
-        return None
-    hooked = model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model) or "forward" in vars(module)
-    if hooked or module._forward_hooks or module._forward_pre_hooks:
-        return None
-    ids = torch.tensor([[index * vocab_size // 5 for index in (1, 2, 3, 4)]], device=model_device(module))
-    inputs = {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    try:
-        options = accepted(module, {"use_cache": False, "return_dict": True})
-        own = module(**inputs, **options).logits
-        hidden = body(**inputs, **options).last_hidden_state
-        plain = head(hidden)
-    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-        return None
-    if plain.shape != own.shape:
-        return None
-    largest = plain.abs().argmax()
-    ratio = float(own.flatten()[largest] / plain.flatten()[largest])
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    bias = getattr(model, "final_logits_bias", None)
-    tries = [(1.0, None, None), (1.0, cap, None), (1.0, None, bias), (ratio, None, None)]
-    for scale, its_cap, its_bias in tries:
-        found = Head(body, head, scale, its_cap, its_bias, hidden.shape[-1])
-        if (found.logits(hidden) - own.float()).abs().max() <= 1e-5 * max(1.0, float(own.abs().max())):
-            return found
-    return None
-
-
 class PlainNetwork:
     """See `Network`. The cache is the list of each row's tokens."""
 
     def __init__(self, module: nn.Module, vocab_size: int, head: Head | None = None) -> None:
         self.module, self.vocab_size, self.head = module, vocab_size, head
-        self.width = vocab_size if head is None else max(head.width, _ACTIVATIONS * head.width)
+        self.width = vocab_size if head is None else head.widest
         self.device = model_device(module)
         self.options = accepted(module, {"use_cache": False, "return_dict": True})
         # with virtual tokens the model has more positions than the text, and an index from the left would be shifted
@@ -209,7 +143,7 @@ class CachedNetwork:
 
     def __init__(self, module: nn.Module, vocab_size: int, head: Head | None = None) -> None:
         self.module, self.vocab_size, self.head = module, vocab_size, head
-        self.width = vocab_size if head is None else max(head.width, _ACTIVATIONS * head.width)
+        self.width = vocab_size if head is None else head.widest
         self.device = model_device(module)
         self.parameters = forward_parameters(module)
         self.config = base_model(module).config
@@ -281,7 +215,7 @@ class EncoderDecoderNetwork:
 
     def __init__(self, module: nn.Module, vocab_size: int, head: Head | None = None) -> None:
         self.module, self.vocab_size, self.head = module, vocab_size, head
-        self.width = vocab_size if head is None else max(head.width, _ACTIVATIONS * head.width)
+        self.width = vocab_size if head is None else head.widest
         self.device = model_device(module)
         self.start = decoder_start(module)
 
@@ -352,7 +286,7 @@ class PlainEncoderDecoderNetwork:
 
     def __init__(self, module: nn.Module, vocab_size: int, head: Head | None = None) -> None:
         self.module, self.vocab_size, self.head = module, vocab_size, head
-        self.width = vocab_size if head is None else max(head.width, _ACTIVATIONS * head.width)
+        self.width = vocab_size if head is None else head.widest
         self.device = model_device(module)
         self.options = accepted(module, {"use_cache": False, "return_dict": True})
         self.start = decoder_start(module)
@@ -399,12 +333,6 @@ class PlainEncoderDecoderNetwork:
         return torch.cat(parts)[torch.cat(order).argsort()]
 
 
-def has_virtual_tokens(module: nn.Module) -> bool:
-    """Return whether a PEFT adapter puts tokens of its own before the text."""
-    configs = getattr(module, "peft_config", None)
-    return isinstance(configs, dict) and any(config.is_prompt_learning for config in configs.values())
-
-
 def last_positions(tokens: Tensor, num_last: int) -> Tensor:
     """Return the last columns of (R, S) tokens as indices.
 
@@ -412,16 +340,6 @@ def last_positions(tokens: Tensor, num_last: int) -> Tensor:
     trainable and by another if it is frozen; a new adapter would then differ from its prior in the last bit.
     """
     return torch.arange(tokens.shape[1] - num_last, tokens.shape[1], device=tokens.device)
-
-
-def forward_parameters(module: nn.Module) -> frozenset[str]:
-    """Return the parameter names of the model's forward."""
-    return frozenset(inspect.signature(base_model(module).forward).parameters)
-
-
-def accepted(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """Return those options that the model's forward accepts."""
-    return {name: value for name, value in options.items() if name in forward_parameters(module)}
 
 
 def shallow_copy(cache: Any) -> Any:

@@ -10,6 +10,7 @@ choice is made by their numbers, once per model (`self_check`).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -18,7 +19,19 @@ from torch import Tensor, nn
 
 from bayes_klrl.typing import TokenIds
 
-__all__ = ["Network", "base_model", "context_limit", "decoder_start", "left_padded", "model_device", "nested"]
+__all__ = [
+    "Network",
+    "accepted",
+    "adapter_configs",
+    "base_model",
+    "context_limit",
+    "decoder_start",
+    "forward_parameters",
+    "has_virtual_tokens",
+    "left_padded",
+    "model_device",
+    "nested",
+]
 
 
 _LENGTHS = (
@@ -126,13 +139,31 @@ def coders(config: Any) -> list[Any]:
     return [part for part in found if hasattr(part, "to_dict")]
 
 
-def num_virtual_tokens(module: nn.Module) -> int:
-    """Return the number of tokens that a PEFT adapter puts before the text."""
+def adapter_configs(module: nn.Module) -> list[Any]:
+    """Return peft's configurations of the adapters around a model; none for a model without adapters."""
     configs = getattr(module, "peft_config", None)
-    if not isinstance(configs, dict):
-        return 0
-    virtual = [config for config in configs.values() if config.is_prompt_learning]
+    return list(configs.values()) if isinstance(configs, dict) else []
+
+
+def has_virtual_tokens(module: nn.Module) -> bool:
+    """Return whether an adapter puts tokens of its own before the text."""
+    return any(config.is_prompt_learning for config in adapter_configs(module))
+
+
+def num_virtual_tokens(module: nn.Module) -> int:
+    """Return the number of tokens that an adapter puts before the text."""
+    virtual = [config for config in adapter_configs(module) if config.is_prompt_learning]
     return max((getattr(config, "num_virtual_tokens", None) or 0 for config in virtual), default=0)
+
+
+def forward_parameters(module: nn.Module) -> frozenset[str]:
+    """Return the parameter names of the model's forward."""
+    return frozenset(inspect.signature(base_model(module).forward).parameters)
+
+
+def accepted(module: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
+    """Return those options that the model's forward accepts."""
+    return {name: value for name, value in options.items() if name in forward_parameters(module)}
 
 
 def nested(entries: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

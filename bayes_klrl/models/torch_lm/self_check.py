@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from bayes_klrl.errors import CheckpointError
-from bayes_klrl.models.torch_lm.general import accepted, general_networks
+from bayes_klrl.models.torch_lm.general import general_networks
 from bayes_klrl.models.torch_lm.network import (
     Network,
+    accepted,
+    adapter_configs,
     base_model,
     context_limit,
     decoder_start,
@@ -287,9 +289,8 @@ def refusal(module: nn.Module, probe: Probe, failure: Difference | Exception | N
             f"A {name} cannot be sampled and scored token by token: {type(failure).__name__}: {failure}"
         )
     own = float(own_log_probs(module, *prefix(probe, failure.row, failure.position))[failure.token])
-    if failure.path == "decoding" and abs(failure.expected - own) > abs(
-        failure.found - own
-    ):  # it was compared with scoring
+    scoring_is_worse = abs(failure.expected - own) > abs(failure.found - own)
+    if failure.path == "decoding" and scoring_is_worse:  # decoding was compared with scoring
         failure = replace(failure, path="scoring", found=failure.expected)
     seen = (
         f"{failure.path} gives token {failure.token} at position {failure.position} of the completion "
@@ -333,8 +334,7 @@ def prefix(probe: Probe, row: int, position: int) -> tuple[list[int], list[int]]
 
 def reads_for_invocation(module: nn.Module) -> bool:
     """Return whether a PEFT adapter is switched on by tokens of the text."""
-    configs = getattr(module, "peft_config", None)
-    return isinstance(configs, dict) and any(getattr(c, "alora_invocation_tokens", None) for c in configs.values())
+    return any(getattr(config, "alora_invocation_tokens", None) for config in adapter_configs(module))
 
 
 def shortened(ids: list[int]) -> str:

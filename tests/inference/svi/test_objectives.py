@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import bayes_klrl as bk
+from bayes_klrl.inference.svi.losses import LeaveOneOut
 from bayes_klrl.inference.svi.objectives import ELBO, JS, OBJECTIVES, TV, ForwardKL, LogVariance, objective_of
 from bayes_klrl.inference.svi.objectives.critics import (
     PrefixRewardCritic,
@@ -239,6 +240,8 @@ def test_names_are_shorthand() -> None:
     [
         ({"objective": "kl"}, "Unknown objective 'kl'"),
         ({"objective": 3}, "objective is a name"),
+        ({"objective": LeaveOneOut()}, "Losses of bk.audit are audited"),
+        ({"objective": LogVariance(replay=4), "particles_per_pass": 2}, "leave it out with replay"),
         ({"optimizer": "sgd"}, "Unknown optimizer 'sgd'"),
         ({"objective": "js", "twist": bk.PartialRewardTwist()}, r"critic .* is for objective=\"elbo\""),
         ({"estimator": "rao_blackwell", "twist": bk.PartialRewardTwist()}, "without a critic"),

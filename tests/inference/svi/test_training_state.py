@@ -163,6 +163,26 @@ def test_folders_without_a_whole_checkpoint_are_refused(tmp_path: Path) -> None:
         svi.fit(posterior(), seed=0, resume=tmp_path)
 
 
+def test_a_checkpoint_with_another_critic_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there is one may depend on the time that the reward takes."""
+    from bayes_klrl.inference.svi.pyro_backend import training
+
+    svi = bk.SVI(4, 8, optimizer="kl_sgd")
+    svi.fit(posterior(), seed=0, checkpoint=tmp_path)
+    monkeypatch.setattr(training, "critic_for", lambda *_: None)
+    with pytest.raises(bk.CheckpointError, match=r"differ in their critic.*twist='none'"):
+        svi.fit(posterior(), seed=0, resume=tmp_path)
+
+
+def test_early_stopping_ends_at_the_same_step_after_a_resume(tmp_path: Path) -> None:
+    target, svi = posterior(full_table(COIN, 5)), bk.SVI(200, 64)
+    whole = svi.fit(target, seed=0, callbacks=[bk.EarlyStopping(gap=0.1)])
+    middle = len(whole.history["elbo"]) // 2
+    with pytest.raises(Stop):
+        svi.fit(target, seed=0, checkpoint=tmp_path, callbacks=[stop_after(middle)])
+    same(whole, svi.fit(target, seed=0, resume=tmp_path, callbacks=[bk.EarlyStopping(gap=0.1)]))
+
+
 # --- callbacks ------------------------------------------------------------------------------------------------------
 
 

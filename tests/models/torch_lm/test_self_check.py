@@ -330,5 +330,7 @@ def test_half_precision_passes_and_an_encoder_in_it_does_not() -> None:
 
 
 def test_the_tokenizers_padding_id_is_among_the_special_ids() -> None:
-    lm = bk.TorchLM(tiny_gpt2(8), tiny_tokenizer())
-    assert lm._special_ids()[0] == lm.tokenizer.pad_token_id or lm.tokenizer.pad_token_id is None  # type: ignore[union-attr]
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(3)
+    lm = bk.TorchLM(tiny_gpt2(8, eos_token_id=0), tokenizer)
+    assert set(lm._special_ids()) == {0, 3}

@@ -212,7 +212,6 @@ class PrefixRewardCritic:
         self.seconds_of_rewards = time.perf_counter() - again
         self.seconds_of_draws = max(whole - self.seconds_of_rewards, 0.0)
         self.model_tokens = pilot.model_tokens
-        self.num_pilot = each * posterior.num_prompts
         finite = log_likelihood[np.isfinite(log_likelihood)]
         self._scale = 2 * float(finite.std()) if finite.size > 1 and finite.std() > 0 else 1.0
         size = posterior.max_new_tokens + posterior.num_prompts + 7

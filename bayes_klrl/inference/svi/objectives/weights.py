@@ -136,14 +136,17 @@ def objective_of(given: Any) -> Any:
     Raises
     ------
     BayesKLRLError
-        If there is no objective of that name, or the object is neither an objective nor a loss.
+        If there is no objective of that name, or the object is no objective.
     """
     if isinstance(given, str):
         if given not in OBJECTIVES:
             raise BayesKLRLError(
-                f"Unknown objective {given!r}; choose one of {list(OBJECTIVES)}, or give a loss of bk.audit."
+                f"Unknown objective {given!r}; choose one of {list(OBJECTIVES)}, or give an object with their method `weights`."
             )
         return OBJECTIVES[given]()
-    if hasattr(given, "weights") or callable(given):
+    if callable(getattr(given, "weights", None)):
         return given
-    raise BayesKLRLError(f"objective is a name of {list(OBJECTIVES)}, or a loss as bk.audit takes it; got {given!r}.")
+    raise BayesKLRLError(
+        f"objective is a name of {list(OBJECTIVES)}, or an object with their method `weights`; got {given!r}. "
+        "Losses of bk.audit are audited, and not trained here."
+    )

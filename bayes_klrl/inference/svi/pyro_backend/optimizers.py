@@ -27,6 +27,9 @@ _RARE = 0.02
 class Steps(Protocol):
     """An optimizer at work."""
 
+    needs_gradient: bool
+    """Whether the loss must leave its gradient in the parameters before `step`."""
+
     def step(self, log_weights: Tensor) -> Mapping[str, float]:
         """Take a step along the parameters' gradients; return "gradient_norm", "learning_rate" and "step_kl".
 
@@ -45,6 +48,8 @@ class Steps(Protocol):
 
 class AdamSteps:
     """Adam in a trust region; see `trust_region`."""
+
+    needs_gradient = True
 
     def __init__(
         self,
@@ -110,7 +115,11 @@ class MomentumSteps:
         Returns the KL by which the guide has moved since its draws, in nats.
     scales
         Factors of the gradient of each parameter, broadcast over it; None: 1.
+    model_tokens
+        Tokens that the prior read and drew for the factors.
     """
+
+    needs_gradient = True
 
     def __init__(
         self,
@@ -119,7 +128,9 @@ class MomentumSteps:
         parameters: Sequence[Tensor],
         measure: Callable[[], float],
         scales: Sequence[Tensor | None] | None = None,
+        model_tokens: int = 0,
     ) -> None:
+        self.model_tokens = model_tokens
         self._recipe, self._parameters, self._measure = recipe, list(parameters), measure
         self._length = StepLength(recipe, num_steps)
         self._scales = [None] * len(self._parameters) if scales is None else list(scales)

@@ -32,12 +32,11 @@ from bayes_klrl.inference.svi.pyro_backend.score_products import Outer, Terms, W
 from bayes_klrl.models.torch_lm.general import (
     PlainEncoderDecoderNetwork,
     PlainNetwork,
-    accepted,
     equal_lengths,
-    has_virtual_tokens,
     last_positions,
 )
 from bayes_klrl.models.torch_lm.lm import TorchLM
+from bayes_klrl.models.torch_lm.network import accepted, has_virtual_tokens
 from bayes_klrl.models.torch_lm.scoring import positions_inside, tempered
 from bayes_klrl.models.torch_lm.table import TableLM
 from bayes_klrl.sequences import Sequences

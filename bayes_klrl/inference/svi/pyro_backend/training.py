@@ -12,7 +12,7 @@ import numpy as np
 import pyro
 import torch
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.inference.svi.loop import Habits, TrainingPlan, trained
 from bayes_klrl.inference.svi.objectives import ELBO, objective_of
@@ -75,14 +75,14 @@ class TorchTraining:
         self.critic = critic_for(plan, optimizer, posterior, seed)
         self.elbo = loss_of(plan, self.critic)
         self.steps = steps_of(plan, optimizer, self.guide, self.parameters, self.elbo, posterior)
-        # what the critic has read before the first step
-        self._tokens_before = int(getattr(self.critic, "model_tokens", 0))
+        # what critic and optimizer have read before the first step
+        self._tokens_before = sum(int(getattr(part, "model_tokens", 0)) for part in (self.critic, self.steps))
 
     def step(self) -> dict[str, float]:
         """See `Training.step`."""
         for parameter in self.parameters:
             parameter.grad = None
-        if getattr(self.steps, "needs_gradient", True):
+        if self.steps.needs_gradient:
             self.elbo.loss_and_grads(self.model, self.program)
         else:
             self.elbo.loss(self.model, self.program)
@@ -115,6 +115,11 @@ class TorchTraining:
 
     def restore(self, arrays: Mapping[str, torch.Tensor]) -> None:
         """See `Training.restore`."""
+        if bool(_part(arrays, "critic.")) != hasattr(self.critic, "state"):
+            raise CheckpointError(
+                "The checkpoint's training and this one differ in their critic, which the time of the reward decided. Say in "
+                "both which one you want: SVI(twist=bk.PartialRewardTwist()) or SVI(twist='none')."
+            )
         with torch.no_grad():
             for i, parameter in enumerate(self.parameters):
                 parameter.copy_(arrays[f"guide.{i}"])
@@ -171,20 +176,21 @@ def steps_of(
 ) -> Any:
     """Return the optimizer at work on a guide."""
     if isinstance(recipe, KLSGD):
-        scales = embedding_rows(guide, parameters, token_uses(posterior)) if recipe.frequency_scaling else None
-        return MomentumSteps(recipe, plan.num_steps, parameters, elbo.guide_change, scales)
+        uses, model_tokens = token_uses(posterior) if recipe.frequency_scaling else (None, 0)
+        scales = None if uses is None else embedding_rows(guide, parameters, uses)
+        return MomentumSteps(recipe, plan.num_steps, parameters, elbo.guide_change, scales, model_tokens)
     if isinstance(recipe, Natural):
         return NaturalSteps(recipe, guide, elbo, same_prompts=plan.prompts_per_step is None)
     rate = plan.learning_rate or default_learning_rate(plan, guide)
     return AdamSteps(parameters, rate, plan.num_steps, plan.max_step_kl, elbo.guide_change)
 
 
-def token_uses(posterior: Posterior) -> torch.Tensor:
-    """Return the mean number of uses of each token in a completion of the prior, (V,), from a small sample."""
+def token_uses(posterior: Posterior) -> tuple[torch.Tensor, int]:
+    """Return the mean number of uses of each token in a completion of the prior, (V,), and the tokens of finding out."""
     pilot, _ = prior_pilot(posterior, max(2, _USES_FROM // posterior.num_prompts), Streams.of(0, _USES_FROM))
     inside = np.arange(pilot.tokens.shape[1]) < pilot.lengths[:, None]
     counts = np.bincount(pilot.tokens[inside], minlength=posterior.prior.vocab_size)
-    return torch.as_tensor(counts / len(pilot.tokens), dtype=torch.float32)
+    return torch.as_tensor(counts / len(pilot.tokens), dtype=torch.float32), pilot.model_tokens
 
 
 def starting_guide(plan: TrainingPlan, posterior: Posterior) -> Any:

@@ -29,7 +29,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from bayes_klrl.models.torch_lm.network import base_model, model_device
+from bayes_klrl.models.torch_lm.network import adapter_configs, base_model, model_device
 from bayes_klrl.models.torch_lm.tight.activation import tanh_gelu
 
 __all__ = ["Family", "Layer", "Rotation", "family_of"]
@@ -226,13 +226,10 @@ def llama_family(module: nn.Module, model: Any) -> Family | None:
 
 def adapter_is_in_place(module: nn.Module) -> bool:
     """Return whether the model has no PEFT wrapper, or one that only replaces layers (LoRA) and adds no virtual tokens."""
-    configs = getattr(module, "peft_config", None)
-    if not isinstance(configs, dict):
-        return True
     return all(
         str(getattr(config.peft_type, "value", config.peft_type)) == "LORA"
         and getattr(config, "alora_invocation_tokens", None) is None
-        for config in configs.values()
+        for config in adapter_configs(module)
     )
 
 
