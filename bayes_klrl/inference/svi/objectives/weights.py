@@ -141,7 +141,7 @@ def objective_of(given: Any) -> Any:
     if isinstance(given, str):
         if given not in OBJECTIVES:
             raise BayesKLRLError(
-                f"Unknown objective {given!r}; choose one of {list(OBJECTIVES)}, or give an object with their method `weights`."
+                f"Unknown objective {given!r}; choose one of {list(OBJECTIVES)}, or an object with their method `weights`."
             )
         return OBJECTIVES[given]()
     if callable(getattr(given, "weights", None)):
