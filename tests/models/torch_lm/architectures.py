@@ -122,10 +122,11 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "indexer_types", "layers_block_ty
 
 # Fields by the model type of their configuration, or of the one that it is a part of.
 MLA = {"num_key_value_heads": 4}  # the latent is expanded to a key and a value for every head
+KIMI_DELTA = {**MLA, "linear_num_heads": 2, "linear_head_dim": 4}  # its tables are 64 x 64 x heads x dimension per row
 SPECIAL: dict[str, dict[str, Any]] = {
     "axk1": MLA,
     "axk2": MLA,
-    "bailing_hybrid": MLA,
+    "bailing_hybrid": KIMI_DELTA,
     "bamba": {"attn_layer_indices": [1]},
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"logit_scale": 0.5},
@@ -183,7 +184,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8},
     "inkling_text": {"logits_mup_width_multiplier": 2.0, "mlp_layer_types": ["dense", "sparse"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "kimi_linear": MLA,
+    "kimi_linear": KIMI_DELTA,
     "laguna": {"layer_types": ["full_attention", "sliding_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
