@@ -23,8 +23,9 @@ first_python = $$(for p in $(1); do \
 help:  ## what can be made
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
 
-demo: $(STAMP)  ## install, then five inference methods on one posterior, side by side (about 3 minutes)
+demo: $(STAMP)  ## install, then five methods on one prompt, and one guide for 32 prompts judged on 32 others (3 minutes)
 	$(BIN)/bayes-klrl compare
+	$(BIN)/bayes-klrl amortise
 
 test: lint pytest arviz1  ## install, then everything that CI runs
 

@@ -1,10 +1,13 @@
 """The public names of `bayes_klrl` and where they live: the one list, read by type checkers and by lazy loading."""
 
+from .analysis.amortisation.amortise import Amortisation as Amortisation
+from .analysis.amortisation.amortise import amortise as amortise
 from .analysis.audit.audit import Audit as Audit
 from .analysis.audit.audit import audit as audit
+from .analysis.callbacks.adaptive_alpha import AdaptiveAlpha as AdaptiveAlpha
+from .analysis.callbacks.certify_every import CertifyEvery as CertifyEvery
 from .analysis.certificate.certificate import Certificate as Certificate
 from .analysis.certificate.certificate import certify as certify
-from .analysis.certificate.every import CertifyEvery as CertifyEvery
 from .analysis.comparison.compare import Comparison as Comparison
 from .analysis.comparison.compare import compare as compare
 from .analysis.contract import check_posterior as check_posterior
@@ -34,12 +37,14 @@ from .inference.smc.conditional import ConditionalSMC as ConditionalSMC
 from .inference.smc.smc import SMC as SMC
 from .inference.svi.bayesian.recipe import BayesianFit as BayesianFit
 from .inference.svi.bayesian.recipe import BayesianSVI as BayesianSVI
-from .inference.svi.callbacks import Checkpoint as Checkpoint
-from .inference.svi.callbacks import EarlyStopping as EarlyStopping
-from .inference.svi.callbacks import StepRecord as StepRecord
-from .inference.svi.callbacks import TensorBoard as TensorBoard
+from .inference.svi.callbacks.alphas import AnnealedAlpha as AnnealedAlpha
+from .inference.svi.callbacks.callbacks import Checkpoint as Checkpoint
+from .inference.svi.callbacks.callbacks import EarlyStopping as EarlyStopping
+from .inference.svi.callbacks.callbacks import StepRecord as StepRecord
+from .inference.svi.callbacks.loggers import TensorBoard as TensorBoard
+from .inference.svi.callbacks.loggers import TransformersLogger as TransformersLogger
 from .inference.svi.fit import Fit as Fit
-from .inference.svi.losses import LossInputs as LossInputs
+from .inference.svi.loss_inputs import LossInputs as LossInputs
 from .inference.svi.objectives.weights import ForwardKL as ForwardKL
 from .inference.svi.objectives.weights import LogVariance as LogVariance
 from .inference.svi.optimizers import KLSGD as KLSGD

@@ -9,6 +9,7 @@ outcome like any other. So p0 sums to exactly 1 over completions, and sampling w
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from bayes_klrl.arrays import no_gradient, to_host
 from bayes_klrl.batch import RESERVED_NAMES, Batch, Setting
-from bayes_klrl.checks import check_count
+from bayes_klrl.checks import check_count, check_positive
 from bayes_klrl.errors import BayesKLRLError, needs_jax
 from bayes_klrl.likelihood import Likelihood
 from bayes_klrl.prompts import prompt_list
@@ -93,6 +94,7 @@ class Posterior:
         likelihood.check(prior, self.columns)
         self.prompt_ids = encoded_prompts(self.prompts, prior)
         check_context(self.prompt_ids, self.max_new_tokens, prior)
+        self._given = likelihood
         self.likelihood = likelihood.bind(
             Setting(prior, self.prompts, self.prompt_ids, self.columns, self.max_new_tokens)
         )
@@ -117,6 +119,69 @@ class Posterior:
     def pad_token(self) -> int:
         """The token id at positions past a completion's length: the EOS id, 0 if there is none."""
         return pad_token(self.prior.eos_token_ids)
+
+    def at_alpha(self, alpha: float) -> Posterior:
+        """Return the posterior of the same prior and reward at another alpha; constraints are untouched by it.
+
+        Raises
+        ------
+        BayesKLRLError
+            If alpha is not a positive number, if there is no alpha (constraints alone), if rewards have different ones, or if
+            the reward itself depends on it.
+
+        Examples
+        --------
+        >>> import numpy as np, bayes_klrl as bk
+        >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+        >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+        >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3).at_alpha(0.5)
+        >>> posterior.alpha, posterior.log_likelihood([[0, 1]])
+        (0.5, array([[4.]]))
+        """
+        check_positive("alpha", alpha)
+        if self.likelihood.alpha is None:
+            raise BayesKLRLError("A likelihood of constraints alone has no alpha. Multiply it by a bk.Reward.")
+        if len({factor.alpha for factor in self.likelihood.factors if factor.alpha is not None}) > 1:
+            raise BayesKLRLError(
+                f"The rewards of {self.likelihood.label!r} have different alphas, so there is no alpha to change. Take a new "
+                "bk.Posterior with likelihood ** gamma, or give them one alpha."
+            )
+        if self.likelihood.depends_on_alpha:
+            raise BayesKLRLError(
+                f"The reward {self.likelihood.label!r} itself changes with alpha. Make a new bk.Posterior with a new reward."
+            )
+        if alpha == self.alpha:
+            return self
+        other = copy.copy(self)
+        other._given = self._given ** (self.alpha / alpha)
+        other.likelihood = self.likelihood ** (self.alpha / alpha)
+        return other
+
+    def select(self, indices: Sequence[int] | IntArray) -> Posterior:
+        """Return the posterior of some of the prompts, with their columns, in the order of the indices.
+
+        Examples
+        --------
+        >>> import numpy as np, bayes_klrl as bk
+        >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+        >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+        >>> posterior = bk.Posterior(coin, longer, prompts=[[0], [0, 0], [0, 0, 0]], max_new_tokens=3)
+        >>> posterior.select([2, 0]).prompt_ids
+        ((0, 0, 0), (0,))
+        """
+        chosen = [int(index) for index in indices]
+        wrong = [index for index in chosen if not -self.num_prompts <= index < self.num_prompts]
+        if wrong or not chosen:
+            raise BayesKLRLError(
+                f"Indices of prompts are from 0 to {self.num_prompts - 1}, at least one of them; got {wrong or 'none'}."
+            )
+        return Posterior(
+            self.prior,
+            self._given,
+            prompts=[self.prompts[index] for index in chosen],
+            max_new_tokens=self.max_new_tokens,
+            **{name: [values[index] for index in chosen] for name, values in self.columns.items()},
+        )
 
     def sequences(self, x: Sequences | Draws | Sequence[Sequence[int]]) -> Sequences:
         """Return completions as `Sequences` of width T; completions that are not outcomes of this posterior are refused.

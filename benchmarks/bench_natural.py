@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 import bayes_klrl as bk
-from bayes_klrl.inference.svi.pyro_backend.natural import NaturalGradient
-from bayes_klrl.inference.svi.pyro_backend.per_sample import PerSample
+from bayes_klrl.inference.svi.pyro_backend.natural_gradient.per_sample import PerSample
+from bayes_klrl.inference.svi.pyro_backend.natural_gradient.regression import NaturalGradient
 from bayes_klrl.models.decoding import decode_by
 from bayes_klrl.posterior import completion_log_probs
 from bayes_klrl.problems import GPT2_TASKS, gpt2_task
@@ -119,7 +119,7 @@ def main() -> None:
     torch.set_num_threads(1)
     report = [int(step) for step in options.report.split(",")]
     if options.what == "austen":
-        from bayes_klrl.cli.demo_posterior import posterior as demo
+        from bayes_klrl.cli.demo.one_prompt import posterior as demo
 
         posteriors = {"austen": demo}
     else:

@@ -3,6 +3,7 @@
     python benchmarks/bench_svi.py tasks       KL(q || p*) after 600 steps x 256 completions, five seeds, three tasks
     python benchmarks/bench_svi.py tasks --backend jax     the same on JAX: the same checkpoints, compiling included
     python benchmarks/bench_svi.py tasks --steps 60 --optimizer natural     60 steps of the natural gradient
+    python benchmarks/bench_svi.py objectives --seeds 3     every objective, 60 steps x 256 completions, by Adam
     python benchmarks/bench_svi.py step        CPU seconds of a step with 64 completions x 16 tokens, GPT-2 4 x 128, V = 2000
 
 One thread, CPU seconds (`time.process_time`). The population value of ESS / N of importance sampling from the guide is
@@ -15,11 +16,13 @@ import argparse
 import statistics
 import tempfile
 import time
+from typing import Any
 
 import numpy as np
 import torch
 
 import bayes_klrl as bk
+from bayes_klrl.inference.svi.losses import GRPO
 from bayes_klrl.posterior import completion_log_probs
 from bayes_klrl.problems import GPT2_TASKS, gpt2_task
 
@@ -64,6 +67,37 @@ def bench_tasks(num_seeds: int, backend: str, num_steps: int, optimizer: str | N
         )
 
 
+OBJECTIVES: dict[str, Any] = {
+    "elbo": "elbo",
+    "log_variance": "log_variance",
+    "log_variance, replay 768": bk.LogVariance(replay=768),
+    "forward_kl": "forward_kl",
+    "forward_kl on SMC(256)": bk.ForwardKL(bk.SMC(256)),
+    "js": "js",
+    "tv": "tv",
+    "GRPO (a loss of bk.audit)": GRPO(),
+}
+
+
+def bench_objectives(num_seeds: int, num_steps: int) -> None:
+    """Print KL(q || p*) and KL(p* || q) of every objective on every task, medians over seeds."""
+    for name in GPT2_TASKS:
+        posterior = gpt2_task(name)
+        exact = bk.Exact().run(posterior, seed=0)
+        log_posterior = exact.log_prior + exact.log_likelihood - exact.log_evidence[:, None]
+        print(f"\n{name}")
+        for label, objective in OBJECTIVES.items():
+            rows, start = [], time.process_time()
+            for seed in range(num_seeds):
+                fit = bk.SVI(num_steps, 256, objective=objective).fit(posterior, seed=seed)
+                log_guide = completion_log_probs(fit.guide, posterior.prompt_ids, exact.sequences)
+                reverse = float((np.exp(log_guide) * (log_guide - log_posterior)).sum())
+                rows.append((reverse, float((np.exp(log_posterior) * (log_posterior - log_guide)).sum())))
+            each = (time.process_time() - start) / num_seeds
+            reverse, forward = (statistics.median(column) for column in zip(*rows, strict=True))
+            print(f"  {label:28} KL(q||p*) {reverse:.4f}  KL(p*||q) {forward:.4f}  CPU {each:.1f} s", flush=True)
+
+
 def bench_step(num_steps: int, backend: str) -> None:
     """Print the CPU seconds of one SVI step, full copy and LoRA; those of compiling apart."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -102,17 +136,19 @@ def bench_step(num_steps: int, backend: str) -> None:
 
 
 def main() -> None:
-    """Run one of the two benchmarks."""
+    """Run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tasks", "step"])
+    parser.add_argument("what", choices=["tasks", "objectives", "step"])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="default: 600 for tasks, 10 for step")
+    parser.add_argument("--steps", type=int, help="default: 600 for tasks, 60 for objectives, 10 for step")
     parser.add_argument("--optimizer", choices=["adam", "kl_sgd", "natural"])
     parser.add_argument("--backend", choices=["torch", "jax"], default="torch")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.what == "tasks":
         bench_tasks(arguments.seeds, arguments.backend, arguments.steps or 600, arguments.optimizer)
+    elif arguments.what == "objectives":
+        bench_objectives(arguments.seeds, arguments.steps or 60)
     else:
         bench_step(arguments.steps or 10, arguments.backend)
 

@@ -71,7 +71,9 @@ def import_trl() -> tuple[Any, Any]:
         raise SystemExit("TRL's rows need TRL: pip install 'trl==1.16.*', or run with --only bare svi.") from error
 
 
-def trl_train(name: str, posterior: bk.Posterior, folder: Path, *, seed: int, num_steps: int, lora: bool) -> float:
+def trl_train(
+    name: str, posterior: bk.Posterior, folder: Path, *, seed: int, num_steps: int, lora: bool, batch: int = BATCH
+) -> float:
     """Train with one of TRL's trainers from the prior's folder, and return CPU seconds."""
     datasets, trl = import_trl()
     prior_folder = folder.parent / "prior"
@@ -79,13 +81,13 @@ def trl_train(name: str, posterior: bk.Posterior, folder: Path, *, seed: int, nu
     own = (
         {"num_generations": 8}
         if name == "GRPO"
-        else {"num_generations": BATCH, "normalize_advantages": False, "reward_clip_range": None}
+        else {"num_generations": batch, "normalize_advantages": False, "reward_clip_range": None}
     )
     config = getattr(trl, f"{name}Config")(
         output_dir=str(folder),
         beta=posterior.alpha,
         max_steps=num_steps,
-        per_device_train_batch_size=BATCH,
+        per_device_train_batch_size=batch,
         gradient_accumulation_steps=1,
         gradient_checkpointing=False,
         max_completion_length=posterior.max_new_tokens,
@@ -115,7 +117,7 @@ def trl_train(name: str, posterior: bk.Posterior, folder: Path, *, seed: int, nu
         str(prior_folder),
         posterior.likelihood.factors[0].fn,
         config,
-        datasets.Dataset.from_dict({"prompt": [posterior.prompts[0]] * BATCH}),
+        datasets.Dataset.from_dict({"prompt": [posterior.prompts[0]] * batch}),
         peft_config=adapter,
     )
     start = time.process_time()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 import bayes_klrl as bk
-from bayes_klrl.cli.demo_posterior import posterior as austen_posterior
+from bayes_klrl.cli.demo.one_prompt import posterior as austen_posterior
 from bayes_klrl.inference.exact.messages import backward_messages
 from bayes_klrl.problems import gold_table
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PosteriorFile", "Quiet", "Seed", "app", "err", "errors_as_messages", "escaped", "load", "out_console"]
 
-_ORDER = ("compare", "sample", "tune", "certify", "frontier", "suite")
+_ORDER = ("compare", "amortise", "sample", "tune", "certify", "frontier", "suite")
 
 
 class _Commands(typer.core.TyperGroup):
@@ -74,8 +74,8 @@ def errors_as_messages(command: F) -> F:
     return guarded  # type: ignore[return-value]
 
 
-def load(file: Path | None, quiet: bool) -> tuple[Posterior, dict[str, Any]]:
-    """Return the posterior that a file defines, and everything else it defines, by name."""
+def load(file: Path | None, quiet: bool, example: str = "one_prompt") -> tuple[Posterior, dict[str, Any]]:
+    """Return the posterior that a file defines, and all that it defines, by name; without a file, that of an example."""
     import runpy
 
     from bayes_klrl.posterior import Posterior
@@ -83,7 +83,7 @@ def load(file: Path | None, quiet: bool) -> tuple[Posterior, dict[str, Any]]:
     if file is None:
         if not quiet:
             err().print("No file given: running the shipped example, Jane Austen in a good mood.")
-        file = Path(__file__).with_name("demo_posterior.py")
+        file = Path(__file__).with_name("demo") / f"{example}.py"
     if not file.is_file():
         raise BayesKLRLError(f"There is no file {str(file)!r}. Give a Python file that defines `posterior`.")
     try:

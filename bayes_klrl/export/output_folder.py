@@ -16,6 +16,8 @@ _OURS = (
     "draws.nc",
     "table.csv",
     "comparison.png",
+    "amortisation.png",
+    "prompts.csv",
     "training*.png",
     "policy",
     "policy-[0-9]*",

@@ -67,6 +67,26 @@ def test_certify_says_how_far_a_policy_is_and_writes_it_down(small: Path, tmp_cw
     assert "the prior" in itself.output
 
 
+def test_amortise_trains_on_some_prompts_and_judges_on_others(small: Path, tmp_cwd: Path) -> None:
+    words = ["amortise", small, "--draws", 32, "--out", tmp_cwd / "out", "--quiet"]
+    alone = run(*words)
+    assert alone.exit_code == 1
+    assert "must also define `held_out`" in alone.output
+    small.write_text(SMALL + "held_out = bk.Posterior(letters, vowels, prompts=['the r', 'a c'], max_new_tokens=4)\n")
+    result = run(*words, "--steps", 3, "--prompts-per-step", 1)
+    assert result.exit_code == 0, result.output
+    assert "On 2 unseen prompts the guide is" in result.output
+    names = {path.name for path in (tmp_cwd / "out").iterdir()}
+    assert {"table.csv", "prompts.csv", "amortisation.png", "training.png", "policy"} <= names
+    policy = tmp_cwd / "out" / "policy"
+    assert run(*words, "--policy", policy).exit_code == 1  # it would be overwritten
+    again = run(*words[:4], "--policy", policy, "--out", tmp_cwd / "other", "--quiet")
+    assert again.exit_code == 0, again.output
+    assert not (tmp_cwd / "other" / "training.png").exists()
+    small.write_text(small.read_text() + "svi = bk.SVI(2, 4)\n")  # a training of the file's own
+    assert run(*words).exit_code == 0
+
+
 def test_frontier_shows_the_curve_and_answers_for_alpha(small: Path, tmp_cwd: Path) -> None:
     words = ["frontier", small, "--num-draws", 500, "--kl", 0.2, "--out", tmp_cwd / "out", "--quiet"]
     result = run(*words)
@@ -82,7 +102,7 @@ def test_frontier_shows_the_curve_and_answers_for_alpha(small: Path, tmp_cwd: Pa
 
 def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
     shown = run("--help").output
-    places = [shown.index(f"  {command} ") for command in ("compare", "sample", "tune", "certify", "frontier")]
+    places = [shown.index(f"  {command} ") for command in ("compare", "amortise", "sample", "tune", "certify")]
     assert places == sorted(places)
 
 

@@ -44,6 +44,8 @@ LAZY = {
     ("draws", "export.datatree"): "Draws.to_arviz: upward, a convenience of the public face",
     ("posterior", "models.programs.pyro_program"): "Posterior.pyro_model: upward, and needs torch",
     ("posterior", "models.programs.numpyro_program"): "Posterior.numpyro_model: upward, and needs jax",
+    ("analysis.amortisation.amortise", "analysis.amortisation.picture"): "matplotlib, for pictures only",
+    ("analysis.amortisation.amortise", "export.pictures"): "matplotlib, for pictures only",
     ("analysis.certificate.certificate", "analysis.certificate.picture"): "matplotlib, for pictures only",
     ("analysis.comparison.compare", "analysis.comparison.picture"): "matplotlib, for pictures only",
     ("analysis.comparison.compare", "export.datatree"): "xarray, for exports only",
@@ -91,7 +93,7 @@ LAZY_THIRD_PARTY = {"draws": {"pandas", "xarray"}, "progress": {"rich"}}
 # All others are NumPy, so that weights, resampling, SMC, enumeration and n-grams work without torch and JAX.
 BACKEND = re.compile(
     r"models\.(torch_lm|jax_lm|programs)\b.*|models\.twists\.neural"
-    r"|inference\.svi\.((pyro|numpyro)_backend\..*|losses|bayesian\.(programs|training|files))"
+    r"|inference\.svi\.((pyro|numpyro)_backend\..*|losses|loss_inputs|bayesian\.(programs|training|files))"
     r"|inference\.twists\.(losses|training)|reward_models\.(numpyro_program|datatree)"
 )
 PRESENTING = re.compile(r"(export|cli|problems|analysis)\b.*|__init__")

@@ -22,7 +22,7 @@ from bayes_klrl.analysis.audit.verdict import Findings, Target, is_best
 from bayes_klrl.checks import check_count, check_positive
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.exact.oracles import Enumerated
-from bayes_klrl.inference.svi.losses import Loss
+from bayes_klrl.inference.svi.loss_inputs import Loss, draws_from_prior
 from bayes_klrl.models.prefix_policy import PrefixPolicy
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.problems import audit_posterior
@@ -245,7 +245,7 @@ def audit(
         problem,
         alpha=problem.posterior.alpha,
         num_draws=num_draws,
-        draw_from_prior=_draws_from_prior(loss),
+        draw_from_prior=draws_from_prior(loss),
         rng=generator(seed),
     )
     slope, kl_slope = _slopes(gradient, seed)
@@ -290,14 +290,6 @@ def _one_prompt(posterior: Posterior) -> Enumerated:
             "The prior gives some tokens probability 0, whose log-ratios are not numbers. Give them a small probability."
         )
     return problem
-
-
-def _draws_from_prior(loss: Loss) -> bool:
-    """Return whether a loss asks for completions of the prior."""
-    draw_from = getattr(loss, "draw_from", "policy")
-    if draw_from not in ("policy", "prior"):
-        raise BayesKLRLError(f'The loss\'s attribute draw_from must be "policy" or "prior"; got {draw_from!r}.')
-    return bool(draw_from == "prior")
 
 
 def _slopes(gradient: LossGradient, seed: int) -> tuple[tuple[float, float], Mapping[str, tuple[float, float]]]:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.exact.oracles import Enumerated
-from bayes_klrl.inference.svi.losses import Loss, LossInputs
+from bayes_klrl.inference.svi.loss_inputs import NO_GRADIENT, Loss, LossInputs, value_of
 from bayes_klrl.typing import FloatArray
 
 __all__ = ["LEFT", "MOVING", "NOT_FINITE", "SETTLED", "LossGradient", "Trained", "train"]
@@ -119,19 +119,10 @@ class LossGradient:
             If the loss raises, is no scalar, has no gradient, or is not finite.
         """
         batch = self._batch(logits.log_softmax(dim=-1))
-        try:
-            value = self._loss(batch)
-        except BayesKLRLError:
-            raise
-        except Exception as error:  # whatever a user's function raises is shown with the shapes it met
-            raise BayesKLRLError(
-                f"The loss raised {type(error).__name__}: {error} -- on log_probs of shape {tuple(batch.log_probs.shape)} "
-                f"and rewards of shape {tuple(batch.rewards.shape)}. See LossInputs for what it is given."
-            ) from error
-        _check_value(value)
+        value = value_of(self._loss, batch)
         (gradient,) = torch.autograd.grad(value, logits, allow_unused=True)
         if gradient is None:
-            raise BayesKLRLError(_NO_GRADIENT)
+            raise BayesKLRLError(NO_GRADIENT)
         if not (torch.isfinite(value) and torch.isfinite(gradient).all()):
             raise _NotFinite(
                 f"The loss is {value.item()} and its gradient has "
@@ -204,26 +195,8 @@ class LossGradient:
         return torch.as_tensor(self._rng.permutation(rows))
 
 
-_NO_GRADIENT = (
-    "The loss does not depend on the policy: it has no gradient. Build it from batch.log_probs (or batch.all_log_probs), and "
-    "do not detach them."
-)
-
-
 class _NotFinite(BayesKLRLError):
     """A loss that is NaN or infinite: the user's mistake at the start, divergence later."""
-
-
-def _check_value(value: object) -> None:
-    """Refuse what is not a scalar tensor with a graph."""
-    if not isinstance(value, Tensor):
-        raise BayesKLRLError(f"The loss must return a torch scalar; it returned {value!r}.")
-    if value.numel() != 1:
-        raise BayesKLRLError(
-            f"The loss must return a scalar; it returned a tensor of shape {tuple(value.shape)}. Average it over completions."
-        )
-    if not value.requires_grad:
-        raise BayesKLRLError(_NO_GRADIENT)
 
 
 def train(gradient: LossGradient, start: FloatArray, *, num_steps: int, tolerance: float) -> Trained:

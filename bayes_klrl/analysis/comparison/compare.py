@@ -72,9 +72,13 @@ class Comparison:
 
         The columns are means over prompts, in nats: `log_evidence` with `log_evidence_se`; `elbo`; `reward` (E[r], in its own
         units); `kl_prior`, KL(answer || prior); `kl_posterior`, KL(answer || posterior), and in `kl_posterior_sign` whether
-        it is the value ("=", where the log evidence is exact) or an approximation ("~"); `ess` and `pareto_k`, those of the
-        worst prompt; `distinct`, the number of distinct completions; `model_tokens`, `training_tokens`, `seconds`,
-        `training_seconds`; `note`.
+        it is the value ("=", where the log evidence is exact) or an approximation ("~"); `tokens_per_effective_draw`, the
+        model tokens of one effective draw; `ess` and `pareto_k`, those of the worst prompt; `distinct`, the number of
+        distinct completions; `model_tokens`, `training_tokens`, `seconds`, `training_seconds`; `note`.
+
+        An effective draw is one unit of the effective sample size, summed over prompts. Independent draws of equal weight
+        count as one each: those of a guide or of best-of-n are draws of the guide or of best-of-n, not of the posterior, and
+        `kl_posterior` says how far that is. Training is not in this number. It is NaN for an enumeration, which has no draws.
         """
         reference = reference_log_evidence(self.algorithms, self.draws)
         rows: dict[str, dict[str, Any]] = {}

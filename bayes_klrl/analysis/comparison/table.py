@@ -15,7 +15,15 @@ from bayes_klrl.inference.sampling.rejection import RejectionSampling
 from bayes_klrl.typing import Algorithm, FloatArray
 from bayes_klrl.weights import logmeanexp
 
-__all__ = ["ComparisonTable", "Reference", "method_row", "reference_log_evidence"]
+__all__ = [
+    "ComparisonTable",
+    "Reference",
+    "count_text",
+    "effective_draws",
+    "method_row",
+    "reference_log_evidence",
+    "tokens_per_effective_draw",
+]
 
 _TRUSTED_ESS = 100  # below it, intervals of importance sampling cover too rarely (theory.md 7.1)
 _MIXED_R_HAT = 1.01  # Vehtari et al. (2021)
@@ -28,6 +36,7 @@ _COLUMNS = (
     "kl_prior",
     "kl_posterior_sign",
     "kl_posterior",
+    "tokens_per_effective_draw",
     "ess",
     "pareto_k",
     "distinct",
@@ -36,6 +45,21 @@ _COLUMNS = (
     "seconds",
     "training_seconds",
     "note",
+)
+_HEADINGS = (
+    "log evidence",
+    "ELBO",
+    "E\\[r]",
+    "KL to\nprior",
+    "KL to\nposterior",
+    "tokens per\neffective draw",
+    "ESS",
+    "Pareto\nk",
+    "distinct",
+    "model\ntokens",
+    "training\ntokens",
+    "seconds",
+    "training\nseconds",
 )
 
 
@@ -67,7 +91,7 @@ def reference_log_evidence(
     return Reference(np.fmax.reduce([highest, *bounds]), is_exact=False)
 
 
-def method_row(algorithm: Algorithm, repeats: Sequence[Draws], reference: Reference | None) -> dict[str, Any]:
+def method_row(algorithm: Algorithm | None, repeats: Sequence[Draws], reference: Reference | None) -> dict[str, Any]:
     """Return the table's columns for one method: means over prompts and repeats, with Z-hat averaged, not its log."""
     log_evidence = logmeanexp(np.stack([_or_dead(draws.log_evidence) for draws in repeats], axis=1))
     defined = not any(np.isnan(draws.log_evidence).any() for draws in repeats)
@@ -84,6 +108,7 @@ def method_row(algorithm: Algorithm, repeats: Sequence[Draws], reference: Refere
         "kl_prior": kl_prior,
         "kl_posterior_sign": sign,
         "kl_posterior": kl_posterior,
+        "tokens_per_effective_draw": tokens_per_effective_draw(repeats) if alive else np.nan,
         "ess": ess,
         "pareto_k": float(np.max([draws.pareto_k.max() for draws in repeats])),
         "distinct": int(np.mean([_num_distinct(draws) for draws in repeats])),
@@ -113,10 +138,9 @@ class ComparisonTable(pd.DataFrame):
         from rich.table import Table
 
         view = Table(box=None, pad_edge=False, header_style="bold")
-        headers = ("method", "log evidence", "ELBO", "E\\[r]", "KL to prior", "KL to posterior", "ESS", "Pareto k")
-        counts = ("distinct", "model tokens", "training tokens", "seconds", "training s")
-        for header in (*headers, *counts):
-            view.add_column(header, justify="left" if header == "method" else "right", no_wrap=header != "method")
+        view.add_column("method", vertical="bottom")
+        for heading in _HEADINGS:
+            view.add_column(heading, justify="right", vertical="bottom", no_wrap=True)
         for name, row in self.iterrows():
             view.add_row(str(name), *_cells(row))
         return view
@@ -148,11 +172,17 @@ def _cells(row: Any) -> list[str]:
         _number(row["reward"]),
         _number(row["kl_prior"]),
         sign + _number(row["kl_posterior"]),
+        count_text(row["tokens_per_effective_draw"]),
         _number(row["ess"], 0),
         "-inf" if np.isneginf(row["pareto_k"]) else _number(row["pareto_k"], 2),
         *(_number(row[name], 0) for name in ("distinct", "model_tokens", "training_tokens")),
         *(_number(row[name], 1) for name in ("seconds", "training_seconds")),
     ]
+
+
+def count_text(tokens: float) -> str:
+    """Return a number of tokens per draw: a whole number from 10 on, of tables that share their work one decimal below."""
+    return _number(tokens, 0 if tokens >= 10 else 1)
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -184,7 +214,9 @@ def _kl_prior(draws: Draws, reference: Reference | None) -> FloatArray:
     return kl
 
 
-def _kl_posterior(algorithm: Algorithm, repeats: Sequence[Draws], reference: Reference | None) -> tuple[str, float]:
+def _kl_posterior(
+    algorithm: Algorithm | None, repeats: Sequence[Draws], reference: Reference | None
+) -> tuple[str, float]:
     """Return KL(answer || posterior), a mean over prompts, and whether it is a value, a bound or an approximation.
 
     Exact draws: 0. A guide: log Z - ELBO. Best-of-n: KL(. || prior) - E[r] / alpha + log Z, the first term estimated by order
@@ -210,6 +242,27 @@ def _kl_posterior(algorithm: Algorithm, repeats: Sequence[Draws], reference: Ref
     if np.isnan(gaps).any():
         return "", np.nan
     return "=" if reference.is_exact else "~", float(np.mean(gaps))
+
+
+def tokens_per_effective_draw(repeats: Sequence[Draws]) -> float:
+    """Return the model tokens of some runs over the effective draws that they gave, all prompts together.
+
+    NaN if the number of effective draws is unknown; inf if there is none.
+    """
+    effective = float(np.sum([effective_draws(draws) for draws in repeats]))
+    tokens = float(np.sum([draws.model_tokens for draws in repeats]))
+    return tokens / effective if effective != 0 else np.inf
+
+
+def effective_draws(draws: Draws) -> FloatArray:
+    """Return how many independent draws of its answer a method gave for each prompt, (P,).
+
+    The effective sample size where there is one; N for independent draws of equal weight, whatever they are draws of; NaN
+    for an enumeration, which has no draws, and for chains of which nothing varies.
+    """
+    num_draws = draws.shape[1]
+    independent = (draws.log_weights == 0).all(axis=1) & ("chain" not in draws.info)
+    return np.where(np.isnan(draws.ess) & independent, float(num_draws), draws.ess)
 
 
 def _num_distinct(draws: Draws) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences, completion_lengths
 
-__all__ = ["FILE", "fingerprint", "read_checkpoint", "write_checkpoint"]
+__all__ = ["FILE", "fingerprint", "lasting_name", "read_checkpoint", "write_checkpoint"]
 
 FILE = "training.safetensors"
 _FORMAT = "bayes_klrl training 1"
@@ -45,6 +46,20 @@ def fingerprint(posterior: Posterior, plan: Any, seed: int, backend: str, versio
         "prior": posterior.log_prior(probes).tolist(),
         "reward": posterior.reward(probes).tolist(),
     }
+
+
+def lasting_name(value: object) -> str:
+    """Return the text by which a checkpoint knows a setting: the same in another process.
+
+    Functions are known by their module and name, since their addresses change.
+
+    Examples
+    --------
+    >>> lasting_name(len), lasting_name(0.5), lasting_name(object())
+    ('builtins.len', '0.5', '<object object>')
+    """
+    name = getattr(value, "__qualname__", None)
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)) if name is None else f"{value.__module__}.{name}"
 
 
 def write_checkpoint(folder: str | Path, arrays: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> Path:

@@ -29,8 +29,10 @@ class Fit:
         The approximate posterior q, a language model.
     history
         Arrays of one value per step, means over prompts in nats: "elbo", "reward" (in its own units), "kl" (to the prior),
-        "log_weight_sd", "gradient_norm", "learning_rate" (of Adam; the share of a natural step that was taken; NaN with
-        "kl_sgd"), "step_kl" (how far the step moved the guide; NaN where it was not measured), "seconds".
+        "log_weight_sd", "ess" (the effective sample size of the step's N draws of a prompt, weighted by w = p0 exp(r / alpha)
+        / q: from 1 to N, and N where the guide is the posterior), "gradient_norm", "learning_rate" (of Adam; the share of a
+        natural step that was taken; NaN with "kl_sgd"), "step_kl" (how far the step moved the guide; NaN where it was not
+        measured), "seconds".
     posterior
         The posterior that the guide approximates.
     training

@@ -18,7 +18,8 @@ import numpy as np
 
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.svi.callbacks import Callback, Checkpoint, StepRecord, call_all
+from bayes_klrl.inference.svi.callbacks import Callback, Checkpoint, StepRecord, call_all, close_all
+from bayes_klrl.inference.svi.callbacks.alphas import alpha_schedule
 from bayes_klrl.inference.svi.checkpoint import read_checkpoint, write_checkpoint
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.posterior import Posterior
@@ -85,15 +86,28 @@ class TrainingPlan(Protocol):
     def particles_per_pass(self) -> int | None:
         """Number of completions per prompt that are differentiated at once; None: all."""
 
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether activations inside blocks are computed again in the backward pass."""
+
 
 class Training(Protocol):
     """A training of one backend, step by step."""
 
-    def step(self) -> Mapping[str, float]:
-        """Take a step, and return its means over prompts in nats, by name, and under "tokens" the model tokens."""
+    def step(self, number: int) -> Mapping[str, float]:
+        """Take a step, and return its means over prompts in nats, by name, and under "tokens" the model tokens.
+
+        Parameters
+        ----------
+        number
+            The number of the step, from 0; with the seed it chooses the step's prompts.
+        """
 
     def guide_so_far(self) -> LanguageModel:
         """Return the guide after the newest step."""
+
+    def aim_at(self, posterior: Posterior) -> None:
+        """Take the next steps towards the posterior of another alpha."""
 
     def saved(self) -> dict[str, Any]:
         """Return all arrays that later steps depend on, by name."""
@@ -152,9 +166,14 @@ def trained(
             if name.startswith(_HISTORY):
                 history[name.removeprefix(_HISTORY)] = np.asarray(array, dtype=np.float64).tolist()
     before = history["seconds"][-1] if history["seconds"] else 0.0
+    schedule = alpha_schedule(habits.callbacks)
+
+    def aim(history: Mapping[str, Sequence[float] | FloatArray]) -> Posterior:
+        """The posterior of the newest step's alpha."""
+        return posterior if schedule is None or not len(history["alpha"]) else posterior.at_alpha(history["alpha"][-1])
 
     def fit_so_far(history: Mapping[str, FloatArray], cost: Cost, interrupted: bool) -> Fit:
-        return Fit(training.guide_so_far(), history, posterior, cost, interrupted)
+        return Fit(training.guide_so_far(), history, aim(history), cost, interrupted)
 
     def status(step: Mapping[str, float]) -> str:
         return f"ELBO {step['elbo']:.3f} nats, E[r] {step['reward']:.3f}, KL {step['kl']:.3f}"
@@ -170,12 +189,16 @@ def trained(
 
     def steps() -> Iterator[Mapping[str, float]]:
         for number in range(first, plan.num_steps):
-            values = training.step()
+            alpha = {}
+            if schedule is not None:
+                alpha["alpha"] = schedule.next_alpha(number, plan.num_steps, history, posterior)
+                training.aim_at(posterior.at_alpha(alpha["alpha"]))
+            values = {**training.step(number), **alpha}
             yield values  # the history has them from here on
             try:
                 ended = call_all(
                     habits.callbacks,
-                    StepRecord(number, plan.num_steps, values, history, posterior),
+                    StepRecord(number, plan.num_steps, values, history, aim(history), plan),
                     training.guide_so_far,
                 )
             except BaseException:
@@ -187,16 +210,19 @@ def trained(
             if ended:
                 return
 
-    return run_training(
-        "SVI",
-        plan.num_steps - first,
-        steps(),
-        fit_so_far,
-        status,
-        start=start - before,
-        progress=progress,
-        history=history,
-    )
+    try:
+        return run_training(
+            "SVI",
+            plan.num_steps - first,
+            steps(),
+            fit_so_far,
+            status,
+            start=start - before,
+            progress=progress,
+            history=history,
+        )
+    finally:
+        close_all(habits.callbacks)
 
 
 def _array(values: list[float], framework: str) -> Any:

@@ -1,7 +1,7 @@
-"""The inputs of a trainer's loss, and reference losses to audit or to compare with your own.
+"""Reference losses to audit, to train, or to compare with your own.
 
-Every loss is a function of `LossInputs` that returns a scalar to be minimised, in units of reward as trainers have it:
-minus the return, so that it should descend -J(q) = -E_q[r] + alpha KL(q || p0) = -alpha ELBO(q). With
+Every loss is a function of `loss_inputs.LossInputs` that returns a scalar to be minimised, in units of reward as trainers
+have it: minus the return, so that it should descend -J(q) = -E_q[r] + alpha KL(q || p0) = -alpha ELBO(q). With
 l_t = log q_t - log p0_t, the RL words are: policy q, reference model p0, "beta" alpha.
 
     LeaveOneOut      TRL's RLOOTrainer: k1 in the reward, a leave-one-out baseline         the posterior
@@ -14,103 +14,20 @@ l_t = log q_t - log p0_t, the RL words are: policy q, reference model p0, "beta"
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.svi.estimators import leave_one_out
+from bayes_klrl.inference.svi.loss_inputs import LossInputs
 
-__all__ = ["DPO", "GRPO", "KLPenalty", "LeaveOneOut", "LogVariance", "Loss", "LossInputs", "RaoBlackwell"]
+__all__ = ["DPO", "GRPO", "KLPenalty", "LeaveOneOut", "LogVariance", "RaoBlackwell"]
 
 
 _MOST_PAIRED = 5_000  # whose squares of log-ratios are 200 MB
-
-
-@dataclass(frozen=True, eq=False)
-class LossInputs:
-    """N completions of one prompt, one group, with all that a loss may read of them; float64.
-
-    Parameters
-    ----------
-    log_probs
-        log q(x_t | x_<t) of the policy, differentiable, shape (N, T); 0 past each completion's length, as in the next two.
-    old_log_probs, ref_log_probs
-        Log-probs under the policy that drew the completions, without gradient, and under the reference model, shape (N, T).
-    mask
-        True at the tokens of each completion, EOS included, shape (N, T).
-    rewards
-        r(x), shape (N,).
-    alpha
-        The KL coefficient, "beta" in TRL.
-    tokens
-        Token ids, shape (N, T).
-    states, policy_table, ref_table
-        The number of the prefix before each token, shape (N, T), and log q and log p0 of every token after every prefix,
-        shape (S, V); read them through `all_log_probs` and `all_ref_log_probs`.
-    weights
-        None: the completions are draws. Otherwise the probability of each, shape (N,): every completion is there once, and
-        `mean`, `std` and `leave_one_out` are exact expectations.
-
-    Examples
-    --------
-    The batch of a loss, made by hand: two completions of one token, one of them rewarded.
-
-    >>> import torch, bayes_klrl as bk
-    >>> from bayes_klrl.inference.svi.losses import LeaveOneOut
-    >>> half, prior = torch.tensor([[-0.7], [-0.7]], requires_grad=True), torch.full((1, 2), 0.5).log()
-    >>> batch = bk.LossInputs(
-    ...     log_probs=half, old_log_probs=half.detach(), ref_log_probs=half.detach(), mask=torch.ones(2, 1, dtype=bool),
-    ...     rewards=torch.tensor([1.0, 0.0]), alpha=0.1, tokens=torch.tensor([[0], [1]]), states=torch.zeros(2, 1, dtype=int),
-    ...     policy_table=prior, ref_table=prior,
-    ... )
-    >>> LeaveOneOut()(batch).backward()
-    >>> half.grad.tolist()  # the rewarded completion is made more likely, the other one less
-    [[-0.5], [0.5]]
-    """
-
-    log_probs: Tensor
-    old_log_probs: Tensor
-    ref_log_probs: Tensor
-    mask: Tensor
-    rewards: Tensor
-    alpha: float
-    tokens: Tensor
-    states: Tensor
-    policy_table: Tensor
-    ref_table: Tensor
-    weights: Tensor | None = None
-
-    @property
-    def all_log_probs(self) -> Tensor:
-        """Log q of every token at every position, differentiable, shape (N, T, V); not masked."""
-        return self.policy_table[self.states]
-
-    @property
-    def all_ref_log_probs(self) -> Tensor:
-        """Log p0 of every token at every position, shape (N, T, V); not masked."""
-        return self.ref_table[self.states]
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Return the average of values (N,) over completions."""
-        return values.mean() if self.weights is None else self.weights @ values
-
-    def leave_one_out(self, values: Tensor) -> Tensor:
-        """Return values minus the mean of the others, shape (N,); minus the expectation where that is known."""
-        return leave_one_out(values) if self.weights is None else values - self.mean(values)
-
-    def std(self, values: Tensor) -> Tensor:
-        """Return the standard deviation of values (N,)."""
-        return values.std() if self.weights is None else self.mean((values - self.mean(values)).square()).sqrt()
-
-
-Loss: TypeAlias = Callable[[LossInputs], Tensor]
-"""`loss(batch) -> scalar`. One that averages over completions by `batch.mean`, `batch.std` and `batch.leave_one_out` alone
-may say so with an attribute `exact = True`; one for completions of the reference model with `draw_from = "prior"`."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from bayes_klrl.batch import completion_texts
 from bayes_klrl.errors import BayesKLRLError, UnboundedLossError
 from bayes_klrl.typing import LanguageModel, TokenIds
 
-__all__ = ["check_same_latents", "completion_text", "no_adapter", "no_density", "unbounded_loss"]
+__all__ = ["check_same_latents", "completion_text", "no_adapter", "no_density", "no_other_alpha", "unbounded_loss"]
 
 
 def no_adapter(prior: LanguageModel, adapter: object) -> None:
@@ -18,6 +18,14 @@ def no_adapter(prior: LanguageModel, adapter: object) -> None:
         raise BayesKLRLError(
             f"Adapters are for a bk.TorchLM; the prior is a {type(prior).__name__}. Leave the adapter out."
         )
+
+
+def no_other_alpha() -> BayesKLRLError:
+    """Return the error about an alpha that is to change on JAX."""
+    return BayesKLRLError(
+        "Alphas that change (AnnealedAlpha, AdaptiveAlpha) are for priors on torch: on JAX a step is compiled for one alpha. "
+        "Use a bk.TorchLM, or choose alpha by bk.frontier before the training."
+    )
 
 
 def unbounded_loss(completion: str, what: str = "likelihood") -> UnboundedLossError:

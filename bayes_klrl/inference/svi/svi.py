@@ -20,11 +20,13 @@ from bayes_klrl.checks import check_count, check_fraction, check_positive, check
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, needs_jax
 from bayes_klrl.inference.svi.callbacks import Callback, Checkpoint
-from bayes_klrl.inference.svi.checkpoint import fingerprint
+from bayes_klrl.inference.svi.callbacks.alphas import alpha_schedule
+from bayes_klrl.inference.svi.checkpoint import fingerprint, lasting_name
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.inference.svi.loop import Habits
-from bayes_klrl.inference.svi.objectives import ELBO, LogVariance, objective_of
+from bayes_klrl.inference.svi.objectives import ELBO, LogVariance, LossObjective, objective_of
 from bayes_klrl.inference.svi.optimizers import Natural, optimizer_of
+from bayes_klrl.inference.svi.refusals import no_other_alpha
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import JaxModel
 
@@ -47,8 +49,9 @@ class SVI:
         Adam's peak rate: 5 % warm-up, then linear decay to 0; giving it chooses Adam. None, where Adam is used: 2e-3 for a
         full copy of the prior, 5e-3 for adapters, 0.1 for an `NgramLM`.
     objective
-        What is minimised: "elbo", "log_variance", "forward_kl", "js" or "tv" (see `svi.objectives`), or an object with the
-        method `weights` of these.
+        What is minimised: "elbo", "log_variance", "forward_kl", "js" or "tv" (see `svi.objectives`), an object with the
+        method `weights` of these, or any loss that `bk.audit` takes: a function of `bk.LossInputs`, which gets the completions
+        of one prompt at a time.
     estimator
         Name of the gradient estimator: "leave_one_out", which has variance zero at the posterior, or "rao_blackwell", which
         has a lower variance far from it (see `bayes_klrl.inference.svi.pyro_backend.elbo`).
@@ -61,7 +64,8 @@ class SVI:
         The most nats that a step may move the guide; a longer step is shortened (see `pyro_backend.trust_region`). inf: no
         limit. Without a limit, a learning rate that suits one model makes another collapse onto one short completion.
     prompts_per_step
-        Number of the P prompts that each step uses, drawn at random; None: all.
+        Number of the P prompts that each step uses; None: all. They come in shuffled epochs, so each is used equally often,
+        and which ones a step uses is a function of the seed and the number of the step alone.
     optimizer
         "adam", "kl_sgd", "natural", or a recipe such as `bk.KLSGD(momentum=0.9)`. None: "kl_sgd" for a `TorchLM` of at
         least 200,000 parameters with the ELBO, where it is measured to end nearer to the posterior with fewer completions;
@@ -69,17 +73,23 @@ class SVI:
         needs a tenth of Adam's steps, each of which takes several times as long.
     twist
         The critic: a twist or a recipe of one, as SMC takes them, which gives each token an advantage of its own (see
-        `svi.objectives.critics`). `bk.PartialRewardTwist()` scores the prefixes of completions, and learns during the
-        training. None: that one with "kl_sgd", unless rewards of prefixes would take much longer than the rest of a step,
-        which a warning says; none with "adam". "none": every token of a completion has the weight of the completion.
+        `svi.objectives.critics`). `bk.PartialRewardTwist()` scores the prefixes of completions, and "hidden_states" is a
+        linear head on the prior's hidden states (take discount=1 with it); both learn during the training. None: the former
+        with "kl_sgd", unless rewards of prefixes would take much longer than the rest of a step, which a warning says; none
+        with "adam". "none": every token of a completion has the weight of the completion.
     discount
         lambda of the critic's advantages, in [0, 1]. At 1 the gradient is unbiased whatever the critic; lower values have less
         variance.
     initial_guide
-        A language model that the training starts from, such as the guide of an earlier fit; None: the prior.
+        A language model that the training starts from, such as the guide of an earlier fit, on JAX if the prior is; None: the
+        prior.
     particles_per_pass
         Completions per prompt that are differentiated at once, to bound memory; None: all. The gradient is the same up to
         rounding.
+    gradient_checkpointing
+        True, to bound memory: the backward pass computes the activations inside each block of the network again instead of
+        reading stored ones. The gradient is the same up to rounding. For a `TorchLM` of any architecture whose blocks are in a
+        list; it may be used together with `particles_per_pass`.
 
     Examples
     --------
@@ -111,6 +121,7 @@ class SVI:
     discount: float = 0.85
     initial_guide: Any = None
     particles_per_pass: int | None = None
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         check_count("num_steps", self.num_steps)
@@ -128,13 +139,21 @@ class SVI:
         check_fraction("discount", self.discount)
         if self.particles_per_pass is not None:
             check_count("particles_per_pass", self.particles_per_pass)
+        if not isinstance(self.gradient_checkpointing, bool):
+            raise BayesKLRLError(f"gradient_checkpointing is True or False; got {self.gradient_checkpointing!r}.")
         if self.optimizer is not None and isinstance(optimizer_of(self.optimizer), Natural):
             own = self.twist in (None, "none") and isinstance(objective, ELBO) and self.estimator == "leave_one_out"
-            if not own or self.particles_per_pass is not None:
+            if not own or self.particles_per_pass is not None or self.gradient_checkpointing:
                 raise BayesKLRLError(
                     'optimizer="natural" has a gradient of its own, that of the ELBO from whole completions. Leave out twist, '
-                    "objective, estimator and particles_per_pass."
+                    "objective, estimator, particles_per_pass and gradient_checkpointing."
                 )
+        if self.particles_per_pass is not None and isinstance(objective, LossObjective):
+            raise BayesKLRLError("A loss reads all completions of a prompt at once. Leave particles_per_pass out.")
+        if self.particles_per_pass is not None and getattr(objective, "sampler", None) is not None:
+            raise BayesKLRLError(
+                "particles_per_pass is for the guide's own draws; here its sampler draws. Leave it out."
+            )
         if self.particles_per_pass is not None and isinstance(objective, LogVariance) and objective.replay:
             raise BayesKLRLError("particles_per_pass is for draws of the step alone; leave it out with replay.")
         has_critic = self.twist is not None and self.twist != "none"
@@ -170,8 +189,9 @@ class SVI:
         posterior, seed, progress
             The posterior, the seed for all random numbers, and whether to show progress.
         callbacks
-            Functions of each step's `StepRecord` and the guide so far, such as `EarlyStopping` and `CertifyEvery` of
-            `svi.callbacks`; one that returns True ends the training.
+            Functions of each step's `StepRecord` and the guide so far, such as `EarlyStopping` and `CertifyEvery`; one that
+            returns True ends the training. One with the method `next_alpha`, such as `AnnealedAlpha` and `AdaptiveAlpha`,
+            chooses the alpha of each step; `Fit.posterior` is then that of the last one.
         checkpoint
             A folder, or a `Checkpoint`: the state of the training is written there every so many steps (10), whole or not at
             all.
@@ -196,6 +216,10 @@ class SVI:
                 from bayes_klrl.inference.svi.numpyro_backend.training import fit_guide
         else:
             from bayes_klrl.inference.svi.pyro_backend.training import fit_guide
+        if alpha_schedule(callbacks) is not None:
+            posterior.at_alpha(posterior.alpha)  # refused here, before any work
+            if isinstance(posterior.prior, JaxModel):
+                raise no_other_alpha()
         written = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
         belonging = self._belonging(posterior, seed, needed=written is not None or resume is not None)
         habits = Habits(tuple(callbacks), written, resume, *belonging)
@@ -207,7 +231,7 @@ class SVI:
         backend, framework = ("numpyro", "np") if on_jax else ("pyro", "pt")
         if not needed:
             return {}, framework
-        recipe = {f.name: repr(getattr(self, f.name)) for f in fields(self) if f.name != "num_draws"}
+        recipe = {f.name: lasting_name(getattr(self, f.name)) for f in fields(self) if f.name != "num_draws"}
         if self.initial_guide is not None:
             recipe["initial_guide"] = type(self.initial_guide).__name__
         return fingerprint(posterior, recipe, seed, backend, version("jax" if on_jax else "torch")), framework

@@ -42,15 +42,15 @@ PARAMETERS = "language_model"
 
 @dataclass(frozen=True, eq=False)
 class NumpyroModel:
-    """A posterior as a NumPyro program without arguments that returns the completions (..., P, T); see `numpyro_model`."""
+    """A posterior as a NumPyro program that returns the completions (..., P, T); see `numpyro_model`."""
 
     posterior: Posterior
     prompts_per_step: int | None = None
 
-    def __call__(self) -> Array:
-        """Run the program."""
+    def __call__(self, prompts: Array | None = None) -> Array:
+        """Run the program, on the prompts of these indices if there are any."""
         posterior = self.posterior
-        with _prompts(posterior, self.prompts_per_step) as chosen:
+        with _prompts(posterior, self.prompts_per_step, prompts) as chosen:
             x = numpyro.sample("x", completion_distribution(posterior, posterior.prior, chosen))
             reward = _reward(posterior, x, chosen)
             numpyro.deterministic("reward", reward)
@@ -71,12 +71,12 @@ class NumpyroGuide:
         """True if the guide has parameters: the model is on JAX, and not the prior itself."""
         return isinstance(self.lm, JaxModel) and self.lm is not self.posterior.prior
 
-    def __call__(self) -> Array:
-        """Run the program."""
+    def __call__(self, prompts: Array | None = None) -> Array:
+        """Run the program, on the prompts of these indices if there are any."""
         lm = self.lm
         if self.trains:
             lm = lm.with_parameters(numpyro.param(PARAMETERS, lm.parameters))  # type: ignore[attr-defined]
-        with _prompts(self.posterior, self.prompts_per_step) as chosen:
+        with _prompts(self.posterior, self.prompts_per_step, prompts) as chosen:
             return numpyro.sample("x", completion_distribution(self.posterior, lm, chosen))
 
     def language_model(self, params: Mapping[str, Any]) -> Any:
@@ -98,15 +98,18 @@ class NumpyroGuide:
 
 
 def numpyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> NumpyroModel:
-    """Return the posterior as a NumPyro program without arguments that returns the completions (..., P, T).
+    """Return the posterior as a NumPyro program that returns the completions (..., P, T).
+
+    It needs no argument. Its one optional argument is the indices of the prompts to use, an integer array; model and guide of
+    a step get the same.
 
     Parameters
     ----------
     posterior
         The posterior to write as a program, with any prior.
     prompts_per_step
-        Number of the P prompts that every execution subsamples; None: all of them. With a subsample the gradients of NumPyro's
-        `TraceGraph_ELBO` are too large by the factor P / prompts_per_step; those of our own
+        Number of the P prompts that every execution without indices draws at random; None: all of them. With a subsample the
+        gradients of NumPyro's `TraceGraph_ELBO` are too large by the factor P / prompts_per_step; those of our own
         `numpyro_backend.elbo.LeaveOneOutELBO` are not.
 
     Raises
@@ -141,9 +144,12 @@ def numpyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int
     return NumpyroGuide(posterior, lm, prompts_per_step)
 
 
-def _prompts(posterior: Posterior, prompts_per_step: int | None) -> Any:
-    """Return the plate of the prompts."""
-    return numpyro.plate("prompts", posterior.num_prompts, subsample_size=prompts_per_step, dim=-1)
+def _prompts(posterior: Posterior, prompts_per_step: int | None, prompts: Array | None) -> Any:
+    """Return the plate of the prompts: of these indices, or of a random subsample where there are none."""
+    if prompts is None:
+        return numpyro.plate("prompts", posterior.num_prompts, subsample_size=prompts_per_step, dim=-1)
+    with numpyro.handlers.substitute(data={"prompts": jnp.asarray(prompts)}):
+        return numpyro.plate("prompts", posterior.num_prompts, subsample_size=len(prompts), dim=-1)
 
 
 def completion_distribution(posterior: Posterior, lm: LanguageModel, chosen: Array) -> SequenceDistribution:

@@ -66,6 +66,8 @@ class SequenceDistribution(TorchDistribution):
         True: score without a gradient, for the prior, which is not trained.
     batch_shape
         The batch shape (..., P); None: (P,).
+    drawn_by
+        Another language model, from which `sample` draws what `log_prob` scores under `lm`; None: `lm` itself.
 
     Examples
     --------
@@ -98,8 +100,10 @@ class SequenceDistribution(TorchDistribution):
         *,
         frozen: bool = False,
         batch_shape: torch.Size | None = None,
+        drawn_by: LanguageModel | None = None,
     ) -> None:
         self.lm = lm
+        self.drawn_by = lm if drawn_by is None else drawn_by
         self.prompt_ids = prompt_ids
         self.frozen = frozen
         shape = torch.Size([len(prompt_ids)]) if batch_shape is None else batch_shape
@@ -113,6 +117,7 @@ class SequenceDistribution(TorchDistribution):
             self.event_shape[0],
             frozen=self.frozen,
             batch_shape=torch.Size(batch_shape),
+            drawn_by=self.drawn_by,
         )
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
@@ -121,7 +126,7 @@ class SequenceDistribution(TorchDistribution):
         num_prompts = len(self.prompt_ids)
         num_draws = int(np.prod(shape[:-2], dtype=np.int64))
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-        decoding = decode((self.lm,), self.prompt_ids, num_draws, shape[-1], np.random.default_rng(seed))
+        decoding = decode((self.drawn_by,), self.prompt_ids, num_draws, shape[-1], np.random.default_rng(seed))
         by_prompt = decoding.tokens.reshape(num_prompts, num_draws, shape[-1])
         tokens = torch.as_tensor(by_prompt.swapaxes(0, 1).copy(), device=model_device(self.lm))
         return tokens.reshape(shape)
@@ -189,8 +194,11 @@ def to_sequences(tokens: Tensor, lm: LanguageModel) -> Sequences:
     return Sequences(by_prompt, completion_lengths(by_prompt, lm.eos_token_ids))
 
 
-def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Callable[[], Tensor]:
-    """Return the posterior as a Pyro program without arguments that returns the completions (..., P, T).
+def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Callable[..., Tensor]:
+    """Return the posterior as a Pyro program that returns the completions (..., P, T).
+
+    It needs no argument. Its one optional argument is the indices of the prompts to use, an integer tensor; model and guide of
+    a step get the same.
 
     It may be part of a larger program: call it in your own model, `x = posterior.pyro_model()()`, beside other latent
     variables, and add factors of both by `pyro.factor`, with `SequenceDistribution.features` of x. The guide calls the program
@@ -201,7 +209,7 @@ def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Cal
     posterior
         The posterior to write as a program.
     prompts_per_step
-        Number of the P prompts that every execution subsamples; None: all of them.
+        Number of the P prompts that every execution without indices draws at random; None: all of them.
 
     Examples
     --------
@@ -216,8 +224,8 @@ def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Cal
     """
     check_prompts_per_step(prompts_per_step, posterior.num_prompts)
 
-    def model() -> Tensor:
-        with on_model_device(posterior.prior), _prompts(posterior, prompts_per_step) as chosen:
+    def model(prompts: Tensor | None = None) -> Tensor:
+        with on_model_device(posterior.prior), _prompts(posterior, prompts_per_step, prompts) as chosen:
             x: Tensor = pyro.sample("x", _distribution(posterior, posterior.prior, chosen, frozen=True))
             reward = _reward(posterior, x, chosen)
             pyro.deterministic("reward", reward)
@@ -227,11 +235,18 @@ def pyro_model(posterior: Posterior, prompts_per_step: int | None = None) -> Cal
     return model
 
 
-def pyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int | None = None) -> Callable[[], Tensor]:
+def pyro_guide(
+    posterior: Posterior,
+    lm: LanguageModel,
+    prompts_per_step: int | None = None,
+    drawn_by: LanguageModel | None = None,
+) -> Callable[..., Tensor]:
     """Return a trainable language model as a Pyro guide of `pyro_model`'s site "x".
 
-    Its parameters are registered under a unique name, so that a second guide in one parameter store is trained too. The prior
-    itself as a guide is frozen, since training it would change the target (train `prior.copy()` or `prior.with_adapter()`).
+    With `drawn_by` another model draws the completions that the guide scores, for losses of other draws than the guide's.
+    Its parameters are registered under a unique name, so that a second guide in one parameter store is trained too. The
+    prior itself as a guide is frozen, since training it would change the target (train `prior.copy()` or
+    `prior.with_adapter()`).
     """
     check_shares_vocabulary("The guide", lm, posterior.prior)
     check_prompts_per_step(prompts_per_step, posterior.num_prompts)
@@ -239,11 +254,11 @@ def pyro_guide(posterior: Posterior, lm: LanguageModel, prompts_per_step: int | 
     is_prior = lm is posterior.prior
     name = _registered_name(module) if isinstance(module, torch.nn.Module) and not is_prior else None
 
-    def guide() -> Tensor:
+    def guide(prompts: Tensor | None = None) -> Tensor:
         if name is not None:
             pyro.module(name, module)
-        with on_model_device(lm), _prompts(posterior, prompts_per_step) as chosen:
-            x: Tensor = pyro.sample("x", _distribution(posterior, lm, chosen, frozen=is_prior))
+        with on_model_device(lm), _prompts(posterior, prompts_per_step, prompts) as chosen:
+            x: Tensor = pyro.sample("x", _distribution(posterior, lm, chosen, frozen=is_prior, drawn_by=drawn_by))
         return x
 
     return guide
@@ -264,15 +279,18 @@ def on_model_device(lm: LanguageModel) -> AbstractContextManager[Any]:
     return nullcontext() if torch.get_default_device() == device else device
 
 
-def _prompts(posterior: Posterior, prompts_per_step: int | None) -> Any:
-    """Return the plate of the prompts."""
-    return pyro.plate("prompts", posterior.num_prompts, subsample_size=prompts_per_step, dim=-1)
+def _prompts(posterior: Posterior, prompts_per_step: int | None, prompts: Tensor | None) -> Any:
+    """Return the plate of the prompts: of these indices, or of a random subsample where there are none."""
+    size = prompts_per_step if prompts is None else len(prompts)
+    return pyro.plate("prompts", posterior.num_prompts, subsample_size=size, subsample=prompts, dim=-1)
 
 
-def _distribution(posterior: Posterior, lm: LanguageModel, chosen: Tensor, frozen: bool) -> SequenceDistribution:
+def _distribution(
+    posterior: Posterior, lm: LanguageModel, chosen: Tensor, frozen: bool, drawn_by: LanguageModel | None = None
+) -> SequenceDistribution:
     """Return a model's distribution over completions of the chosen prompts."""
     prompt_ids = [posterior.prompt_ids[p] for p in chosen.tolist()]
-    return SequenceDistribution(lm, prompt_ids, posterior.max_new_tokens, frozen=frozen)
+    return SequenceDistribution(lm, prompt_ids, posterior.max_new_tokens, frozen=frozen, drawn_by=drawn_by)
 
 
 def _reward(posterior: Posterior, x: Tensor, chosen: Tensor) -> Tensor:

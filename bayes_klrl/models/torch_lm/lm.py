@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from bayes_klrl.models.token_ids import (
     require_tokenizer,
     resolved_eos,
 )
+from bayes_klrl.models.torch_lm.general.blocks import RecomputingNetwork, blocks_of
 from bayes_klrl.models.torch_lm.network import Network, base_model, context_limit, model_device
 from bayes_klrl.models.torch_lm.scoring import full_features, full_log_probs, sequence_log_probs, tempered
 from bayes_klrl.models.torch_lm.self_check import SelfCheck, apart, choose_network, rebuilt, tolerance
@@ -98,6 +100,8 @@ class TorchLM:
     >>> bk.ImportanceSampling(8).run(posterior, seed=0).tokens.shape
     (1, 8, 4)
     """
+
+    _recomputes = False
 
     def __init__(
         self,
@@ -296,6 +300,25 @@ class TorchLM:
         """
         return self._scored(full_features, prompts, sequences)
 
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """Store little for the backward pass of scores that are computed inside: the input of each block of the model alone.
+
+        The backward pass, which may come later, computes the activations of the blocks again. Its gradient is the same, and
+        what is scored without a gradient, or sampled, is not affected.
+
+        Raises
+        ------
+        BayesKLRLError
+            If the model has no list of blocks.
+        """
+        blocks_of(self._module)
+        before, self._recomputes = self._recomputes, True
+        try:
+            yield
+        finally:
+            self._recomputes = before
+
     def check_numbers(self) -> SelfCheck:
         """Compare decoding and scoring with the model's own plain forward, prefix by prefix, and return what was compared.
 
@@ -423,7 +446,7 @@ class TorchLM:
             return torch.zeros((num_prompts, num_draws, num_tokens), device=self.device)
         self._check_prompts(prompts, num_new=longest)
         check_ids(sequences.tokens[sequences.mask], self._vocab_size)
-        network, device = self._ready_network(), self.device
+        network, device = self._scoring_network(), self.device
         owners = torch.arange(num_prompts, device=device).repeat_interleave(num_draws)
         tokens = torch.as_tensor(sequences.tokens[..., :longest], device=device).flatten(0, 1)
         lengths = torch.as_tensor(sequences.lengths, device=device).flatten()
@@ -439,6 +462,15 @@ class TorchLM:
                 None if self._network is None else tight_network(self._module, self._vocab_size)
             ) or choose_network(self._module, self._vocab_size, self._special_ids(), refuse=False)[0]
         return self._network
+
+    def _scoring_network(self) -> Network:
+        """Return the network; inside of `recomputing` one that stores less for the backward pass."""
+        network = self._ready_network()
+        if not self._recomputes:
+            return network
+        if isinstance(network, TightNetwork):
+            return TightNetwork(network.family, network.vocab_size, recompute=True)
+        return RecomputingNetwork(network, self._module)
 
     def _switch_dropout_off(self) -> None:
         if any(module.training for module in self._module.modules()):

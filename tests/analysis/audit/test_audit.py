@@ -13,14 +13,13 @@ from bayes_klrl import problems
 from bayes_klrl.analysis.audit.objectives import probe, regulariser_gradients, return_gradient
 from bayes_klrl.analysis.audit.training import LossGradient
 from bayes_klrl.inference.exact.oracles import Enumerated
+from bayes_klrl.inference.svi.loss_inputs import Loss, LossInputs
 from bayes_klrl.inference.svi.losses import (
     DPO,
     GRPO,
     KLPenalty,
     LeaveOneOut,
     LogVariance,
-    Loss,
-    LossInputs,
     RaoBlackwell,
 )
 from tests.helpers.truth import Truth, full_table, random_posterior

@@ -9,14 +9,13 @@ import bayes_klrl as bk
 from bayes_klrl import problems
 from bayes_klrl.analysis.audit.objectives import REGULARISERS
 from bayes_klrl.inference.exact.oracles import Enumerated
+from bayes_klrl.inference.svi.loss_inputs import Loss, LossInputs
 from bayes_klrl.inference.svi.losses import (
     DPO,
     GRPO,
     KLPenalty,
     LeaveOneOut,
     LogVariance,
-    Loss,
-    LossInputs,
     RaoBlackwell,
 )
 from tests.analysis.audit.test_audit import PROBLEMS

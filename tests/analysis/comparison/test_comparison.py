@@ -250,3 +250,43 @@ def test_columns_are_not_saved_and_may_have_any_name(name: str, tmp_path: Path) 
     posterior = bk.Posterior(NAMED.prior, NAMED.likelihood, max_new_tokens=2, **{name: [1]})
     draws = bk.Exact().run(posterior, seed=0)
     assert bk.Draws.load(draws.save(tmp_path / "draws.nc")).shape == draws.shape
+
+
+# --- the price of a draw ------------------------------------------------------------------------------------------
+
+
+def test_tokens_per_effective_draw_of_each_kind_of_answer() -> None:
+    """Effective sample sizes where there are any, summed over prompts; one for each independent draw of equal weight."""
+    prior = bk.NgramLM.fit(["a cat sat", "the cat ran"], order=2)
+    likes = bk.Reward(lambda completions: [text.count("a") for text in completions], alpha=1.0, bounds=(0, 3))
+    posterior = bk.Posterior(prior, likes, prompts=["a", "th"], max_new_tokens=3)
+    rows = {
+        "exact": bk.Exact(),
+        "exact draws": bk.Exact(num_draws=40),
+        "prior IS": bk.ImportanceSampling(300),
+        "SMC": bk.SMC(100),
+        "annealed": bk.AnnealedSMC(100),
+        "best of 4": bk.BestOfN(4, 50),
+        "rejection": bk.RejectionSampling(30),
+        "SVI": bk.SVI(3, 8, num_draws=70),
+        "chains": bk.SuffixMH(4, 100),
+    }
+    result = bk.compare(posterior, rows, seed=0, repeats=2)
+    shown = result.table()["tokens_per_effective_draw"]
+    equal = {"exact draws": 40, "best of 4": 50, "rejection": 30, "SVI": 70}
+    for name, repeats in result.draws.items():
+        tokens = sum(draws.model_tokens for draws in repeats)
+        if name == "exact":
+            assert np.isnan(shown[name])
+            continue
+        count = 4 * equal[name] if name in equal else sum(draws.ess.sum() for draws in repeats)
+        assert shown[name] == pytest.approx(tokens / count)
+    assert "tokens per" in str(result.table())
+
+
+def test_chains_of_which_nothing_varies_have_no_price() -> None:
+    one = bk.NgramLM(np.array([-np.inf, 0.0]), eos_token_id=1)
+    posterior = bk.Posterior(one, LONGER, max_new_tokens=2)
+    shown = bk.compare(posterior, {"chains": bk.SuffixMH(2, 10), "prior IS": bk.ImportanceSampling(8)}, seed=0).table()
+    assert np.isnan(shown.loc["chains", "tokens_per_effective_draw"])
+    assert np.isfinite(shown.loc["prior IS", "tokens_per_effective_draw"])

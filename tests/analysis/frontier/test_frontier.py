@@ -359,3 +359,16 @@ def test_a_step_too_large_to_interpolate_shows_in_the_intervals() -> None:
         reward = float((mass * truth.reward).sum())
         kl = reward / alpha - float(truth.log_evidence[0])
         assert curve.lower["kl"][a] <= kl <= curve.upper["kl"][a]
+
+
+def test_one_alpha_for_the_mean_kl_of_32_prompts() -> None:
+    """The exact mean KL at the alpha that draws give, over eight sets of draws."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 3, 3).tolist() for _ in range(32)]
+    many = random_posterior(7, vocab_size=4, order=4, num_tokens=3, prompts=prompts, alpha=0.8, prompt_shift=0.02)
+    curves = [bk.frontier(many, num_draws=500, seed=seed) for seed in range(8)]
+    for target in (0.1, 0.4):
+        found = np.array([exact(many, curve.alpha_for(kl=target))["kl"] for curve in curves])
+        z = (found.mean() - target) / (found.std(ddof=1) / np.sqrt(len(found)))
+        assert abs(z) < 3.5
+        assert found == pytest.approx(target, rel=0.15)

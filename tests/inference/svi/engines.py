@@ -18,6 +18,10 @@ ESTIMATORS = ("LeaveOneOutELBO", "RaoBlackwellELBO")
 class Engine(Protocol):
     """Gradients are vectors of float64 over the logits of a table, in one order for both engines."""
 
+    @property
+    def xp(self) -> Any:
+        """The module of the engine's arrays."""
+
     def exactly(self, tolerance: float) -> float:
         """Return the tolerance: as given in float64, a few roundings in float32."""
 
@@ -29,6 +33,9 @@ class Engine(Protocol):
 
     def elbo(self, estimator: str, num_particles: int) -> Any:
         """Return the engine's loss."""
+
+    def scores(self, num_particles: int, objective: Any, log_evidence: np.ndarray) -> Any:
+        """Return the engine's loss of an objective whose log Z-hats, (P,), do not move."""
 
     def gradients(
         self, posterior: bk.Posterior, guide: Any, loss: Any, num_runs: int, *, seed: int = 1, **options: Any
@@ -52,6 +59,12 @@ class Engine(Protocol):
 class PyroEngine:
     """Tables of float64, gradients by torch."""
 
+    @property
+    def xp(self) -> Any:
+        import torch
+
+        return torch
+
     def exactly(self, tolerance: float) -> float:
         return tolerance
 
@@ -67,6 +80,15 @@ class PyroEngine:
         from bayes_klrl.inference.svi.pyro_backend import elbo
 
         return getattr(elbo, estimator)(num_particles)
+
+    def scores(self, num_particles: int, objective: Any, log_evidence: np.ndarray) -> Any:
+        from bayes_klrl.inference.svi.pyro_backend.scores import ScoreELBO
+
+        class Held(ScoreELBO):
+            def follow_evidence(self, chosen: Any, log_w: Any) -> None:
+                self.log_evidence = dict(enumerate(log_evidence.tolist()))
+
+        return Held(num_particles, objective)
 
     def gradients(
         self, posterior: bk.Posterior, guide: Any, loss: Any, num_runs: int, *, seed: int = 1, **options: Any
@@ -136,6 +158,12 @@ def _taken(guide: Any) -> np.ndarray:
 class NumpyroEngine:
     """Tables of float32, gradients by JAX, a step compiled once."""
 
+    @property
+    def xp(self) -> Any:
+        import jax.numpy
+
+        return jax.numpy
+
     def exactly(self, tolerance: float) -> float:
         return max(tolerance, 2e-5)
 
@@ -150,6 +178,21 @@ class NumpyroEngine:
         from bayes_klrl.inference.svi.numpyro_backend import elbo
 
         return getattr(elbo, estimator)(num_particles)
+
+    def scores(self, num_particles: int, objective: Any, log_evidence: np.ndarray) -> Any:
+        import jax.numpy as jnp
+
+        from bayes_klrl.inference.svi.numpyro_backend.elbo import EVIDENCE
+        from bayes_klrl.inference.svi.numpyro_backend.scores import ScoreELBO
+
+        class Held(ScoreELBO):
+            def start(self, num_prompts: int) -> dict[str, Any]:
+                return {EVIDENCE: jnp.asarray(log_evidence)}
+
+            def follow_evidence(self, before: Any, log_weights: Any) -> Any:
+                return before
+
+        return Held(num_particles, objective)
 
     def gradients(
         self, posterior: bk.Posterior, guide: Any, loss: Any, num_runs: int, *, seed: int = 1, **options: Any
@@ -204,7 +247,8 @@ def _loss_of(posterior: bk.Posterior, guide: Any, loss: Any, options: Any) -> Ca
     from bayes_klrl.models.programs.numpyro_program import numpyro_guide, numpyro_model
 
     model, program = numpyro_model(posterior, **options), numpyro_guide(posterior, guide, **options)
-    return lambda parameters, key: loss.loss(key, {"language_model": parameters}, model, program)
+    carried = loss.start(posterior.num_prompts)
+    return lambda parameters, key: loss.loss(key, {"language_model": parameters, **carried}, model, program)
 
 
 def _flat(tree: Any) -> np.ndarray:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import bayes_klrl as bk
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.svi.pyro_backend import per_sample as module_under_test
-from bayes_klrl.inference.svi.pyro_backend import score_products
-from bayes_klrl.inference.svi.pyro_backend.natural import NaturalGradient, System, held_out_errors
-from bayes_klrl.inference.svi.pyro_backend.per_sample import PerSample
+from bayes_klrl.inference.svi.pyro_backend.natural_gradient import per_sample as module_under_test
+from bayes_klrl.inference.svi.pyro_backend.natural_gradient import score_products
+from bayes_klrl.inference.svi.pyro_backend.natural_gradient.per_sample import PerSample
+from bayes_klrl.inference.svi.pyro_backend.natural_gradient.regression import NaturalGradient, System, held_out_errors
 from bayes_klrl.models.torch_lm.table import TableLM
 from bayes_klrl.sequences import Sequences
 from tests.helpers.tiny_models import seeded, tiny_gpt2, tiny_llama, tiny_other, tiny_t5

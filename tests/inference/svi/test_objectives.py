@@ -10,13 +10,12 @@ import pytest
 import torch
 
 import bayes_klrl as bk
-from bayes_klrl.inference.svi.losses import LeaveOneOut
 from bayes_klrl.inference.svi.objectives import ELBO, JS, OBJECTIVES, TV, ForwardKL, LogVariance, objective_of
-from bayes_klrl.inference.svi.objectives.critics import (
+from bayes_klrl.inference.svi.objectives.critics import Rows, TwistCritic, advantages
+from bayes_klrl.inference.svi.objectives.regressions import (
+    HiddenStateCritic,
     PrefixRewardCritic,
-    Rows,
-    TwistCritic,
-    advantages,
+    critic_of,
     prefix_log_likelihoods,
 )
 from bayes_klrl.inference.svi.pyro_backend.elbo import LeaveOneOutELBO
@@ -24,7 +23,8 @@ from bayes_klrl.inference.svi.pyro_backend.scores import ScoreELBO
 from bayes_klrl.models.programs.pyro_program import pyro_guide, pyro_model
 from bayes_klrl.models.torch_lm.table import TableLM
 from tests.helpers.truth import Truth, full_table, random_posterior, t_square_p
-from tests.inference.svi.engines import ENGINES
+from tests.inference.svi import engines
+from tests.inference.svi.engines import ENGINES, Engine
 
 ENGINE = ENGINES["pyro"]
 
@@ -35,65 +35,102 @@ def problem(prompts: Any = ((0,),)) -> tuple[bk.Posterior, TableLM]:
     return posterior, TableLM(full_table(posterior.prior, 4, noise=0.6, seed=1))  # type: ignore[arg-type]
 
 
-def enumerated(posterior: bk.Posterior, guide: TableLM, divergence: Any) -> np.ndarray:
-    """The gradient of a divergence of (log q, log p*) of all completions, (P, X), summed over prompts."""
-    truth = Truth(posterior)
-    log_q = guide.token_log_probs(posterior.prompt_ids, truth.sequences).sum(dim=2)
-    divergence(log_q, torch.as_tensor(truth.log_posterior)).sum().backward()
-    assert guide.logits.grad is not None
-    found = guide.logits.grad.numpy().ravel().copy()
-    guide.logits.grad = None
-    return found
+def js(xp: Any, q: Any, p: Any) -> Any:
+    middle = (xp.exp(q) + xp.exp(p)) / 2
+    return 0.5 * (xp.exp(q) * q + xp.exp(p) * p) - middle * xp.log(middle)
 
 
-DIVERGENCES = {
-    "elbo": (ELBO(), lambda q, p: q.exp() * (q - p)),
-    "log_variance": (LogVariance(), lambda q, p: q.exp() * (q - p)),
-    "forward_kl": (ForwardKL(), lambda q, p: p.exp() * (p - q)),
-    "js": (
-        JS(),
-        lambda q, p: 0.5 * (q.exp() * q + p.exp() * p) - (q.exp() + p.exp()) / 2 * ((q.exp() + p.exp()) / 2).log(),
-    ),
-    "tv": (TV(), lambda q, p: 0.5 * (q.exp() - p.exp()).abs()),
+DIVERGENCES: dict[str, tuple[Any, Any]] = {
+    "elbo": (ELBO(), lambda xp, q, p: xp.exp(q) * (q - p)),
+    "log_variance": (LogVariance(), lambda xp, q, p: xp.exp(q) * (q - p)),
+    "forward_kl": (ForwardKL(), lambda xp, q, p: xp.exp(p) * (p - q)),
+    "js": (JS(), js),
+    "tv": (TV(), lambda xp, q, p: 0.5 * abs(xp.exp(q) - xp.exp(p))),
 }
+"""Objectives, and what they minimise: functions of (log q, log p*), each (P, all completions)."""
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """Pyro or NumPyro."""
+    if request.param == "numpyro":
+        request.getfixturevalue("quick_jax")
+    return ENGINES[request.param]
+
+
+AT_LEISURE = pytest.mark.parametrize("engine", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)], indirect=True)
+
+
+def on_engine(engine: Engine, posterior: bk.Posterior) -> bk.Posterior:
+    """The posterior with its table on the engine, the reward called on the host."""
+    reward: Any = posterior.likelihood
+    called = bk.TokenReward(reward.fn, alpha=reward.alpha, callback=True)
+    prior = engine.prior(posterior.prior)  # type: ignore[arg-type]
+    prompts = [list(ids) for ids in posterior.prompt_ids]
+    return bk.Posterior(prior, called, prompts=prompts, max_new_tokens=posterior.max_new_tokens)
+
+
+def sampled(
+    engine: Engine, name: str, num_particles: int, prompts: Any = ((0,),), **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """A hundred gradients of an objective whose log Z-hat is log Z, and the enumerated gradient of what it minimises."""
+    base, _ = problem(prompts)
+    posterior = on_engine(engine, base)
+    guide = engine.guide(full_table(base.prior, 4, noise=0.6, seed=1))  # type: ignore[arg-type]
+    log_evidence = Truth(posterior).log_evidence
+    objective, divergence = DIVERGENCES[name]
+
+    def value(exp: Any, log_q: Any, log_p: Any, log_lik: Any) -> Any:
+        return divergence(engine.xp, log_q, log_p + log_lik - engine.xp.asarray(log_evidence[:, None])).sum()
+
+    exact = engines.enumerated(engine, posterior, guide, value)
+    return engine.gradients(
+        posterior, guide, engine.scores(num_particles, objective, log_evidence), 100, **options
+    ), exact
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_each_objective_has_its_enumerated_gradient(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    posterior, guide = problem()
-    objective, divergence = DIVERGENCES[name]
-    exact, truth = enumerated(posterior, guide, divergence), Truth(posterior)
-    monkeypatch.setattr(
-        ScoreELBO,
-        "follow_evidence",
-        lambda self, chosen, log_w: self.log_evidence.update({0: float(truth.log_evidence[0])}),
-    )
+def test_each_objective_has_its_enumerated_gradient(name: str, engine: Engine) -> None:
     num_particles = 2000 if name == "forward_kl" else 100  # its bias is of order 1 / N
-    runs = ENGINE.gradients(posterior, guide, ScoreELBO(num_particles, objective), 100)
+    runs, exact = sampled(engine, name, num_particles)
     assert t_square_p(runs, exact, num_directions=6) > 0.005
     assert t_square_p(1.25 * runs, exact, num_directions=6) < 0.005
     assert np.linalg.norm(exact) > 0.01
 
 
-@pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"tv"}))
-def test_each_objective_ends_at_the_posterior(name: str) -> None:
+@AT_LEISURE
+def test_a_subsample_of_prompts_is_scaled_up_and_has_the_evidence_of_its_own_prompts(engine: Engine) -> None:
+    runs, exact = sampled(engine, "js", 200, prompts=((0,), (1,), (1, 0)), prompts_per_step=2)
+    assert t_square_p(runs, exact, num_directions=6) > 0.005
+    assert t_square_p(1.25 * runs, exact, num_directions=6) < 0.005
+
+
+def enumerable(engine: Engine) -> bk.Posterior:
+    """Forty completions, 1.27 nats from prior to posterior, every prefix a row of the table."""
     base = random_posterior(51, num_tokens=3)
-    posterior = bk.Posterior(full_table(base.prior, 3), base.likelihood, prompts=[[]], max_new_tokens=3)  # type: ignore[arg-type]
+    table = bk.Posterior(full_table(base.prior, 3), base.likelihood, prompts=[[]], max_new_tokens=3)  # type: ignore[arg-type]
+    return on_engine(engine, table)
+
+
+@AT_LEISURE
+@pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"tv"}))
+def test_each_objective_ends_at_the_posterior(name: str, engine: Engine) -> None:
+    posterior = enumerable(engine)
     truth = Truth(posterior)
-    fit = bk.SVI(150, 128, objective=name).fit(posterior, seed=0)
+    fit = bk.SVI(150, 128, learning_rate=0.1, objective=name).fit(posterior, seed=0)
     assert truth.kl(fit.guide)[0] < 0.03 * truth.kl(posterior.prior)[0]
 
 
-def test_total_variation_falls() -> None:
-    base = random_posterior(51, num_tokens=3)
-    posterior = bk.Posterior(full_table(base.prior, 3), base.likelihood, prompts=[[]], max_new_tokens=3)  # type: ignore[arg-type]
+@AT_LEISURE
+def test_total_variation_falls(engine: Engine) -> None:
+    posterior = enumerable(engine)
     truth = Truth(posterior)
 
     def distance(lm: Any) -> float:
         log_q = np.asarray(lm.token_log_probs(posterior.prompt_ids, truth.sequences)).sum(axis=2)
         return float(np.abs(np.exp(log_q) - truth.p).sum() / 2)
 
-    fit = bk.SVI(150, 128, objective="tv").fit(posterior, seed=0)
+    fit = bk.SVI(150, 128, learning_rate=0.1, objective="tv").fit(posterior, seed=0)
     assert distance(fit.guide) < 0.15 * distance(posterior.prior)
 
 
@@ -124,6 +161,41 @@ def test_replay_has_the_gradient_of_the_variance_over_all_draws() -> None:
         assert earlier[0].shape[1] == 10
 
 
+def test_replay_starts_from_draws_of_another_method_and_of_this_prior_alone() -> None:
+    posterior, _ = problem([(0,), (1,)])
+    draws = bk.SMC(32).run(posterior, seed=0)
+    svi = bk.SVI(60, 8, objective=bk.LogVariance(replay=draws))
+    fit, plain = svi.fit(posterior, seed=0), bk.SVI(60, 8, objective="log_variance").fit(posterior, seed=0)
+    assert fit.history["elbo"][-20:].mean() > plain.history["elbo"][-20:].mean()
+    other = random_posterior(11, vocab_size=3, eos=(2,), num_tokens=3, prompts=[(0,), (1,)], alpha=0.6)
+    with pytest.raises(bk.BayesKLRLError, match="of another prior, or of other prompts"):
+        svi.fit(other, seed=0)
+    with pytest.raises(bk.BayesKLRLError, match="are of 2 prompts, the posterior has 1"):
+        svi.fit(problem()[0], seed=0)
+
+
+def test_rewards_of_earlier_draws_count_at_the_present_alpha() -> None:
+    """At another alpha a draw has another log-weight, but the same log p0 and reward."""
+    posterior, guide = problem([(0,), (1,)])
+    alphas = [posterior.alpha, 0.2]
+    now = [0]
+    loss = ScoreELBO(6, LogVariance(replay=6), alpha=lambda: alphas[now[0]])
+    model, program = pyro_model(posterior), pyro_guide(posterior, guide)
+    torch.manual_seed(0)
+    loss.differentiable_loss(model, program)
+    assert loss.replay is not None
+    tokens, lengths, _, reward = loss.replay.of([0, 1])  # type: ignore[misc]
+    np.testing.assert_allclose(reward, posterior.reward(bk.Sequences(tokens, lengths)))
+    now[0] = 1
+    colder = posterior.at_alpha(0.2)
+    loss.differentiable_loss(pyro_model(colder), program)
+    again = guide.token_log_probs(posterior.prompt_ids, bk.Sequences(tokens, lengths)).sum(dim=2).detach().numpy()
+    log_w = colder.log_joint(bk.Sequences(tokens, lengths)) - again
+    whole = np.concatenate([loss.last.log_weights.numpy(), log_w.T])
+    weights = LogVariance().weights(torch.as_tensor(whole), torch.zeros(0), torch)
+    np.testing.assert_allclose(loss.last.surrogate.detach().numpy()[6:], (weights.numpy()[6:] * again.T), atol=1e-6)
+
+
 # --- critics ----------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +207,7 @@ def any_value(posterior: bk.Posterior, prompt_index: np.ndarray, prefixes: np.nd
 @pytest.mark.parametrize("kind", ["any twist", "rewards of prefixes"])
 def test_with_lambda_1_the_gradient_is_the_elbos_whatever_the_critic(kind: str) -> None:
     posterior, guide = problem()
-    exact = enumerated(posterior, guide, DIVERGENCES["elbo"][1])
+    exact = engines.enumerated(ENGINE, posterior, guide)
     critic: Any = TwistCritic(any_value, posterior) if kind == "any twist" else PrefixRewardCritic(posterior, 0)
     runs = ENGINE.gradients(posterior, guide, ScoreELBO(50, ELBO(), critic, 1.0), 200)
     assert t_square_p(runs, exact, num_directions=6) > 0.005
@@ -159,7 +231,7 @@ def test_the_soft_value_of_the_guide_makes_every_lambda_unbiased() -> None:
             values.append(np.average(to_come[inside, t], weights=mass[inside]))
         return np.array(values)
 
-    exact = enumerated(posterior, guide, DIVERGENCES["elbo"][1])
+    exact = engines.enumerated(ENGINE, posterior, guide)
     runs = ENGINE.gradients(posterior, guide, ScoreELBO(50, ELBO(), TwistCritic(soft_value, posterior), 0.5), 200)
     assert t_square_p(runs, exact, num_directions=6) > 0.005
     wrong = ENGINE.gradients(posterior, guide, ScoreELBO(50, ELBO(), TwistCritic(any_value, posterior), 0.5), 200)
@@ -240,7 +312,7 @@ def test_names_are_shorthand() -> None:
     [
         ({"objective": "kl"}, "Unknown objective 'kl'"),
         ({"objective": 3}, "objective is a name"),
-        ({"objective": LeaveOneOut()}, "Losses of bk.audit are audited"),
+        ({"objective": 3.0}, "or a loss as bk.audit takes it"),
         ({"objective": LogVariance(replay=4), "particles_per_pass": 2}, "leave it out with replay"),
         ({"optimizer": "sgd"}, "Unknown optimizer 'sgd'"),
         ({"objective": "js", "twist": bk.PartialRewardTwist()}, r"critic .* is for objective=\"elbo\""),
@@ -306,6 +378,56 @@ def test_the_default_is_chosen_by_the_size_of_the_guide(monkeypatch: pytest.Monk
     assert chosen(optimizer="adam", twist=slow) == ("AdamSteps", "PrefixRewardCritic")
 
 
+def tiny_target(**options: Any) -> bk.Posterior:
+    """A transformer of six tokens; the reward counts ones, which its hidden states know nothing of before training."""
+    from tests.helpers.tiny_models import tiny_gpt2
+
+    ones = bk.TokenReward(lambda tokens, lengths: (tokens == 1).sum(axis=1) * 1.0, alpha=0.4)
+    return bk.Posterior(bk.TorchLM(tiny_gpt2(6)), ones, prompts=[[1, 2], [3]], max_new_tokens=3, **options)
+
+
+def parameter_gradients(guide: bk.TorchLM) -> np.ndarray:
+    """All gradients in one vector, which are then forgotten."""
+    found = np.concatenate([p.grad.double().numpy().ravel() for p in guide.parameters() if p.grad is not None])
+    for parameter in guide.parameters():
+        parameter.grad = None
+    return found
+
+
+def test_a_head_on_hidden_states_leaves_the_gradient_unbiased_and_lowers_its_variance() -> None:
+    posterior = tiny_target()
+    truth, guide = Truth(posterior), posterior.prior.copy()  # type: ignore[attr-defined]
+    log_q = guide.token_log_probs(posterior.prompt_ids, truth.sequences).double().sum(dim=2)
+    (log_q.exp() * (log_q - torch.as_tensor(truth.log_posterior))).sum().backward()
+    exact = parameter_gradients(guide)
+    model, program = pyro_model(posterior), pyro_guide(posterior, guide)
+    variances = []
+    for critic in (None, HiddenStateCritic(posterior, 0)):
+        torch.manual_seed(0)
+        loss, runs = ScoreELBO(64, ELBO(), critic, 1.0), []
+        for _ in range(60):
+            loss.loss_and_grads(model, program)
+            runs.append(parameter_gradients(guide))
+        assert t_square_p(np.stack(runs), exact, num_directions=4) > 0.005
+        variances.append(float(np.stack(runs).var(axis=0).sum()))
+    assert t_square_p(1.5 * np.stack(runs), exact, num_directions=4) < 0.005
+    assert variances[1] < 0.7 * variances[0]
+
+
+def test_wide_hidden_states_are_projected_and_a_table_has_none() -> None:
+    posterior = tiny_target()
+    narrow, whole = HiddenStateCritic(posterior, 0, width=5), HiddenStateCritic(posterior, 0)
+    draws = bk.ImportanceSampling(4).run(posterior, seed=0)
+    rows = Rows(np.repeat([0, 1], 4), draws.tokens.reshape(8, 3), draws.lengths.ravel())
+    assert narrow.read(rows).shape == (8, 3, 5)
+    assert whole.read(rows).shape[2] > 5
+    inside = whole.read(rows)[:, 0]
+    np.testing.assert_allclose(inside[:4], np.broadcast_to(inside[0], inside[:4].shape))  # the prompt's own
+    assert np.abs(inside[0] - inside[4]).max() > 0.1
+    with pytest.raises(bk.BayesKLRLError, match=r"hidden states of a bk.TorchLM"):
+        critic_of("hidden_states", problem()[0], 0)
+
+
 def test_a_slow_reward_has_no_critic_by_default_and_this_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     from bayes_klrl.inference.svi.pyro_backend import training
     from tests.helpers.tiny_models import tiny_gpt2
@@ -314,6 +436,6 @@ def test_a_slow_reward_has_no_critic_by_default_and_this_is_said(monkeypatch: py
     posterior = bk.Posterior(bk.TorchLM(tiny_gpt2(6)), reward, prompts=[[1, 2]], max_new_tokens=3)
     monkeypatch.setattr(training, "_NO_MATTER", 0.0)
     monkeypatch.setattr(training, "_MOST_OF_PREFIXES", 0.0)
-    with pytest.warns(UserWarning, match="Rewards of prefixes would take .* so there is no critic"):
+    with pytest.warns(UserWarning, match=r"Rewards of prefixes would take .* so there is no critic"):
         made = training.TorchTraining(bk.SVI(3, 4, optimizer="kl_sgd"), posterior, 0)
     assert made.critic is None

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bayes_klrl as bk
 from bayes_klrl.inference.svi.numpyro_backend import training as svi_numpyro
+from bayes_klrl.inference.svi.numpyro_backend.elbo import EVIDENCE
+from bayes_klrl.inference.svi.numpyro_backend.scores import ScoreELBO
+from bayes_klrl.inference.svi.objectives import JS
 from tests.helpers.jax_table import JaxTable
 from tests.helpers.truth import Truth, full_table, random_posterior
 
@@ -99,6 +104,122 @@ def test_the_same_seed_gives_the_same_fit() -> None:
     np.testing.assert_array_equal(first.guide.parameters["logits"], again.guide.parameters["logits"])
     assert not np.array_equal(first.history["elbo"], other.history["elbo"])
     np.testing.assert_array_equal(posterior.prior.parameters["logits"], tabular_problem().prior.parameters["logits"])
+
+
+# --- objectives, and guides to start from ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_evidence_of_each_prompt_moves_when_it_has_draws() -> None:
+    """log Z-hat after every step, against a loop over the steps' log-weights."""
+    posterior = tabular_problem(((), (0,), (1,)))
+    svi = bk.SVI(9, num_particles=8, objective="js", prompts_per_step=2, learning_rate=0.1)
+    training = svi_numpyro.Training(svi, posterior, svi_numpyro.jax_key(0))
+    expected = np.full(3, -np.inf)
+    for _ in training.steps():
+        draws = training.state.mutable_state[svi_numpyro.STEP]
+        for p, log_w in zip(np.asarray(draws["prompt_index"]), np.asarray(draws["log_weights"]).T, strict=True):
+            now = np.log(np.exp(log_w.astype(np.float64)).mean())
+            moved = np.log(0.9 * np.exp(expected[p]) + 0.1 * np.exp(now))
+            expected[p] = now if np.isneginf(expected[p]) else moved
+        np.testing.assert_allclose(training.state.mutable_state[EVIDENCE], expected, atol=1e-5)
+    assert np.isfinite(expected).all()
+    assert np.ptp(expected) > 0.05
+
+
+def test_an_objective_of_ones_own() -> None:
+    class Twice:
+        def weights(self, log_weights: Any, log_evidence: Any, xp: Any) -> Any:
+            return xp.asarray(2.0) * (log_weights - log_evidence)
+
+    posterior = tabular_problem()
+    fit = bk.SVI(60, num_particles=32, objective=Twice(), learning_rate=0.15).fit(posterior, seed=0)
+    assert Truth(posterior).kl(policy(fit.guide))[0] < 0.3 * Truth(posterior).kl(posterior.prior)[0]
+
+
+@dataclass
+class OnHost:
+    """An objective that JAX cannot trace, or whose weights are not one per draw."""
+
+    traced: bool
+
+    def weights(self, log_weights: Any, log_evidence: Any, xp: Any) -> Any:
+        return log_weights.mean(axis=0) if self.traced else np.exp(np.asarray(log_weights))
+
+
+@dataclass(frozen=True)
+class Sampled(JS):
+    """An objective that learns from other draws than the guide's."""
+
+    sampler: str
+
+
+@pytest.mark.parametrize(
+    "objective, message",
+    [
+        (
+            OnHost(traced=False),
+            r"OnHost\(traced=False\) cannot be traced by JAX, TracerArrayConversionError.*functions of xp",
+        ),
+        (OnHost(traced=True), r"OnHost\(traced=True\) returned weights of shape \(1,\).*\(N, P\) = \(4, 1\)"),
+        (Sampled("SMC"), r"Learning from the draws of a sampler is for priors on torch.*Leave sampler out"),
+        (bk.LogVariance(replay=8), r"Replay .* on torch; got objective=LogVariance\(replay=8\). Leave replay out"),
+        (lambda batch: batch.log_probs.sum(), r"A loss as bk.audit takes it is for priors on torch; got objective="),
+    ],
+    ids=["on the host", "of another shape", "a sampler", "replay", "a loss"],
+)
+def test_objectives_that_jax_cannot_have_are_refused(objective: Any, message: str) -> None:
+    with pytest.raises(bk.BayesKLRLError, match=message):
+        bk.SVI(2, num_particles=4, objective=objective).fit(tabular_problem(), seed=0)
+
+
+def test_scores_are_for_a_posteriors_own_programs() -> None:
+    posterior = tabular_problem()
+    model, guide = posterior.numpyro_model(), posterior.numpyro_guide(posterior.prior)
+    with pytest.raises(bk.BayesKLRLError, match=r"ScoreELBO is for the programs .* Use LeaveOneOutELBO"):
+        ScoreELBO(4, JS()).loss(jax.random.key(0), {}, model.__call__, guide)
+
+
+def test_a_training_may_begin_from_another_guide() -> None:
+    """A step of no length from a guide of its own; and a longer training, which leaves the guide that was given as it was."""
+    posterior = tabular_problem()
+    truth = Truth(posterior)
+    start = JaxTable(full_table(posterior.prior.to_ngram(), 3, noise=0.5, seed=2))  # type: ignore[attr-defined]
+    options: dict[str, Any] = {"learning_rate": 1e-9, "optimizer": "adam", "twist": "none"}
+    fit = bk.SVI(1, num_particles=8, initial_guide=start, **options).fit(posterior, seed=1)
+    np.testing.assert_allclose(truth.kl(policy(fit.guide)), truth.kl(start), atol=1e-5)
+    assert abs(truth.kl(start) - truth.kl(posterior.prior))[0] > 0.05
+    before = np.array(start.parameters["logits"])
+    fit = bk.SVI(5, num_particles=8, learning_rate=0.1, initial_guide=start).fit(posterior, seed=1)
+    np.testing.assert_array_equal(start.parameters["logits"], before)
+    assert not np.array_equal(fit.guide.parameters["logits"], before)
+
+
+@pytest.mark.parametrize(
+    "guide, error, message",
+    [
+        (full_table(random_posterior(51, num_tokens=3).prior, 3), bk.BayesKLRLError, "is a NgramLM.*Give a bk.JaxLM"),  # type: ignore[arg-type]
+        (
+            JaxTable(bk.NgramLM(np.log([[0.5, 0.5]] * 2), eos_token_id=1)),
+            bk.CheckpointError,
+            "^initial_guide has 2 tokens",
+        ),
+        ("gpt2", bk.BayesKLRLError, "^initial_guide "),
+    ],
+    ids=["on the host", "of another vocabulary", "a name"],
+)
+def test_guides_that_jax_cannot_start_from_are_refused(guide: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        bk.SVI(2, num_particles=4, initial_guide=guide).fit(tabular_problem(), seed=0)
+
+
+def test_a_guide_that_draws_what_the_prior_cannot_is_refused() -> None:
+    posterior = tabular_problem()
+    parameters = {"logits": posterior.prior.parameters["logits"].at[:, 0].set(-jnp.inf)}  # type: ignore[attr-defined]
+    never = posterior.prior.with_parameters(parameters)  # type: ignore[attr-defined]
+    narrow = bk.Posterior(never, posterior.likelihood, prompts=[[]], max_new_tokens=3)
+    with pytest.raises(bk.UnboundedLossError, match=r"ids \[.*0.*\], whose prior probability is 0.*copy of the prior"):
+        bk.SVI(2, num_particles=64, initial_guide=posterior.prior).fit(narrow, seed=0)
 
 
 # --- rewards of every kind -----------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from bayes_klrl.inference.svi.objectives import LogVariance
 from bayes_klrl.inference.svi.optimizers import KLSGD, StepLength
 from bayes_klrl.inference.svi.pyro_backend.optimizers import MomentumSteps
 from tests.helpers.backends import prior_on
+from tests.helpers.jax_table import JaxTable
 from tests.helpers.tiny_models import tiny_gpt2
 from tests.helpers.truth import Truth, full_table, random_posterior
 
@@ -88,9 +89,14 @@ def test_a_training_that_goes_on_ends_as_if_nothing_had_happened(recipe: str, pr
 
 
 @pytest.mark.slow
-def test_so_does_one_on_jax(tmp_path: Path, quick_jax: None) -> None:
-    target = posterior(prior_on("jax", COIN))
-    svi = bk.SVI(6, 8)
+@pytest.mark.parametrize(
+    "prior, recipe",
+    [("transformer", {}), ("table", {"objective": "js", "prompts_per_step": 1})],
+    ids=["elbo", "moving evidence"],
+)
+def test_so_does_one_on_jax(prior: str, recipe: dict[str, Any], tmp_path: Path, quick_jax: None) -> None:
+    target = posterior(prior_on("jax", COIN) if prior == "transformer" else JaxTable(full_table(COIN, 2)))
+    svi = bk.SVI(6, 8, **recipe)
     whole = svi.fit(target, seed=3)
     with pytest.raises(Stop):
         svi.fit(target, seed=3, checkpoint=bk.Checkpoint(tmp_path, every=2), callbacks=[stop_after(3)])
@@ -282,10 +288,12 @@ def test_a_training_may_begin_from_another_guide() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"objective": "js"}, {"optimizer": "kl_sgd"}, {"twist": bk.PartialRewardTwist()}, {"particles_per_pass": 2}],
+    [{"optimizer": "kl_sgd"}, {"optimizer": "natural"}, {"twist": bk.PartialRewardTwist()}, {"particles_per_pass": 2}],
 )
 def test_what_is_for_torch_alone_is_refused_on_jax(options: dict[str, Any], quick_jax: None) -> None:
-    with pytest.raises(bk.BayesKLRLError, match=f"{next(iter(options))}=.* on torch"):
+    with pytest.raises(
+        bk.BayesKLRLError, match=f"{next(iter(options))}=.* on torch.*Leave .* out, or use a bk.TorchLM"
+    ):
         bk.SVI(2, 4, **options).fit(posterior(prior_on("jax", COIN)), seed=0)
 
 

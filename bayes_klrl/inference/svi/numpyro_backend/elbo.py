@@ -19,7 +19,7 @@ P / prompts_per_step times too long.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -42,10 +42,13 @@ from bayes_klrl.models.programs.traced_rewards import float_type
 from bayes_klrl.models.programs.turns import NUMPYRO_TURN, in_turn
 from bayes_klrl.typing import Array
 
-__all__ = ["STEP", "LeaveOneOutELBO", "Parts", "RaoBlackwellELBO"]
+__all__ = ["EVIDENCE", "STEP", "LeaveOneOutELBO", "Parts", "RaoBlackwellELBO", "SequenceELBO"]
 
 STEP = "bayes_klrl_step"
 """The name in NumPyro's mutable state under which a loss returns the terms of its draws, if it is given such a state."""
+
+EVIDENCE = "bayes_klrl_evidence"
+"""The name in NumPyro's mutable state of the moving log Z-hats, (P,) in nats, of a loss that has them; see `scores`."""
 
 
 class Parts(NamedTuple):
@@ -65,7 +68,7 @@ class Parts(NamedTuple):
     """log q of the token drawn there, shape (N, P, T)."""
 
 
-class _SequenceELBO(ELBO):
+class SequenceELBO(ELBO):
     """Common part: run guide and model with all particles at once, and differentiate a surrogate.
 
     The programs of `Posterior.numpyro_model` and `numpyro_guide` run once, with their particles in a plate; any other are
@@ -95,21 +98,39 @@ class _SequenceELBO(ELBO):
         before a step, raises it for that step's draws.
         """
         parts = self._executed(rng_key, param_map, model, guide, args, kwargs)
-        surrogate = _per_particle(parts.cost) + _per_particle(leave_one_out(parts.weights) * parts.score)
+        surrogate, carried = self.surrogate(parts, param_map)
         value = _per_particle(parts.cost)
         if parts.kl is not None:
-            fixed = stop_gradient(parts.kl)
-            later = jnp.flip(jnp.cumsum(jnp.flip(fixed, -1), -1), -1) - fixed
-            value = value - _per_particle(fixed)
-            surrogate = surrogate - _per_particle(parts.kl + leave_one_out(later) * parts.drawn)
+            value = value - _per_particle(parts.kl)
         loss = -(stop_gradient(value.mean()) + surrogate.mean() - stop_gradient(surrogate.mean()))
         if is_concrete(loss) and not jnp.isfinite(loss):
             reader = _SiteReader(self.num_particles)
             found: Any = reader._executed(rng_key, param_map, model, guide, args, kwargs)
             reader.log_probs.check(found)
-        if STEP not in param_map:
-            return {"loss": loss, "mutable_state": None}
-        return {"loss": loss, "mutable_state": {STEP: stop_gradient(_step(parts))}}
+        if STEP in param_map:
+            carried = {**carried, STEP: _step(parts)}
+        return {"loss": loss, "mutable_state": stop_gradient(carried) if carried else None}
+
+    def surrogate(self, parts: Parts, state: Mapping[str, Any]) -> tuple[Array, dict[str, Array]]:
+        """Return a number per particle, (N,), whose mean has minus the loss's gradient, and what later steps need, by name.
+
+        Parameters
+        ----------
+        parts
+            The terms of N particles.
+        state
+            NumPyro's mutable state, among the parameters; what this loss carries on has the same names in it.
+        """
+        found = _per_particle(parts.cost) + _per_particle(leave_one_out(parts.weights) * parts.score)
+        if parts.kl is not None:
+            fixed = stop_gradient(parts.kl)
+            later = jnp.flip(jnp.cumsum(jnp.flip(fixed, -1), -1), -1) - fixed
+            found = found - _per_particle(parts.kl + leave_one_out(later) * parts.drawn)
+        return found, {}
+
+    def start(self, num_prompts: int) -> dict[str, Array]:
+        """Return what `surrogate` carries on, as it is before the first step of P prompts, by name."""
+        return {}
 
     @abstractmethod
     def parts(self, model_trace: Any, guide_trace: Any) -> Parts:
@@ -117,7 +138,7 @@ class _SequenceELBO(ELBO):
 
     def _executed(self, rng_key: Any, param_map: Any, model: Any, guide: Any, args: Any, kwargs: Any) -> Parts:
         """Return the terms of N particles."""
-        params = {name: value for name, value in param_map.items() if name != STEP}
+        params = {name: value for name, value in param_map.items() if name not in (STEP, EVIDENCE)}
 
         def execution(key: Any, model: Any, guide: Any) -> Parts:
             return self.parts(*_traces(key, params, model, guide, args, kwargs))
@@ -138,7 +159,7 @@ class _SequenceELBO(ELBO):
         return particles
 
 
-class LeaveOneOutELBO(_SequenceELBO):
+class LeaveOneOutELBO(SequenceELBO):
     """The ELBO with a leave-one-out baseline of the whole log-weight; see the module's formula.
 
     Examples
@@ -162,7 +183,7 @@ class LeaveOneOutELBO(_SequenceELBO):
         return _parts(terms, scored, model_trace, guide_trace)
 
 
-class RaoBlackwellELBO(_SequenceELBO):
+class RaoBlackwellELBO(SequenceELBO):
     """The ELBO with the KL of site "x" summed over the vocabulary at every prefix.
 
     Both models must offer `score_positions`, as `JaxLM` does; the tables (N, P, T, V) must fit into memory. Sites other than
@@ -195,7 +216,7 @@ class RaoBlackwellELBO(_SequenceELBO):
         return _parts(terms, [guide_site], model_trace, guide_trace)._replace(kl=scale * kl, drawn=drawn)
 
 
-class _SiteReader(_SequenceELBO):
+class _SiteReader(SequenceELBO):
     """A loss that executes programs as the others do, and only reads the log-probs of their sites."""
 
     def __init__(self, num_particles: int) -> None:

@@ -1,4 +1,4 @@
-"""The training loop of `SVI` on JAX: a NumPyro model, a NumPyro guide, our ELBO, Adam from optax.
+"""The training loop of `SVI` on JAX: a NumPyro model, a NumPyro guide, the loss of an objective, Adam from optax.
 
 A step is one compiled program: draw, score, differentiate, update. Its draws come back to the host, where rewards are checked
 as everywhere else before the step is kept.
@@ -20,10 +20,15 @@ from jax import random
 from bayes_klrl.errors import BayesKLRLError, RewardError
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.inference.svi.loop import Habits, TrainingPlan, trained
-from bayes_klrl.inference.svi.numpyro_backend.elbo import STEP, LeaveOneOutELBO, RaoBlackwellELBO
-from bayes_klrl.inference.svi.refusals import completion_text, no_adapter, unbounded_loss
+from bayes_klrl.inference.svi.numpyro_backend.elbo import STEP, LeaveOneOutELBO, RaoBlackwellELBO, SequenceELBO
+from bayes_klrl.inference.svi.numpyro_backend.scores import ScoreELBO, check_weights
+from bayes_klrl.inference.svi.objectives import ELBO, objective_of
+from bayes_klrl.inference.svi.optimizers import Adam, optimizer_of
+from bayes_klrl.inference.svi.refusals import completion_text, no_adapter, no_other_alpha, unbounded_loss
 from bayes_klrl.inference.svi.steps import MAX_GRADIENT_NORM, StepLimit, learning_rate_schedule
+from bayes_klrl.inference.svi.steps.minibatches import prompts_of_step
 from bayes_klrl.likelihood import MAX_NATS
+from bayes_klrl.models.decoding import check_shares_vocabulary
 from bayes_klrl.models.programs.numpyro_program import (
     NumpyroGuide,
     completion_distribution,
@@ -35,7 +40,8 @@ from bayes_klrl.models.programs.turns import NUMPYRO_TURN, in_turn
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import completion_lengths
-from bayes_klrl.typing import FloatArray, IntArray
+from bayes_klrl.typing import FloatArray, IntArray, JaxModel
+from bayes_klrl.weights import effective_sample_size
 
 __all__ = ["Completions", "Training", "fit_guide", "jax_key", "optimiser"]
 
@@ -52,24 +58,56 @@ def fit_guide(plan: TrainingPlan, posterior: Posterior, habits: Habits, *, seed:
     no_adapter(posterior.prior, plan.adapter)
     only_on_torch(plan)
     check_traceable(posterior)
-    training = Training(plan, posterior, jax_key(seed))
+    training = Training(plan, posterior, jax_key(seed), seed)
     return trained(plan, posterior, training, habits, start=start, progress=progress)
 
 
 def only_on_torch(plan: TrainingPlan) -> None:
     """Refuse what the backend on torch alone has."""
+    objective = objective_of(plan.objective)
+    if not callable(getattr(objective, "weights", None)):
+        raise BayesKLRLError(
+            f"A loss as bk.audit takes it is for priors on torch; got objective={plan.objective!r}. On JAX an objective is a "
+            "name, or an object with the method `weights` (see svi.objectives). Use one, or a bk.TorchLM."
+        )
+    for name, what in (("replay", "Replay of earlier draws"), ("sampler", "Learning from the draws of a sampler")):
+        if getattr(objective, name, None):
+            raise BayesKLRLError(
+                f"{what} is for priors on torch; got objective={plan.objective!r}. Leave {name} out, or use a bk.TorchLM."
+            )
     asked = {
-        "objective": plan.objective != "elbo",
-        "optimizer": plan.optimizer not in (None, "adam"),
-        "twist": plan.twist is not None,
-        "initial_guide": plan.initial_guide is not None,
+        "optimizer": plan.optimizer is not None and not isinstance(optimizer_of(plan.optimizer), Adam),
+        "twist": plan.twist not in (None, "none"),
         "particles_per_pass": plan.particles_per_pass is not None,
+        "gradient_checkpointing": plan.gradient_checkpointing,
     }
     for name, is_asked in asked.items():
         if is_asked:
             raise BayesKLRLError(
-                f"SVI({name}=...) is for priors on torch; a JaxLM is trained on the ELBO by Adam. Use a bk.TorchLM."
+                f"SVI({name}=...) is for priors on torch; a JaxLM is trained by Adam, by whole completions, all of a step at "
+                f"once. Leave {name} out, or use a bk.TorchLM."
             )
+
+
+def loss_of(plan: TrainingPlan, posterior: Posterior) -> SequenceELBO:
+    """Return the loss: the estimators of its own for the ELBO, else the one of scores."""
+    objective = objective_of(plan.objective)
+    if isinstance(objective, ELBO):
+        return _ELBOS[plan.estimator](plan.num_particles)
+    check_weights(objective, plan.num_particles, plan.prompts_per_step or posterior.num_prompts)
+    return ScoreELBO(plan.num_particles, objective)
+
+
+def starting_guide(plan: TrainingPlan, posterior: Posterior) -> Any:
+    """Return the language model that the training starts from, with parameters of its own: the prior, or another policy."""
+    start: Any = posterior.prior if plan.initial_guide is None else plan.initial_guide
+    check_shares_vocabulary("initial_guide", start, posterior.prior)
+    if not isinstance(start, JaxModel):
+        raise BayesKLRLError(
+            f"initial_guide is a {type(start).__name__}, and the prior a {type(posterior.prior).__name__}, whose guide is "
+            "trained on JAX. Give a bk.JaxLM; bk.JaxLM.from_pretrained reads the folder that a TorchLM was saved in."
+        )
+    return start.with_parameters(start.parameters)
 
 
 def jax_key(seed: object) -> Any:
@@ -86,62 +124,60 @@ class Training:
     plan, posterior
         The numbers of the training, and the posterior that the guide approximates.
     key
-        The JAX key for all random numbers.
+        The JAX key for all random numbers but the choice of prompts.
+    seed
+        Seed for the prompts of each step.
 
     Attributes
     ----------
     state
-        NumPyro's state after the newest step; its `mutable_state` holds that step's draws.
+        NumPyro's state after the newest step; its `mutable_state` holds that step's draws, and the moving log Z-hats of
+        objectives that have them.
     """
 
-    def __init__(self, plan: TrainingPlan, posterior: Posterior, key: Any) -> None:
-        prior: Any = posterior.prior
-        self.posterior = posterior
-        self.guide: NumpyroGuide = numpyro_guide(
-            posterior, prior.with_parameters(prior.parameters), plan.prompts_per_step
-        )
+    def __init__(self, plan: TrainingPlan, posterior: Posterior, key: Any, seed: int = 0) -> None:
+        self.posterior, self.seed, self._prompts_per_step = posterior, seed, plan.prompts_per_step
+        self.guide: NumpyroGuide = numpyro_guide(posterior, starting_guide(plan, posterior), plan.prompts_per_step)
         model = numpyro_model(posterior, plan.prompts_per_step)
-        elbo = _ELBOS[plan.estimator](plan.num_particles)
+        elbo = loss_of(plan, posterior)
         schedule = learning_rate_schedule(plan.num_steps)
         highest = plan.learning_rate or _LEARNING_RATE
         self.learning_rates = highest * np.array([schedule(step) for step in range(plan.num_steps)])
         self.svi = numpyro.infer.SVI(model, self.guide, optimiser(self.learning_rates), elbo)
         self.state = jax.jit(self.svi.init)(key)
+        carried = elbo.start(posterior.num_prompts)
         shapes = jax.eval_shape(
-            lambda params: elbo.loss_with_mutable_state(key, {**params, STEP: None}, model, self.guide),
+            lambda params: elbo.loss_with_mutable_state(key, {**params, **carried, STEP: None}, model, self.guide),
             self.svi.get_params(self.state),
         )
         blank = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), shapes["mutable_state"])
-        self.state = self.state._replace(mutable_state=blank)
+        self.state = self.state._replace(mutable_state={**blank, **carried})
         self.limit = StepLimit(plan.max_step_kl)
         self._compiled: Any = None
-        self._number = 0
 
     def steps(self) -> Iterator[dict[str, float]]:
         """Take one gradient step per item; see `step`."""
-        for _ in self.learning_rates:
-            yield self.step()
+        for number in range(len(self.learning_rates)):
+            yield self.step(number)
 
-    def step(self) -> dict[str, float]:
+    def step(self, number: int) -> dict[str, float]:
         """See `Training.step` of `svi.loop`."""
         if self._compiled is None:
             self._compiled = jax.jit(self.svi.update), jax.jit(self._change)
         update, change = self._compiled
         with host_errors(self.posterior):
-            state, _ = update(self.state)
+            state, _ = update(self.state, *self._prompts_of(number))
             record = jax.device_get(state.mutable_state[STEP])
         completions = Completions(self.posterior, record)
-        completions.check(against_host=self._number == 0)
+        completions.check(against_host=number == 0)
         if self.limit.is_due():
             share = self.limit.share(float(change(state)))
             state = state if share == 1 else _shortened(self.state, state, share)
         self.state = state
-        rate = float(self.learning_rates[self._number])
-        self._number += 1
         return {
             **completions.history,
             "gradient_norm": float(_optax_state(state)[0]),
-            "learning_rate": rate,
+            "learning_rate": float(self.learning_rates[number]),
             "step_kl": self.limit.last_kl,
             "tokens": completions.model_tokens,
         }
@@ -150,20 +186,31 @@ class Training:
         """See `Training.saved` of `svi.loop`: the leaves of NumPyro's state, by number."""
         leaves = jax.tree.leaves(self.state._replace(rng_key=random.key_data(self.state.rng_key)))
         found = {f"state.{i}": np.asarray(leaf) for i, leaf in enumerate(leaves)}
-        return found | {"numbers": np.array([self._number, self.limit.unmeasured])}
+        return found | {"unmeasured": np.array([self.limit.unmeasured])}
 
     def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
         """See `Training.restore` of `svi.loop`."""
         bare = self.state._replace(rng_key=random.key_data(self.state.rng_key))
         leaves, structure = jax.tree.flatten(bare)
-        loaded = [jnp.asarray(arrays[f"state.{i}"], dtype=leaf.dtype) for i, leaf in enumerate(leaves)]
+        loaded = [  # files have no numbers, only arrays of one
+            jnp.asarray(arrays[f"state.{i}"], dtype=leaf.dtype).reshape(leaf.shape) for i, leaf in enumerate(leaves)
+        ]
         state = jax.tree.unflatten(structure, loaded)
         self.state = state._replace(rng_key=random.wrap_key_data(state.rng_key))
-        self._number, self.limit.unmeasured = (int(number) for number in arrays["numbers"])
+        self.limit.unmeasured = int(arrays["unmeasured"].item())
+
+    def aim_at(self, posterior: Posterior) -> None:
+        """Refuse: a step is compiled for one alpha."""
+        raise no_other_alpha()
 
     def guide_so_far(self) -> Any:
         """Return the guide as a language model."""
         return self.guide.language_model(self.svi.get_params(self.state))
+
+    def _prompts_of(self, number: int) -> tuple[IntArray, ...]:
+        """Return the argument of the programs that chooses a step's prompts; none where all are used."""
+        size = self._prompts_per_step
+        return () if size is None else (prompts_of_step(self.seed, number, self.posterior.num_prompts, size),)
 
     def _change(self, state: Any) -> Any:
         """Return the KL by which the guide has moved since the step's draws x, 1/2 mean (log q_now(x) - log q(x))^2 nats."""
@@ -227,6 +274,7 @@ class Completions:
             "reward": float(self.log_likelihood.mean()) * self.posterior.alpha,
             "kl": float((self.log_likelihood - self.log_weights).mean()),
             "log_weight_sd": float(self.log_weights.std(axis=0, ddof=1).mean()),
+            "ess": float(effective_sample_size(self.log_weights.T).mean()),
         }
 
     @property
@@ -243,7 +291,9 @@ class Completions:
             If the reward raises it on the host, or has another value there: an index past the end of a table, which JAX moves
             to its last entry, or a function that changes from call to call.
         UnboundedLossError
-            If a completion has likelihood 0.
+            If a completion has likelihood 0, or prior probability 0, which a guide that started elsewhere may draw.
+        BayesKLRLError
+            If the guide's log-probs are not finite.
         """
         likelihood = self.posterior.likelihood
         traced = any(map(is_traced, likelihood.factors))
@@ -265,9 +315,19 @@ class Completions:
                 )
         impossible = np.isneginf(reward)
         if impossible.any():
-            n, p = np.argwhere(impossible)[0]
-            prompt = self.posterior.prompt_ids[self.prompt_index[p]]
-            raise unbounded_loss(completion_text(self.posterior.prior, self._ids(n, p), prompt))
+            raise unbounded_loss(self._text(impossible))
+        impossible = np.isneginf(self.log_weights)
+        if impossible.any():
+            raise unbounded_loss(self._text(impossible), "prior probability")
+        if not np.isfinite(self.log_weights).all():
+            raise BayesKLRLError(
+                "The guide's log-probs are no longer finite, so the training has diverged. Lower learning_rate or max_step_kl."
+            )
+
+    def _text(self, which: np.ndarray) -> str:
+        """Return the words for the first completion of those where `which`, (N, P), is true."""
+        n, p = np.argwhere(which)[0]
+        return completion_text(self.posterior.prior, self._ids(n, p), self.posterior.prompt_ids[self.prompt_index[p]])
 
     def _ids(self, n: int, p: int) -> list[int]:
         """Return one completion's ids."""

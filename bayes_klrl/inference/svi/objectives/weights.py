@@ -11,24 +11,32 @@ baseline whose mean is 0 because E_q[grad log q] = 0:
     js             -log(2 t / (1 + t)), t = Z-hat / w_n   Jensen-Shannon divergence            (Go et al. 2023)
     tv             -sign(t - 1) / 2                       total variation                      (Go et al. 2023)
 
-They are written once for NumPy, torch and JAX.
+They are written once for NumPy, torch and JAX; `pyro_backend.scores` and `numpyro_backend.scores` train on them. JAX traces
+them, so that an objective of your own must compute its weights by functions of `xp`. `LogVariance(replay=M)`,
+`ForwardKL(sampler=...)`, losses of `bk.audit` and draws of likelihood 0 are for priors on torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+from bayes_klrl.checks import check_count
+from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.svi.estimators import leave_one_out
-from bayes_klrl.typing import Array
+from bayes_klrl.typing import Algorithm, Array
 
-__all__ = ["ELBO", "JS", "OBJECTIVES", "TV", "ForwardKL", "LogVariance", "Objective", "objective_of"]
+__all__ = ["ELBO", "JS", "OBJECTIVES", "TV", "ForwardKL", "LogVariance", "LossObjective", "Objective", "objective_of"]
 
 
 class Objective(Protocol):
-    """What is minimised, as weights of scores."""
+    """What is minimised, as weights of scores.
+
+    An attribute `zero_likelihood = True` says that the weights are finite also where log w is -inf, so that a hard constraint
+    can be trained on.
+    """
 
     def weights(self, log_weights: Array, log_evidence: Array, xp: Any) -> Array:
         """Return a_n of draws from the guide, shape (N, P), without a gradient.
@@ -60,7 +68,8 @@ class LogVariance:
     Parameters
     ----------
     replay
-        Number of earlier draws per prompt that each step scores again and uses beside the new ones; 0: none.
+        Number of earlier draws per prompt that each step scores again and uses beside the new ones; 0: none. `Draws` of any
+        method, of the same prior and prompts, are the first of them: as many are kept.
 
     Examples
     --------
@@ -73,7 +82,11 @@ class LogVariance:
     True
     """
 
-    replay: int = 0
+    replay: int | Draws = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.replay, Draws):
+            check_count("replay", self.replay, least=0)
 
     def weights(self, log_weights: Array, log_evidence: Array, xp: Any) -> Array:
         """See `Objective.weights`."""
@@ -82,10 +95,18 @@ class LogVariance:
 
 @dataclass(frozen=True)
 class ForwardKL:
-    """KL(p* || q) by self-normalised importance weights (distributional policy gradient, wake phase).
+    """KL(p* || q) by weighted draws (distributional policy gradient, wake phase).
 
-    The bias of self-normalisation is of order 1/N. It needs draws of high posterior probability: where the effective sample
-    size is near 1, a step copies one draw.
+    From the guide's own draws the weights are self-normalised importance weights, with a bias of order 1/N. It needs draws of
+    high posterior probability: where the effective sample size is near 1, a step copies one draw. A sampler finds these
+    where the guide does not. Likelihoods of 0 are allowed: a hard constraint can be trained on.
+
+    Parameters
+    ----------
+    sampler
+        An algorithm whose weighted draws are learned from, such as `bk.SMC(64)`; if it takes a proposal and has none, the
+        guide proposes. None: the guide's own draws. The history's "elbo", "kl" and "reward" are then the guide's by importance
+        weights, rough where guide and posterior differ much, and blind to draws of likelihood 0.
 
     Examples
     --------
@@ -94,17 +115,30 @@ class ForwardKL:
     [[-0.5], [0.5]]
     """
 
+    sampler: Algorithm | None = None
+
+    def __post_init__(self) -> None:
+        if self.sampler is not None and not isinstance(self.sampler, Algorithm):
+            raise BayesKLRLError(f"sampler is an algorithm such as bk.SMC(64), or None; got {self.sampler!r}.")
+
+    zero_likelihood: ClassVar[bool] = True
+
     def weights(self, log_weights: Array, log_evidence: Array, xp: Any) -> Array:
         """See `Objective.weights`."""
-        shifted = xp.exp(
-            log_weights - log_weights.max(0)[0] if xp.__name__ == "torch" else log_weights - log_weights.max(0)
-        )
-        return len(log_weights) * shifted / shifted.sum(0) - 1.0
+        highest = log_weights.max(0)[0] if xp.__name__ == "torch" else log_weights.max(0)
+        shifted = xp.exp(log_weights - xp.where(xp.isfinite(highest), highest, xp.zeros_like(highest)))
+        total = shifted.sum(0)
+        some = xp.where(
+            total > 0, xp.ones_like(total), xp.zeros_like(total)
+        )  # 0: no draw is possible, which says nothing
+        return len(log_weights) * shifted / (total + 1.0 - some) - some
 
 
 @dataclass(frozen=True)
 class JS:
     """The Jensen-Shannon divergence between q and p*, by the moving log Z-hat."""
+
+    zero_likelihood: ClassVar[bool] = True
 
     def weights(self, log_weights: Array, log_evidence: Array, xp: Any) -> Array:
         """See `Objective.weights`."""
@@ -116,9 +150,18 @@ class JS:
 class TV:
     """The total variation between q and p*, by the moving log Z-hat."""
 
+    zero_likelihood: ClassVar[bool] = True
+
     def weights(self, log_weights: Array, log_evidence: Array, xp: Any) -> Array:
         """See `Objective.weights`."""
         return leave_one_out(0.5 * xp.sign(log_weights - log_evidence))
+
+
+@dataclass(frozen=True)
+class LossObjective:
+    """A trainer's loss as an objective: what `bk.audit` takes, a function of `LossInputs`; on torch alone."""
+
+    loss: Callable[[Any], Any]
 
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
@@ -131,7 +174,7 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 
 
 def objective_of(given: Any) -> Any:
-    """Return the objective of a name, or the object itself.
+    """Return the objective of a name, or of a loss as `bk.audit` takes it, or the object itself.
 
     Raises
     ------
@@ -144,9 +187,11 @@ def objective_of(given: Any) -> Any:
                 f"Unknown objective {given!r}; choose one of {list(OBJECTIVES)}, or an object with their method `weights`."
             )
         return OBJECTIVES[given]()
-    if callable(getattr(given, "weights", None)):
+    if isinstance(given, LossObjective) or callable(getattr(given, "weights", None)):
         return given
+    if callable(given) and not isinstance(given, type):
+        return LossObjective(given)
     raise BayesKLRLError(
-        f"objective is a name of {list(OBJECTIVES)}, or an object with their method `weights`; got {given!r}. "
-        "Losses of bk.audit are audited, and not trained here."
+        f"objective is a name of {list(OBJECTIVES)}, an object with their method `weights`, or a loss as bk.audit takes it, a "
+        f"function of bk.LossInputs; got {given!r}."
     )

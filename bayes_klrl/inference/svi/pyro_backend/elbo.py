@@ -61,6 +61,30 @@ class ElboTerms:
     """Its mean over N, summed over the rest, has the gradient of the ELBO."""
     model_tokens: int
     """Tokens that went through a model: to draw, and to score under guide and prior."""
+    log_ratio: Tensor | None = None
+    """log q - log p0, (N, P), where log w can be -inf; None: the difference of the first two."""
+    importance: Tensor | None = None
+    """Weights of the draws as draws of the guide, each prompt's with sum 1, (N, P), where others drew; None: 1 / N."""
+
+    def mean(self, values: Tensor) -> float:
+        """Return the mean of values (N, P) over the guide's draws and over prompts."""
+        if self.importance is None:
+            return float(values.mean())
+        return float(torch.where(self.importance > 0, self.importance * values, 0.0).sum(dim=0).mean())
+
+    @property
+    def kl(self) -> float:
+        """The mean of log q - log p0, the KL to the prior."""
+        difference = self.log_likelihood - self.log_weights if self.log_ratio is None else self.log_ratio
+        return self.mean(difference)
+
+    @property
+    def log_weight_sd(self) -> float:
+        """The standard deviation of log w, the mean over prompts; of the draws whose likelihood is not 0."""
+        if torch.isfinite(self.log_weights).all():
+            return float(self.log_weights.std(dim=0).mean())
+        columns = [column[torch.isfinite(column)] for column in self.log_weights.T]
+        return sum(float(column.std()) if len(column) > 1 else 0.0 for column in columns) / len(columns)
 
 
 class SequenceELBO(ELBO):
@@ -203,8 +227,11 @@ def leave_one_out_by_prompt(values: Tensor) -> Tensor:
     return by_particle.transpose(0, 1)
 
 
-def own_likelihood(model_trace: Any, guide_trace: Any) -> Tensor:
-    """Return the factor's log-likelihood (N, P) of a posterior's own program, refusing any other site."""
+def own_likelihood(model_trace: Any, guide_trace: Any, *, zero: bool = False) -> Tensor:
+    """Return the factor's log-likelihood (N, P) of a posterior's own program, refusing any other site.
+
+    -inf is refused too, unless `zero` says that likelihoods may be 0.
+    """
     for what, trace in (("model", model_trace), ("guide", guide_trace)):
         for name, _ in random_sites(trace):
             if name not in ("x", "likelihood"):
@@ -214,7 +241,8 @@ def own_likelihood(model_trace: Any, guide_trace: Any) -> Tensor:
                 )
     site = model_trace.nodes["likelihood"]
     log_lik: Tensor = site["fn"].log_prob(site["value"])
-    check_bounded("likelihood", log_lik, guide_trace.nodes["x"])
+    checked = torch.where(torch.isneginf(log_lik), 0.0, log_lik) if zero else log_lik
+    check_bounded("likelihood", checked, guide_trace.nodes["x"])
     return log_lik
 
 

@@ -39,6 +39,9 @@ class Steps(Protocol):
             log w of the draws of this step, (N, P).
         """
 
+    def forget_draws(self) -> None:
+        """Forget the log-weights of earlier draws, since the posterior has changed."""
+
     def state(self) -> dict[str, Tensor]:
         """Return all that later steps depend on, as tensors by name."""
 
@@ -71,6 +74,9 @@ class AdamSteps:
         self._trust_region.step(self._optimiser)
         self._schedule.step()
         return {"gradient_norm": float(norm), "learning_rate": rate, "step_kl": self._trust_region.limit.last_kl}
+
+    def forget_draws(self) -> None:
+        """See `Steps.forget_draws`; there are none."""
 
     def state(self) -> dict[str, Tensor]:
         """See `Steps.state`."""
@@ -141,7 +147,7 @@ class MomentumSteps:
     @torch.no_grad()
     def step(self, log_weights: Tensor) -> Mapping[str, float]:
         """See `Steps.step`."""
-        variance = float(log_weights.var(dim=0).mean())
+        variance = finite_variance(log_weights)
         epsilon = self._length.next(self._count, variance)
         squared = 0.0
         for momentum, parameter, scale in zip(self._momentum, self._parameters, self._scales, strict=True):
@@ -190,6 +196,9 @@ class MomentumSteps:
         for parameter, start in zip(self._parameters, before, strict=True):
             parameter.copy_(start)
 
+    def forget_draws(self) -> None:
+        """See `Steps.forget_draws`; there are none."""
+
     def state(self) -> dict[str, Tensor]:
         """See `Steps.state`."""
         variance = self._length.variance
@@ -203,6 +212,14 @@ class MomentumSteps:
             momentum.copy_(state[f"{i}.momentum"])
         count, self._curvature, variance = state["numbers"].tolist()
         self._count, self._length.variance = int(count), None if np.isnan(variance) else variance
+
+
+def finite_variance(log_weights: Tensor) -> float:
+    """Return the variance of the finite log-weights (N, P) of each prompt, the mean over prompts; 0 where there are none."""
+    if torch.isfinite(log_weights).all():
+        return float(log_weights.var(dim=0).mean())
+    columns = [column[torch.isfinite(column)] for column in log_weights.T]
+    return sum(float(column.var()) if len(column) > 1 else 0.0 for column in columns) / len(columns)
 
 
 def embedding_rows(guide: Any, parameters: Sequence[Tensor], uses: Tensor) -> list[Tensor | None]:

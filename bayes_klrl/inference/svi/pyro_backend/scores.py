@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bayes_klrl.arrays import to_host
+from bayes_klrl.draws import Draws
 from bayes_klrl.inference.svi.objectives import Objective
 from bayes_klrl.inference.svi.objectives.critics import Critic, Rows, advantages
 from bayes_klrl.inference.svi.objectives.replay import Replay
@@ -43,6 +44,8 @@ class ScoreELBO(SequenceELBO):
         lambda of the critic's advantages.
     per_pass
         Completions per prompt that are differentiated at once; None: all. The gradient is the same up to rounding.
+    alpha
+        Function that returns the present alpha, at which rewards of earlier draws count.
     """
 
     def __init__(
@@ -52,12 +55,15 @@ class ScoreELBO(SequenceELBO):
         critic: Critic | None = None,
         discount: float = 1.0,
         per_pass: int | None = None,
+        alpha: Callable[[], float] = lambda: 1.0,
     ) -> None:
         super().__init__(num_particles)
         self.objective, self.critic, self.discount, self.per_pass = objective, critic, discount, per_pass
         self.log_evidence: dict[int, float] = {}
-        size = int(getattr(objective, "replay", 0))
+        again = getattr(objective, "replay", 0)
+        size = again.shape[1] if isinstance(again, Draws) else int(again)
         self.replay = Replay(size) if size else None
+        self.alpha = alpha
 
     @in_turn(PYRO_TURN)
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
@@ -94,7 +100,8 @@ class ScoreELBO(SequenceELBO):
 
     def terms(self, model_trace: Any, guide_trace: Any) -> ElboTerms:
         """Return log w and the surrogate."""
-        log_lik = own_likelihood(model_trace, guide_trace)
+        zero = bool(getattr(self.objective, "zero_likelihood", False))
+        log_lik = own_likelihood(model_trace, guide_trace, zero=zero)
         x, guide, prior = guide_trace.nodes["x"]["value"], guide_trace.nodes["x"]["fn"], model_trace.nodes["x"]["fn"]
         chosen = to_host(guide_trace.nodes["prompts"]["value"]).astype(np.int64)
         sequences = to_sequences(x, guide.lm)
@@ -107,14 +114,18 @@ class ScoreELBO(SequenceELBO):
         self.follow_evidence(chosen, log_w)
         if self.critic is None:
             evidence = torch.tensor([self.log_evidence[int(p)] for p in chosen], dtype=log_w.dtype, device=log_w.device)
-            weights = self.objective.weights(log_w, evidence, torch).T[:, :, None].expand_as(log_q)
+            weights = self.objective.weights(log_w, evidence, torch)
+            if zero:  # before the first possible draw there is no evidence to compare with
+                weights = torch.where(torch.isneginf(evidence), 0.0, weights)
+            weights = weights.T[:, :, None].expand_as(log_q)
         else:
             weights = self.critics_weights(chosen, sequences, ratio, log_lik)
         self._weights, self._scale = weights.detach(), guide_trace.nodes["x"]["scale"]
         surrogate = (weights * log_q).sum(dim=2).T
         if self.replay is not None:
             surrogate = self.with_replay(self.replay, chosen, sequences, guide, log_q, log_p.sum(dim=2), log_lik.T)
-        return ElboTerms(log_w, log_lik, log_q.detach().sum(dim=2).T, surrogate, model_tokens(guide_trace))
+        log_guide, log_ratio = log_q.detach().sum(dim=2).T, ratio.sum(dim=2).T if zero else None
+        return ElboTerms(log_w, log_lik, log_guide, surrogate, model_tokens(guide_trace), log_ratio)
 
     def with_replay(
         self,
@@ -129,15 +140,19 @@ class ScoreELBO(SequenceELBO):
         """Return the surrogate of new and earlier draws together, (N + M, P); the new ones are then kept."""
         earlier = replay.of(chosen.tolist())
         replay.add(
-            chosen.tolist(), sequences.tokens, sequences.lengths, to_host(log_prior).copy(), to_host(log_lik).copy()
+            chosen.tolist(),
+            sequences.tokens,
+            sequences.lengths,
+            to_host(log_prior).copy(),
+            to_host(log_lik) * self.alpha(),
         )
         new = log_q.sum(dim=2)
         joint = (log_prior + log_lik).to(new)
         if earlier is not None:
-            tokens, lengths, prior, likelihood = earlier
+            tokens, lengths, prior, reward = earlier
             again = guide.lm.token_log_probs(guide.prompt_ids, Sequences(tokens, lengths))
             new = torch.cat([new, torch.as_tensor(again).double().sum(dim=2)], dim=1)
-            joint = torch.cat([joint, torch.as_tensor(prior + likelihood).to(joint)], dim=1)
+            joint = torch.cat([joint, torch.as_tensor(prior + reward / self.alpha()).to(joint)], dim=1)
         weights = self.objective.weights((joint - new.detach()).T, torch.zeros(0), torch)
         surrogate: Tensor = weights * new.T
         return surrogate
@@ -147,6 +162,7 @@ class ScoreELBO(SequenceELBO):
         found = (torch.logsumexp(log_w, 0) - np.log(len(log_w))).tolist()
         for p, now in zip(chosen.tolist(), found, strict=True):
             before = self.log_evidence.get(p, now)
+            before = now if np.isneginf(before) else before
             self.log_evidence[p] = float(np.logaddexp(np.log(_MOVING) + before, np.log(1 - _MOVING) + now))
 
     def critics_weights(self, chosen: np.ndarray, sequences: Sequences, ratio: Tensor, log_lik: Tensor) -> Tensor:

@@ -5,33 +5,41 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 
+from bayes_klrl.arrays import to_host
+from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.inference.svi.loop import Habits, TrainingPlan, trained
-from bayes_klrl.inference.svi.objectives import ELBO, objective_of
-from bayes_klrl.inference.svi.objectives.critics import PrefixRewardCritic, critic_of
+from bayes_klrl.inference.svi.objectives import ELBO, LossObjective, objective_of
+from bayes_klrl.inference.svi.objectives.regressions import PrefixRewardCritic, critic_of
 from bayes_klrl.inference.svi.optimizers import KLSGD, Natural, optimizer_of
-from bayes_klrl.inference.svi.pyro_backend.elbo import LeaveOneOutELBO, RaoBlackwellELBO
-from bayes_klrl.inference.svi.pyro_backend.natural_steps import NaturalSteps
+from bayes_klrl.inference.svi.pyro_backend.elbo import ElboTerms, LeaveOneOutELBO, RaoBlackwellELBO
+from bayes_klrl.inference.svi.pyro_backend.loss_elbo import LossELBO
+from bayes_klrl.inference.svi.pyro_backend.natural_gradient.steps import NaturalSteps
 from bayes_klrl.inference.svi.pyro_backend.optimizers import AdamSteps, MomentumSteps, embedding_rows
+from bayes_klrl.inference.svi.pyro_backend.sampled import SampledForwardKL
 from bayes_klrl.inference.svi.pyro_backend.scores import ScoreELBO
 from bayes_klrl.inference.svi.refusals import no_adapter
+from bayes_klrl.inference.svi.steps.minibatches import prompts_of_step
 from bayes_klrl.models.decoding import check_shares_vocabulary
 from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.models.programs.pyro_program import on_model_device, pyro_guide, pyro_model
 from bayes_klrl.models.programs.turns import PYRO_TURN, in_turn
+from bayes_klrl.models.torch_lm.general.blocks import cannot_recompute
 from bayes_klrl.models.torch_lm.table import TableLM
 from bayes_klrl.models.twists.simple import prior_pilot
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import Streams, check_seed
 from bayes_klrl.typing import LanguageModel
+from bayes_klrl.weights import effective_sample_size
 
 __all__ = ["TorchTraining", "fit_guide", "trainable_guide"]
 
@@ -62,43 +70,78 @@ class TorchTraining:
     plan, posterior
         The numbers of the training, and the posterior that the guide approximates.
     seed
-        Seed for the critic's own draws. All other random numbers come from torch's generator.
+        Seed for the critic's own draws and for the prompts of each step. All other random numbers come from torch's generator.
     """
 
     def __init__(self, plan: TrainingPlan, posterior: Posterior, seed: int) -> None:
-        self.posterior = posterior
+        self.posterior, self.seed = posterior, seed
+        self._prompts_per_step = plan.prompts_per_step
         self.guide = starting_guide(plan, posterior)
+        self._recomputing = recomputation_of(plan, self.guide, posterior.prior)
         self.model = pyro_model(posterior, plan.prompts_per_step)
-        self.program = pyro_guide(posterior, self.guide, plan.prompts_per_step)
         self.parameters = [parameter for parameter in self.guide.parameters() if parameter.requires_grad]
         optimizer = optimizer_of(plan.optimizer or default_optimizer(plan, self.guide))
         self.critic = critic_for(plan, optimizer, posterior, seed)
-        self.elbo = loss_of(plan, self.critic)
+        self.objective = objective_of(plan.objective)
+        self.elbo = self._loss(plan)
+        drawn_by = posterior.prior if getattr(self.elbo, "from_prior", False) else None
+        self.program = pyro_guide(posterior, self.guide, plan.prompts_per_step, drawn_by)
         self.steps = steps_of(plan, optimizer, self.guide, self.parameters, self.elbo, posterior)
         # what critic and optimizer have read before the first step
         self._tokens_before = sum(int(getattr(part, "model_tokens", 0)) for part in (self.critic, self.steps))
 
-    def step(self) -> dict[str, float]:
+    def _loss(self, plan: TrainingPlan) -> Any:
+        """Return the loss of a step: a trainer's own, one on a sampler's draws, or one on the guide's."""
+        if isinstance(self.objective, LossObjective):
+            return LossELBO(plan.num_particles, self.objective.loss, lambda: self.posterior.alpha)
+        sampler = getattr(self.objective, "sampler", None)
+        if sampler is not None:
+            return SampledForwardKL(sampler, self.guide, lambda: self.posterior)
+        loss = loss_of(plan, self.critic, lambda: self.posterior.alpha)
+        if isinstance(getattr(self.objective, "replay", 0), Draws):
+            loss.replay.fill(self.posterior, self.objective.replay)
+        return loss
+
+    def step(self, number: int) -> dict[str, float]:
         """See `Training.step`."""
+        prompts = self.prompts_of(number)
         for parameter in self.parameters:
             parameter.grad = None
         if self.steps.needs_gradient:
-            self.elbo.loss_and_grads(self.model, self.program)
+            with self._recomputing():
+                self.elbo.loss_and_grads(self.model, self.program, *prompts)
         else:
-            self.elbo.loss(self.model, self.program)
+            self.elbo.loss(self.model, self.program, *prompts)
         terms = self.elbo.last
-        check_finite_weights(terms.log_weights, self.posterior)
+        check_finite_weights(
+            terms.log_weights, self.posterior, zero=bool(getattr(self.objective, "zero_likelihood", False))
+        )
         taken = self.steps.step(terms.log_weights)
         tokens = terms.model_tokens + self._tokens_before
         self._tokens_before = 0
         return {
-            "elbo": float(terms.log_weights.mean()),
-            "reward": float(terms.log_likelihood.mean()) * self.posterior.alpha,
-            "kl": float((terms.log_likelihood - terms.log_weights).mean()),
-            "log_weight_sd": float(terms.log_weights.std(dim=0).mean()),
+            "elbo": terms.mean(terms.log_weights),
+            "reward": terms.mean(terms.log_likelihood) * self.posterior.alpha,
+            "kl": terms.kl,
+            "log_weight_sd": terms.log_weight_sd,
+            "ess": effective_size(terms),
             **taken,
             "tokens": tokens,
         }
+
+    def prompts_of(self, number: int) -> tuple[torch.Tensor, ...]:
+        """Return the argument of the programs that chooses a step's prompts; none where all are used."""
+        size = self._prompts_per_step
+        if size is None:
+            return ()
+        return (torch.as_tensor(prompts_of_step(self.seed, number, self.posterior.num_prompts, size)),)
+
+    def aim_at(self, posterior: Posterior) -> None:
+        """See `Training.aim_at`. The critic keeps its features, and learns the new values as it goes."""
+        if posterior is not self.posterior:
+            self.posterior = posterior
+            self.model = pyro_model(posterior, self._prompts_per_step)
+            self.steps.forget_draws()
 
     def guide_so_far(self) -> LanguageModel:
         """See `Training.guide_so_far`."""
@@ -131,17 +174,25 @@ class TorchTraining:
         torch.set_rng_state(arrays["random"].cpu())
 
 
+def effective_size(terms: ElboTerms) -> float:
+    """Return the effective sample size of a step's draws for the posterior, a mean over prompts."""
+    log_weights = terms.log_weights
+    if terms.importance is not None:
+        log_weights = log_weights + terms.importance.log()
+    return float(effective_sample_size(to_host(log_weights).T).mean())
+
+
 def _part(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     """Return the entries whose names begin with a prefix, under their names without it."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def loss_of(plan: TrainingPlan, critic: Any) -> Any:
-    """Return the loss: those of whole completions for the plain ELBO, else the one of scores."""
+def loss_of(plan: TrainingPlan, critic: Any, alpha: Callable[[], float] = lambda: 1.0) -> Any:
+    """Return the loss of the guide's own draws: those of whole completions for the plain ELBO, else the one of scores."""
     objective = objective_of(plan.objective)
     if isinstance(objective, ELBO) and critic is None and plan.particles_per_pass is None:
         return _ELBOS[plan.estimator](plan.num_particles)
-    return ScoreELBO(plan.num_particles, objective, critic, plan.discount, plan.particles_per_pass)
+    return ScoreELBO(plan.num_particles, objective, critic, plan.discount, plan.particles_per_pass, alpha)
 
 
 def default_optimizer(plan: TrainingPlan, guide: Any) -> str:
@@ -153,7 +204,11 @@ def default_optimizer(plan: TrainingPlan, guide: Any) -> str:
 
 
 def critic_for(plan: TrainingPlan, optimizer: Any, posterior: Posterior, seed: int) -> Any:
-    """Return the critic that is asked for, or by default the one of rewards of prefixes; None for none."""
+    """Return the critic that is asked for, or by default the one of rewards of prefixes; None for none.
+
+    Where these rewards would take much longer than the draws, there is none: a head on hidden states is measured to be no
+    better than that on the shipped model (`benchmarks/bench_posterior.py "hidden states"`).
+    """
     if plan.twist is not None:
         return None if plan.twist == "none" else critic_of(plan.twist, posterior, seed)
     if not isinstance(optimizer, KLSGD) or not isinstance(objective_of(plan.objective), ELBO):
@@ -164,7 +219,7 @@ def critic_for(plan: TrainingPlan, optimizer: Any, posterior: Posterior, seed: i
     if share > _MOST_OF_PREFIXES and seconds > _NO_MATTER:
         warnings.warn(
             f"Rewards of prefixes would take {share:.0f} times as long as drawing the completions, so there is no critic. "
-            "SVI(twist=bk.PartialRewardTwist()) has one all the same, and twist='none' says that none is wanted.",
+            "SVI(twist=bk.PartialRewardTwist()) has one all the same; twist='hidden_states' or 'none' says what is wanted.",
             stacklevel=2,
         )
         return None
@@ -202,9 +257,22 @@ def starting_guide(plan: TrainingPlan, posterior: Posterior) -> Any:
     return guide
 
 
-def check_finite_weights(log_weights: torch.Tensor, posterior: Posterior) -> None:
-    """Refuse to go on once the guide's log-probs are NaN."""
-    if not torch.isfinite(log_weights).all():
+def recomputation_of(
+    plan: TrainingPlan, guide: Any, prior: LanguageModel
+) -> Callable[[], AbstractContextManager[None]]:
+    """Return the context in which a step's gradient is computed: with gradient checkpointing, or without."""
+    if not plan.gradient_checkpointing:
+        return nullcontext
+    if not hasattr(guide, "recomputing"):
+        raise cannot_recompute(prior)
+    with guide.recomputing():  # refused here, before any work
+        found: Callable[[], AbstractContextManager[None]] = guide.recomputing
+    return found
+
+
+def check_finite_weights(log_weights: torch.Tensor, posterior: Posterior, *, zero: bool = False) -> None:
+    """Refuse to go on once the guide's log-probs are NaN; log-weights of -inf are allowed if likelihoods may be 0."""
+    if not (torch.isfinite(log_weights) | (torch.isneginf(log_weights) & zero)).all():
         half = getattr(posterior.prior, "half_precision", False)
         cure = (
             "Load the prior in float32: its weights have fewer bits." if half else "Lower learning_rate or max_step_kl."

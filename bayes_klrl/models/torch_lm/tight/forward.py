@@ -9,15 +9,16 @@ batches without padding have no mask.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayes_klrl.models.torch_lm.general.blocks import recomputed
 from bayes_klrl.models.torch_lm.network import left_padded
-from bayes_klrl.models.torch_lm.tight.families import Family, family_of
+from bayes_klrl.models.torch_lm.tight.families import Family, Layer, family_of
 from bayes_klrl.typing import TokenIds
 
 __all__ = ["TightNetwork", "tight_network"]
@@ -102,18 +103,26 @@ class WrittenMemory:
 
 
 @dataclass(frozen=True, eq=False)
-class JoinedMemory:
-    """Scoring: new keys and values are concatenated to the past's, so that gradients flow through both."""
+class NewMemory:
+    """Prompts: there is nothing before them. The keys and values of each layer are kept for what follows."""
 
-    past: Sequence[tuple[Tensor, Tensor]]  # one pair per layer; empty at the start
-    joined: list[tuple[Tensor, Tensor]]
+    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        if self.past:
-            keys = torch.cat([self.past[layer][0], keys], dim=2)
-            values = torch.cat([self.past[layer][1], values], dim=2)
-        self.joined.append((keys, values))
+        self.kept.setdefault(layer, (keys, values))  # a layer that is computed again keeps nothing
         return keys, values
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedMemory:
+    """Scoring: new keys and values are concatenated to those of each row's prompt, so that gradients flow through both."""
+
+    past: NewMemory
+    owners: Tensor  # (R,) the prompt of each row
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        past_keys, past_values = (each.index_select(0, self.owners) for each in self.past.kept[layer])
+        return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
 
 
 def attention_mask(num_queries: int, num_keys: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
@@ -159,19 +168,23 @@ def stream(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, s
 
 
 class TightNetwork:
-    """See `Network`. The features are the hidden states after the final norm."""
+    """See `Network`. The features are the hidden states after the final norm.
 
-    def __init__(self, family: Family, vocab_size: int) -> None:
+    With `recompute` the activations inside each layer are computed again in the backward pass of `features`.
+    """
+
+    def __init__(self, family: Family, vocab_size: int, *, recompute: bool = False) -> None:
         self.family, self.vocab_size, self.width = family, vocab_size, family.width
+        self.recompute = recompute
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, Cache]:
         """See `Network.prefill`."""
         tokens, padding = self._padded(prompts)
-        memory = JoinedMemory([], [])
+        memory = NewMemory()
         hidden = self._forward(tokens, 0, padding, memory)
         length = tokens.shape[1]
-        layers = [torch.stack(pair) for pair in memory.joined]
+        layers = [torch.stack(pair) for pair in memory.kept.values()]
         return hidden[:, -1], Cache(Buffer(layers, length), length, padding)
 
     @torch.no_grad()
@@ -191,13 +204,12 @@ class TightNetwork:
     def features(self, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor) -> Tensor:
         """See `Network.features`. Each prompt is read once, then all its completions are read in one forward pass."""
         prompt_tokens, padding = self._padded(prompts)
-        prefix = JoinedMemory([], [])
+        prefix = NewMemory()
         first = self._forward(prompt_tokens, 0, padding, prefix)[:, -1:].index_select(0, owners)
         if tokens.shape[1] == 1:
             return first
-        past = [(keys.index_select(0, owners), values.index_select(0, owners)) for keys, values in prefix.joined]
         padding = None if padding is None else padding[owners]
-        rest = self._forward(tokens[:, :-1], prompt_tokens.shape[1], padding, JoinedMemory(past, []))
+        rest = self._forward(tokens[:, :-1], prompt_tokens.shape[1], padding, JoinedMemory(prefix, owners))
         return torch.cat([first, rest], dim=1)
 
     def logits(self, features: Tensor) -> Tensor:
@@ -218,10 +230,16 @@ class TightNetwork:
         hidden, rotation = family.embed(tokens, positions)
         by_row = hidden.shape[:2]
         hidden = hidden.flatten(0, 1)
-        for index, layer in enumerate(family.layers):
+
+        def after(index: int, layer: Layer, hidden: Tensor) -> Tensor:
+            """Return the hidden states after a layer."""
             queries, keys, values = (by_head(part, *by_row) for part in layer.heads(hidden, rotation))
             keys, values = memory.extend(index, keys, values)
-            hidden = layer.finish(hidden, attend(queries, keys, values, mask, layer.scale))
+            return layer.finish(hidden, attend(queries, keys, values, mask, layer.scale))
+
+        again = self.recompute and torch.is_grad_enabled()
+        for index, layer in enumerate(family.layers):
+            hidden = recomputed(after, index, layer, hidden) if again else after(index, layer, hidden)
         return family.final_norm(hidden).view(*by_row, -1)
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.svi.pyro_backend.per_sample import SampleScores
+from bayes_klrl.inference.svi.pyro_backend.natural_gradient.per_sample import SampleScores
 
 __all__ = ["NaturalGradient", "NaturalStep"]
 

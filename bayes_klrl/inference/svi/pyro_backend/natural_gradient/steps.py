@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from bayes_klrl.inference.svi.optimizers import Natural
-from bayes_klrl.inference.svi.pyro_backend.natural import NaturalGradient
-from bayes_klrl.inference.svi.pyro_backend.per_sample import PerSample
+from bayes_klrl.inference.svi.pyro_backend.natural_gradient.per_sample import PerSample
+from bayes_klrl.inference.svi.pyro_backend.natural_gradient.regression import NaturalGradient
 from bayes_klrl.models.programs.pyro_program import to_sequences
 from bayes_klrl.sequences import Sequences
 
@@ -54,6 +54,10 @@ class NaturalSteps:
         taken = self._natural.step(scores, log_joint - scores.log_probs)
         squared = sum(float(p.grad.square().sum()) for p in self._per_sample.parameters if p.grad is not None)
         return {"gradient_norm": squared**0.5, "learning_rate": taken.share, "step_kl": taken.kl}
+
+    def forget_draws(self) -> None:
+        """See `Steps.forget_draws`."""
+        self._kept = []
 
     def state(self) -> dict[str, Tensor]:
         """See `Steps.state`."""

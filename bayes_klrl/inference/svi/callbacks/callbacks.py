@@ -1,24 +1,24 @@
 """Callbacks: who looks at a training after each step, and may end it.
 
-A callback is a function of the step's record and of the guide so far; it ends the training by returning True. Checkpoints are
-written by `SVI.fit(checkpoint=...)`, since only the training knows its whole state.
+A callback is a function of the step's record and of the guide so far; it ends the training by returning True. One that has
+the method `close()` is told when the training has ended. Checkpoints are written by `SVI.fit(checkpoint=...)`, since only the
+training knows its whole state.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from bayes_klrl.checks import check_count, check_positive
-from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import LanguageModel
 
-__all__ = ["Callback", "Checkpoint", "EarlyStopping", "StepRecord", "TensorBoard", "call_all"]
+__all__ = ["Callback", "Checkpoint", "EarlyStopping", "StepRecord", "call_all", "close_all"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +35,8 @@ class StepRecord:
         The values of all steps so far by the same names, this step's last; those before a resume included.
     posterior
         The posterior that the guide approximates.
+    recipe
+        The recipe of the training, an `SVI`; None where a record is made by hand.
 
     Examples
     --------
@@ -54,10 +56,11 @@ class StepRecord:
     values: Mapping[str, float]
     history: Mapping[str, Sequence[float]]
     posterior: Posterior
+    recipe: Any = None
 
     @property
     def logged(self) -> dict[str, float]:
-        """The values under the names of logs, in nats: elbo, kl_to_prior, log_weight_sd, step_kl; and the reward."""
+        """The values under the names of logs, in nats: elbo, kl_to_prior, log_weight_sd, step_kl; and ess and reward."""
         names = {"kl": "kl_to_prior"}
         return {names.get(name, name): value for name, value in self.values.items() if name != "tokens"}
 
@@ -94,7 +97,11 @@ class Checkpoint:
 
 
 Callback: TypeAlias = Callable[[StepRecord, LanguageModel], bool | None]
-"""`callback(record, guide)`; True ends the training."""
+"""`callback(record, guide)` after each step; True ends the training.
+
+If it has a method `close()`, this is called once when the training ends: after the last step, by another callback, by an error
+or by Ctrl-C. It may be used in another training afterwards. An error in `close()` becomes a warning, since what was learned
+matters more."""
 
 
 @dataclass(frozen=True)
@@ -131,35 +138,6 @@ class EarlyStopping:
         return record.step + 1 >= self.least_steps and mean < self.gap
 
 
-class TensorBoard:
-    """Write each step's values as TensorBoard events; needs the tensorboard package (extra `tensorboard`).
-
-    Parameters
-    ----------
-    folder
-        The folder of the events.
-
-    Examples
-    --------
-    >>> import bayes_klrl as bk
-    >>> callbacks = [bk.TensorBoard("runs/first")]  # doctest: +SKIP
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise BayesKLRLError("TensorBoard needs a package: pip install 'bayes_klrl[tensorboard]'") from error
-        self._writer: Any = SummaryWriter(str(folder))
-
-    def __call__(self, record: StepRecord, guide: LanguageModel) -> None:
-        """Write the values."""
-        for name, value in record.logged.items():
-            if np.isfinite(value):
-                self._writer.add_scalar(name, value, record.step)
-        self._writer.flush()
-
-
 def call_all(callbacks: Sequence[Callback], record: StepRecord, guide_so_far: Callable[[], LanguageModel]) -> bool:
     """Call all callbacks, and return whether one of them ends the training."""
     if not callbacks:
@@ -168,3 +146,20 @@ def call_all(callbacks: Sequence[Callback], record: StepRecord, guide_so_far: Ca
     for callback in callbacks:  # all of them, also after one that ends the training
         ended |= bool(callback(record, guide))
     return ended
+
+
+def close_all(callbacks: Sequence[Callback]) -> None:
+    """Call `close()` of all callbacks that have it; an error in one of them becomes a warning."""
+    for callback in callbacks:
+        close = getattr(callback, "close", None)
+        if not callable(close):
+            continue
+        try:
+            close()
+        except Exception as error:  # whatever a logger raises, the training is over and its guide is kept
+            with suppress(UserWarning):  # where warnings are errors, too
+                warnings.warn(
+                    f"{type(callback).__name__}.close() raised {type(error).__name__}: {error}. The training itself has ended "
+                    "as it should; only what this callback does at the end is missing.",
+                    stacklevel=3,
+                )

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, EncoderDecoderCache
 
-from bayes_klrl.models.torch_lm.heads import Head, head_of
+from bayes_klrl.models.torch_lm.general.heads import Head, head_of
 from bayes_klrl.models.torch_lm.network import (
     Network,
     accepted,

@@ -28,7 +28,13 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.svi.pyro_backend.score_products import Outer, Terms, Whole, add_gram, weighted
+from bayes_klrl.inference.svi.pyro_backend.natural_gradient.score_products import (
+    Outer,
+    Terms,
+    Whole,
+    add_gram,
+    weighted,
+)
 from bayes_klrl.models.torch_lm.general import (
     PlainEncoderDecoderNetwork,
     PlainNetwork,
