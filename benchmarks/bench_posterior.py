@@ -70,8 +70,8 @@ def adaptive(target: dict[str, float], seed: int, num_steps: int) -> str:
     )
 
 
-def by_trl(seed: int) -> tuple[float, float, int]:
-    """Return what `measured` returns, for TRL's RLOOTrainer at 120 steps of 64 completions."""
+def by_trl(seed: int, rate: float) -> tuple[float, float, int]:
+    """Return what `measured` returns, for TRL's RLOOTrainer at 120 steps of 64 completions and a learning rate."""
     from bench_trainers import trl_train
 
     def cheer(completions: list[str], **kwargs: Any) -> list[float]:  # noqa: ARG001  (TRL gives all that it has)
@@ -81,7 +81,7 @@ def by_trl(seed: int) -> tuple[float, float, int]:
     posterior = bk.Posterior(demo.prior, reward, prompts=demo.prompts[0], max_new_tokens=demo.max_new_tokens)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        seconds = trl_train("RLOO", posterior, run, seed=seed, num_steps=120, lora=False, batch=64)
+        seconds = trl_train("RLOO", posterior, run, seed=seed, num_steps=120, lora=False, batch=64, learning_rate=rate)
         tuned = as_policy(run, demo)
         draws = bk.ImportanceSampling(2000, proposal=tuned).run(demo, seed=9)
     return 5.53 - float(draws.log_weights.mean()), seconds, 120 * 64
@@ -101,7 +101,8 @@ def main() -> None:
                 print(f"{name:28} seed {seed}: {adaptive({quantity: float(value)}, seed, 114)}", flush=True)
             continue
         if name == "trl-rloo":
-            show(name, [by_trl(seed) for seed in range(given.seeds)])
+            for rate in (1e-4, 3e-4, 1e-3):
+                show(f"{name} at {rate:g}", [by_trl(seed, rate) for seed in range(given.seeds)])
             continue
         options = dict(RECIPES[name])
         alpha = options.pop("alpha", None)

@@ -72,7 +72,15 @@ def import_trl() -> tuple[Any, Any]:
 
 
 def trl_train(
-    name: str, posterior: bk.Posterior, folder: Path, *, seed: int, num_steps: int, lora: bool, batch: int = BATCH
+    name: str,
+    posterior: bk.Posterior,
+    folder: Path,
+    *,
+    seed: int,
+    num_steps: int,
+    lora: bool,
+    batch: int = BATCH,
+    learning_rate: float = LEARNING_RATE,
 ) -> float:
     """Train with one of TRL's trainers from the prior's folder, and return CPU seconds."""
     datasets, trl = import_trl()
@@ -91,7 +99,7 @@ def trl_train(
         gradient_accumulation_steps=1,
         gradient_checkpointing=False,
         max_completion_length=posterior.max_new_tokens,
-        learning_rate=LEARNING_RATE,
+        learning_rate=learning_rate,
         lr_scheduler_type="linear",
         max_grad_norm=1e9,
         mask_truncated_completions=False,

@@ -8,6 +8,7 @@ __all__ = ["LATER"]
 
 _CHECK = "tests/models/torch_lm/test_self_check.py"
 _SAVING = "tests/models/torch_lm/test_saving.py"
+_LOSSES = "tests/inference/svi/test_loss_objectives.py"
 _STATE = "tests/inference/svi/test_training_state.py"
 
 LATER: tuple[Mutant, ...] = (
@@ -63,5 +64,50 @@ LATER: tuple[Mutant, ...] = (
         'for owner, name in ((self.critic, "critic."), (self.elbo, "loss.")):',
         'for owner, name in ((self.elbo, "loss."),):',
         (f"{_STATE}::test_a_training_that_goes_on_ends_as_if_nothing_had_happened[kl_sgd and critic-table]",),
+    ),
+    Mutant(
+        "a loss of the prior's draws gets the guide's",
+        "inference/svi/pyro_backend/training.py",
+        'posterior.prior if getattr(self.elbo, "from_prior", False) else None',
+        "None",
+        (f"{_LOSSES}::test_a_loss_has_its_enumerated_gradient[DPO, drawn from the prior-1]",),
+    ),
+    Mutant(
+        "a sampler's draws all weigh the same",
+        "inference/svi/pyro_backend/sampled.py",
+        "torch.as_tensor(normalised(draws.log_weights)).to(log_q)",
+        "torch.full_like(log_q, 1 / log_q.shape[1]).detach()",
+        (f"{_LOSSES}::test_all_completions_have_it_exactly",),
+    ),
+    Mutant(
+        "a step at another alpha keeps the old posterior",
+        "inference/svi/pyro_backend/training.py",
+        "            self.model = pyro_model(posterior, self._prompts_per_step)\n            self.steps",
+        "            self.steps",
+        ("tests/inference/svi/test_alphas.py::test_each_step_aims_at_its_own_alpha",),
+    ),
+    Mutant(
+        "alpha is moved the wrong way",
+        "analysis/callbacks/adaptive_alpha.py",
+        "self.gain / num_steps * error",
+        "-self.gain / num_steps * error",
+        (
+            "tests/inference/svi/test_alphas.py::test_the_target_is_held_and_the_posterior_is_the_one_that_is_said"
+            "[{'kl': 1.2}-adam]",
+        ),
+    ),
+    Mutant(
+        "earlier draws keep the log-likelihood of an earlier alpha",
+        "inference/svi/pyro_backend/scores.py",
+        "prior + reward / self.alpha()",
+        "prior + reward",
+        ("tests/inference/svi/test_objectives.py::test_rewards_of_earlier_draws_count_at_the_present_alpha",),
+    ),
+    Mutant(
+        "every epoch has the order of the first",
+        "inference/svi/steps/minibatches.py",
+        "generator(seed, _STREAM, epoch)",
+        "generator(seed, _STREAM)",
+        ("tests/inference/svi/test_minibatches.py::test_a_step_depends_on_seed_and_number_alone",),
     ),
 )

@@ -99,7 +99,7 @@ class ForwardKL:
 
     From the guide's own draws the weights are self-normalised importance weights, with a bias of order 1/N. It needs draws of
     high posterior probability: where the effective sample size is near 1, a step copies one draw. A sampler finds these
-    where the guide does not. Likelihoods of 0 are allowed: a hard constraint can be trained on.
+    where the guide does not. Likelihoods of 0 are allowed on torch: a hard constraint can be trained on.
 
     Parameters
     ----------
