@@ -153,8 +153,8 @@ class Posterior:
         if alpha == self.alpha:
             return self
         other = copy.copy(self)
-        other._given = self._given ** (self.alpha / alpha)
-        other.likelihood = self.likelihood ** (self.alpha / alpha)
+        gamma = self.alpha / alpha
+        other._given, other.likelihood = self._given**gamma, self.likelihood**gamma
         return other
 
     def select(self, indices: Sequence[int] | IntArray) -> Posterior:

@@ -1,7 +1,7 @@
 """The alpha that brings a guide to a given KL to its prior, or a given mean reward, found during the training.
 
 The frontier of a few draws of the prior gives the alpha to start from. A controller then corrects it by what the guide does:
-once the guide has come near the target, or after 40 % of the steps,
+once the guide has come near the target, but after 20 to 40 % of the steps,
 
     log alpha += gain / (number of steps) error / slope,
     error = log(KL / target), or log of (reward - the prior's) / (target - the prior's),
@@ -31,7 +31,7 @@ __all__ = ["AdaptiveAlpha"]
 
 _LARGEST_ERROR = 1.0
 _KEPT = 0.8  # of the moving mean, per step
-_NEAR, _LEAST_STEPS, _FREE = 0.1, 10, 0.4  # the controller begins near the target, or after this share of the steps
+_NEAR, _LEAST, _FREE = 0.1, 0.2, 0.4  # the controller begins near the target, but in this part of the steps
 _FAR = 0.15  # of the target
 _SEEN = 20  # draws
 _FURTHEST = 0.5  # of the extrapolation beyond the frontier's cut
@@ -43,7 +43,7 @@ class AdaptiveAlpha:
     """A callback that looks for the alpha at which the guide has a given KL to its prior, or a given mean reward.
 
     `Fit.posterior` is the posterior of the last alpha: that is what the guide approximates. `Fit.history["alpha"]` has all of
-    them.
+    them. It takes 200 steps or more to hold a target within 5 %.
 
     Parameters
     ----------
@@ -71,14 +71,14 @@ class AdaptiveAlpha:
     >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
     >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0, bounds=(1, 8))
     >>> posterior = bk.Posterior(coin, longer, max_new_tokens=8)
-    >>> fit = bk.SVI(150).fit(posterior, seed=0, callbacks=[bk.AdaptiveAlpha(kl=0.5)])
-    >>> bool(0.4 < fit.history["kl"][-20:].mean() < 0.6), bool(fit.posterior.alpha == fit.history["alpha"][-1])
+    >>> fit = bk.SVI(200).fit(posterior, seed=0, callbacks=[bk.AdaptiveAlpha(kl=0.5)])
+    >>> bool(0.4 < fit.history["kl"][-20:].mean() < 0.6), bool(np.isclose(fit.posterior.alpha, fit.history["alpha"][-1]))
     (True, True)
     """
 
     kl: float | None = None
     reward: float | None = None
-    gain: float = 4.0
+    gain: float = 6.0
     num_draws: int = 2000
     seed: int = 0
     _frontiers: dict[int, tuple[Posterior, Frontier]] = field(default_factory=dict, init=False, repr=False)
@@ -116,7 +116,7 @@ class AdaptiveAlpha:
         from_prior = self._of_prior(curve)
         ratio = (_moving_mean(history[self._name]) - from_prior) / (self._target - from_prior)
         error = float(np.clip(np.log(max(ratio, 1e-9)), -_LARGEST_ERROR, _LARGEST_ERROR))
-        has_arrived = abs(error) < _NEAR and step >= _LEAST_STEPS
+        has_arrived = abs(error) < _NEAR and step >= _LEAST * num_steps
         if alpha == first and not has_arrived and step < _FREE * num_steps:
             return first
         return float(alpha * np.exp(self.gain / num_steps * error / self._slope(curve, first)))

@@ -104,9 +104,9 @@ class ForwardKL:
     Parameters
     ----------
     sampler
-        An algorithm whose weighted draws are learned from, such as `bk.SMC(64)`; if it takes a proposal and has none, the
-        guide proposes. None: the guide's own draws. The history's "elbo", "kl" and "reward" are then the guide's by importance
-        weights, rough where guide and posterior differ much, and blind to draws of likelihood 0.
+        An algorithm whose weighted draws are learned from, such as `bk.SMC(64)` or `bk.SMC(64, twist=...)`; the history's
+        "elbo", "kl" and "reward" are then the guide's by importance weights, rough where guide and posterior differ much, and
+        blind to draws of likelihood 0. None: the guide's own draws.
 
     Examples
     --------

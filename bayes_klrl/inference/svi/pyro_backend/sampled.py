@@ -2,21 +2,21 @@
 
     surrogate = sum_n W_n log q(x_n),      W_n the normalised weights of the sampler's draws, without a gradient
 
-Its gradient is minus that of KL(p* || q), up to the sampler's bias of order 1 / N. Other than self-normalised importance
-sampling from the guide, a sampler that resamples prefixes also finds what the guide cannot draw yet.
+Its gradient is minus that of KL(p* || q), up to the sampler's bias of order 1 / N. The sampler does not know the guide, so
+that it also finds what the guide does not draw yet, and gets no better as the guide does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 
+from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.svi.pyro_backend.elbo import ElboTerms
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.typing import Algorithm
+from bayes_klrl.typing import Algorithm, GuideRecipe, TwistRecipe
 from bayes_klrl.weights import normalised
 
 __all__ = ["SampledForwardKL"]
@@ -28,25 +28,33 @@ class SampledForwardKL:
     Parameters
     ----------
     sampler
-        The algorithm, such as `bk.SMC(64)`. If it takes a proposal and has none, the guide proposes.
+        The algorithm, such as `bk.SMC(64)`. What it has to fit (a twist, a proposal) is fitted once, in the first step.
     guide
         The guide.
     posterior
         Function that returns the posterior of the step, with the step's alpha.
+    in_parts
+        Whether steps use some of the prompts.
+
+    Raises
+    ------
+    BayesKLRLError
+        If the sampler has something to fit, and either cannot be prepared or steps use some of the prompts: it would be
+        fitted anew in each step.
     """
 
     last: ElboTerms
 
-    def __init__(
-        self,
-        sampler: Algorithm,
-        guide: Any,
-        posterior: Callable[[], Posterior],
-    ) -> None:
-        takes_proposal = is_dataclass(sampler) and "proposal" in {field.name for field in fields(sampler)}
-        guided = takes_proposal and getattr(sampler, "proposal", None) is None
-        self._sampler: Any = replace(sampler, proposal=guide) if guided else sampler  # type: ignore[type-var]
+    def __init__(self, sampler: Algorithm, guide: Any, posterior: Callable[[], Posterior], *, in_parts: bool) -> None:
+        self._sampler: Any = sampler
         self._guide, self._posterior = guide, posterior
+        self._is_ready = in_parts or not hasattr(sampler, "prepared")
+        recipes = [getattr(sampler, name, None) for name in ("proposal", "twist")]
+        if self._is_ready and any(isinstance(recipe, GuideRecipe | TwistRecipe) for recipe in recipes):
+            raise BayesKLRLError(
+                f"{type(sampler).__name__} would fit its proposal or twist anew in each step. Give it a fitted one, such as "
+                "proposal=bk.SVI(60).fit(posterior, seed=0).guide."
+            )
 
     def loss_and_grads(self, model: object, guide: object, chosen: torch.Tensor | None = None) -> float:
         """Draw, score, and add the gradient to the parameters'; the programs are not run.
@@ -60,8 +68,13 @@ class SampledForwardKL:
         """
         whole = self._posterior()
         posterior = whole if chosen is None else whole.select(chosen.tolist())
+        seed = int(torch.randint(2**31 - 1, (), device="cpu"))
         with torch.no_grad():
-            draws = self._sampler.run(posterior, seed=int(torch.randint(2**31 - 1, (), device="cpu")))
+            spent = 0
+            if not self._is_ready:
+                self._sampler, cost = self._sampler.prepared(posterior, seed)
+                self._is_ready, spent = True, cost.model_tokens + cost.training_tokens
+            draws = self._sampler.run(posterior, seed=seed)
         log_q = self._log_guide(posterior, draws.sequences)
         weights = torch.as_tensor(normalised(draws.log_weights)).to(log_q)
         loss = -(weights * log_q).sum() * (whole.num_prompts / posterior.num_prompts)
@@ -79,7 +92,7 @@ class SampledForwardKL:
             log_likelihood=torch.as_tensor(draws.log_likelihood).to(log_guide).T,
             log_guide=log_guide,
             surrogate=torch.zeros(0),
-            model_tokens=draws.model_tokens + scored,
+            model_tokens=draws.model_tokens + scored + spent,
             log_ratio=log_guide - torch.as_tensor(draws.log_prior).to(log_guide).T,
             importance=importance,
         )

@@ -96,7 +96,9 @@ class TorchTraining:
             return LossELBO(plan.num_particles, self.objective.loss, lambda: self.posterior.alpha)
         sampler = getattr(self.objective, "sampler", None)
         if sampler is not None:
-            return SampledForwardKL(sampler, self.guide, lambda: self.posterior)
+            return SampledForwardKL(
+                sampler, self.guide, lambda: self.posterior, in_parts=plan.prompts_per_step is not None
+            )
         loss = loss_of(plan, self.critic, lambda: self.posterior.alpha)
         if isinstance(getattr(self.objective, "replay", 0), Draws):
             loss.replay.fill(self.posterior, self.objective.replay)
