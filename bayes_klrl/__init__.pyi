@@ -56,6 +56,10 @@ from .likelihood import Constraint as Constraint
 from .likelihood import Likelihood as Likelihood
 from .likelihood import Reward as Reward
 from .likelihood import TokenReward as TokenReward
+from .likelihoods.best_of import BestOf as BestOf
+from .likelihoods.implicit import ImplicitReward as ImplicitReward
+from .likelihoods.power import Power as Power
+from .likelihoods.quantile import QuantileReward as QuantileReward
 from .models.automata.automaton import Automaton as Automaton
 from .models.automata.reward import AutomatonConstraint as AutomatonConstraint
 from .models.automata.reward import AutomatonReward as AutomatonReward

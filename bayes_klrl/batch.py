@@ -7,7 +7,7 @@ that table, and `to_floats` accepts nothing but one number per completion.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ __all__ = [
     "accepts",
     "called_on_text",
     "called_on_tokens",
+    "check_reads_completions",
     "completion_texts",
     "first_failing_row",
     "parameters",
@@ -35,7 +36,7 @@ __all__ = [
 
 _BATCH_NAMES = ("prompts", "completions", "completion_ids", "finished")
 RESERVED_NAMES = frozenset(
-    {*_BATCH_NAMES, "tokens", "lengths", "prompt_index", "prior", "likelihood", "max_new_tokens"}
+    {*_BATCH_NAMES, "tokens", "lengths", "prompt_index", "prior", "likelihood", "max_new_tokens", "self"}
 )
 _TRAINER_NAMES = frozenset({"prompt", "environments", "trainer_state", "log_extra", "log_metric"})
 """Names that TRL has for other things than completions: its datasets' prompt, and what its trainers give to rewards."""
@@ -260,6 +261,16 @@ def accepts(fn: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def check_reads_completions(fn: Any, label: str, columns: Iterable[str]) -> None:
+    """Refuse a function whose one parameter has the name of a column: it would receive the column and no completions."""
+    required, optional, open_ended = parameters(fn)
+    if len(required) == 1 and required[0] in columns and not open_ended and not set(optional) & set(_BATCH_NAMES):
+        raise RewardError(
+            f"Reward {label!r} asks for {required[0]!r} alone, which is a column of the rows, so it would not see the "
+            "completions. Call its parameter `completions` if it is to receive them; otherwise rename or drop the column."
+        )
 
 
 def first_failing_row(num_rows: int, call_on: Callable[[slice], object]) -> int:

@@ -1,12 +1,13 @@
-"""Checks of numeric arguments: each raises a `BayesKLRLError` that names the argument, the rule and the value."""
+"""Checks of arguments: each raises a `BayesKLRLError` that names the argument, the rule and the value."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.typing import LanguageModel
 
-__all__ = ["check_count", "check_finite", "check_fraction", "check_positive"]
+__all__ = ["check_count", "check_finite", "check_fraction", "check_language_model", "check_positive"]
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
@@ -39,3 +40,15 @@ def check_prompts_per_step(prompts_per_step: int | None, num_prompts: int) -> No
         check_count("prompts_per_step", prompts_per_step)
         if prompts_per_step > num_prompts:
             raise BayesKLRLError(f"prompts_per_step = {prompts_per_step}, but the posterior has {num_prompts} prompts.")
+
+
+def check_language_model(what: str, lm: object) -> None:
+    """Refuse an object that lacks an attribute or method of the `LanguageModel` protocol."""
+    missing = [name for name in vars(LanguageModel) if not name.startswith("_") and not hasattr(lm, name)]
+    if missing:
+        if hasattr(lm, "guide"):
+            raise BayesKLRLError(f"{what} must be a language model; of a {type(lm).__name__} give its `guide`.")
+        raise BayesKLRLError(
+            f"{what} must be a language model, such as bk.TorchLM.from_pretrained(...); a {type(lm).__name__} has no "
+            f"{', '.join(missing)}. See bk.LanguageModel."
+        )

@@ -10,18 +10,26 @@ outcome like any other. So p0 sums to exactly 1 over completions, and sampling w
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bayes_klrl.arrays import no_gradient, to_host
-from bayes_klrl.batch import RESERVED_NAMES, Batch, Setting
-from bayes_klrl.checks import check_count, check_positive
+from bayes_klrl.batch import Batch, Setting, check_reads_completions
+from bayes_klrl.checks import check_count, check_fraction, check_language_model, check_positive
 from bayes_klrl.errors import BayesKLRLError, needs_jax
 from bayes_klrl.likelihood import Likelihood
-from bayes_klrl.prompts import prompt_list
-from bayes_klrl.sequences import Sequences, pad_token
+from bayes_klrl.prompts import (
+    check_context,
+    checked_columns,
+    chosen_prompts,
+    encoded_prompts,
+    prompt_list,
+    prompts_and_columns,
+)
+from bayes_klrl.randomness import generator
+from bayes_klrl.sequences import Sequences, check_outcomes, pad_token
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
 if TYPE_CHECKING:
@@ -43,12 +51,14 @@ class Posterior:
     likelihood
         The likelihood exp(r / alpha): a `Reward`, `TokenReward`, `Constraint`, or a product of them.
     prompts
-        One prompt or a list of P prompts: texts, or lists or arrays of token ids. Of a tokenizer's output (a
-        `transformers.BatchEncoding`) the `input_ids` are taken, without padding.
+        One prompt or P prompts: texts, or lists or arrays of token ids. Several prompts may be in a list, tuple, array,
+        pandas Series or generator, which is read once. Of a tokenizer's output (a `transformers.BatchEncoding`) the
+        `input_ids` are taken, without padding.
     max_new_tokens
         T, the largest number of tokens that a completion may have, EOS included.
     **columns
-        Further data about the prompts, each column a list of length P, which reward functions may ask for by name.
+        Further data about the prompts, which reward functions may ask for by name: each column holds P values of any type
+        in a list, array, pandas Series or generator, which is read once.
 
     Attributes
     ----------
@@ -76,9 +86,9 @@ class Posterior:
         prior: LanguageModel,
         likelihood: Likelihood,
         *,
-        prompts: str | Sequence[Any] = "",
+        prompts: str | Iterable[Any] = "",
         max_new_tokens: int,
-        **columns: Sequence[Any],
+        **columns: Iterable[Any],
     ) -> None:
         check_language_model("The prior", prior)
         if not isinstance(likelihood, Likelihood):
@@ -90,7 +100,7 @@ class Posterior:
         self.prior = prior
         self.max_new_tokens = int(max_new_tokens)
         self.prompts = prompt_list(prompts)
-        self.columns = _checked_columns(columns, len(self.prompts))
+        self.columns = checked_columns(columns, len(self.prompts))
         likelihood.check(prior, self.columns)
         self.prompt_ids = encoded_prompts(self.prompts, prior)
         check_context(self.prompt_ids, self.max_new_tokens, prior)
@@ -98,6 +108,56 @@ class Posterior:
         self.likelihood = likelihood.bind(
             Setting(prior, self.prompts, self.prompt_ids, self.columns, self.max_new_tokens)
         )
+
+    @classmethod
+    def from_rows(
+        cls,
+        prior: LanguageModel,
+        likelihood: Likelihood,
+        rows: Iterable[Mapping[str, Any]],
+        *,
+        prompt: str = "prompt",
+        max_new_tokens: int,
+    ) -> Posterior:
+        """Return the posterior of the prompts in a table, whose other columns go to the reward functions by name.
+
+        A data set in TRL's standard (not conversational) format works as it is, with two differences. A column "completion",
+        which TRL drops, reaches the reward functions that ask for it, for instance as a reference answer. Columns with the
+        names of what is sampled ("completions", "completion_ids", "finished") or with another reserved name are refused:
+        rename or drop them.
+
+        Parameters
+        ----------
+        prior, likelihood, max_new_tokens
+            The same as for `Posterior`.
+        rows
+            The table: a list or other iterable of dictionaries with the same keys, a `datasets.Dataset`, or a pandas
+            DataFrame. Values may be of any type and reach the reward functions unchanged.
+        prompt
+            The name of the column that holds the prompts.
+
+        Raises
+        ------
+        BayesKLRLError
+            If there are no rows, if rows have different keys, if there is no column of prompts, if the name of another
+            column is reserved, or if a reward function's only parameter is called like a column: it would not see the
+            completions.
+
+        Examples
+        --------
+        >>> import bayes_klrl as bk
+        >>> prior = bk.NgramLM.fit(["1+2=3.", "2+2=4."], order=2)
+        >>> rows = [{"prompt": "1+2=", "answer": "3"}, {"prompt": "2+2=", "answer": "4"}]
+        >>> right = bk.Reward(lambda completions, answer: [a in c for c, a in zip(completions, answer)], alpha=0.5)
+        >>> posterior = bk.Posterior.from_rows(prior, right, rows, max_new_tokens=2)
+        >>> posterior.prompts, posterior.columns
+        (('1+2=', '2+2='), {'answer': ('3', '4')})
+        """
+        prompts, columns = prompts_and_columns(rows, prompt)
+        posterior = cls(prior, likelihood, prompts=prompts, max_new_tokens=max_new_tokens, **columns)
+        for factor in likelihood.factors:
+            check_reads_completions(getattr(factor, "fn", None), factor.label, columns)
+        return posterior
 
     def __repr__(self) -> str:
         return (
@@ -157,8 +217,18 @@ class Posterior:
         other._given, other.likelihood = self._given**gamma, self.likelihood**gamma
         return other
 
-    def select(self, indices: Sequence[int] | IntArray) -> Posterior:
+    def select(self, indices: Iterable[int] | slice) -> Posterior:
         """Return the posterior of some of the prompts, with their columns, in the order of the indices.
+
+        Parameters
+        ----------
+        indices
+            Which prompts: indices in a list or array (negative ones count from the end), a slice, or a mask of P bools.
+
+        Raises
+        ------
+        BayesKLRLError
+            If no prompt is chosen, if there is no prompt of an index, or if a mask does not have length P.
 
         Examples
         --------
@@ -166,15 +236,10 @@ class Posterior:
         >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
         >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
         >>> posterior = bk.Posterior(coin, longer, prompts=[[0], [0, 0], [0, 0, 0]], max_new_tokens=3)
-        >>> posterior.select([2, 0]).prompt_ids
-        ((0, 0, 0), (0,))
+        >>> posterior.select([2, 0]).prompt_ids, posterior.select(slice(2)).prompt_ids
+        (((0, 0, 0), (0,)), ((0,), (0, 0)))
         """
-        chosen = [int(index) for index in indices]
-        wrong = [index for index in chosen if not -self.num_prompts <= index < self.num_prompts]
-        if wrong or not chosen:
-            raise BayesKLRLError(
-                f"Indices of prompts are from 0 to {self.num_prompts - 1}, at least one of them; got {wrong or 'none'}."
-            )
+        chosen = chosen_prompts(indices, self.num_prompts)
         return Posterior(
             self.prior,
             self._given,
@@ -182,6 +247,44 @@ class Posterior:
             max_new_tokens=self.max_new_tokens,
             **{name: [values[index] for index in chosen] for name, values in self.columns.items()},
         )
+
+    def split(self, fraction: float, seed: int) -> tuple[Posterior, Posterior]:
+        """Return the posteriors of two parts of the prompts, drawn at random, for training and for held-out evaluation.
+
+        The first part has round(fraction * P) prompts and the second has the others, both in the order of this posterior.
+        Each prompt is in one part; equal prompts may be in different ones.
+
+        Parameters
+        ----------
+        fraction
+            The share of the prompts that the first part has.
+        seed
+            The seed of the choice: the same seed and P give the same parts.
+
+        Raises
+        ------
+        BayesKLRLError
+            If one of the parts would have no prompt.
+
+        Examples
+        --------
+        >>> import numpy as np, bayes_klrl as bk
+        >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+        >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+        >>> posterior = bk.Posterior(coin, longer, prompts=[[0] * n for n in range(1, 11)], max_new_tokens=3)
+        >>> training, held_out = posterior.split(0.8, seed=0)
+        >>> training.num_prompts, held_out.num_prompts
+        (8, 2)
+        """
+        check_fraction("fraction", fraction)
+        first = round(float(fraction) * self.num_prompts)
+        if not 0 < first < self.num_prompts:
+            raise BayesKLRLError(
+                f"fraction = {fraction} splits the posterior's prompts into {first} and {self.num_prompts - first}; each "
+                "part needs at least one. Choose another fraction, or give more prompts."
+            )
+        order = generator(seed).permutation(self.num_prompts)
+        return self.select(np.sort(order[:first])), self.select(np.sort(order[first:]))
 
     def sequences(self, x: Sequences | Draws | Sequence[Sequence[int]]) -> Sequences:
         """Return completions as `Sequences` of width T; completions that are not outcomes of this posterior are refused.
@@ -204,7 +307,7 @@ class Posterior:
                 f"The completions are of {given.tokens.shape[0]} prompts, the posterior has {self.num_prompts}."
             )
         padded = given.padded(self.max_new_tokens, self.pad_token)
-        _check_outcomes(padded, self.prior)
+        check_outcomes(padded, self.prior)
         return padded
 
     def log_prior(self, x: Sequences | Draws | Sequence[Sequence[int]]) -> FloatArray:
@@ -267,18 +370,6 @@ class Posterior:
         return numpyro_guide(self, lm)
 
 
-def check_language_model(what: str, lm: object) -> None:
-    """Refuse an object that lacks an attribute or method of the `LanguageModel` protocol."""
-    missing = [name for name in vars(LanguageModel) if not name.startswith("_") and not hasattr(lm, name)]
-    if missing:
-        if hasattr(lm, "guide"):
-            raise BayesKLRLError(f"{what} must be a language model; of a {type(lm).__name__} give its `guide`.")
-        raise BayesKLRLError(
-            f"{what} must be a language model, such as bk.TorchLM.from_pretrained(...); a {type(lm).__name__} has no "
-            f"{', '.join(missing)}. See bk.LanguageModel."
-        )
-
-
 def completion_log_probs(lm: LanguageModel, prompt_ids: Sequence[Sequence[int]], sequences: Sequences) -> FloatArray:
     """Return log p(x | c) of every completion, shape (P, N), float64, in chunks of draws so that memory is bounded."""
     num_prompts, num_draws, num_tokens = sequences.tokens.shape
@@ -290,74 +381,3 @@ def completion_log_probs(lm: LanguageModel, prompt_ids: Sequence[Sequence[int]],
             chunk = Sequences(sequences.tokens[:, part], sequences.lengths[:, part])
             total[:, part] = to_host(lm.token_log_probs(prompt_ids, chunk)).sum(axis=2, dtype=np.float64)
     return total
-
-
-def _checked_columns(columns: dict[str, Sequence[Any]], num_prompts: int) -> dict[str, tuple[Any, ...]]:
-    """Return the columns as tuples, refusing reserved names and wrong lengths."""
-    for name, values in columns.items():
-        if name in RESERVED_NAMES:
-            raise BayesKLRLError(f"A column cannot be called {name!r}: the name is reserved. Choose another.")
-        if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != num_prompts:
-            raise BayesKLRLError(
-                f"Column {name!r} needs one value per prompt, a list of length {num_prompts}; got {values!r}."
-            )
-    return {name: tuple(values) for name, values in columns.items()}
-
-
-def encoded_prompts(prompts: tuple[Any, ...], prior: LanguageModel) -> tuple[tuple[int, ...], ...]:
-    """Return the prompts' token ids; an empty prompt becomes BOS where the model has one."""
-    texts = all(isinstance(prompt, str) for prompt in prompts)
-    if texts and prior.tokenizer is None and any(prompts):
-        raise BayesKLRLError(
-            f"The prompt {next(p for p in prompts if p)!r} is text, but the prior has no tokenizer. Give token ids, or "
-            "the model a tokenizer."
-        )
-    ids = prior.encode(list(prompts)) if texts and prior.tokenizer is not None else [list(p) for p in prompts]
-    bos = getattr(prior, "bos_token_id", None)
-    for p, row in enumerate(ids):
-        outside = [token for token in row if not 0 <= token < prior.vocab_size]
-        if outside:
-            raise BayesKLRLError(
-                f"Prompt {p} has the token id {outside[0]}, outside the vocabulary 0..{prior.vocab_size - 1}."
-            )
-        if not row and bos is None and not getattr(prior, "accepts_empty_prompt", False):
-            raise BayesKLRLError(
-                f"Prompt {p} is empty, and the model has no BOS token to start from. Give a prompt of at least one token."
-            )
-    return tuple(tuple(row) if row or bos is None else (int(bos),) for row in ids)
-
-
-def check_context(prompt_ids: tuple[tuple[int, ...], ...], max_new_tokens: int, lm: LanguageModel) -> None:
-    """Refuse a prompt and completion that do not fit into the model's context."""
-    context = getattr(lm, "context_length", None)
-    longest = max(len(row) for row in prompt_ids)
-    apart = getattr(lm, "prompt_apart", False)
-    needed = max(longest, max_new_tokens) if apart else longest + max_new_tokens
-    if context is not None and needed > context:
-        raise BayesKLRLError(
-            f"A prompt of {longest} tokens and max_new_tokens = {max_new_tokens} exceed the model's context of {context} "
-            "tokens. Shorten one of them."
-        )
-
-
-def _check_outcomes(sequences: Sequences, prior: LanguageModel) -> None:
-    """Refuse ids outside the vocabulary, EOS before the end, and prefixes: they are not outcomes of p0."""
-    tokens, mask = sequences.tokens, sequences.mask
-    if (mask & ((tokens < 0) | (tokens >= prior.vocab_size))).any():
-        bad = tokens[mask & ((tokens < 0) | (tokens >= prior.vocab_size))][0]
-        raise BayesKLRLError(f"Token id {bad} is outside the vocabulary 0..{prior.vocab_size - 1}.")
-    is_last = np.arange(tokens.shape[2]) == sequences.lengths[..., None] - 1
-    early = (mask & ~is_last & np.isin(tokens, list(prior.eos_token_ids))).any(axis=2)
-    if early.any():
-        p, n = np.argwhere(early)[0]
-        raise BayesKLRLError(
-            f"Completion {n} of prompt {p} goes on after EOS: {tokens[p, n].tolist()}. Its length ends at the first EOS."
-        )
-    prefix = (sequences.lengths < tokens.shape[2]) & ~sequences.finished(prior.eos_token_ids)
-    if prefix.any():
-        p, n = np.argwhere(prefix)[0]
-        ids = tokens[p, n, : sequences.lengths[p, n]].tolist()
-        raise BayesKLRLError(
-            f"Completion {n} of prompt {p} is a prefix, not an outcome: {ids} neither ends with EOS nor has "
-            f"max_new_tokens = {tokens.shape[2]} tokens."
-        )

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.typing import IntArray
+from bayes_klrl.typing import IntArray, LanguageModel
 
-__all__ = ["Sequences", "completion_lengths", "pad_token"]
+__all__ = ["Sequences", "check_outcomes", "completion_lengths", "pad_token"]
 
 
 def pad_token(eos_token_ids: Collection[int]) -> int:
@@ -146,3 +146,26 @@ class Sequences:
         kept = min(width, num_tokens)
         tokens[..., :kept] = np.where(self.mask, self.tokens, pad_token)[..., :kept]
         return Sequences(tokens, self.lengths)
+
+
+def check_outcomes(sequences: Sequences, prior: LanguageModel) -> None:
+    """Refuse ids outside the vocabulary, EOS before the end, and prefixes: they are not outcomes of p0."""
+    tokens, mask = sequences.tokens, sequences.mask
+    if (mask & ((tokens < 0) | (tokens >= prior.vocab_size))).any():
+        bad = tokens[mask & ((tokens < 0) | (tokens >= prior.vocab_size))][0]
+        raise BayesKLRLError(f"Token id {bad} is outside the vocabulary 0..{prior.vocab_size - 1}.")
+    is_last = np.arange(tokens.shape[2]) == sequences.lengths[..., None] - 1
+    early = (mask & ~is_last & np.isin(tokens, list(prior.eos_token_ids))).any(axis=2)
+    if early.any():
+        p, n = np.argwhere(early)[0]
+        raise BayesKLRLError(
+            f"Completion {n} of prompt {p} goes on after EOS: {tokens[p, n].tolist()}. Its length ends at the first EOS."
+        )
+    prefix = (sequences.lengths < tokens.shape[2]) & ~sequences.finished(prior.eos_token_ids)
+    if prefix.any():
+        p, n = np.argwhere(prefix)[0]
+        ids = tokens[p, n, : sequences.lengths[p, n]].tolist()
+        raise BayesKLRLError(
+            f"Completion {n} of prompt {p} is a prefix, not an outcome: {ids} neither ends with EOS nor has "
+            f"max_new_tokens = {tokens.shape[2]} tokens."
+        )

@@ -98,7 +98,7 @@ def main() -> None:
         quantity, _, value = name.partition(" ")
         if quantity in ("kl", "reward"):
             for seed in range(given.seeds):
-                print(f"{name:28} seed {seed}: {adaptive({quantity: float(value)}, seed, 114)}", flush=True)
+                print(f"{name:28} seed {seed}: {adaptive({quantity: float(value)}, seed, 228)}", flush=True)
             continue
         if name == "trl-rloo":
             for rate in (1e-4, 3e-4, 1e-3):

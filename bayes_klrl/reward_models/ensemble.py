@@ -223,8 +223,17 @@ class EnsembleReward(Factor):
         return pessimistic
 
     def tempered(self, gamma: float) -> EnsembleReward:
-        """Return the same uncertain reward at alpha / gamma, to be measured anew in a posterior."""
-        return replace(self, alpha=self.alpha / gamma, base=None)
+        """Return the same uncertain reward at alpha / gamma; inside a posterior it stays there, and is measured anew."""
+        base = self.base
+        if base is not None:
+            base = Posterior(
+                base.prior,
+                base.likelihood**gamma,
+                prompts=base.prompts,
+                max_new_tokens=base.max_new_tokens,
+                **base.columns,
+            )
+        return replace(self, alpha=self.alpha / gamma, base=base)
 
     def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
         """See `Likelihood.check`."""

@@ -76,9 +76,10 @@ def test_a_report_of_a_wrong_number_says_how_to_repeat_it() -> None:
     assert all(word in asked for word in ("enumerate", "seed", "truth", "Versions"))
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/theory.md", "docs/extending.md", "docs/training.md"]
-)
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/theory.md", "docs/extending.md", "docs/training.md"]
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_links_within_the_repository_lead_somewhere(name: str) -> None:
     page = ROOT / name
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):

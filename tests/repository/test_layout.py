@@ -1,6 +1,6 @@
 """The repository's shape: root links, rooms, and that imports point one way, without a circle.
 
-vocabulary <- models, export <- inference <- reward_models <- problems <- analysis <- cli
+vocabulary <- models, export <- inference <- likelihoods, reward_models <- problems <- analysis <- cli
 """
 
 import ast
@@ -20,7 +20,16 @@ from tests.helpers.public_names import homes
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "bayes_klrl"
 
-RANK = {"models": 1, "export": 1, "inference": 2, "reward_models": 3, "problems": 4, "analysis": 5, "cli": 6}
+RANK = {
+    "models": 1,
+    "export": 1,
+    "inference": 2,
+    "likelihoods": 3,
+    "reward_models": 3,
+    "problems": 4,
+    "analysis": 5,
+    "cli": 6,
+}
 VOCABULARY = {
     "arrays",
     "batch",

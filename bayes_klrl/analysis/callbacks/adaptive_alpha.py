@@ -32,7 +32,7 @@ __all__ = ["AdaptiveAlpha"]
 _LARGEST_ERROR = 1.0
 _KEPT = 0.8  # of the moving mean, per step
 _NEAR, _LEAST, _FREE = 0.1, 0.2, 0.4  # the controller begins near the target, but in this part of the steps
-_FAR = 0.15  # of the target
+_FAR, _HELD = 0.15, 0.05  # of the target
 _SEEN = 20  # draws
 _FURTHEST = 0.5  # of the extrapolation beyond the frontier's cut
 _BEFORE, _SLOPES = 0.8, (0.3, 2.0)
@@ -114,12 +114,22 @@ class AdaptiveAlpha:
             return self._start(curve, posterior)
         first, alpha = float(history["alpha"][0]), float(history["alpha"][-1])
         from_prior = self._of_prior(curve)
-        ratio = (_moving_mean(history[self._name]) - from_prior) / (self._target - from_prior)
+        value = _moving_mean(history[self._name])
+        if not np.isfinite(value):  # a draw of likelihood 0: its reward says nothing
+            return alpha
+        ratio = (value - from_prior) / (self._target - from_prior)
         error = float(np.clip(np.log(max(ratio, 1e-9)), -_LARGEST_ERROR, _LARGEST_ERROR))
         has_arrived = abs(error) < _NEAR and step >= _LEAST * num_steps
         if alpha == first and not has_arrived and step < _FREE * num_steps:
             return first
         return float(alpha * np.exp(self.gain / num_steps * error / self._slope(curve, first)))
+
+    def has_settled(
+        self, step: int, num_steps: int, history: Mapping[str, Sequence[float]], posterior: Posterior
+    ) -> bool:
+        """Return whether the guide is within 5 % of the target, after the steps in which alpha is not moved yet."""
+        value = _moving_mean(history[self._name])
+        return step >= _FREE * num_steps and abs(value - self._target) <= _HELD * abs(self._target)
 
     @property
     def _name(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +13,13 @@ import numpy as np
 
 from bayes_klrl.analysis.certificate.certificate import Certificate, certify
 from bayes_klrl.checks import check_count
+from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.svi.callbacks import StepRecord
 from bayes_klrl.typing import LanguageModel
 
 __all__ = ["CertifyEvery"]
+
+_FILE = "best_certificate.json"
 
 
 @dataclass
@@ -37,7 +42,9 @@ class CertifyEvery:
     certificates
         The certificates by step.
     best_step
-        The step whose certificate has the lowest upper end of KL(q || p*), or without upper ends the highest ELBO.
+        The step whose certificate has the lowest upper end of KL(q || p*), or without upper ends the highest ELBO, or where
+        that is -inf, as under constraints, the lowest KL(p* || q). Where alpha changes, certificates of the newest alpha alone
+        are compared. With a folder, the best of before is known after a resume, too.
 
     Examples
     --------
@@ -57,23 +64,44 @@ class CertifyEvery:
     options: Mapping[str, Any] = field(default_factory=dict)
     certificates: dict[int, Certificate] = field(default_factory=dict, init=False, repr=False)
     best_step: int | None = field(default=None, init=False)
+    _best: list[float] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_count("num_steps", self.num_steps)
+        allowed = set(inspect.signature(certify).parameters) - {"posterior", "policy", "seed"}
+        unknown = sorted(set(self.options) - allowed)
+        if unknown:
+            raise BayesKLRLError(f"bk.certify has no option {unknown[0]!r} for CertifyEvery; it has {sorted(allowed)}.")
 
     def __call__(self, record: StepRecord, guide: LanguageModel) -> None:
         """Certify if it is time."""
         if (record.step + 1) % self.num_steps and record.step + 1 != record.num_steps:
             return
-        self.certificates[record.step] = certify(record.posterior, guide, seed=self.seed, **self.options)
-        best = min(self.certificates, key=self._distance)
-        if best == record.step:
-            self.best_step = best
+        if self.certificates and record.step <= max(self.certificates):  # another training
+            self.certificates, self.best_step, self._best = {}, None, None
+        if not self.certificates and record.step >= self.num_steps:
+            self._go_on()
+        certificate = certify(record.posterior, guide, seed=self.seed, **self.options)
+        self.certificates[record.step] = certificate
+        distance = [record.posterior.alpha, *_distance(certificate)]
+        other = self._best is None or not np.isclose(self._best[0], distance[0], rtol=1e-9, atol=0.0)
+        if other or self._best is None or distance[1:] <= self._best[1:]:
+            self.best_step, self._best = record.step, distance
             if self.folder is not None:
                 guide.save_pretrained(self.folder)  # type: ignore[attr-defined]
+                (Path(self.folder) / _FILE).write_text(json.dumps({"step": record.step, "distance": distance}) + "\n")
 
-    def _distance(self, step: int) -> float:
-        """Return what is compared: the upper end of KL(q || p*), else minus the ELBO's middle."""
-        pooled = self.certificates[step].pooled
-        high = float(pooled.reverse_kl[1])
-        return high if np.isfinite(high) else -float(np.mean(pooled.elbo))
+    def _go_on(self) -> None:
+        """Read what was best before the training was resumed, if it was saved."""
+        file = None if self.folder is None else Path(self.folder) / _FILE
+        if file is not None and file.is_file():
+            known = json.loads(file.read_text())
+            self.best_step, self._best = int(known["step"]), [float(value) for value in known["distance"]]
+
+
+def _distance(certificate: Certificate) -> list[float]:
+    """Return what is compared, in this order: the upper end of KL(q || p*), minus the ELBO's middle, KL(p* || q)."""
+    pooled = certificate.pooled
+    high, elbo = float(pooled.reverse_kl[1]), float(np.mean(pooled.elbo))
+    forward = float(np.mean(pooled.forward_kl)) if np.isfinite(pooled.forward_kl).all() else np.inf
+    return [high, -elbo, forward]

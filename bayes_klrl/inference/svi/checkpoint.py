@@ -8,6 +8,7 @@ few completions.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -51,7 +52,8 @@ def fingerprint(posterior: Posterior, plan: Any, seed: int, backend: str, versio
 def lasting_name(value: object) -> str:
     """Return the text by which a checkpoint knows a setting: the same in another process.
 
-    Functions are known by their module and name, since their addresses change.
+    Functions are known by their module and name, since their addresses change, and lambdas and functions inside of others by
+    their code too.
 
     Examples
     --------
@@ -59,7 +61,14 @@ def lasting_name(value: object) -> str:
     ('builtins.len', '0.5', '<object object>')
     """
     name = getattr(value, "__qualname__", None)
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value)) if name is None else f"{value.__module__}.{name}"
+    if name is None:
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+    code = getattr(value, "__code__", None)
+    if code is None or "<" not in name:
+        return f"{value.__module__}.{name}"
+    constants = [constant for constant in code.co_consts if not hasattr(constant, "co_code")]
+    text = repr((code.co_code, code.co_names, constants))
+    return f"{value.__module__}.{name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 def write_checkpoint(folder: str | Path, arrays: Mapping[str, Any], belongs_to: Mapping[str, Any]) -> Path:
@@ -145,14 +154,22 @@ def read_checkpoint(folder: str | Path, expected: Mapping[str, Any], framework: 
         name for name, value in expected.items() if not _same(found.get(name), json.loads(json.dumps(value)))
     ]
     if differences:
-        shown = "; ".join(
-            f"{name}: {_short(found.get(name))} there, {_short(expected[name])} here" for name in differences
-        )
+        shown = "; ".join(_difference(name, found.get(name), expected[name]) for name in differences)
         raise CheckpointError(
             f"The checkpoint in {str(folder)!r} belongs to another training ({shown}). Go on with the posterior, the recipe "
             "and the seed that it was begun with, or leave out resume= to start anew."
         )
     return arrays, int(found["step"])
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    """Return the words that name a difference; of a recipe, its fields that differ."""
+    if isinstance(there, dict) and isinstance(here, Mapping):
+        fields = [field for field in {**there, **here} if there.get(field) != here.get(field)]
+        return ", ".join(
+            f"{name} {each}: {_short(there.get(each))} there, {_short(here.get(each))} here" for each in fields
+        )
+    return f"{name}: {_short(there)} there, {_short(here)} here"
 
 
 def _same(first: Any, second: Any) -> bool:

@@ -17,9 +17,8 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 from bayes_klrl.draws import Cost
-from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.svi.callbacks import Callback, Checkpoint, StepRecord, call_all, close_all
-from bayes_klrl.inference.svi.callbacks.alphas import alpha_schedule
+from bayes_klrl.inference.svi.callbacks.alphas import alpha_schedule, has_settled
 from bayes_klrl.inference.svi.checkpoint import read_checkpoint, write_checkpoint
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.posterior import Posterior
@@ -198,7 +197,15 @@ def trained(
             try:
                 ended = call_all(
                     habits.callbacks,
-                    StepRecord(number, plan.num_steps, values, history, aim(history), plan),
+                    StepRecord(
+                        number,
+                        plan.num_steps,
+                        values,
+                        history,
+                        aim(history),
+                        plan,
+                        has_settled(schedule, number, plan.num_steps, history, posterior),
+                    ),
                     training.guide_so_far,
                 )
             except BaseException:
@@ -288,10 +295,13 @@ def run_training(
                     history[key].append(value)
                 history["seconds"].append(time.perf_counter() - start)
                 advance(status=status(step))
-    except BayesKLRLError as error:
+    except Exception as error:  # those of callbacks, too
         if history["seconds"]:
-            error.fit = fit()
-            error.add_note(f"This error's `fit` holds what was learned in the {len(history['seconds'])} steps before.")
+            with suppress(AttributeError):  # an error with slots has no room
+                setattr(error, "fit", fit())  # noqa: B010  (which mypy knows of our own errors alone)
+                error.add_note(
+                    f"This error's `fit` holds what was learned in the {len(history['seconds'])} steps before."
+                )
         raise
     return fit()
 

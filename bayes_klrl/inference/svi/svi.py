@@ -208,7 +208,7 @@ class SVI:
         ------
         UnboundedLossError
             If a draw has likelihood 0; the message names the completion and the cure. The attribute `fit` of this and of every
-            other `BayesKLRLError` that ends the training after its first step holds what was learned.
+            other error that ends the training after its first step, one of a callback too, holds what was learned.
         """
         check_prompts_per_step(self.prompts_per_step, posterior.num_prompts)
         if isinstance(posterior.prior, JaxModel):
@@ -216,16 +216,22 @@ class SVI:
                 from bayes_klrl.inference.svi.numpyro_backend.training import fit_guide
         else:
             from bayes_klrl.inference.svi.pyro_backend.training import fit_guide
+        resume = resume.folder if isinstance(resume, Checkpoint) else resume
+        if isinstance(callbacks, str) or not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+            raise BayesKLRLError(f"callbacks is a list of functions of (record, guide); got {callbacks!r}.")
         if alpha_schedule(callbacks) is not None:
             posterior.at_alpha(posterior.alpha)  # refused here, before any work
             if isinstance(posterior.prior, JaxModel):
                 raise no_other_alpha()
         written = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-        belonging = self._belonging(posterior, seed, needed=written is not None or resume is not None)
+        is_needed = written is not None or resume is not None
+        belonging = self._belonging(posterior, seed, alpha_schedule(callbacks), needed=is_needed)
         habits = Habits(tuple(callbacks), written, resume, *belonging)
         return fit_guide(self, posterior, habits, seed=seed, progress=progress)
 
-    def _belonging(self, posterior: Posterior, seed: int, *, needed: bool) -> tuple[Mapping[str, Any], str]:
+    def _belonging(
+        self, posterior: Posterior, seed: int, schedule: Any, *, needed: bool
+    ) -> tuple[Mapping[str, Any], str]:
         """Return what checkpoints belong to, if that is needed, and the framework of their arrays."""
         on_jax = isinstance(posterior.prior, JaxModel)
         backend, framework = ("numpyro", "np") if on_jax else ("pyro", "pt")
@@ -234,6 +240,8 @@ class SVI:
         recipe = {f.name: lasting_name(getattr(self, f.name)) for f in fields(self) if f.name != "num_draws"}
         if self.initial_guide is not None:
             recipe["initial_guide"] = type(self.initial_guide).__name__
+        if schedule is not None:
+            recipe["schedule of alpha"] = lasting_name(schedule)
         return fingerprint(posterior, recipe, seed, backend, version("jax" if on_jax else "torch")), framework
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import util
@@ -278,8 +279,19 @@ def save_adapter(module: Any, folder: Path) -> None:
                 "model it belongs to. Save it with lm.module.save_pretrained(folder), and load it with "
                 "TorchLM(peft.PeftModel.from_pretrained(base, folder)); or save the prior, load it, and fit again."
             )
-    with quiet_peft():
-        module.save_pretrained(folder)
+    with (
+        quiet_peft()
+    ):  # an adapter of the head trains nothing of the base's embedding, which peft would write beside it
+        module.save_pretrained(folder, save_embedding_layers=False)
+    model = module.get_base_model()
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if hasattr(head, "base_layer") and getattr(model.config, "tie_word_embeddings", False):
+        warnings.warn(
+            f"The adapter in {str(folder)!r} has a part for the head of a model whose head and embedding are one matrix. Use "
+            "it unmerged (peft, TRL and bk.certify do), or save it with merged=True: peft's merge_and_unload would change the "
+            "embedding too, and with it the policy.",
+            stacklevel=4,
+        )
 
 
 @contextmanager

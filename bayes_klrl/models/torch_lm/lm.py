@@ -351,7 +351,7 @@ class TorchLM:
         Parameters
         ----------
         config
-            A `peft` configuration, or "lora": a LoRA adapter of rank 8 on all linear layers.
+            A `peft` configuration, or "lora": a LoRA adapter of rank 8 on all linear layers, the head among them.
         """
         from bayes_klrl.models.torch_lm.adapters import adapted, check_starts_as
 

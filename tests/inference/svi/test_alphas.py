@@ -208,3 +208,57 @@ def test_alphas_that_change_are_for_torch(quick_jax: None) -> None:
     on_jax = bk.Posterior(JaxTable(full_table(coin, 2)), longer, prompts=[[0]], max_new_tokens=3)
     with pytest.raises(bk.BayesKLRLError, match="compiled for one alpha"):
         bk.SVI(5, 8).fit(on_jax, seed=0, callbacks=[bk.AnnealedAlpha(start=2.0)])
+
+
+def test_a_fixed_twist_is_no_critic_of_other_alphas(posterior: bk.Posterior) -> None:
+    def zero(posterior: bk.Posterior, prompt_index: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
+        return np.zeros(len(prefixes))
+
+    annealed = bk.AnnealedAlpha(start=2.0)
+    with pytest.raises(bk.BayesKLRLError, match="critic of one alpha"):
+        bk.SVI(5, 8, twist=zero).fit(posterior, seed=0, callbacks=[annealed])
+    fit = bk.SVI(200, 64, twist=zero, discount=1.0).fit(posterior, seed=0, callbacks=[annealed])
+    assert exactly(fit.guide, posterior)["to posterior"] < 0.1
+
+
+def test_early_stopping_waits_until_alpha_has_settled(posterior: bk.Posterior) -> None:
+    stopping = bk.EarlyStopping(gap=0.02)
+    annealed = bk.SVI(200, 64).fit(posterior, seed=0, callbacks=[bk.AnnealedAlpha(start=50.0), stopping])
+    assert annealed.posterior.alpha == posterior.alpha
+    assert 100 <= len(annealed.history["elbo"]) < 200
+    adaptive = bk.SVI(200, 64).fit(posterior, seed=0, callbacks=[bk.AdaptiveAlpha(kl=1.0), stopping])
+    assert len(adaptive.history["elbo"]) >= 80
+    assert exactly(adaptive.guide, posterior)["kl"] == pytest.approx(1.0, rel=0.15)
+
+
+def test_a_checkpoint_knows_who_chose_alpha(posterior: bk.Posterior, tmp_path: Path) -> None:
+    svi = bk.SVI(8, 8)
+    svi.fit(posterior, seed=0, callbacks=[bk.AnnealedAlpha(start=3.0)], checkpoint=tmp_path)
+    for other in ([], [bk.AnnealedAlpha(start=4.0)]):
+        with pytest.raises(bk.CheckpointError, match="recipe schedule of alpha"):
+            svi.fit(posterior, seed=0, callbacks=other, resume=tmp_path)
+
+
+def test_annealing_over_all_steps_ends_at_the_posteriors_alpha(posterior: bk.Posterior) -> None:
+    fit = bk.SVI(10, 8).fit(posterior, seed=0, callbacks=[bk.AnnealedAlpha(start=4.0, share=1.0)])
+    assert fit.history["alpha"][[0, -1]].tolist() == [4.0, posterior.alpha]
+    assert fit.posterior is posterior
+
+
+def test_certificates_of_other_alphas_are_not_compared(posterior: bk.Posterior) -> None:
+    every = bk.CertifyEvery(10)
+    bk.SVI(60, 64).fit(posterior, seed=0, callbacks=[bk.AnnealedAlpha(start=50.0), every])
+    assert every.best_step is not None
+    assert every.best_step >= 30  # where alpha has come to the posterior's
+
+
+def test_rewards_of_impossible_draws_leave_alpha_where_it_is() -> None:
+    base = random_posterior(51, vocab_size=4, num_tokens=3, prompts=[(0,)])
+    no_ones = bk.Constraint(lambda completion_ids: [1 not in ids for ids in completion_ids])
+    prior = full_table(base.prior, 4)  # type: ignore[arg-type]
+    both = bk.Posterior(prior, base.likelihood * no_ones, prompts=[[0]], max_new_tokens=3)
+    target = 0.2 + float(bk.ImportanceSampling(4000).run(both, seed=0).reward.max()) / 2
+    fit = bk.SVI(30, 64, objective="js").fit(both, seed=0, callbacks=[bk.AdaptiveAlpha(reward=target)])
+    alphas, rewards = fit.history["alpha"], fit.history["reward"]
+    assert np.isneginf(rewards).any()
+    assert alphas[-1] == alphas[0]

@@ -263,3 +263,80 @@ def test_steps_without_a_possible_draw_change_nothing() -> None:
     fit = bk.SVI(3, 8, objective="forward_kl", optimizer="kl_sgd").fit(impossible, seed=0)
     draws = fit.run(200, seed=0)
     np.testing.assert_allclose(draws.log_proposal, draws.log_prior, atol=1e-6)
+
+
+def test_a_gap_knows_of_impossible_draws() -> None:
+    """Half of the draws are impossible: neither is the training over, nor are its steps of length 0."""
+    posterior = sums_to_five()
+    stopping = bk.EarlyStopping(gap=0.05)
+    for optimizer in ("adam", "kl_sgd"):
+        fit = bk.SVI(60, 64, objective="forward_kl", optimizer=optimizer).fit(posterior, seed=0, callbacks=[stopping])
+        alive = np.isfinite(fit.run(2000, seed=1).reward).mean()
+        assert fit.history["log_weight_sd"][0] ** 2 / 2 > 1.0
+        assert alive > 0.3 or len(fit.history["elbo"]) == 60
+        assert alive > 1.5 * np.exp(Truth(posterior).log_evidence[0])
+
+
+@pytest.mark.parametrize("sampler", [bk.BestOfN(4, 64), bk.QuasiRejection(64, 2.0), bk.SVI(5, 8)], ids=repr)
+def test_samplers_of_something_else_are_refused(sampler: Any) -> None:
+    with pytest.raises(bk.BayesKLRLError, match="draws of the posterior; those of"):
+        bk.SVI(3, objective=bk.ForwardKL(sampler)).fit(problem()[0], seed=0)
+
+
+def test_what_would_be_fitted_anew_or_find_other_prompts_is_refused() -> None:
+    posterior, _ = problem(2)
+    anew = bk.ForwardKL(bk.SMC(16, twist=bk.PartialRewardTwist()))
+    with pytest.raises(bk.BayesKLRLError, match="twist anew in each step"):
+        bk.SVI(3, objective=anew, prompts_per_step=1).fit(posterior, seed=0)
+    with pytest.raises(bk.BayesKLRLError, match="prompt_index would find other numbers"):
+        bk.SVI(3, objective=bk.ForwardKL(bk.SMC(16)), prompts_per_step=1).fit(posterior, seed=0)
+    plain = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    unnumbered = bk.Posterior(posterior.prior, plain, prompts=[[0], [1]], max_new_tokens=3)
+    fit = bk.SVI(150, objective=bk.ForwardKL(bk.SMC(64)), prompts_per_step=1).fit(unnumbered, seed=0)
+    assert fit.history["elbo"][-10:].mean() > fit.history["elbo"][0]
+    with pytest.raises(bk.BayesKLRLError, match="at least 2 draws"):
+        bk.SVI(3, objective=bk.ForwardKL(bk.Exact(1))).fit(unnumbered, seed=0)
+
+
+def test_a_sampler_with_a_twist_goes_on_as_it_would_have(tmp_path: Path) -> None:
+    posterior, _ = problem()
+    svi = bk.SVI(9, objective=bk.ForwardKL(bk.SMC(16, twist=bk.LearnedTwist(5))))
+    whole = svi.fit(posterior, seed=0)
+    with pytest.raises(RuntimeError, match="enough"):
+        svi.fit(posterior, seed=0, checkpoint=bk.Checkpoint(tmp_path, every=2), callbacks=[enough])
+    again = svi.fit(posterior, seed=0, resume=tmp_path)
+    np.testing.assert_array_equal(whole.history["elbo"], again.history["elbo"])
+    assert whole.training_tokens == again.training_tokens
+
+
+def test_a_context_without_gradients_changes_nothing() -> None:
+    posterior, _ = problem()
+    fit = bk.SVI(5, 16).fit(posterior, seed=0)
+    with torch.no_grad():
+        again = bk.SVI(5, 16).fit(posterior, seed=0)
+    np.testing.assert_array_equal(fit.history["elbo"], again.history["elbo"])
+    assert fit.history["gradient_norm"][0] > 0
+
+
+class Weights:
+    """An objective of one's own whose weights are wrong."""
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def weights(self, log_weights: Any, log_evidence: Any, xp: Any) -> Any:
+        return self.found(log_weights)
+
+
+@pytest.mark.parametrize(
+    "found,message",
+    [
+        (lambda w: w[:1], r"one per draw, \(N, P\) = \(8, 1\); got \(1, 1\)"),
+        (lambda w: w.tolist(), "got list"),
+        (lambda w: w / 0.0, "are not finite"),
+        (lambda w: w.nothing, "raised AttributeError"),
+    ],
+)
+def test_weights_of_ones_own_objective_are_checked(found: Any, message: str) -> None:
+    with pytest.raises(bk.BayesKLRLError, match=message):
+        bk.SVI(3, 8, objective=Weights(found)).fit(problem()[0], seed=0)

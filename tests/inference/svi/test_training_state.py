@@ -307,3 +307,74 @@ def test_tensorboard_writes_events(tmp_path: Path) -> None:
     assert {"elbo", "kl_to_prior", "log_weight_sd", "reward"} <= set(events.Tags()["scalars"])
     logged = [event.value for event in events.Scalars("elbo")]
     np.testing.assert_allclose(logged, fit.history["elbo"], rtol=1e-6)
+
+
+def test_what_a_callback_raises_carries_the_fit() -> None:
+    with pytest.raises(Stop) as raised:
+        bk.SVI(5, 8).fit(posterior(), seed=3, callbacks=[stop_after(2)])
+    fit: bk.Fit = raised.value.fit  # type: ignore[attr-defined]
+    assert len(fit.history["elbo"]) == 3
+
+
+@pytest.mark.parametrize("callbacks", [[3], bk.EarlyStopping(gap=0.1), "tensorboard"], ids=repr)
+def test_callbacks_are_a_list_of_functions(callbacks: Any) -> None:
+    with pytest.raises(bk.BayesKLRLError, match="callbacks is a list of functions"):
+        bk.SVI(5, 8).fit(posterior(), seed=3, callbacks=callbacks)
+
+
+def test_folders_of_checkpoints_are_checked_first(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path / "file", 3):
+        with pytest.raises(bk.BayesKLRLError, match="written into a folder"):
+            bk.SVI(5, 8).fit(posterior(), seed=3, checkpoint=wrong)  # type: ignore[arg-type]
+    kept = bk.Checkpoint(tmp_path / "run", every=2)
+    fit = bk.SVI(4, 8).fit(posterior(), seed=3, checkpoint=kept)
+    same(fit, bk.SVI(4, 8).fit(posterior(), seed=3, resume=kept))  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_tells_lambdas_apart_and_names_what_differs(tmp_path: Path) -> None:
+    first = bk.SVI(3, 8, objective=lambda batch: -(batch.rewards * batch.log_probs.sum(dim=1)).mean())
+    other = bk.SVI(3, 8, objective=lambda batch: (5 * batch.rewards * batch.log_probs.sum(dim=1)).mean())
+    first.fit(posterior(), seed=3, checkpoint=tmp_path)
+    first.fit(posterior(), seed=3, resume=tmp_path)
+    with pytest.raises(bk.CheckpointError, match="recipe objective: "):
+        other.fit(posterior(), seed=3, resume=tmp_path)
+
+
+def test_the_best_certificate_survives_a_resume(tmp_path: Path) -> None:
+    """Steps that are far too long: an early guide is the best, before and after the resume."""
+    svi = bk.SVI(20, 4, learning_rate=3.0, max_step_kl=np.inf)
+    whole = bk.CertifyEvery(2, tmp_path / "whole", options={"num_draws": 64})
+    svi.fit(posterior(), seed=2, callbacks=[whole])
+    first = bk.CertifyEvery(2, tmp_path / "best", options={"num_draws": 64})
+    with pytest.raises(Stop):
+        svi.fit(posterior(), seed=2, callbacks=[first, stop_after(10)], checkpoint=bk.Checkpoint(tmp_path, every=1))
+    again = bk.CertifyEvery(2, tmp_path / "best", options={"num_draws": 64})
+    svi.fit(posterior(), seed=2, callbacks=[again], resume=tmp_path)
+    assert again.best_step == whole.best_step
+    other = bk.SVI(4, 8).fit(posterior(), seed=0, callbacks=[again])  # another training begins anew
+    assert max(again.certificates) < len(other.history["elbo"])
+
+
+@pytest.mark.parametrize("options", [{"num_drawz": 64}, {"seed": 1}], ids=str)
+def test_options_of_certificates_are_checked_first(options: dict[str, int]) -> None:
+    with pytest.raises(bk.BayesKLRLError, match="has no option"):
+        bk.CertifyEvery(5, options=options)
+
+
+def test_under_a_constraint_the_forward_kl_selects() -> None:
+    no_ones = bk.Constraint(lambda completion_ids: [1 not in ids for ids in completion_ids])
+    target = bk.Posterior(COIN, no_ones, prompts=[[0]], max_new_tokens=3)
+    every = bk.CertifyEvery(20)
+    bk.SVI(100, 64, objective="forward_kl").fit(target, seed=0, callbacks=[every])
+    forward = {step: float(np.mean(one.pooled.forward_kl)) for step, one in every.certificates.items()}
+    assert every.best_step == min(forward, key=lambda step: forward[step])
+
+
+def test_a_fit_may_be_the_guide_to_start_from() -> None:
+    start = bk.SVI(5, 8).fit(posterior(), seed=0)
+    by_fit = bk.SVI(3, 8, initial_guide=start).fit(posterior(), seed=1)
+    by_guide = bk.SVI(3, 8, initial_guide=start.guide).fit(posterior(), seed=1)
+    np.testing.assert_array_equal(by_fit.history["elbo"], by_guide.history["elbo"])
+    with pytest.raises(bk.BayesKLRLError, match="initial_guide is a language model"):
+        bk.SVI(3, 8, initial_guide="folder").fit(posterior(), seed=1)

@@ -19,7 +19,7 @@ from bayes_klrl.inference.svi.callbacks import StepRecord
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import LanguageModel
 
-__all__ = ["AlphaSchedule", "AnnealedAlpha", "alpha_schedule"]
+__all__ = ["AlphaSchedule", "AnnealedAlpha", "alpha_schedule", "has_settled"]
 
 
 @runtime_checkable
@@ -41,6 +41,9 @@ class AlphaSchedule(Protocol):
             The values of all steps before by the names of `Fit.history`, their alphas under "alpha".
         posterior
             The posterior that `SVI.fit` was given, with its own alpha.
+
+        A method `has_settled` of the same arguments may say whether the training may end early: whether alpha has come to what
+        it is to be.
         """
 
 
@@ -63,7 +66,7 @@ class AnnealedAlpha:
     >>> posterior = bk.Posterior(coin, longer, max_new_tokens=3)
     >>> fit = bk.SVI(40).fit(posterior, seed=0, callbacks=[bk.AnnealedAlpha(start=4.0, share=0.5)])
     >>> fit.history["alpha"][[0, 10, 20, 39]].round(2)
-    array([4.  , 1.41, 0.5 , 0.5 ])
+    array([4.  , 1.34, 0.5 , 0.5 ])
     """
 
     start: float
@@ -78,11 +81,25 @@ class AnnealedAlpha:
         self, step: int, num_steps: int, history: Mapping[str, Sequence[float]], posterior: Posterior
     ) -> float:
         """See `AlphaSchedule.next_alpha`."""
-        done = min(1.0, step / (self.share * num_steps))
+        done = min(1.0, step / max(self.share * num_steps - 1, 1e-9))
         return float(posterior.alpha * (self.start / posterior.alpha) ** (1.0 - done))
+
+    def has_settled(
+        self, step: int, num_steps: int, history: Mapping[str, Sequence[float]], posterior: Posterior
+    ) -> bool:
+        """Return whether alpha is the posterior's own."""
+        return bool(history["alpha"][-1] == posterior.alpha)
 
     def __call__(self, record: StepRecord, guide: LanguageModel) -> None:
         """Do nothing: alphas are chosen by `next_alpha`."""
+
+
+def has_settled(
+    schedule: Any, step: int, num_steps: int, history: Mapping[str, Sequence[float]], posterior: Posterior
+) -> bool:
+    """Return whether a schedule has reached what it is for, so that a training may end early; True without a schedule."""
+    asked = getattr(schedule, "has_settled", None)
+    return True if asked is None else bool(asked(step, num_steps, history, posterior))
 
 
 def alpha_schedule(callbacks: Sequence[Any]) -> AlphaSchedule | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from bayes_klrl.checks import check_count, check_positive
+from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import LanguageModel
 
@@ -37,6 +38,8 @@ class StepRecord:
         The posterior that the guide approximates.
     recipe
         The recipe of the training, an `SVI`; None where a record is made by hand.
+    settled
+        Whether alpha has come to what it is to be; False while a schedule still moves it on purpose.
 
     Examples
     --------
@@ -57,6 +60,7 @@ class StepRecord:
     history: Mapping[str, Sequence[float]]
     posterior: Posterior
     recipe: Any = None
+    settled: bool = True
 
     @property
     def logged(self) -> dict[str, float]:
@@ -94,6 +98,10 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         check_count("every", self.every)
+        if not isinstance(self.folder, str | Path) or Path(self.folder).is_file():
+            raise BayesKLRLError(
+                f"A checkpoint is written into a folder; {self.folder!r} is none. Give the name of a folder."
+            )
 
 
 Callback: TypeAlias = Callable[[StepRecord, LanguageModel], bool | None]
@@ -109,7 +117,9 @@ class EarlyStopping:
     """End the training once the guide is near its posterior.
 
     Near the optimum the KL to the posterior is about half the variance of log w. The training ends when a moving mean of that
-    is below `gap` nats, but not in the first `least_steps`.
+    is below `gap` nats, but not in the first `least_steps`, nor while a schedule still moves alpha. Draws of likelihood 0, a
+    share 1 - A of them, add -log A. A gap of a few draws per step is rough: with `ForwardKL` on a sampler it is of the
+    sampler's draws.
 
     Examples
     --------
@@ -135,7 +145,7 @@ class EarlyStopping:
         mean = gaps[0]
         for gap in gaps[1:]:
             mean = 0.8 * mean + 0.2 * gap
-        return record.step + 1 >= self.least_steps and mean < self.gap
+        return record.settled and record.step + 1 >= self.least_steps and mean < self.gap
 
 
 def call_all(callbacks: Sequence[Callback], record: StepRecord, guide_so_far: Callable[[], LanguageModel]) -> bool:

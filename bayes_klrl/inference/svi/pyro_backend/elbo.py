@@ -32,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
@@ -45,7 +46,15 @@ from bayes_klrl.inference.svi.pyro_backend.sites import check_bounded, random_si
 from bayes_klrl.models.programs.pyro_program import SequenceDistribution, to_sequences
 from bayes_klrl.models.programs.turns import PYRO_TURN, in_turn
 
-__all__ = ["ElboTerms", "LeaveOneOutELBO", "RaoBlackwellELBO", "SequenceELBO", "model_tokens", "own_likelihood"]
+__all__ = [
+    "ElboTerms",
+    "LeaveOneOutELBO",
+    "RaoBlackwellELBO",
+    "SequenceELBO",
+    "model_tokens",
+    "own_likelihood",
+    "spread",
+]
 
 
 @dataclass(frozen=True)
@@ -80,11 +89,25 @@ class ElboTerms:
 
     @property
     def log_weight_sd(self) -> float:
-        """The standard deviation of log w, the mean over prompts; of the draws whose likelihood is not 0."""
+        """The standard deviation of log w, the mean over prompts; see `spread`."""
         if torch.isfinite(self.log_weights).all():
             return float(self.log_weights.std(dim=0).mean())
-        columns = [column[torch.isfinite(column)] for column in self.log_weights.T]
-        return sum(float(column.std()) if len(column) > 1 else 0.0 for column in columns) / len(columns)
+        return float(np.mean([variance**0.5 for variance in spread(self.log_weights)]))
+
+
+def spread(log_weights: Tensor) -> list[float]:
+    """Return twice the distance to the posterior that the draws of each prompt show, in nats.
+
+    That is the variance of log w near the posterior. Where draws have likelihood 0, a share 1 - A of them, the posterior is
+    further by -log A: the variance of the others, and twice that, with A at least 1 / (N + 1).
+    """
+    found = []
+    for column in log_weights.T:
+        finite = column[torch.isfinite(column)]
+        variance = float(finite.var()) if len(finite) > 1 else 0.0
+        share = max(len(finite), len(column) / (len(column) + 1)) / len(column)
+        found.append(variance - 2 * float(np.log(share)))
+    return found
 
 
 class SequenceELBO(ELBO):

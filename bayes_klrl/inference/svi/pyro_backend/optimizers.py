@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bayes_klrl.inference.svi.optimizers import KLSGD, StepLength
+from bayes_klrl.inference.svi.pyro_backend.elbo import spread
 from bayes_klrl.inference.svi.pyro_backend.trust_region import TrustRegion
 from bayes_klrl.inference.svi.steps import MAX_GRADIENT_NORM, learning_rate_schedule
 
@@ -147,7 +148,7 @@ class MomentumSteps:
     @torch.no_grad()
     def step(self, log_weights: Tensor) -> Mapping[str, float]:
         """See `Steps.step`."""
-        variance = finite_variance(log_weights)
+        variance = float(np.mean(spread(log_weights)))
         epsilon = self._length.next(self._count, variance)
         squared = 0.0
         for momentum, parameter, scale in zip(self._momentum, self._parameters, self._scales, strict=True):
@@ -212,14 +213,6 @@ class MomentumSteps:
             momentum.copy_(state[f"{i}.momentum"])
         count, self._curvature, variance = state["numbers"].tolist()
         self._count, self._length.variance = int(count), None if np.isnan(variance) else variance
-
-
-def finite_variance(log_weights: Tensor) -> float:
-    """Return the variance of the finite log-weights (N, P) of each prompt, the mean over prompts; 0 where there are none."""
-    if torch.isfinite(log_weights).all():
-        return float(log_weights.var(dim=0).mean())
-    columns = [column[torch.isfinite(column)] for column in log_weights.T]
-    return sum(float(column.var()) if len(column) > 1 else 0.0 for column in columns) / len(columns)
 
 
 def embedding_rows(guide: Any, parameters: Sequence[Tensor], uses: Tensor) -> list[Tensor | None]:

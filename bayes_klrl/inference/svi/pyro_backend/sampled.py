@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.sampling.best_of_n import BestOfN
+from bayes_klrl.inference.sampling.quasi_rejection import QuasiRejection
 from bayes_klrl.inference.svi.pyro_backend.elbo import ElboTerms
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import Algorithm, GuideRecipe, TwistRecipe
@@ -28,7 +30,7 @@ class SampledForwardKL:
     Parameters
     ----------
     sampler
-        The algorithm, such as `bk.SMC(64)`. What it has to fit (a twist, a proposal) is fitted once, in the first step.
+        The algorithm, such as `bk.SMC(64)`. What it has to fit (a twist, a proposal) is fitted once, before the first step.
     guide
         The guide.
     posterior
@@ -36,25 +38,45 @@ class SampledForwardKL:
     in_parts
         Whether steps use some of the prompts.
 
+    seed
+        Seed for what the sampler fits.
+
     Raises
     ------
     BayesKLRLError
-        If the sampler has something to fit, and either cannot be prepared or steps use some of the prompts: it would be
-        fitted anew in each step.
+        If the algorithm's draws are not the posterior's; or if steps use some of the prompts and the sampler has a twist or
+        proposal to fit, or a twist or reward that knows prompts by their numbers, which are others in each step.
     """
 
     last: ElboTerms
 
-    def __init__(self, sampler: Algorithm, guide: Any, posterior: Callable[[], Posterior], *, in_parts: bool) -> None:
-        self._sampler: Any = sampler
-        self._guide, self._posterior = guide, posterior
-        self._is_ready = in_parts or not hasattr(sampler, "prepared")
-        recipes = [getattr(sampler, name, None) for name in ("proposal", "twist")]
-        if self._is_ready and any(isinstance(recipe, GuideRecipe | TwistRecipe) for recipe in recipes):
+    def __init__(
+        self, sampler: Algorithm, guide: Any, posterior: Callable[[], Posterior], *, seed: int, in_parts: bool
+    ) -> None:
+        name = type(sampler).__name__
+        if isinstance(sampler, BestOfN | QuasiRejection | GuideRecipe):
             raise BayesKLRLError(
-                f"{type(sampler).__name__} would fit its proposal or twist anew in each step. Give it a fitted one, such as "
-                "proposal=bk.SVI(60).fit(posterior, seed=0).guide."
+                f"ForwardKL learns from draws of the posterior; those of {name} are not. Use bk.SMC(64)."
             )
+        recipes = [getattr(sampler, name, None) for name in ("proposal", "twist")]
+        to_fit = any(isinstance(recipe, GuideRecipe | TwistRecipe) for recipe in recipes)
+        if to_fit and (in_parts or not hasattr(sampler, "prepared")):
+            raise BayesKLRLError(
+                f"{name} would fit its proposal or twist anew in each step. Give it a fitted one, such as "
+                "proposal=bk.SVI(60).fit(posterior, seed=0).guide, or leave prompts_per_step out."
+            )
+        numbered = any("prompt_index" in getattr(factor, "asked_for", ()) for factor in posterior().likelihood.factors)
+        if in_parts and (numbered or callable(getattr(sampler, "twist", None))):
+            raise BayesKLRLError(
+                "A step of some prompts gives the sampler a posterior of these alone, where a reward or twist that asks for "
+                "prompt_index would find other numbers. Give the reward a column instead, or leave prompts_per_step out."
+            )
+        self._sampler: Any = sampler
+        self._guide, self._posterior, self.model_tokens = guide, posterior, 0
+        prepared = getattr(sampler, "prepared", None)
+        if not in_parts and prepared is not None:
+            self._sampler, cost = prepared(posterior(), seed)
+            self.model_tokens = cost.model_tokens + cost.training_tokens
 
     def loss_and_grads(self, model: object, guide: object, chosen: torch.Tensor | None = None) -> float:
         """Draw, score, and add the gradient to the parameters'; the programs are not run.
@@ -70,11 +92,9 @@ class SampledForwardKL:
         posterior = whole if chosen is None else whole.select(chosen.tolist())
         seed = int(torch.randint(2**31 - 1, (), device="cpu"))
         with torch.no_grad():
-            spent = 0
-            if not self._is_ready:
-                self._sampler, cost = self._sampler.prepared(posterior, seed)
-                self._is_ready, spent = True, cost.model_tokens + cost.training_tokens
             draws = self._sampler.run(posterior, seed=seed)
+        if draws.shape[1] < 2:
+            raise BayesKLRLError("ForwardKL needs at least 2 draws per prompt and step; its sampler makes one.")
         log_q = self._log_guide(posterior, draws.sequences)
         weights = torch.as_tensor(normalised(draws.log_weights)).to(log_q)
         loss = -(weights * log_q).sum() * (whole.num_prompts / posterior.num_prompts)
@@ -92,7 +112,7 @@ class SampledForwardKL:
             log_likelihood=torch.as_tensor(draws.log_likelihood).to(log_guide).T,
             log_guide=log_guide,
             surrogate=torch.zeros(0),
-            model_tokens=draws.model_tokens + scored + spent,
+            model_tokens=draws.model_tokens + scored,
             log_ratio=log_guide - torch.as_tensor(draws.log_prior).to(log_guide).T,
             importance=importance,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bayes_klrl.arrays import to_host
 from bayes_klrl.draws import Draws
+from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.svi.objectives import Objective
 from bayes_klrl.inference.svi.objectives.critics import Critic, Rows, advantages
 from bayes_klrl.inference.svi.objectives.replay import Replay
@@ -114,7 +115,7 @@ class ScoreELBO(SequenceELBO):
         self.follow_evidence(chosen, log_w)
         if self.critic is None:
             evidence = torch.tensor([self.log_evidence[int(p)] for p in chosen], dtype=log_w.dtype, device=log_w.device)
-            weights = self.objective.weights(log_w, evidence, torch)
+            weights = checked_weights(self.objective, log_w, evidence)
             if zero:  # before the first possible draw there is no evidence to compare with
                 weights = torch.where(torch.isneginf(evidence), 0.0, weights)
             weights = weights.T[:, :, None].expand_as(log_q)
@@ -178,6 +179,32 @@ class ScoreELBO(SequenceELBO):
         found = advantages(values, log_ratio, likelihood, rows.lengths, self.discount)
         self.critic.learn(rows, log_ratio, likelihood)
         return torch.as_tensor(found.reshape(ratio.shape), device=ratio.device)
+
+
+def checked_weights(objective: Objective, log_weights: Tensor, log_evidence: Tensor) -> Tensor:
+    """Return an objective's weights of draws, (N, P).
+
+    Raises
+    ------
+    BayesKLRLError
+        If its function raises an error, or returns anything but a finite weight per draw (where log w is finite).
+    """
+    try:
+        found: Any = objective.weights(log_weights, log_evidence, torch)
+    except BayesKLRLError:
+        raise
+    except Exception as error:  # whatever a user's function raises
+        raise BayesKLRLError(f"The weights of {objective!r} raised {type(error).__name__}: {error}.") from error
+    if not isinstance(found, Tensor) or found.shape != log_weights.shape:
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise BayesKLRLError(
+            f"The weights of {objective!r} must be a tensor of one per draw, (N, P) = {tuple(log_weights.shape)}; got {shape}."
+        )
+    if not torch.isfinite(found[torch.isfinite(log_weights)]).all():
+        raise BayesKLRLError(
+            f"The weights of {objective!r} are not finite, at finite log-weights. Look for a division by 0, or an overflow."
+        )
+    return found
 
 
 def tokens_of(site: Any, distinct: Sequences, index: np.ndarray) -> Tensor:

@@ -19,6 +19,7 @@ from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.inference.svi.loop import Habits, TrainingPlan, trained
 from bayes_klrl.inference.svi.objectives import ELBO, LossObjective, objective_of
+from bayes_klrl.inference.svi.objectives.critics import TwistCritic
 from bayes_klrl.inference.svi.objectives.regressions import PrefixRewardCritic, critic_of
 from bayes_klrl.inference.svi.optimizers import KLSGD, Natural, optimizer_of
 from bayes_klrl.inference.svi.pyro_backend.elbo import ElboTerms, LeaveOneOutELBO, RaoBlackwellELBO
@@ -56,7 +57,12 @@ LARGE = 200_000
 def fit_guide(plan: TrainingPlan, posterior: Posterior, habits: Habits, *, seed: int, progress: bool) -> Fit:
     """Return the guide after `plan.num_steps` steps; see `SVI.fit`."""
     start = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope(), on_model_device(posterior.prior):
+    with (
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[]),
+        pyro.get_param_store().scope(),
+        on_model_device(posterior.prior),
+    ):
         torch.manual_seed(check_seed(seed))
         training = TorchTraining(plan, posterior, seed)
         return trained(plan, posterior, training, habits, start=start, progress=progress)
@@ -75,7 +81,7 @@ class TorchTraining:
 
     def __init__(self, plan: TrainingPlan, posterior: Posterior, seed: int) -> None:
         self.posterior, self.seed = posterior, seed
-        self._prompts_per_step = plan.prompts_per_step
+        self._prompts_per_step, self._discount = plan.prompts_per_step, plan.discount
         self.guide = starting_guide(plan, posterior)
         self._recomputing = recomputation_of(plan, self.guide, posterior.prior)
         self.model = pyro_model(posterior, plan.prompts_per_step)
@@ -88,7 +94,9 @@ class TorchTraining:
         self.program = pyro_guide(posterior, self.guide, plan.prompts_per_step, drawn_by)
         self.steps = steps_of(plan, optimizer, self.guide, self.parameters, self.elbo, posterior)
         # what critic and optimizer have read before the first step
-        self._tokens_before = sum(int(getattr(part, "model_tokens", 0)) for part in (self.critic, self.steps))
+        self._tokens_before = sum(
+            int(getattr(part, "model_tokens", 0)) for part in (self.critic, self.steps, self.elbo)
+        )
 
     def _loss(self, plan: TrainingPlan) -> Any:
         """Return the loss of a step: a trainer's own, one on a sampler's draws, or one on the guide's."""
@@ -96,9 +104,8 @@ class TorchTraining:
             return LossELBO(plan.num_particles, self.objective.loss, lambda: self.posterior.alpha)
         sampler = getattr(self.objective, "sampler", None)
         if sampler is not None:
-            return SampledForwardKL(
-                sampler, self.guide, lambda: self.posterior, in_parts=plan.prompts_per_step is not None
-            )
+            in_parts = plan.prompts_per_step is not None
+            return SampledForwardKL(sampler, self.guide, lambda: self.posterior, seed=self.seed, in_parts=in_parts)
         loss = loss_of(plan, self.critic, lambda: self.posterior.alpha)
         if isinstance(getattr(self.objective, "replay", 0), Draws):
             loss.replay.fill(self.posterior, self.objective.replay)
@@ -139,8 +146,13 @@ class TorchTraining:
         return (torch.as_tensor(prompts_of_step(self.seed, number, self.posterior.num_prompts, size)),)
 
     def aim_at(self, posterior: Posterior) -> None:
-        """See `Training.aim_at`. The critic keeps its features, and learns the new values as it goes."""
+        """See `Training.aim_at`. A critic that learns keeps its features, and learns the new values as it goes."""
         if posterior is not self.posterior:
+            if isinstance(self.critic, TwistCritic) and self._discount < 1:
+                raise BayesKLRLError(
+                    "A fixed twist is the critic of one alpha, and alpha is to change: with discount < 1 its guide would be "
+                    "of no posterior. Take discount=1, or a critic that learns, such as twist=bk.PartialRewardTwist()."
+                )
             self.posterior = posterior
             self.model = pyro_model(posterior, self._prompts_per_step)
             self.steps.forget_draws()
@@ -254,7 +266,13 @@ def starting_guide(plan: TrainingPlan, posterior: Posterior) -> Any:
     """Return the trainable model that the training starts from: the prior's copy, or that of another policy."""
     if plan.initial_guide is None:
         return trainable_guide(posterior.prior, plan.adapter)
-    guide = trainable_guide(plan.initial_guide, plan.adapter)
+    start = getattr(plan.initial_guide, "guide", plan.initial_guide)  # of a Fit
+    if not hasattr(start, "token_log_probs"):
+        raise BayesKLRLError(
+            f"initial_guide is a language model, or a Fit whose guide it is; got {plan.initial_guide!r}. Of a folder give "
+            "bk.TorchLM.from_pretrained(folder)."
+        )
+    guide = trainable_guide(start, plan.adapter)
     check_shares_vocabulary("initial_guide", guide, posterior.prior)
     return guide
 
