@@ -16,6 +16,7 @@ from bayes_klrl.sequences import Sequences
 
 __all__ = ["Check", "ContractReport", "check_posterior"]
 
+_REWARD_TOLERANCE = 1e-5
 _TOKEN_TOLERANCE = 1e-5
 _NUM_DRAWS = 32
 _NUM_IDS = 5
@@ -274,10 +275,10 @@ def _reward_is_a_function(posterior: Posterior, sequences: Sequences, rng: np.ra
     rewards = posterior.reward(sequences)
     order = rng.permutation(rewards.shape[1])
     shuffled = posterior.reward(Sequences(sequences.tokens[:, order], sequences.lengths[:, order]))
-    moved = int((shuffled != rewards[:, order]).sum())
+    moved = _num_apart(shuffled, rewards[:, order])
     yield Check("the reward does not depend on the order of the batch", moved == 0, f"{moved} of {rewards.size} differ")
     single = posterior.reward(Sequences(sequences.tokens[:, :1], sequences.lengths[:, :1]))
-    moved = int((single[:, 0] != rewards[:, 0]).sum())
+    moved = _num_apart(single[:, 0], rewards[:, 0])
     yield Check("the reward does not depend on the rest of the batch", moved == 0, f"{moved} of {len(single)} differ")
     alive = np.isfinite(rewards).any(axis=1)
     yield Check(
@@ -285,6 +286,13 @@ def _reward_is_a_function(posterior: Posterior, sequences: Sequences, rng: np.ra
         bool(alive.all()),
         f"{int(np.isfinite(rewards).sum())} of {rewards.size} prior draws",
     )
+
+
+def _num_apart(first: np.ndarray, second: np.ndarray) -> int:
+    """Return how many rewards differ by more than the rounding of a network's batch, relative to the largest."""
+    finite = np.concatenate([first[np.isfinite(first)], second[np.isfinite(second)]])
+    scale = max(1.0, float(np.abs(finite).max(initial=0.0)))
+    return int((~np.isclose(first, second, rtol=0.0, atol=_REWARD_TOLERANCE * scale)).sum())
 
 
 def _close(first: np.ndarray, second: np.ndarray) -> bool:

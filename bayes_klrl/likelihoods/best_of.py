@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from bayes_klrl.checks import check_count
-from bayes_klrl.likelihood import Factor, check_alpha_and_bounds
+from bayes_klrl.likelihood import check_alpha_and_bounds
 from bayes_klrl.likelihoods.prior_ranks import PriorRanks, RankedFactor, check_reference
 from bayes_klrl.typing import FloatArray
 
@@ -68,11 +67,12 @@ class BestOf(RankedFactor):
     >>> exact = bk.Exact().run(posterior, seed=0)
     >>> np.exp(exact.log_evidence).round(12)  # 1 / 4
     array([0.25])
-    >>> float(exact.expectation(lambda text: 0.0)[0]) if False else None
+    >>> np.exp(posterior.log_joint([[1], [0, 1], [0, 0, 1], [0, 0, 0]])[0] + np.log(4)).round(4)
+    array([0.0625, 0.2539, 0.3418, 0.3418])
     """
 
     n: int
-    fn: Callable[..., Any] | Factor
+    fn: Any
     alpha: float = field(default=1.0, kw_only=True)
     num_reference: int | None = field(default=1024, kw_only=True)
     seed: int = field(default=0, kw_only=True)

@@ -217,7 +217,5 @@ def _scaled(log_prior: FloatArray, factor: float) -> FloatArray:
 
 def _prefix_log_prior(posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
     """Return log p0(x_1:t | c) of prefixes (R, t), shape (R,)."""
-    if prefixes.shape[1] == 0:
-        return np.zeros(len(prefixes))
     lengths = np.full(len(prefixes), prefixes.shape[1])
     return row_log_probs(posterior.prior, posterior.prompt_ids, prompt_index, prefixes, lengths)

@@ -55,7 +55,7 @@ class Cells:
     def of(cls, scores: FloatArray, masses: FloatArray, own: float) -> Cells:
         """Return the cells of some scores and their masses, both (M,); `own` and all masses sum to 1."""
         levels, level = np.unique(scores, return_inverse=True)
-        mass = np.bincount(level, weights=masses)
+        mass = np.bincount(level, weights=masses).astype(np.float64)
         return cls(levels, mass, np.concatenate([[0.0], mass.cumsum()]), own)
 
     def __call__(self, scores: FloatArray) -> tuple[FloatArray, FloatArray]:
@@ -147,7 +147,7 @@ class PriorRanks:
 class RankedFactor(Factor):
     """A factor that depends on a completion through the cell of its score under the prior."""
 
-    fn: Callable[..., Any] | Factor
+    fn: Any
     num_reference: int | None
     seed: int
     ranks: PriorRanks | None

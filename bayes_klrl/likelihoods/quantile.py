@@ -6,13 +6,12 @@ of the reward, the evidence and the frontier are those of one exponential distri
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from bayes_klrl.likelihood import Factor, check_alpha_and_bounds
+from bayes_klrl.likelihood import check_alpha_and_bounds
 from bayes_klrl.likelihoods.prior_ranks import PriorRanks, RankedFactor, check_reference
 from bayes_klrl.typing import FloatArray
 
@@ -69,7 +68,7 @@ class QuantileReward(RankedFactor):
     (3.3838, 3.3838)
     """
 
-    fn: Callable[..., Any] | Factor
+    fn: Any
     alpha: float = field(kw_only=True)
     num_reference: int | None = field(default=1024, kw_only=True)
     seed: int = field(default=0, kw_only=True)

@@ -35,11 +35,12 @@ def row_log_probs(
     prompt_ids
         Token ids of the P prompts.
     prompt_index, tokens, lengths
-        Index of the prompt of each row, shape (R,); the tokens, shape (R, T); and their numbers, shape (R,).
+        Index of the prompt of each row, shape (R,); the tokens, shape (R, T); and their numbers, shape (R,), which may be 0.
     """
-    order = np.argsort(prompt_index, kind="stable")
-    present, counts = np.unique(prompt_index, return_counts=True)
-    total = np.empty(len(prompt_index))
+    total = np.zeros(len(prompt_index))  # of an empty prefix
+    begun = np.flatnonzero(lengths > 0)
+    order = begun[np.argsort(prompt_index[begun], kind="stable")]
+    present, counts = np.unique(prompt_index[begun], return_counts=True)
     # prompts with equally many rows, such as all prompts of a sample, go through the model together
     for count in np.unique(counts):
         prompts = present[counts == count]

@@ -247,7 +247,7 @@ def _loss_of(posterior: bk.Posterior, guide: Any, loss: Any, options: Any) -> Ca
     from bayes_klrl.models.programs.numpyro_program import numpyro_guide, numpyro_model
 
     model, program = numpyro_model(posterior, **options), numpyro_guide(posterior, guide, **options)
-    carried = loss.start(posterior.num_prompts)
+    carried = loss.start(posterior.num_prompts) if hasattr(loss, "start") else {}  # stock losses carry nothing
     return lambda parameters, key: loss.loss(key, {"language_model": parameters, **carried}, model, program)
 
 

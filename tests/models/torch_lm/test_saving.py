@@ -362,6 +362,22 @@ def test_half_precision_that_diverges_stops_the_training() -> None:
         bk.SVI(12, 16, learning_rate=10.0, max_step_kl=np.inf).fit(posterior, seed=0)
 
 
+def test_an_adapter_of_a_tied_head_says_what_merging_would_do(tmp_path: Path) -> None:
+    """It is read here and merged by us as it was trained; the embedding is not in its files."""
+    tiny_gpt2(VOCAB).save_pretrained(tmp_path / "base")
+    prior = bk.TorchLM.from_pretrained(tmp_path / "base")
+    fit = bk.SVI(10, 16, adapter="lora").fit(posterior_of(prior), seed=0)
+    with pytest.warns(UserWarning, match="head and embedding are one matrix"):
+        fit.save(tmp_path / "adapter", merged=False)
+    names = list(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    assert any("lm_head" in name for name in names)
+    assert all("lora" in name for name in names)
+    fit.save(tmp_path / "merged")
+    assert np.abs(scores(fit.guide) - scores(prior)).max() > 1e-3
+    for folder in ("adapter", "merged"):
+        np.testing.assert_allclose(scores(bk.TorchLM.from_pretrained(tmp_path / folder)), scores(fit.guide), atol=1e-5)
+
+
 def test_an_adapter_may_stay_an_adapter(tmp_path: Path) -> None:
     """The folder loads in peft and here, and is a few files."""
     tiny_llama(VOCAB).save_pretrained(tmp_path / "base")
