@@ -35,11 +35,10 @@ class SampledForwardKL:
         The guide.
     posterior
         Function that returns the posterior of the step, with the step's alpha.
-    in_parts
-        Whether steps use some of the prompts.
-
     seed
         Seed for what the sampler fits.
+    in_parts
+        Whether steps use some of the prompts.
 
     Raises
     ------
