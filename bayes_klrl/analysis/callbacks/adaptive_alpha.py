@@ -132,6 +132,11 @@ class AdaptiveAlpha:
         return step >= _FREE * num_steps and abs(value - self._target) <= _HELD * abs(self._target)
 
     @property
+    def model_tokens(self) -> int:
+        """Tokens that the prior drew and read for the frontier; the training counts them."""
+        return sum(curve.cost.model_tokens for _, curve in self._frontiers.values())
+
+    @property
     def _name(self) -> str:
         return "kl" if self.kl is not None else "reward"
 

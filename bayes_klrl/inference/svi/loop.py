@@ -193,6 +193,8 @@ def trained(
                 alpha["alpha"] = schedule.next_alpha(number, plan.num_steps, history, posterior)
                 training.aim_at(posterior.at_alpha(alpha["alpha"]))
             values = {**training.step(number), **alpha}
+            if number == 0:  # what the schedule has read to begin with
+                values["tokens"] += getattr(schedule, "model_tokens", 0)
             yield values  # the history has them from here on
             try:
                 ended = call_all(

@@ -262,3 +262,11 @@ def test_rewards_of_impossible_draws_leave_alpha_where_it_is() -> None:
     alphas, rewards = fit.history["alpha"], fit.history["reward"]
     assert np.isneginf(rewards).any()
     assert alphas[-1] == alphas[0]
+
+
+def test_the_draws_of_the_frontier_are_counted(posterior: bk.Posterior) -> None:
+    """The first step draws from the prior whatever alpha is, so that all else is equal."""
+    plain = bk.SVI(1, 8).fit(posterior, seed=0).training_tokens
+    adaptive = bk.SVI(1, 8).fit(posterior, seed=0, callbacks=[bk.AdaptiveAlpha(kl=0.4, num_draws=400)])
+    cost = bk.frontier(posterior, num_draws=200, seed=0).cost
+    assert adaptive.training_tokens == plain + cost.model_tokens > plain

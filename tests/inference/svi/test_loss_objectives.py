@@ -273,7 +273,7 @@ def test_a_gap_knows_of_impossible_draws() -> None:
         fit = bk.SVI(60, 64, objective="forward_kl", optimizer=optimizer).fit(posterior, seed=0, callbacks=[stopping])
         alive = np.isfinite(fit.run(2000, seed=1).reward).mean()
         assert fit.history["log_weight_sd"][0] ** 2 / 2 > 1.0
-        assert alive > 0.3 or len(fit.history["elbo"]) == 60
+        assert alive > 0.93 or len(fit.history["elbo"]) == 60  # -log 0.95 is the gap
         assert alive > 1.5 * np.exp(Truth(posterior).log_evidence[0])
 
 
