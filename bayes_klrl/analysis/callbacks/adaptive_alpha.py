@@ -142,7 +142,9 @@ class AdaptiveAlpha:
 
     @property
     def _target(self) -> float:
-        return float(self.kl if self.kl is not None else self.reward)  # type: ignore[arg-type]
+        target = self.reward if self.kl is None else self.kl
+        assert target is not None, "one of the two was given"
+        return float(target)
 
     def _of_prior(self, curve: Frontier) -> float:
         """Return what KL, or mean reward, the prior has."""

@@ -75,6 +75,10 @@ class CertifyEvery:
 
     def __call__(self, record: StepRecord, guide: LanguageModel) -> None:
         """Certify if it is time."""
+        if self.folder is not None and not hasattr(guide, "save_pretrained"):
+            raise BayesKLRLError(
+                f"A {type(guide).__name__} has no save_pretrained, so leave out CertifyEvery(folder=...)."
+            )
         if (record.step + 1) % self.num_steps and record.step + 1 != record.num_steps:
             return
         if self.certificates and record.step <= max(self.certificates):  # another training
@@ -88,7 +92,7 @@ class CertifyEvery:
         if other or self._best is None or distance[1:] <= self._best[1:]:
             self.best_step, self._best = record.step, distance
             if self.folder is not None:
-                guide.save_pretrained(self.folder)  # type: ignore[attr-defined]
+                guide.save_pretrained(self.folder)  # type: ignore[attr-defined]  # checked above; the protocol has none
                 (Path(self.folder) / _FILE).write_text(json.dumps({"step": record.step, "distance": distance}) + "\n")
 
     def _go_on(self) -> None:

@@ -378,3 +378,12 @@ def test_a_fit_may_be_the_guide_to_start_from() -> None:
     np.testing.assert_array_equal(by_fit.history["elbo"], by_guide.history["elbo"])
     with pytest.raises(bk.BayesKLRLError, match="initial_guide is a language model"):
         bk.SVI(3, 8, initial_guide="folder").fit(posterior(), seed=1)
+
+
+def test_a_guide_that_cannot_be_saved_is_refused_at_the_first_step(tmp_path: Path) -> None:
+    class Unsaved:
+        """A guide with a draw and a score, and no files."""
+
+    record = StepRecord(0, 50, {}, {}, posterior())
+    with pytest.raises(bk.BayesKLRLError, match="Unsaved has no save_pretrained"):
+        bk.CertifyEvery(20, tmp_path)(record, Unsaved())  # type: ignore[arg-type]

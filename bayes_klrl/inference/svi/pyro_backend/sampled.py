@@ -57,7 +57,7 @@ class SampledForwardKL:
             raise BayesKLRLError(
                 f"ForwardKL learns from draws of the posterior; those of {name} are not. Use bk.SMC(64)."
             )
-        recipes = [getattr(sampler, name, None) for name in ("proposal", "twist")]
+        recipes = [getattr(sampler, part, None) for part in ("proposal", "twist")]
         to_fit = any(isinstance(recipe, GuideRecipe | TwistRecipe) for recipe in recipes)
         if to_fit and (in_parts or not hasattr(sampler, "prepared")):
             raise BayesKLRLError(
