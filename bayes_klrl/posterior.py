@@ -15,21 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayes_klrl.arrays import no_gradient, to_host
-from bayes_klrl.batch import Batch, Setting, check_reads_completions
+from bayes_klrl.batch import Batch, Setting
 from bayes_klrl.checks import check_count, check_fraction, check_language_model, check_positive
 from bayes_klrl.errors import BayesKLRLError, needs_jax
 from bayes_klrl.likelihood import Likelihood
-from bayes_klrl.prompts import (
-    check_context,
-    checked_columns,
-    chosen_prompts,
-    encoded_prompts,
-    prompt_list,
-    prompts_and_columns,
-)
+from bayes_klrl.prompts.chat import as_conversations
+from bayes_klrl.prompts.context import check_context, encoded_prompts
+from bayes_klrl.prompts.lists import chosen_prompts, prompt_list
+from bayes_klrl.prompts.rows import checked_columns, prompts_and_columns
+from bayes_klrl.prompts.template import check_end_of_turn, rendered_prompts
 from bayes_klrl.randomness import generator
-from bayes_klrl.sequences import Sequences, check_outcomes, pad_token
+from bayes_klrl.reward_functions.signatures import check_reads_completions
+from bayes_klrl.sequences import Sequences, check_outcomes, completion_log_probs, pad_token
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
 if TYPE_CHECKING:
@@ -37,8 +34,6 @@ if TYPE_CHECKING:
     from bayes_klrl.models.programs.numpyro_program import NumpyroGuide, NumpyroModel
 
 __all__ = ["Posterior", "check_context", "check_language_model", "completion_log_probs", "encoded_prompts"]
-
-_TOKENS_PER_CHUNK = 2**14
 
 
 class Posterior:
@@ -51,17 +46,22 @@ class Posterior:
     likelihood
         The likelihood exp(r / alpha): a `Reward`, `TokenReward`, `Constraint`, or a product of them.
     prompts
-        One prompt or P prompts: texts, or lists or arrays of token ids. Several prompts may be in a list, tuple, array,
-        pandas Series or generator, which is read once. Of a tokenizer's output (a `transformers.BatchEncoding`) the
-        `input_ids` are taken, without padding.
+        One prompt or P prompts: texts, lists or arrays of token ids, or conversations; several in a list, tuple, array, pandas
+        Series or generator, which is read once. Of a tokenizer's output (a `transformers.BatchEncoding`) the `input_ids` are
+        taken, without padding. A conversation is a list of messages, `[{"role": "user", "content": "Hello"}]`: the tokenizer's
+        chat template renders it, once, and reward functions get completions as messages too.
     max_new_tokens
         T, the largest number of tokens that a completion may have, EOS included.
+    chat_template_kwargs
+        Arguments of the chat template, such as `{"enable_thinking": False}`; None: none, or those of an earlier rendering.
     **columns
         Further data about the prompts, which reward functions may ask for by name: each column holds P values of any type
         in a list, array, pandas Series or generator, which is read once.
 
     Attributes
     ----------
+    prompts
+        The P prompts as given; a conversation has its rendered text in `rendering.text`.
     prompt_ids
         The P prompts as token ids; an empty prompt has become the model's BOS.
 
@@ -88,6 +88,7 @@ class Posterior:
         *,
         prompts: str | Iterable[Any] = "",
         max_new_tokens: int,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         **columns: Iterable[Any],
     ) -> None:
         check_language_model("The prior", prior)
@@ -99,9 +100,11 @@ class Posterior:
         check_count("max_new_tokens", max_new_tokens)
         self.prior = prior
         self.max_new_tokens = int(max_new_tokens)
-        self.prompts = prompt_list(prompts)
-        self.columns = checked_columns(columns, len(self.prompts))
+        given = prompt_list(prompts)
+        self.columns: dict[str, Any] = checked_columns(columns, len(given))
         likelihood.check(prior, self.columns)
+        self.prompts = rendered_prompts(given, prior, chat_template_kwargs)
+        check_end_of_turn(self.prompts, prior)
         self.prompt_ids = encoded_prompts(self.prompts, prior)
         check_context(self.prompt_ids, self.max_new_tokens, prior)
         self._given = likelihood
@@ -118,17 +121,18 @@ class Posterior:
         *,
         prompt: str = "prompt",
         max_new_tokens: int,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Posterior:
         """Return the posterior of the prompts in a table, whose other columns go to the reward functions by name.
 
-        A data set in TRL's standard (not conversational) format works as it is, with two differences. A column "completion",
-        which TRL drops, reaches the reward functions that ask for it, for instance as a reference answer. Columns with the
-        names of what is sampled ("completions", "completion_ids", "finished") or with another reserved name are refused:
-        rename or drop them.
+        A data set of prompts in TRL's format works as it is, standard or conversational, with two differences. A column
+        "completion", which TRL drops, reaches the reward functions that ask for it, for instance as a reference answer.
+        Columns with the names of what is sampled ("completions", "completion_ids", "finished") or with another reserved name
+        are refused: rename or drop them.
 
         Parameters
         ----------
-        prior, likelihood, max_new_tokens
+        prior, likelihood, max_new_tokens, chat_template_kwargs
             The same as for `Posterior`.
         rows
             The table: a list or other iterable of dictionaries with the same keys, a `datasets.Dataset`, or a pandas
@@ -154,7 +158,14 @@ class Posterior:
         (('1+2=', '2+2='), {'answer': ('3', '4')})
         """
         prompts, columns = prompts_and_columns(rows, prompt)
-        posterior = cls(prior, likelihood, prompts=prompts, max_new_tokens=max_new_tokens, **columns)
+        posterior = cls(
+            prior,
+            likelihood,
+            prompts=prompts,
+            max_new_tokens=max_new_tokens,
+            chat_template_kwargs=chat_template_kwargs,
+            **columns,
+        )
         for factor in likelihood.factors:
             check_reads_completions(getattr(factor, "fn", None), factor.label, columns)
         return posterior
@@ -164,6 +175,11 @@ class Posterior:
             f"Posterior(prior={type(self.prior).__name__}, likelihood={self.likelihood.label!r}, alpha="
             f"{self.likelihood.alpha}, prompts={len(self.prompts)}, max_new_tokens={self.max_new_tokens})"
         )
+
+    def _repr_html_(self) -> str:
+        from bayes_klrl.export.notebook import posterior_html
+
+        return posterior_html(self)
 
     @property
     def num_prompts(self) -> int:
@@ -240,12 +256,25 @@ class Posterior:
         (((0, 0, 0), (0,)), ((0,), (0, 0)))
         """
         chosen = chosen_prompts(indices, self.num_prompts)
+        columns = {name: [values[index] for index in chosen] for name, values in self.columns.items()}
+        return self._with_prompts([self.prompts[index] for index in chosen], columns)
+
+    def as_chat(self) -> Posterior:
+        """Return the posterior of the same prompts as conversations: every text as one message of the user.
+
+        Reward functions then get completions as messages. Prompts that are conversations already stay as they are.
+
+        Raises
+        ------
+        BayesKLRLError
+            If prompts are token ids, or the prior's tokenizer has no chat template.
+        """
+        return self._with_prompts(as_conversations(self.prompts), self.columns)
+
+    def _with_prompts(self, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Posterior:
+        """Return the posterior of other prompts and their columns."""
         return Posterior(
-            self.prior,
-            self._given,
-            prompts=[self.prompts[index] for index in chosen],
-            max_new_tokens=self.max_new_tokens,
-            **{name: [values[index] for index in chosen] for name, values in self.columns.items()},
+            self.prior, self._given, prompts=list(prompts), max_new_tokens=self.max_new_tokens, **dict(columns)
         )
 
     def split(self, fraction: float, seed: int) -> tuple[Posterior, Posterior]:
@@ -368,16 +397,3 @@ class Posterior:
             from bayes_klrl.models.programs.numpyro_program import numpyro_guide
 
         return numpyro_guide(self, lm)
-
-
-def completion_log_probs(lm: LanguageModel, prompt_ids: Sequence[Sequence[int]], sequences: Sequences) -> FloatArray:
-    """Return log p(x | c) of every completion, shape (P, N), float64, in chunks of draws so that memory is bounded."""
-    num_prompts, num_draws, num_tokens = sequences.tokens.shape
-    total = np.empty((num_prompts, num_draws))
-    step = max(1, _TOKENS_PER_CHUNK // (num_tokens * num_prompts))
-    with no_gradient():
-        for start in range(0, num_draws, step):
-            part = slice(start, start + step)
-            chunk = Sequences(sequences.tokens[:, part], sequences.lengths[:, part])
-            total[:, part] = to_host(lm.token_log_probs(prompt_ids, chunk)).sum(axis=2, dtype=np.float64)
-    return total

@@ -12,10 +12,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bayes_klrl.arrays import no_gradient, to_host
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.typing import IntArray, LanguageModel
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
-__all__ = ["Sequences", "check_outcomes", "completion_lengths", "pad_token"]
+__all__ = ["Sequences", "check_outcomes", "completion_lengths", "completion_log_probs", "pad_token"]
+
+_TOKENS_PER_CHUNK = 2**14
 
 
 def pad_token(eos_token_ids: Collection[int]) -> int:
@@ -169,3 +172,16 @@ def check_outcomes(sequences: Sequences, prior: LanguageModel) -> None:
             f"Completion {n} of prompt {p} is a prefix, not an outcome: {ids} neither ends with EOS nor has "
             f"max_new_tokens = {tokens.shape[2]} tokens."
         )
+
+
+def completion_log_probs(lm: LanguageModel, prompt_ids: Sequence[Sequence[int]], sequences: Sequences) -> FloatArray:
+    """Return log p(x | c) of every completion, shape (P, N), float64, in chunks of draws so that memory is bounded."""
+    num_prompts, num_draws, num_tokens = sequences.tokens.shape
+    total = np.empty((num_prompts, num_draws))
+    step = max(1, _TOKENS_PER_CHUNK // (num_tokens * num_prompts))
+    with no_gradient():
+        for start in range(0, num_draws, step):
+            part = slice(start, start + step)
+            chunk = Sequences(sequences.tokens[:, part], sequences.lengths[:, part])
+            total[:, part] = to_host(lm.token_log_probs(prompt_ids, chunk)).sum(axis=2, dtype=np.float64)
+    return total

@@ -19,7 +19,19 @@ if TYPE_CHECKING:
 
     from bayes_klrl.posterior import Posterior
 
-__all__ = ["PosteriorFile", "Quiet", "Seed", "app", "err", "errors_as_messages", "escaped", "load", "out_console"]
+__all__ = [
+    "Chat",
+    "PosteriorFile",
+    "Quiet",
+    "Seed",
+    "app",
+    "err",
+    "errors_as_messages",
+    "escaped",
+    "load",
+    "out_console",
+    "out_option",
+]
 
 _ORDER = ("compare", "amortise", "sample", "tune", "certify", "frontier", "suite")
 
@@ -49,6 +61,28 @@ _FILE_HELP = (
 )
 PosteriorFile = Annotated[Path | None, typer.Argument(help=_FILE_HELP, show_default=False)]
 Seed = Annotated[int, typer.Option(help="Seed for all random numbers; the same seed gives the same draws.", min=0)]
+Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Give every text prompt to the model as a message of the user, by the tokenizer's chat template. Reward "
+        "functions then get completions as lists of messages. Prompts that are messages in the file need no --chat.",
+    ),
+]
+
+
+def out_option(what: str) -> Any:
+    """Return the option `--out` of a command, with the words for what is written into the folder."""
+    return typer.Option(help=what, parser=_folder, metavar="PATH")
+
+
+def _folder(name: str | Path) -> Path:
+    """Return the folder of a name; refuse the empty one, which `Path` would take for the current folder."""
+    if not str(name).strip():
+        raise typer.BadParameter("the name of the folder is empty; give it a name")
+    return Path(name)
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", help="Do not show live progress.")]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -74,8 +108,13 @@ def errors_as_messages(command: F) -> F:
     return guarded  # type: ignore[return-value]
 
 
-def load(file: Path | None, quiet: bool, example: str = "one_prompt") -> tuple[Posterior, dict[str, Any]]:
-    """Return the posterior that a file defines, and all that it defines, by name; without a file, that of an example."""
+def load(
+    file: Path | None, quiet: bool, example: str = "one_prompt", *, chat: bool = False
+) -> tuple[Posterior, dict[str, Any]]:
+    """Return the posterior that a file defines, and all that it defines, by name; without a file, that of an example.
+
+    With `chat`, the texts that are its prompts are messages of the user.
+    """
     import runpy
 
     from bayes_klrl.posterior import Posterior
@@ -101,7 +140,7 @@ def load(file: Path | None, quiet: bool, example: str = "one_prompt") -> tuple[P
             f"{str(file)!r} must define `posterior`, a bk.Posterior; it defines "
             f"{'nothing of that name' if posterior is None else type(posterior).__name__}."
         )
-    return posterior, namespace
+    return posterior.as_chat() if chat else posterior, namespace
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

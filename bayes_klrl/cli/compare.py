@@ -8,9 +8,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayes_klrl.cli.application import PosteriorFile, Quiet, Seed, app, errors_as_messages, escaped, load, out_console
+from bayes_klrl.cli.application import (
+    Chat,
+    PosteriorFile,
+    Quiet,
+    Seed,
+    app,
+    errors_as_messages,
+    escaped,
+    load,
+    out_console,
+    out_option,
+)
 from bayes_klrl.cli.methods import DEFAULT_METHODS, DEFAULT_STEPS, METHOD_HELP, algorithms_of
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.prompts.words import visible
 
 if TYPE_CHECKING:
     from bayes_klrl.analysis.comparison.compare import Comparison
@@ -37,9 +49,10 @@ def compare(
     steps: Annotated[
         int, typer.Option(help="Gradient steps of the short names svi and svi-is.", min=1)
     ] = DEFAULT_STEPS,
-    out: Annotated[Path, typer.Option(help="Folder for draws.nc, table.csv, PNG plots and the tuned policy.")] = Path(
+    out: Annotated[Path, out_option("Folder for draws.nc, table.csv, PNG plots and the tuned policy.")] = Path(
         "bayes-klrl-out"
     ),
+    chat: Chat = False,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -58,14 +71,16 @@ def compare(
             )
     import bayes_klrl as bk
 
-    posterior, defined = load(file, quiet)
+    posterior, defined = load(file, quiet, chat=chat)
     rows = _own(defined, file) if asked is None else asked
     if rows is None:
         rows = algorithms_of(DEFAULT_METHODS, steps)
     algorithms = {**rows, **_proposals(policy or [], posterior)}
     comparison = bk.compare(posterior, algorithms, seed=seed, progress=not quiet)
+    _show(comparison)
     folder = comparison.save(out)
-    _show(comparison, folder)
+    written = ", ".join(sorted(path.name for path in folder.iterdir() if path.name[0] != "."))
+    out_console().print(f"\nWrote {folder}: {written}")
 
 
 def _own(defined: dict[str, Any], file: Path | None) -> Mapping[str, Algorithm] | None:
@@ -91,14 +106,14 @@ def _proposals(folders: list[Path], posterior: Posterior) -> dict[str, Algorithm
     return rows
 
 
-def _show(comparison: Comparison, folder: Path) -> None:
-    """Print the table, three completions of every method, and where everything is."""
+def _show(comparison: Comparison) -> None:
+    """Print the table, and three completions of every method."""
     console = out_console()
     console.print()
     console.print(str(comparison.table()), markup=False, highlight=False, soft_wrap=True)
     if comparison.posterior.prior.tokenizer is not None:
-        console.print(f"\n[bold]{escaped(str(comparison.posterior.prompts[0]))}[/] ...")
+        words = next(iter(comparison.draws.values()))[0].prompt_words(most=200)[0]
+        console.print(f"\n[bold]{escaped(words)}[/] ...", soft_wrap=True)
         for name, texts in comparison.samples(3).items():
             for text in texts[0]:
-                console.print(f"  {name:>14}  {text.strip()}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"\nWrote {folder}: " + ", ".join(sorted(p.name for p in folder.iterdir() if p.name[0] != ".")))
+                console.print(f"  {name:>14}  {visible(text)}", markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from bayes_klrl.cli.application import PosteriorFile, Quiet, Seed, app, errors_as_messages, load, out_console
+from bayes_klrl.cli.application import (
+    Chat,
+    PosteriorFile,
+    Quiet,
+    Seed,
+    app,
+    errors_as_messages,
+    load,
+    out_console,
+    out_option,
+)
 
 __all__ = ["frontier"]
 
@@ -28,7 +38,8 @@ def frontier(
     policy: Annotated[
         list[Path] | None, typer.Option(help="Folder of a policy to draw into the picture. May be given several times.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for frontier.csv and frontier.png.")] = _OUT,
+    out: Annotated[Path, out_option("Folder for frontier.csv and frontier.png.")] = _OUT,
+    chat: Chat = False,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -37,7 +48,7 @@ def frontier(
     Everything is computed from draws of the prior.
     """
     from bayes_klrl.checks import check_finite
-    from bayes_klrl.export.output_folder import check_output, prepare_output
+    from bayes_klrl.export.output_folder import check_output, naming_what_is_safe, prepare_output
 
     for name, target in (("kl", kl), ("reward", reward)):
         if target is not None:
@@ -47,8 +58,9 @@ def frontier(
     import bayes_klrl as bk
     from bayes_klrl.inference.policies import as_policy, policy_draws
     from bayes_klrl.randomness import Streams
+    from bayes_klrl.whole_files import whole_file
 
-    posterior, _ = load(file, quiet)
+    posterior, _ = load(file, quiet, chat=chat)
     policies = {str(folder): as_policy(folder, posterior) for folder in policy or []}
     curve = bk.frontier(posterior, num_draws=num_draws, seed=seed, progress=not quiet)
     out_console().print(str(curve), markup=False, highlight=False, soft_wrap=True)
@@ -56,10 +68,14 @@ def frontier(
         name: policy_draws(posterior, lm, 512, Streams.of(seed, 1 + number), progress=not quiet)
         for number, (name, lm) in enumerate(policies.items())
     }
-    folder = prepare_output(out)
-    curve.table().to_csv(folder / "frontier.csv")
-    curve.plot(folder / "frontier.png", policies=points)
-    out_console().print(f"\nWrote {folder}", markup=False, highlight=False)
-    for name, target in (("kl", kl), ("reward", reward)):
-        if target is not None:
-            out_console().print(f"alpha = {curve.alpha_for(**{name: target}):.4g} for {name} = {target:g}")
+    try:
+        folder = prepare_output(out)
+        with naming_what_is_safe(folder):
+            with whole_file(folder / "frontier.csv") as unfinished:
+                curve.table().to_csv(unfinished)
+            curve.plot(folder / "frontier.png", policies=points)
+        out_console().print(f"\nWrote {folder}", markup=False, highlight=False)
+    finally:  # a full disk does not keep them back
+        for name, target in (("kl", kl), ("reward", reward)):
+            if target is not None:
+                out_console().print(f"alpha = {curve.alpha_for(**{name: target}):.4g} for {name} = {target:g}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bayes_klrl.cli.application import Quiet, Seed, app, errors_as_messages, out_console
+from bayes_klrl.cli.application import Quiet, Seed, app, errors_as_messages, out_console, out_option
 
 __all__ = ["suite"]
 
@@ -29,7 +29,7 @@ def suite(
     ] = None,
     budget: Annotated[int, typer.Option(help="Model tokens per answer, training included.", min=1)] = 100_000,
     repeats: Annotated[int, typer.Option(help="Runs of each method on each problem.", min=1)] = 3,
-    out: Annotated[Path, typer.Option(help="Folder for table.csv and suite.png.")] = Path("bayes-klrl-suite"),
+    out: Annotated[Path, out_option("Folder for table.csv and suite.png.")] = Path("bayes-klrl-suite"),
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:

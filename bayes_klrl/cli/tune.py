@@ -8,9 +8,20 @@ from typing import Annotated
 
 import typer
 
-from bayes_klrl.cli.application import PosteriorFile, Quiet, Seed, app, err, errors_as_messages, load, out_console
+from bayes_klrl.cli.application import (
+    Chat,
+    PosteriorFile,
+    Quiet,
+    Seed,
+    app,
+    err,
+    errors_as_messages,
+    load,
+    out_console,
+    out_option,
+)
 from bayes_klrl.cli.methods import DEFAULT_STEPS
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, OutputError
 
 __all__ = ["tune"]
 
@@ -31,12 +42,13 @@ def tune(
     adapter: Annotated[
         str | None, typer.Option(help='"lora": train LoRA adapters over the frozen prior. Default: train a full copy.')
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the policy, its draws and its training curve.")] = Path(
+    out: Annotated[Path, out_option("Folder for the policy, its draws and its training curve.")] = Path(
         "bayes-klrl-out"
     ),
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the training that was stopped in this --out folder.")
     ] = False,
+    chat: Chat = False,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -45,7 +57,7 @@ def tune(
     Ctrl-C ends the training early and keeps what was learned. The state of the training is written every ten steps, so
     that --resume goes on after any end, to the policy that it would have been.
     """
-    from bayes_klrl.export.output_folder import check_output, prepare_output
+    from bayes_klrl.export.output_folder import check_output, naming_what_is_safe, prepare_output
 
     check_output(out)
     if adapter not in (None, "lora"):
@@ -55,7 +67,7 @@ def tune(
 
     svi = bk.SVI(steps, particles, learning_rate=learning_rate, adapter=adapter)
     state = out / "training"
-    posterior, _ = load(file, quiet)
+    posterior, _ = load(file, quiet, chat=chat)
     if not hasattr(posterior.prior, "save_pretrained"):
         raise BayesKLRLError(
             f"A {type(posterior.prior).__name__} has no save_pretrained, so its policy could not be saved."
@@ -67,20 +79,31 @@ def tune(
         if error.fit is not None:
             err().print(f"The policy, as far as it was trained, is in {error.fit.save(folder / 'policy')}.")
         raise
-    fit.save(folder / "policy")
-    if not fit.interrupted:
-        shutil.rmtree(state, ignore_errors=True)  # nothing is left to go on with
-    plot_history(fit.history, folder / "training.png")
-    if fit.interrupted:
+    trouble: OutputError | None = None
+    try:
+        with naming_what_is_safe(folder):
+            fit.save(folder / "policy")
+            plot_history(fit.history, folder / "training.png")
+    except OutputError as error:  # how good the policy is can be said all the same
+        trouble = error
+        err().print("The policy could not be saved. The same command with --resume saves it when there is room for it.")
+    else:
+        if not fit.interrupted:
+            shutil.rmtree(state, ignore_errors=True)  # nothing is left to go on with
+    if fit.interrupted and trouble is None:
         out_console().print(
             f"Interrupted after {len(fit.history['elbo'])} steps; the policy so far is in {folder / 'policy'}. The same "
             "command with --resume goes on."
         )
     corrected = bk.ImportanceSampling(1000, proposal=fit.guide).run(posterior, seed=seed, progress=not quiet)
-    corrected.save(folder / "draws.nc")
     gap = float((corrected.log_evidence - corrected.elbo).mean())
     out_console().print(
         f"ELBO {corrected.elbo.mean():.3f} nats, log evidence {corrected.log_evidence.mean():.3f} ± "
         f"{corrected.log_evidence_se.max():.3f} (ESS {corrected.ess.min():.0f} of 1000): the policy is about {gap:.3f} "
-        f"nats from the posterior.\nWrote {folder / 'policy'}"
+        "nats from the posterior."
     )
+    if trouble is not None:
+        raise trouble
+    with naming_what_is_safe(folder):
+        corrected.save(folder / "draws.nc")
+    out_console().print(f"Wrote {folder / 'policy'}")

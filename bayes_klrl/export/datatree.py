@@ -10,6 +10,9 @@ Everything ArviZ is here, for 0.2x (`InferenceData`) and 1.x (`xarray.DataTree`)
     constant_data   prompts, alpha, max_new_tokens, method
     info            what the algorithm reports beside its draws, for SMC its ancestors
 
+The coordinate of `prompt` is the prompts' words, shortened and unique, in every group; `sel(prompt="...")` takes them,
+`isel(prompt=0)` the number. The prompts as they were given are in `constant_data`.
+
 ArviZ has no weighted draws, so `posterior` is made for it: draws that weigh equally are taken as they are, weighted
 ones resampled. Token ids are not in it: their mean and R-hat say nothing. Systematic resampling keeps the order, so
 copies of a draw stand side by side and ArviZ's effective sample size, which sees them as autocorrelation, comes out
@@ -35,6 +38,8 @@ import bayes_klrl
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.export.output_folder import check_group_name
+from bayes_klrl.export.sealed_files import check_sealed, write_sealed
+from bayes_klrl.prompts.chat import is_messages, rendering_of, stored_conversation
 from bayes_klrl.resampling import systematic
 from bayes_klrl.typing import FloatArray, IntArray
 from bayes_klrl.weights import normalised
@@ -96,12 +101,13 @@ def draws_to_datatree(draws: Draws) -> xr.DataTree:
         "/log_prior": _chains({"x": equal["log_prior"]}, num_chains),
         "/sample_stats": _chains({"log_proposal": equal["log_proposal"]}, num_chains),
         "/weighted": _weighted(draws),
-        "/evidence": numbered(xr.Dataset({name: ("prompt", getattr(draws, name)) for name in _PER_PROMPT})),
+        "/evidence": xr.Dataset({name: ("prompt", getattr(draws, name)) for name in _PER_PROMPT}),
         "/constant_data": _constant_data(draws),
     }
     if draws.info:
-        groups["/info"] = numbered(xr.Dataset({name: _info_array(name, draws) for name in draws.info}))
-    return xr.DataTree.from_dict(groups)
+        groups["/info"] = xr.Dataset({name: _info_array(name, draws) for name in draws.info})
+    prompts = _prompt_coordinate(draws)
+    return xr.DataTree.from_dict({name: _labelled(group, prompts) for name, group in groups.items()})
 
 
 def comparison_to_datatree(results: Mapping[str, Draws]) -> xr.DataTree:
@@ -133,31 +139,38 @@ def save_draws(draws: Draws, path: Path) -> Path:
     """
     small = {"zlib": True, "complevel": 1, "shuffle": True}
     encoding = {"/weighted": {"tokens": small, "lengths": small}}
-    draws_to_datatree(draws).to_netcdf(path, engine="h5netcdf", encoding=encoding)
-    return path
+    return write_sealed(draws_to_datatree(draws), path, encoding)
 
 
 def load_draws(path: Path) -> Draws:
     """Read what `save_draws` wrote. Texts come from the file, without the model.
 
+    A file without a checksum, of an earlier version, is read with a warning, after a process of its own has read it.
+
     Raises
     ------
     CheckpointError
-        If there is no such file, or it is not one of ours.
+        If there is no such file, it is damaged, or it is not one of ours.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no file {str(path)!r}.")
+    sealed = check_sealed(path)
     try:
-        opened = xr.open_datatree(path, engine="h5netcdf")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{str(path)!r} is no netCDF file, as Draws.save writes it: {error}") from error
-    with opened as tree:  # read in here: DataTree.load() forgets variables that are called as a group is
-        if tree.attrs.get("format") != _FORMAT:
-            holds = (
-                f"it is a comparison of {sorted(tree.children)}" if _holds_methods(tree) else "it has another origin"
-            )
-            raise CheckpointError(f"{str(path)!r} is not a file of draws, as Draws.save writes it: {holds}.")
-        return _draws_of(tree)
+        with xr.open_datatree(path, engine="h5netcdf") as tree:
+            # read in here: DataTree.load() forgets variables that are called as a group is
+            draws = _draws_of(tree) if tree.attrs.get("format") == _FORMAT else None
+            holds = f"a comparison of {sorted(tree.children)}" if _holds_methods(tree) else "of another origin"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{str(path)!r} is no file of draws, as Draws.save writes it: {error}") from error
+    if draws is None:
+        raise CheckpointError(f"{str(path)!r} is no file of draws, as Draws.save writes it: it is {holds}.")
+    if not sealed:
+        warnings.warn(
+            f"{str(path)!r} has no checksum: an earlier version of bayes_klrl wrote it, or another program. It can be read, "
+            "but whether its numbers have changed cannot be known. Save the draws again to add one.",
+            stacklevel=3,
+        )
+    return draws
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,12 +237,23 @@ def _chains(arrays: Mapping[str, np.ndarray], num_chains: int) -> xr.Dataset:
         name: (("chain", "draw", "prompt"), array.T.reshape(num_chains, -1, len(array)))
         for name, array in arrays.items()
     }
-    return numbered(xr.Dataset(variables))
+    return xr.Dataset(variables)
 
 
 def numbered(dataset: xr.Dataset) -> xr.Dataset:
     """Return the dataset with 0, 1, ... as the coordinate of every dimension."""
     return dataset.assign_coords({str(name): np.arange(size) for name, size in dataset.sizes.items()})
+
+
+def _labelled(dataset: xr.Dataset, prompts: np.ndarray) -> xr.Dataset:
+    """Return the dataset with the prompts' words as the coordinate of prompts, and 0, 1, ... as that of other dimensions."""
+    return numbered(dataset).assign_coords({"prompt": prompts} if "prompt" in dataset.dims else {})
+
+
+def _prompt_coordinate(draws: Draws) -> np.ndarray:
+    """Return the prompts' words, (P,). Two dollar signs would be mathematics in a label of ArviZ's plots: they are escaped."""
+    words = [name.replace("$", r"\$") if name.count("$") > 1 else name for name in draws.prompt_words()]
+    return np.array(words, dtype=object)
 
 
 def _weighted(draws: Draws) -> xr.Dataset:
@@ -239,7 +263,7 @@ def _weighted(draws: Draws) -> xr.Dataset:
     variables["tokens"] = (("prompt", "draw", "position"), draws.tokens)
     if draws.decoder is not None:
         variables["text"] = _text_variable(draws.texts())
-    return numbered(xr.Dataset(variables))
+    return xr.Dataset(variables)
 
 
 def _text_variable(texts: Sequence[Sequence[str]]) -> tuple[Any, ...]:
@@ -250,24 +274,28 @@ def _text_variable(texts: Sequence[Sequence[str]]) -> tuple[Any, ...]:
 
 
 def _constant_data(draws: Draws) -> xr.Dataset:
-    """Return what was given: each prompt as JSON, a text or a list of token ids."""
+    """Return what was given: each prompt as JSON, a text, a list of ids, or a list of messages with its rendering."""
     prompts = np.array([json.dumps(prompt) for prompt in draws.prompts], dtype=object)
-    return numbered(
-        xr.Dataset(
-            {
-                "prompts": ("prompt", prompts),
-                "alpha": ((), draws.alpha),
-                "max_new_tokens": ((), draws.tokens.shape[2]),
-                "method": ((), draws.method),
-            }
-        )
+    renderings = np.array([json.dumps(rendering_of(prompt)) for prompt in draws.prompts], dtype=object)
+    rendered = {"renderings": ("prompt", renderings)} if any(map(is_messages, draws.prompts)) else {}
+    return xr.Dataset(
+        {
+            "prompts": ("prompt", prompts),
+            **rendered,
+            "alpha": ((), draws.alpha),
+            "max_new_tokens": ((), draws.tokens.shape[2]),
+            "method": ((), draws.method),
+        }
     )
 
 
 def _info_array(name: str, draws: Draws) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return one array of `Draws.info` with its dimensions named."""
+    """Return one array of `Draws.info` with its dimensions named: those of an array that is not listed by its shape."""
     array = np.asarray(draws.info[name])
-    return _INFO_DIMS.get(name, tuple(f"{name}_dim_{axis}" for axis in range(array.ndim))), array
+    shapes = {np.shape(draws.info[key]): _INFO_DIMS[key] for key in _INFO_DIMS if key in draws.info}
+    by_shape = {**shapes, draws.shape[:1]: ("prompt",)}
+    unknown = tuple(f"{name}_dim_{axis}" for axis in range(array.ndim))
+    return _INFO_DIMS.get(name, by_shape.get(array.shape, unknown)), array
 
 
 def _root_attrs(draws: Draws) -> dict[str, Any]:
@@ -281,6 +309,7 @@ def _root_attrs(draws: Draws) -> dict[str, Any]:
         "model_tokens": draws.model_tokens,
         "training_tokens": draws.training_tokens,
         "training_seconds": draws.training_seconds,
+        "eos_token_ids": json.dumps(sorted(draws.eos_token_ids)),
         "bayes_klrl_version": bayes_klrl.__version__,
     }
 
@@ -294,12 +323,15 @@ def _draws_of(tree: xr.DataTree) -> Draws:
     """Return the draws behind a tree."""
     weighted, evidence, constant = (tree[name].to_dataset() for name in ("weighted", "evidence", "constant_data"))
     prompts = [json.loads(prompt) for prompt in constant["prompts"].values]
+    if "renderings" in constant:
+        renderings = [json.loads(rendering) for rendering in constant["renderings"].values]
+        prompts = [stored_conversation(*both) for both in zip(prompts, renderings, strict=True)]
     draws = Draws(
         tokens=weighted["tokens"].values,
         lengths=weighted["lengths"].values,
         **{name: weighted[name].values for name in _PER_DRAW},
         **{name: evidence[name].values for name in _PER_PROMPT},
-        prompts=tuple(prompt if isinstance(prompt, str) else tuple(prompt) for prompt in prompts),
+        prompts=tuple(tuple(prompt) if type(prompt) is list else prompt for prompt in prompts),
         method=str(constant["method"].item()),
         alpha=float(constant["alpha"]),
         cost=Cost(
@@ -309,10 +341,20 @@ def _draws_of(tree: xr.DataTree) -> Draws:
             float(tree.attrs["training_seconds"]),
         ),
         info={name: array.values for name, array in tree["info"].data_vars.items()} if "info" in tree else {},
+        eos_token_ids=_eos_token_ids(tree),
     )
     if "text" not in weighted:
         return draws
     return _with_texts(draws, weighted["text"])
+
+
+def _eos_token_ids(tree: xr.DataTree) -> frozenset[int]:
+    """Return the ids that end completions; of a file that does not say, the last ids of those shorter than T."""
+    if "eos_token_ids" in tree.attrs:
+        return frozenset(json.loads(tree.attrs["eos_token_ids"]))
+    tokens, lengths = tree["weighted/tokens"].values, tree["weighted/lengths"].values
+    shorter = lengths < tokens.shape[2]
+    return frozenset(tokens[shorter, lengths[shorter] - 1].tolist())
 
 
 def _with_texts(draws: Draws, text: xr.DataArray) -> Draws:

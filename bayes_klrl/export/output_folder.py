@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, OutputError
+from bayes_klrl.whole_files import UNFINISHED, check_folder, write_whole
 
-__all__ = ["check_group_name", "check_output", "prepare_output"]
+__all__ = ["check_group_name", "check_output", "naming_what_is_safe", "prepare_output"]
 
 _MARK = ".bayes-klrl"
 _OURS = (
@@ -27,6 +30,7 @@ _OURS = (
     "frontier.csv",
     "frontier.png",
     "suite.png",
+    f"{UNFINISHED}*",
 )
 
 _NO_GROUP = re.compile(
@@ -44,12 +48,14 @@ def check_group_name(name: object) -> None:
 
 
 def check_output(folder: str | Path) -> Path:
-    """Return the path if we may write there: it does not exist, is empty, or was written by this package.
+    """Return the path if we can and may write there: it can be made, is empty, or was written by this package.
 
     Raises
     ------
     BayesKLRLError
         If it is a file, or a folder that holds something and was not written by this package.
+    OutputError
+        If it cannot be made or written into, or its name is empty.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():
@@ -59,15 +65,30 @@ def check_output(folder: str | Path) -> Path:
             f"The output folder {str(path)!r} exists and was not written by bayes-klrl; nothing was overwritten. Choose "
             "another with --out, or empty it."
         )
+    check_folder(folder)
     return path
 
 
 def prepare_output(folder: str | Path) -> Path:
     """Create and mark the folder, and delete results of an earlier run in it; refuses the same folders as `check_output`."""
     path = check_output(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)  # it could be made a moment ago
     for pattern in _OURS:
         for old in path.glob(pattern):
             shutil.rmtree(old) if old.is_dir() else old.unlink()
-    (path / _MARK).write_text("Written by bayes-klrl; files in here may be overwritten by it.\n", encoding="utf-8")
+    write_whole(path / _MARK, "Written by bayes-klrl; files in here may be overwritten by it.\n")
     return path
+
+
+@contextmanager
+def naming_what_is_safe(folder: Path) -> Iterator[None]:
+    """Add to an `OutputError` of the block the names of the results in the folder that were written whole before it.
+
+    They are those of this run, since `prepare_output` has deleted others.
+    """
+    try:
+        yield
+    except OutputError as error:
+        written = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+        safe = f"Written whole before it: {', '.join(written)}" if written else "No result was written before it"
+        raise OutputError(f"{error} {safe}.", error.file, written) from error.__cause__

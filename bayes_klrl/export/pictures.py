@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.export.plot_style import BLACK, COLOURS, GREY, drawing, plain_text, weights_or_zero
+from bayes_klrl.export.plot_style import BLACK, COLOURS, GREY, drawing, plain_text
 from bayes_klrl.typing import FloatArray
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def plot_history(
 
 def plot_weights(draws: Draws, file: str | Path) -> Path:
     """Draw how many draws carry the estimate: sorted weights, and their cumulative sum; return the file."""
-    weights = weights_or_zero(draws)
+    weights = draws.weights
     alive = weights.sum(axis=1) > 0
     num_prompts, num_draws = weights.shape
     rank = np.arange(1, num_draws + 1)

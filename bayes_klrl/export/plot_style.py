@@ -14,7 +14,7 @@ import numpy as np
 
 from bayes_klrl.draws import Draws
 from bayes_klrl.typing import FloatArray
-from bayes_klrl.weights import normalised
+from bayes_klrl.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,7 +32,6 @@ __all__ = [
     "plain_text",
     "spread_out",
     "weighted_mean",
-    "weights_or_zero",
 ]
 
 COLOURS = (
@@ -58,7 +57,7 @@ _STYLE: Any = {
 
 @contextmanager
 def drawing(file: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """Yield a figure, and write it to the file afterwards."""
+    """Yield a figure, and write it to the file afterwards, whole or not at all."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -67,16 +66,8 @@ def drawing(file: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        figure.savefig(file, format="png", dpi=200)
-
-
-def weights_or_zero(draws: Draws) -> FloatArray:
-    """Return normalised weights (P, N), all 0 for a prompt whose weights are all 0."""
-    alive = np.isfinite(draws.log_weights).any(axis=1)
-    weights = np.zeros(draws.shape)
-    if alive.any():
-        weights[alive] = normalised(draws.log_weights[alive])
-    return weights
+        with whole_file(file) as unfinished:
+            figure.savefig(unfinished, format="png", dpi=200)
 
 
 def weighted_mean(weights: FloatArray, values: FloatArray) -> float:

@@ -20,7 +20,7 @@ from bayes_klrl.posterior import Posterior, check_context, check_language_model
 from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import GuideRecipe, LanguageModel
 
-__all__ = ["as_policy", "check_of", "covers_prior", "policy_draws"]
+__all__ = ["as_policy", "check_of", "covers_prior", "policy_draws", "policy_folder"]
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _MOST_ENTRIES = 10_000_000  # largest n-gram tables whose zeros are compared
@@ -47,6 +47,7 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
     BayesKLRLError
         If `policy` is none of these, or if prompt and completion together exceed its context.
     """
+    was_loaded = isinstance(policy, str | os.PathLike)
     if isinstance(policy, Fit):
         policy = policy.guide
     elif isinstance(policy, str | os.PathLike) and BayesianFit.is_saved_in(Path(policy)):
@@ -58,7 +59,7 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
     check_language_model("The policy", policy)
     check_same_vocabulary(policy, posterior.prior)
     check_context(posterior.prompt_ids, posterior.max_new_tokens, policy)
-    if getattr(policy, "self_check", None) is not None:
+    if not was_loaded and getattr(policy, "self_check", None) is not None:
         policy.check_numbers()  # training has changed it since the check at its loading
     return policy  # type: ignore[no-any-return]
 
@@ -132,6 +133,14 @@ def load_policy(folder: Path, prior: LanguageModel) -> LanguageModel:
         eos_token_id=prior.eos_token_ids,
         temperature=getattr(prior, "temperature", 1.0),
     )
+
+
+def policy_folder(policy: Any) -> Path | None:
+    """Return the folder that `as_policy` reads a policy of Hugging Face's format from; None for all other policies."""
+    if not isinstance(policy, str | os.PathLike):
+        return None
+    folder = Path(policy)
+    return None if BayesianFit.is_saved_in(folder) or NgramLM.is_saved_in(folder) else model_folder(folder)
 
 
 def model_folder(folder: Path) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 
 from bayes_klrl.checks import check_count
 from bayes_klrl.likelihood import check_alpha_and_bounds
-from bayes_klrl.likelihoods.prior_ranks import PriorRanks, RankedFactor, check_reference
+from bayes_klrl.likelihoods.prior_ranks import RankedFactor, check_reference
 from bayes_klrl.typing import FloatArray
 
 __all__ = ["BestOf"]
@@ -74,12 +74,7 @@ class BestOf(RankedFactor):
     n: int
     fn: Any
     alpha: float = field(default=1.0, kw_only=True)
-    num_reference: int | None = field(default=1024, kw_only=True)
-    seed: int = field(default=0, kw_only=True)
-    name: str | None = field(default=None, kw_only=True)
-    ranks: PriorRanks | None = field(default=None, kw_only=True)
     bounds: tuple[float, float] = field(default=(-np.inf, 0.0), init=False)
-    _known: dict[Any, Any] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         check_count("n", self.n)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -89,8 +89,7 @@ class PriorRanks:
 
     def __call__(self, batch: Batch) -> tuple[FloatArray, FloatArray]:
         """Return F(s-) and the mass of the cell of each completion's score, both (M,)."""
-        (score,) = self.base.likelihood.factors
-        scores = score.values(batch)
+        scores = self._of(batch)
         lower, mass = np.empty(len(batch)), np.empty(len(batch))
         for p in np.unique(batch.prompt_index):
             rows = batch.prompt_index == p
@@ -135,7 +134,12 @@ class PriorRanks:
 
     def _scores(self, tokens: IntArray, lengths: IntArray, p: int) -> FloatArray:
         """Return the scores of completions (M, T) of prompt p."""
-        return self.base.likelihood.factors[0].values(self._batch(tokens, lengths, p))
+        return self._of(self._batch(tokens, lengths, p))
+
+    def _of(self, batch: Batch) -> FloatArray:
+        """Return the scores of the completions of a batch, shape (M,)."""
+        (score,) = self.base.likelihood.factors
+        return score.values(batch, all_apply=True) if isinstance(score, Reward) else score.values(batch)
 
     def _batch(self, tokens: IntArray, lengths: IntArray, p: int) -> Batch:
         """Return completions (M, T) of prompt p as a batch."""
@@ -144,14 +148,19 @@ class PriorRanks:
         return Batch(tokens, lengths, index, base.prompts, base.columns, base.prior, base.prompt_ids)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class RankedFactor(Factor):
-    """A factor that depends on a completion through the cell of its score under the prior."""
+    """A factor that depends on a completion through the cell of its score under the prior.
 
-    fn: Any
-    num_reference: int | None
-    seed: int
-    ranks: PriorRanks | None
-    _known: dict[Any, Any]
+    A subclass declares `fn`, the score, and documents the parameters.
+    """
+
+    alpha: float = field(kw_only=True)
+    num_reference: int | None = field(default=1024, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    name: str | None = field(default=None, kw_only=True)
+    ranks: PriorRanks | None = field(default=None, kw_only=True)
+    _known: dict[Any, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def label(self) -> str:
@@ -178,11 +187,11 @@ class RankedFactor(Factor):
                 )
         base = posterior_of(setting, score_of(self.fn))
         ranks = PriorRanks(base, self.fn, self.num_reference, self.seed, self._known)
-        return replace(self, ranks=ranks)  # type: ignore[type-var]
+        return replace(self, ranks=ranks)
 
     def tempered(self, gamma: float) -> Self:
         """Return the same reward at alpha / gamma, with the same F."""
-        return replace(self, alpha=self.alpha / gamma)  # type: ignore[type-var, operator]
+        return replace(self, alpha=self.alpha / gamma)
 
     def values(self, batch: Batch) -> FloatArray:
         """See `Factor.values`."""

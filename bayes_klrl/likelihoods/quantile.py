@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bayes_klrl.likelihood import check_alpha_and_bounds
-from bayes_klrl.likelihoods.prior_ranks import PriorRanks, RankedFactor, check_reference
+from bayes_klrl.likelihoods.prior_ranks import RankedFactor, check_reference
 from bayes_klrl.typing import FloatArray
 
 __all__ = ["QuantileReward"]
@@ -69,13 +69,7 @@ class QuantileReward(RankedFactor):
     """
 
     fn: Any
-    alpha: float = field(kw_only=True)
-    num_reference: int | None = field(default=1024, kw_only=True)
-    seed: int = field(default=0, kw_only=True)
-    name: str | None = field(default=None, kw_only=True)
-    ranks: PriorRanks | None = field(default=None, kw_only=True)
     bounds: tuple[float, float] = field(default=(0.0, 1.0), init=False)
-    _known: dict[Any, Any] = field(default_factory=dict, kw_only=True)
 
     def __post_init__(self) -> None:
         check_reference(self)

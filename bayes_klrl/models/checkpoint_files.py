@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
@@ -17,12 +18,17 @@ __all__ = [
     "not_finite_error",
     "own_entries",
     "own_options",
+    "read_object",
     "shipped_folder",
     "shipped_names",
+    "weight_files",
 ]
 
 OWN_ENTRY = "bayes_klrl"
 """The entry of config.json that holds the EOS ids and the temperature, which define the distribution beside the weights."""
+
+INDEX = "model.safetensors.index.json"
+"""The file that says which shard of a large model holds which weight."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -82,12 +88,12 @@ def shipped_names() -> list[str]:
 
 
 def check_has_weights(folder: Path) -> None:
-    """Refuse a folder without config.json, or without safetensors weights, the only kind that is read.
+    """Refuse a folder without config.json, or without its safetensors weights, the only kind that is read, all shards of them.
 
     Raises
     ------
     CheckpointError
-        If one of them is missing; the message says what to do.
+        If one of them is missing; the message says what to do. No weight is read before.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -99,6 +105,41 @@ def check_has_weights(folder: Path) -> None:
             "convert its pickled weights with save_pretrained of transformers." if old else "is the download complete?"
         )
         raise CheckpointError(f"{str(folder)!r} has no safetensors weights, the only kind that is read: {cure}")
+    weight_files(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files with a model's weights: model.safetensors, else the shards that the index names, else all there are.
+
+    Raises
+    ------
+    CheckpointError
+        If the index cannot be read or names a shard that is not there.
+    """
+    usual, index = folder / "model.safetensors", folder / INDEX
+    if usual.is_file() or not index.is_file():  # transformers too prefers one file to an index
+        return [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, Mapping) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(f"The {INDEX} in {str(folder)!r} names no shards. Is the download complete?")
+    names = sorted(set(shards.values()))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{str(folder)!r} lacks {len(missing)} of the {len(names)} shards that its {INDEX} names: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. Is the download complete?"
+        )
+    return [folder / name for name in names]
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object; raise `CheckpointError` if it does not."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise CheckpointError(f"The {file.name} in {str(file.parent)!r} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"The {file.name} in {str(file.parent)!r} must hold an object; got {content!r}.")
+    return content
 
 
 def not_finite_error(name: str, source: str) -> CheckpointError:

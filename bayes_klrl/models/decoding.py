@@ -13,15 +13,19 @@ import numpy as np
 
 from bayes_klrl.arrays import draw_tokens, is_identity, take_tokens
 from bayes_klrl.errors import CheckpointError, SupportError
+from bayes_klrl.models.completions import Completions, joined
+from bayes_klrl.models.memory import parts
 from bayes_klrl.models.passes import fits, next_log_probs_of, passes
 from bayes_klrl.posterior import check_language_model, completion_log_probs
 from bayes_klrl.randomness import PromptKey, Streams, prompt_keys
-from bayes_klrl.sequences import Sequences, completion_lengths, pad_token
+from bayes_klrl.sequences import completion_lengths, pad_token
 from bayes_klrl.typing import Array, FloatArray, IntArray, LanguageModel, Lockstep, State, TokenIds
 
 __all__ = ["Decoding", "check_proposal", "decode", "decode_by", "draw_blocks", "scoring_gap"]
 
-_ROWS_PER_BLOCK = 512
+ROWS_PER_BLOCK = 512
+"""The most completions, over all prompts, that are drawn before rewards are computed."""
+
 _COMPACT_BELOW = 0.8  # share of the state rows in use below which the unused ones are dropped
 
 
@@ -71,7 +75,7 @@ def check_shares_vocabulary(what: str, lm: LanguageModel, prior: LanguageModel) 
         )
 
 
-class Decoding:
+class Decoding(Completions):
     """N unfinished or finished completions for each of P prompts; R = P * N rows, prompt by prompt.
 
     Rows with the same prefix share one row of the models' states: after the prompt, after a resampling, and as long as they
@@ -112,7 +116,7 @@ class Decoding:
         max_new_tokens: int,
     ) -> None:
         num_prompts = len(prompt_ids)
-        num_rows = num_prompts * num_draws
+        self.particles_per_pass = num_rows = num_prompts * num_draws
         distinct = {id(model): model for model in models}
         # a model that wraps another (a twisted prior) carries the other's state in its own and gives both log-probs
         self._carriers = {id(model) for model in distinct.values() if id(getattr(model, "base", None)) in distinct}
@@ -264,13 +268,6 @@ class Decoding:
             self.model_tokens += model_tokens
             self.step_count = max(self.step_count, done + int(lengths.max()))
 
-    def sequences(self) -> Sequences:
-        """Return the completions, shape (P, N, T)."""
-        num_prompts = int(self.prompt_index[-1]) + 1
-        return Sequences(
-            self.tokens.reshape(num_prompts, -1, self.max_new_tokens), self.lengths.reshape(num_prompts, -1)
-        )
-
 
 def distinct_in_order(keys: IntArray) -> tuple[IntArray, IntArray]:
     """Return the distinct keys in order of first appearance, and the position of each key among them.
@@ -289,7 +286,7 @@ def distinct_in_order(keys: IntArray) -> tuple[IntArray, IntArray]:
     return keys[first[order]], place[group]
 
 
-def scoring_gap(decoding: Decoding, models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds]) -> FloatArray:
+def scoring_gap(decoding: Completions, models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds]) -> FloatArray:
     """Return the largest difference between decoded and teacher-forced log-probs of each prompt's completions, in nats, (P,).
 
     All weights come from decoding alone, so the difference is not an error of the weights. It says how far the model, in its
@@ -309,7 +306,7 @@ def decode(
     num_draws: int,
     max_new_tokens: int,
     rng: np.random.Generator,
-) -> Decoding:
+) -> Completions:
     """Return N completions per prompt, drawn independently from `models[0]` and scored by all, by one generator.
 
     The generator ends in the state in which it would be after drawing the uniforms of the steps that were needed only. For
@@ -322,11 +319,10 @@ def decode(
     return decoding
 
 
-def decode_by(models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds], uniforms: FloatArray) -> Decoding:
+def decode_by(models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds], uniforms: FloatArray) -> Completions:
     """Return N completions per prompt, drawn independently from `models[0]` and scored by all.
 
-    Tokens are drawn step by step until the models can draw the rest in one call and this is faster. The result is the same,
-    since both use the same uniforms.
+    They are decoded at once, or in as many parts as the free memory and the lengths of the prompts ask for (`memory`).
 
     Parameters
     ----------
@@ -336,8 +332,27 @@ def decode_by(models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds], u
         Uniform random numbers in [0, 1), shape (T, P * N), prompt by prompt.
     """
     max_new_tokens, num_rows = uniforms.shape
-    num_draws = num_rows // len(prompt_ids)
-    decoding = Decoding(models, prompt_ids, num_draws, max_new_tokens)
+    num_prompts, num_draws = len(prompt_ids), num_rows // len(prompt_ids)
+    split = parts(models, [len(ids) for ids in prompt_ids], num_draws, max_new_tokens)
+    if len(split) == 1:
+        return _decoded(models, prompt_ids, uniforms)
+    index = np.arange(num_rows).reshape(num_prompts, num_draws)
+    rows = [index[part.prompts, part.first : part.last].ravel() for part in split]
+    decoded = [
+        _decoded(models, [prompt_ids[p] for p in part.prompts], uniforms[:, own])
+        for part, own in zip(split, rows, strict=True)
+    ]
+    return joined(decoded, rows, np.repeat(np.arange(num_prompts), num_draws))
+
+
+def _decoded(models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds], uniforms: FloatArray) -> Decoding:
+    """Return N completions per prompt that are decoded at once.
+
+    Tokens are drawn step by step until the models can draw the rest in one call and this is faster. The result is the same,
+    since both use the same uniforms.
+    """
+    max_new_tokens, num_rows = uniforms.shape
+    decoding = Decoding(models, prompt_ids, num_rows // len(prompt_ids), max_new_tokens)
     lockstep = decoding.lockstep()
     while not decoding.done:
         decoding.step(uniforms[decoding.step_count])
@@ -355,7 +370,7 @@ def draw_blocks(
     *,
     keys: Sequence[PromptKey] | None = None,
     first: int = 0,
-) -> Iterator[Decoding]:
+) -> Iterator[Completions]:
     """Yield finished decodings that together hold N completions per prompt, each small enough to be held in memory.
 
     Parameters
@@ -370,7 +385,7 @@ def draw_blocks(
         Number of the first draw.
     """
     keys = prompt_keys(prompt_ids) if keys is None else keys
-    most = max(1, _ROWS_PER_BLOCK // len(prompt_ids))
+    most = max(1, ROWS_PER_BLOCK // len(prompt_ids))
     for start in range(0, num_draws, most):
         uniforms = streams.uniforms(keys, first + start, min(most, num_draws - start), max_new_tokens)
         yield decode_by(models, prompt_ids, uniforms)

@@ -13,10 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from bayes_klrl.arrays import no_gradient, to_host
-from bayes_klrl.batch import Batch, TextCall, accepts, called_on_text, called_on_tokens
+from bayes_klrl.batch import Batch
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError, RewardError, TextRewardError
 from bayes_klrl.posterior import encoded_prompts
+from bayes_klrl.reward_functions.calls import called_on_text, called_on_tokens
+from bayes_klrl.reward_functions.signatures import TextCall, accepts
 from bayes_klrl.sequences import Sequences, pad_token
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, TokenIds
 

@@ -14,7 +14,9 @@ import numpy as np
 
 from bayes_klrl.batch import RESERVED_NAMES, Batch
 from bayes_klrl.errors import BayesKLRLError, TextRewardError
-from bayes_klrl.prompts import as_prompts
+from bayes_klrl.prompts.chat import Conversation, conversation, is_messages
+from bayes_klrl.prompts.context import encoded_prompts
+from bayes_klrl.prompts.lists import as_prompts
 from bayes_klrl.sequences import Sequences, pad_token
 from bayes_klrl.typing import FloatArray, LanguageModel
 
@@ -30,9 +32,10 @@ class Preferences:
     Parameters
     ----------
     prompts
-        n prompts, texts or lists of token ids; or one prompt for all pairs.
+        n prompts, texts, lists of token ids or lists of messages; or one prompt for all pairs.
     chosen, rejected
-        The n preferred and the n other completions, all texts or all lists of token ids (EOS included where there is one).
+        The n preferred and the n other completions, all texts or all lists of token ids (EOS included where there is one). A
+        list of one message of the assistant stands for its text.
     columns
         Further data about the pairs, each column of length n, which feature functions may ask for by name.
 
@@ -72,9 +75,10 @@ class Preferences:
 
     @classmethod
     def from_rows(cls, rows: Iterable[Mapping[str, Any]]) -> Preferences:
-        """Return the preferences in rows of TRL's standard format, {"prompt", "chosen", "rejected"}, such as a dataset's.
+        """Return the preferences in rows of TRL's format, {"prompt", "chosen", "rejected"}, such as a dataset's.
 
-        All other keys of the rows become columns. The conversational format is refused: apply the chat template first.
+        All other keys of the rows become columns. In the conversational format the prompt is a list of messages, and each
+        completion one message of the assistant.
         """
         listed = list(rows)
         _check_not_empty(len(listed), "preferences")
@@ -82,10 +86,6 @@ class Preferences:
             missing = [name for name in _TRL if name not in row]
             if missing:
                 raise BayesKLRLError(f"Row {i} has no {missing}: a row is {{'prompt', 'chosen', 'rejected'}}.")
-            if any(isinstance(row[name], list) and any(isinstance(m, Mapping) for m in row[name]) for name in _TRL):
-                raise BayesKLRLError(
-                    f"Row {i} is conversational (lists of messages). Apply the chat template first: rows must be text."
-                )
         names = sorted(set(listed[0]) - set(_TRL) - RESERVED_NAMES)
         columns = {name: [row.get(name) for row in listed] for name in names}
         prompts, chosen, rejected = ([row[name] for row in listed] for name in _TRL)
@@ -137,7 +137,7 @@ class Scores:
     Parameters
     ----------
     prompts
-        n prompts, texts or lists of token ids; or one prompt for all completions.
+        n prompts, texts, lists of token ids or lists of messages; or one prompt for all completions.
     completions
         n completions, all texts or all lists of token ids.
     scores
@@ -223,6 +223,8 @@ def training_batch(
 
 def _prompt_ids(prior: LanguageModel, prompts: Sequence[Any]) -> list[Any]:
     """Return the prompts as token ids; of texts without a tokenizer, no ids."""
+    if any(map(is_messages, prompts)):
+        return list(encoded_prompts(tuple(prompts), prior))
     if not all(isinstance(prompt, str) for prompt in prompts):
         return list(prompts)
     return prior.encode(list(prompts)) if prior.tokenizer is not None else [() for _ in prompts]
@@ -248,9 +250,16 @@ def _completions(name: str, values: Any) -> tuple[Any, ...]:
 
 
 def _completion(name: str, i: int, value: Any) -> Any:
-    """Return a text, or token ids as a tuple."""
+    """Return a text, or token ids as a tuple; of the assistant's one message, its text."""
     if isinstance(value, str):
         return value
+    if is_messages(value):
+        messages = conversation(f"{name}[{i}]", value)
+        if len(messages) != 1 or not messages.is_begun:
+            raise BayesKLRLError(
+                f"{name}[{i}] must be one message of the assistant; it has the roles {[each['role'] for each in messages]}."
+            )
+        return messages[0]["content"]
     ids = value.tolist() if isinstance(value, np.ndarray) else value
     if not isinstance(ids, list | tuple) or not ids or not all(_is_id(token) for token in ids):
         raise BayesKLRLError(f"{name}[{i}] must be a text or a non-empty list of token ids; got {value!r}.")
@@ -280,20 +289,20 @@ def _check_one_kind(completions: Sequence[Any]) -> None:
 def _set_common(data: Preferences | Scores, num: int) -> None:
     """Set prompts and columns of a frozen data set, one entry per row; other lengths and reserved names are refused."""
     prompts: Any = as_prompts(data.prompts)
-    listed = None if isinstance(prompts, str) else prompts
-    if isinstance(prompts, str) or (listed and all(_is_id(token) for token in listed)):
+    listed = None if isinstance(prompts, str | Conversation) else prompts
+    if isinstance(prompts, str | Conversation) or (listed and all(_is_id(token) for token in listed)):
         listed = [prompts] * num
     if listed is None or len(listed) != num:
         raise BayesKLRLError(
             f"prompts is one prompt for all, or a list of {num}, one per row; got "
             f"{repr(prompts) if listed is None else str(len(listed)) + ' of them'}."
         )
-    if not all(isinstance(prompt, str) for prompt in listed):
+    if not any(all(isinstance(prompt, kind) for prompt in listed) for kind in (str, Conversation)):
         listed = [tuple(int(token) for token in prompt) if _all_ids(prompt) else prompt for prompt in listed]
         for i, prompt in enumerate(listed):
-            if not isinstance(prompt, tuple):
+            if not isinstance(prompt, tuple) or isinstance(prompt, Conversation):
                 raise BayesKLRLError(
-                    f"prompts[{i}] must be of one kind with the others, text or token ids; got {prompt!r}."
+                    f"prompts[{i}] must be of one kind with the others, text, token ids or messages; got {prompt!r}."
                 )
     if not isinstance(data.columns, Mapping):
         raise BayesKLRLError(f"columns is a dictionary, each column a list of {num} values; got {data.columns!r}.")

@@ -52,6 +52,19 @@ def test_sample_prints_completions_and_saves_draws(small: Path, tmp_cwd: Path) -
     assert bk.Draws.load(tmp_cwd / "out" / "draws.nc").shape[0] == 2
 
 
+def test_sample_shows_one_completion_per_line_with_the_whitespace_that_matters(tmp_cwd: Path) -> None:
+    file = tmp_cwd / "spaces.py"
+    file.write_text(
+        "import bayes_klrl as bk\n"
+        "letters = bk.NgramLM.fit([' a\\n', 'b '], order=2)\n"
+        "only = bk.Constraint(lambda completions: [text == ' a\\n' for text in completions])\n"
+        "posterior = bk.Posterior(letters, only, prompts=['b ', 'a'], max_new_tokens=4)\n"
+    )
+    result = run("sample", file, "--method", "exact", "--num", 2, "--quiet")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines() == ["b␣", "␣a↵", "␣a↵", "a", "␣a↵", "␣a↵"]
+
+
 def test_certify_says_how_far_a_policy_is_and_writes_it_down(small: Path, tmp_cwd: Path) -> None:
     small.write_text(SMALL + "feature = lambda texts: ['a' in text for text in texts]\n")
     tuned = run("tune", small, "--steps", 3, "--particles", 8, "--out", tmp_cwd / "tuned", "--quiet")
@@ -60,7 +73,7 @@ def test_certify_says_how_far_a_policy_is_and_writes_it_down(small: Path, tmp_cw
     result = run("certify", small, "--policy", policy, "--draws", 64, "--out", tmp_cwd / "out", "--quiet")
     assert result.exit_code == 0, result.output
     assert "nats from the posterior" in result.output
-    assert "grade A" in result.output
+    assert "exact (means over 2 prompts), nats" in result.output
     assert "feature" in result.output
     assert {"certificate.txt", "certificate.csv", "certificate.png"} <= {p.name for p in (tmp_cwd / "out").iterdir()}
     itself = run("certify", small, "--draws", 64, "--out", tmp_cwd / "out", "--quiet")  # no policy: the prior

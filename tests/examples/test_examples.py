@@ -124,6 +124,42 @@ def test_a_joint_program_finds_the_same_in_numpyro(num_preferences: int) -> None
     assert (np.abs(found - truth) < tolerances).all(), (found, truth, tolerances)
 
 
+@pytest.mark.slow
+def test_a_power_sampler_and_an_imitation_of_best_of_n_are_certified(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both against sums over all texts: p0^3, and the law of the best of eight with ties broken at random."""
+    example = runpy.run_path(str(ROOT / "examples" / "power_and_best_of_n.py"))
+    example["main"]()
+    printed = capsys.readouterr().out
+
+    posterior, local, certificate, draws = example["power_sampler"]()
+    truth = Truth(posterior)
+    log_p = 3 * truth.log_prior[0] - np.log(np.exp(3 * truth.log_prior[0]).sum())
+    log_q = log_probs(local, truth)[0]
+    kl = float(np.exp(log_q) @ (log_q - log_p))
+    assert kl > 1
+    assert contains(certificate.reverse_kl, np.array([kl]))
+    assert f"{kl:.2f} nats from the posterior" in printed
+    begins = truth.sequences.tokens[0, :, 0] == example["TWO"]
+    assert np.exp(log_p)[begins].sum() > 3 * np.exp(log_q)[begins].sum()  # what the low temperature gets wrong
+    assert abs(draws.log_evidence[0] - np.log(np.exp(3 * truth.log_prior[0]).sum())) < 0.1
+    assert abs(example["starts"](draws) - np.exp(log_p)[begins].sum()) < 0.1
+
+    posterior, guide, certificate = example["best_of_n"]()
+    truth = Truth(posterior)
+    p0 = np.exp(truth.log_prior[0])
+    score = np.array(example["different"](truth.sequences.tokens[0], truth.sequences.lengths[0]))
+    levels = np.array([p0[score == level].sum() for level in range(score.max() + 1)])
+    up, below = levels.cumsum()[score], (levels.cumsum() - levels)[score]
+    best = p0 * (up**8 - below**8) / (up - below)
+    assert np.isclose(best.sum(), 1)
+    log_q = log_probs(guide, truth)[0]
+    kl = float(np.exp(log_q) @ (log_q - np.log(best)))
+    assert contains(certificate.reverse_kl, np.array([kl]))
+    assert contains(certificate.log_evidence_bounds, np.array([-np.log(8)]))
+    assert f"{kl:.2f} nats from the posterior" in printed
+    assert kl < 0.3
+
+
 def log_probs(policy: bk.LanguageModel, truth: Truth) -> np.ndarray:
     posterior = truth.posterior
     prompts = [list(ids) for ids in posterior.prompt_ids]

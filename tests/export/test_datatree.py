@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ import xarray as xr
 
 import bayes_klrl as bk
 from bayes_klrl.draws import Cost, Draws
-from bayes_klrl.export.datatree import comparison_to_datatree, draws_to_datatree, load_draws, save_draws
+from bayes_klrl.export.datatree import (
+    _draws_of,
+    as_installed,
+    comparison_to_datatree,
+    draws_to_datatree,
+    load_draws,
+    save_draws,
+)
 from tests.algorithms import EVERY_REWARD, named
 
 with warnings.catch_warnings():
@@ -22,6 +30,7 @@ with warnings.catch_warnings():
 
 ARVIZ_1 = not az.__version__.startswith("0.")
 LM = bk.NgramLM.fit(["schön", "schöne Tage", "日本語 text", 'a\nb \\ "c"', "nö"], order=2)
+LM_OF_DOLLARS = bk.NgramLM.fit(["$n_ö and $", "sch sch", " schön"], order=2)
 REWARD = bk.Reward(lambda completions: [text.count("ö") + len(text) / 4 for text in completions], alpha=0.7)
 POSTERIOR = bk.Posterior(LM, REWARD, prompts=["", "sch"], max_new_tokens=6)
 COIN = bk.NgramLM(np.log([0.5, 0.3, 0.2]), eos_token_id=2)
@@ -132,6 +141,8 @@ def test_the_groups_are_labelled(draws: Draws) -> None:
     assert set(tree["weighted"].dims) == {"prompt", "draw", "position"}
     assert tree["weighted/text"].values.tolist() == draws.texts()
     assert tree["constant_data/prompts"].values.tolist() == ['""', '"sch"']
+    for name in ("posterior", "sample_stats", "weighted", "evidence", "constant_data"):
+        assert tree[name]["prompt"].values.tolist() == ["(empty)", "sch"]
     assert tree["constant_data/method"].item() == draws.method
     assert tree["constant_data/max_new_tokens"].item() == POSTERIOR.max_new_tokens
     assert (tree.attrs["convention"], tree.attrs["units"]) == ("absorb", "nats")
@@ -141,6 +152,70 @@ def test_the_groups_are_labelled(draws: Draws) -> None:
     assert ("info" in tree) == (draws.method != "ImportanceSampling")
     if draws.method == "SMC":
         assert tree["info/ancestors"].dims == ("prompt", "position", "draw")
+    if "info" in tree:
+        assert set(tree["info"].dims) <= {"prompt", "draw", "position", "temperature"}
+
+
+def test_prompts_are_told_apart_and_dollars_are_no_mathematics() -> None:
+    prompts = ["$n_ö and $", "sch", " sch", "sch"]
+    draws = bk.ImportanceSampling(5).run(bk.Posterior(LM_OF_DOLLARS, REWARD, prompts=prompts, max_new_tokens=3), seed=0)
+    posterior = draws_to_datatree(draws)["posterior"]
+    names = [r"\$n_ö and \$", "sch (prompt 1)", "␣sch", "sch (prompt 3)"]
+    assert posterior["prompt"].values.tolist() == names
+    np.testing.assert_array_equal(posterior["reward"].sel(prompt="␣sch"), posterior["reward"].isel(prompt=2))
+
+
+def test_trees_of_before_still_load() -> None:
+    """They have numbers for prompts, and do not say which ids end a completion."""
+    draws = bk.ImportanceSampling(40).run(POSTERIOR, seed=0)
+    assert draws.finished.any()
+    assert not draws.finished.all()
+    old = draws_to_datatree(draws)
+    del old.attrs["eos_token_ids"]
+    groups = {
+        node.path: node.to_dataset().assign_coords({"prompt": np.arange(2)} if "prompt" in node.dims else {})
+        for node in old.subtree
+    }
+    tree = xr.DataTree.from_dict(groups)
+    tree.attrs = old.attrs
+    loaded = _draws_of(tree)
+    assert_same(draws, loaded)
+    np.testing.assert_array_equal(loaded.finished, draws.finished)
+
+
+@pytest.fixture
+def pictures(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pictures without a display."""
+    import matplotlib
+    import matplotlib.pyplot as plt
+
+    before = matplotlib.get_backend()
+    plt.switch_backend("agg")
+    with warnings.catch_warnings():  # ArviZ 0.23 under matplotlib 3.11
+        warnings.simplefilter(
+            "ignore", category=getattr(matplotlib, "MatplotlibDeprecationWarning", DeprecationWarning)
+        )
+        yield
+    plt.close("all")
+    plt.switch_backend(before)
+
+
+def test_arviz_draws_what_we_export(pictures: None) -> None:
+    prompts = ["$n_ö and $", "sch", "sch"]
+    posterior = bk.Posterior(LM_OF_DOLLARS, REWARD, prompts=prompts, max_new_tokens=4)
+    draws = {"IS": bk.ImportanceSampling(30).run(posterior, seed=0), "SMC": bk.SMC(30).run(posterior, seed=0)}
+    tree = comparison_to_datatree(draws)
+    children = dict(tree.children) if ARVIZ_1 else {name: as_installed(tree[name]) for name in draws}
+    for one in (draws["IS"].to_arviz(), children["SMC"]):
+        assert "reward[sch (prompt 1)]" in az.summary(one, var_names=["reward"]).index
+        forest = az.plot_forest(one, var_names=["reward"], combined=True)
+        shown = forest.viz["figure"].item() if ARVIZ_1 else forest[0].figure
+        shown.canvas.draw()  # labels that are no mathematics for matplotlib fail here
+        (az.plot_dist if ARVIZ_1 else az.plot_posterior)(one, var_names=["reward"])
+    if ARVIZ_1:
+        az.plot_forest(children, var_names=["reward"])
+    else:
+        az.plot_forest(list(children.values()), model_names=list(children), var_names=["reward"], combined=True)
 
 
 def test_draws_that_weigh_equally_are_taken_as_they_are() -> None:
@@ -178,7 +253,7 @@ def test_a_prompt_without_any_weight_is_nan() -> None:
 def test_arviz_summarises(draws: Draws) -> None:
     summary = az.summary(draws.to_arviz())
     means = summary["mean"].astype(float)
-    np.testing.assert_allclose(means[["reward[0]", "reward[1]"]], draws.mean(draws.reward), atol=0.5)
+    np.testing.assert_allclose(means[["reward[(empty)]", "reward[sch]"]], draws.mean(draws.reward), atol=0.5)
     assert not any("token" in name for name in summary.index)
 
 
@@ -221,7 +296,7 @@ def test_arviz_opens_the_file(draws: Draws, tmp_path: Path) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*not defined in the InferenceData scheme", UserWarning)
             opened = az.from_netcdf(path, engine="h5netcdf")
-    assert "reward[0]" in az.summary(opened).index
+    assert "reward[sch]" in az.summary(opened).index
     np.testing.assert_array_equal(opened["weighted"]["log_weights"].values, draws.log_weights)
     opened.close()
 

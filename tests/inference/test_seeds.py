@@ -82,7 +82,7 @@ def test_another_seed_gives_other_draws(method: str) -> None:
 def test_draws_do_not_depend_on_how_the_work_is_split(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     posterior = posterior_of([[0], [2], [1]])
     whole = bk.ImportanceSampling(100).run(posterior, seed=5)
-    monkeypatch.setattr(decoding_module, "_ROWS_PER_BLOCK", rows)
+    monkeypatch.setattr(decoding_module, "ROWS_PER_BLOCK", rows)
     split = bk.ImportanceSampling(100).run(posterior, seed=5)
     assert all(same(whole, split, 100, prompt=p, of=p) for p in range(3))
 

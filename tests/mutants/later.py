@@ -1,4 +1,4 @@
-"""Mutants of the self-check, of saving and of training: traps that were found from outside (theory.md 9.6, 9.35, 2.14)."""
+"""Mutants of the self-check, of saving, of training and of files: traps found from outside (theory.md 9.6, 9.35, 2.14)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ _CHECK = "tests/models/torch_lm/test_self_check.py"
 _SAVING = "tests/models/torch_lm/test_saving.py"
 _LOSSES = "tests/inference/svi/test_loss_objectives.py"
 _STATE = "tests/inference/svi/test_training_state.py"
+_CLASSIFIER = "tests/likelihoods/classifiers/test_reward.py"
+_FINDINGS = "tests/analysis/certificate/training_runs/test_findings.py"
+_TRL = "tests/reward_functions/test_trl_conventions.py"
 
 LATER: tuple[Mutant, ...] = (
     Mutant(
@@ -109,5 +112,50 @@ LATER: tuple[Mutant, ...] = (
         "generator(seed, _STREAM, epoch)",
         "generator(seed, _STREAM)",
         ("tests/inference/svi/test_minibatches.py::test_a_step_depends_on_seed_and_number_alone",),
+    ),
+    Mutant(
+        "a file is written in its place, not beside it",
+        "whole_files.py",
+        "unfinished = place.with_name(_new_name(place))",
+        "unfinished = place",
+        (
+            "tests/vocabulary/test_whole_files.py::test_what_was_there_stays_when_the_writing_stops[Stop]",
+            "tests/vocabulary/test_whole_files.py::test_a_file_is_on_the_disk_before_it_has_its_name",
+        ),
+    ),
+    Mutant(
+        "the checksum of a file of draws is there, and nobody compares it",
+        "export/sealed_files.py",
+        "_checksum(opened, size - _LENGTH) == end.removeprefix(_HEAD)[:-1]",
+        "True",
+        ("tests/export/test_sealed_files.py::test_a_damaged_file_is_refused_or_has_the_same_numbers",),
+    ),
+    Mutant(
+        "a classifier is read at the padding",
+        "likelihoods/classifiers/network.py",
+        "places = [(row, self._last(sequences[index])) for row, index in wanted]",
+        "places = [(row, max(map(len, rows)) - 1) for row, index in wanted]",
+        (f"{_CLASSIFIER}::test_the_reward_is_that_of_each_text_alone[gpt2-right-4]",),
+    ),
+    Mutant(
+        "the weight of a function counts where it returned None, as in a mean",
+        "reward_functions/sums.py",
+        "total += np.zeros(len(batch)) if weight == 0 else weight * values",
+        "total += np.zeros(len(batch)) if weight == 0 else weight * values / np.maximum(given.mean(), 0.5)",
+        (f"{_TRL}::test_none_does_not_apply_so_its_factor_is_1_and_that_is_said_once",),
+    ),
+    Mutant(
+        "a KL that was logged per token taken for that of a completion",
+        "analysis/certificate/training_runs/findings.py",
+        'lengths = draws.lengths.astype(float) if log.kl_name == "kl" else np.ones(draws.shape)',
+        "lengths = np.ones(draws.shape)",
+        (f"{_FINDINGS}::test_a_kl_per_token_is_compared_per_token",),
+    ),
+    Mutant(
+        "an adapter's reference left out of account",
+        "analysis/certificate/training_runs/findings.py",
+        "        module.set_adapter(_REFERENCE)\n",
+        "",
+        (f"{_FINDINGS}::test_an_adapter_that_went_on_from_another_was_not_tuned_from_the_base",),
     ),
 )

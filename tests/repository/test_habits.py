@@ -76,7 +76,12 @@ def test_a_report_of_a_wrong_number_says_how_to_repeat_it() -> None:
     assert all(word in asked for word in ("enumerate", "seed", "truth", "Versions"))
 
 
-PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "docs/theory.md", "docs/extending.md", "docs/training.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    *(f"docs/{name}.md" for name in ("theory", "extending", "training", "chat", "rewards", "policies")),
+]
 
 
 @pytest.mark.parametrize("name", PAGES)

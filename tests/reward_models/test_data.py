@@ -35,8 +35,7 @@ def test_rows_of_trl_are_read() -> None:
     with pytest.raises(bk.BayesKLRLError, match=r"Row 1 has no \['rejected'\]"):
         bk.Preferences.from_rows([rows[0], {"prompt": "q", "chosen": "a"}])
     message = [{"role": "assistant", "content": "ab"}]
-    with pytest.raises(bk.BayesKLRLError, match="Row 0 is conversational"):
-        bk.Preferences.from_rows([{"prompt": "p", "chosen": message, "rejected": "b"}])
+    assert bk.Preferences.from_rows([{"prompt": "p", "chosen": message, "rejected": "b"}]).chosen == ("ab",)
 
 
 def test_the_bos_that_a_tokenizer_adds_is_not_the_completion() -> None:

@@ -1,5 +1,6 @@
 """What draws say of the evidence, of expectations, and how they are handed on."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -161,11 +162,34 @@ def test_a_table_has_one_row_a_draw(runs: dict[str, bk.Draws], name: str) -> Non
     num_prompts, num_draws = draws.shape
     assert len(table) == num_prompts * num_draws
     for p, n in [(0, 0), (1, 0), (1, num_draws - 1)]:
-        row = table[(table.prompt == p) & (table.draw == n)]
+        row = table[(table.prompt == draws.prompts[p]) & (table.draw == n)]
         assert row.text.item() == draws.texts()[p][n]
         assert row.length.item() == draws.lengths[p, n]
-        for column in ("reward", "log_prior", "log_likelihood", "log_proposal", "log_weights"):
+        assert row.log_weight.item() == draws.log_weights[p, n]
+        for column in ("reward", "log_prior", "log_likelihood", "log_proposal", "finished"):
             np.testing.assert_array_equal(row[column].item(), getattr(draws, column)[p, n])
+    by_prompt = table.groupby("prompt", sort=False)
+    np.testing.assert_allclose(by_prompt.weight.sum(), 1)
+    np.testing.assert_allclose(
+        by_prompt[["weight", "reward"]].apply(lambda t: t.weight @ t.reward), draws.mean(draws.reward)
+    )
+    columns = "prompt draw text reward log_prior log_likelihood log_proposal log_weight weight length finished"
+    assert list(table) == columns.split()
+
+
+def test_draws_say_which_completions_were_cut(runs: dict[str, bk.Draws]) -> None:
+    for draws in runs.values():
+        last = np.take_along_axis(draws.tokens, draws.lengths[..., None] - 1, axis=2)[..., 0]
+        np.testing.assert_array_equal(draws.finished, last == 3)
+        assert 0 < draws.finished.mean() < 1
+        np.testing.assert_array_equal(draws.resample(4, seed=0).finished.shape, (2, 4))
+
+
+def test_draws_that_are_all_impossible_weigh_nothing(runs: dict[str, bk.Draws]) -> None:
+    log_weights = runs["IS"].log_weights.copy()
+    log_weights[1] = -np.inf
+    table = replace(runs["IS"], log_weights=log_weights).to_pandas()
+    np.testing.assert_allclose(table.groupby("prompt", sort=False).weight.sum(), [1, 0])
 
 
 def test_cost_is_counted_and_repr_is_short(runs: dict[str, bk.Draws]) -> None:

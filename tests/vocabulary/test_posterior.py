@@ -72,7 +72,7 @@ def test_scoring_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     two = posterior(prompts=[[0], [1]])
     draws = bk.ImportanceSampling(101).run(two, seed=0)
     whole = two.log_prior(draws)
-    monkeypatch.setattr("bayes_klrl.posterior._TOKENS_PER_CHUNK", 60)
+    monkeypatch.setattr("bayes_klrl.sequences._TOKENS_PER_CHUNK", 60)
     np.testing.assert_array_equal(completion_log_probs(LM, two.prompt_ids, draws.sequences), whole)
 
 

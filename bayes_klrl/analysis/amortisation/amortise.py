@@ -17,19 +17,27 @@ from typing import TYPE_CHECKING, Any
 
 from bayes_klrl.analysis.amortisation.judgement import Judgement, judgement, weighted
 from bayes_klrl.analysis.amortisation.record import AmortisationRecord
-from bayes_klrl.analysis.amortisation.table import amortisation_table, amortisation_text, prompt_table, verdict
+from bayes_klrl.analysis.amortisation.table import (
+    amortisation_html,
+    amortisation_table,
+    amortisation_text,
+    prompt_table,
+    verdict,
+)
 from bayes_klrl.analysis.certificate.evidence import Settings
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
-from bayes_klrl.export.output_folder import prepare_output
+from bayes_klrl.export.output_folder import naming_what_is_safe, prepare_output
 from bayes_klrl.inference.policies import as_policy
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import progress_display, track
+from bayes_klrl.prompts.words import prompt_words
 from bayes_klrl.randomness import stream_seed
 from bayes_klrl.typing import GuideRecipe
+from bayes_klrl.whole_files import whole_file
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,6 +83,9 @@ class Amortisation(AmortisationRecord):
     def __str__(self) -> str:
         return amortisation_text(self)
 
+    def _repr_html_(self) -> str:
+        return amortisation_html(self)
+
     def table(self) -> pd.DataFrame:
         """Return a pandas DataFrame with one row per set of prompts ("training", "unseen") and method.
 
@@ -103,17 +114,21 @@ class Amortisation(AmortisationRecord):
         ------
         BayesKLRLError
             If the folder exists and holds something that is not ours.
+        OutputError
+            If the folder cannot be made, or a file cannot be written whole; the error names the files that were written.
         """
         from bayes_klrl.export.pictures import plot_history
 
         out = prepare_output(folder)
-        self.table().to_csv(out / "table.csv")
-        self.prompt_table().to_csv(out / "prompts.csv")
-        self.plot(out / "amortisation.png")
-        if self.fit is not None:
-            plot_history(self.fit.history, out / "training.png", title="one guide for all prompts")
-        if hasattr(self.guide, "save_pretrained"):
-            self.guide.save_pretrained(out / "policy")
+        with naming_what_is_safe(out):
+            for name, table in (("table.csv", self.table()), ("prompts.csv", self.prompt_table())):
+                with whole_file(out / name) as unfinished:
+                    table.to_csv(unfinished)
+            self.plot(out / "amortisation.png")
+            if self.fit is not None:
+                plot_history(self.fit.history, out / "training.png", title="one guide for all prompts")
+            if hasattr(self.guide, "save_pretrained"):
+                self.guide.save_pretrained(out / "policy")
         return out
 
 
@@ -242,6 +257,6 @@ def _check_alike(posterior: Posterior, held_out: Posterior) -> None:
     common = [prompt for prompt, ids in zip(held_out.prompts, held_out.prompt_ids, strict=True) if ids in seen]
     if common:
         raise BayesKLRLError(
-            f"{len(common)} of the {held_out.num_prompts} held-out prompts are training prompts, such as {common[0]!r}. Take "
-            "them out of one of the two."
+            f"{len(common)} of the {held_out.num_prompts} held-out prompts are training prompts, such as "
+            f"{prompt_words(common[0])}. Take them out of one of the two."
         )

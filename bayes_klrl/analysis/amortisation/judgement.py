@@ -61,8 +61,8 @@ class Judgement:
     pooled
         The same for the mean over prompts.
     grade
-        "A": the intervals are two-sided. "B": upper ends are inf, because there are no exact posterior draws. "C": the models'
-        arithmetic is too coarse for a bound, as of a certificate.
+        The kind of the bounds, no judgement of a policy. "A": the intervals are two-sided. "B": upper ends are inf, because
+        there are no exact posterior draws. "C": the models' arithmetic is too coarse for a bound, as of a certificate.
     failure_probability
         The probability that some interval of a policy, of a prompt or of the mean, misses its value; 0 if all completions
         were counted. See `Certificate`.

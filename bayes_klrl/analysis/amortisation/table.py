@@ -8,14 +8,17 @@ import numpy as np
 
 from bayes_klrl.analysis.amortisation.judgement import Judgement
 from bayes_klrl.analysis.amortisation.record import AmortisationRecord
+from bayes_klrl.analysis.certificate.record import bounds_in_words
 from bayes_klrl.analysis.comparison.table import count_text, method_row
 from bayes_klrl.draws import Draws
+from bayes_klrl.export.html import HtmlTable, html_page
+from bayes_klrl.prompts.words import prompt_texts
 from bayes_klrl.typing import FloatArray
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["POLICIES", "amortisation_table", "amortisation_text", "prompt_table", "verdict"]
+__all__ = ["POLICIES", "amortisation_html", "amortisation_table", "amortisation_text", "prompt_table", "verdict"]
 
 POLICIES = ("prior", "guide")
 _TRUSTED_ESS = 100  # as in a comparison
@@ -69,7 +72,8 @@ def prompt_table(amortisation: AmortisationRecord) -> pd.DataFrame:
 
     parts = []
     for name, judged in (("training", amortisation.training), ("unseen", amortisation.unseen)):
-        columns: dict[str, Any] = {"prompts": name, "prompt": list(map(str, judged.posterior.prompts))}
+        draws = judged.draws["prior"]
+        columns: dict[str, Any] = {"prompts": name, "prompt": prompt_texts(draws.prompts, draws.decoder)}
         for policy in POLICIES:
             low, high = judged.bounds[policy].reverse_kl.T
             columns |= {f"{policy}_kl": judged.kl[policy], f"{policy}_kl_low": low, f"{policy}_kl_high": high}
@@ -81,7 +85,7 @@ def verdict(amortisation: AmortisationRecord) -> str:
     """Return one sentence: how far guide and prior are from the posterior, on unseen prompts and on the others."""
     training, unseen = amortisation.training, amortisation.unseen
     return (
-        f"On {unseen.posterior.num_prompts} unseen prompts the guide is {_range(unseen.pooled['guide'].reverse_kl)} nats from "
+        f"On {unseen.posterior.num_prompts} unseen prompts the guide is {_distance(unseen.pooled['guide'].reverse_kl)} from "
         f"the posterior and the prior {_range(unseen.pooled['prior'].reverse_kl)}; on the guide's "
         f"{training.posterior.num_prompts} training prompts it is {_range(training.pooled['guide'].reverse_kl)}"
     )
@@ -101,9 +105,32 @@ def amortisation_text(amortisation: AmortisationRecord) -> str:
     with console.capture() as capture:
         console.print(view)
     lines = [line.rstrip() for line in capture.get().splitlines()]
-    unseen, fit = amortisation.unseen, amortisation.fit
-    bounds = [f"bounds: grade {unseen.grade}, failure probability {unseen.failure_probability:g}", f"  {unseen.source}"]
-    notes = []
+    bounds = [bounds_text(amortisation), f"  {amortisation.unseen.source}"]
+    return "\n".join(
+        [*verdict(amortisation).replace("; ", ";\n").splitlines(), "", *lines, "", *bounds, *notes(amortisation)]
+    )
+
+
+def amortisation_html(amortisation: AmortisationRecord) -> str:
+    """Return the verdict, the table, and what the bounds are worth, for a notebook."""
+    headings = [heading.replace("\\[", "[") for heading in _HEADINGS]
+    rows = [[*map(str, key), *_cells(row)] for key, row in amortisation_table(amortisation).iterrows()]
+    table = HtmlTable(headings, rows, words=(0, 1))
+    return html_page(
+        verdict(amortisation), table, bounds_text(amortisation), amortisation.unseen.source, *notes(amortisation)
+    )
+
+
+def bounds_text(amortisation: AmortisationRecord) -> str:
+    """Return what kind of bounds the numbers have, and how often such bounds fail."""
+    unseen = amortisation.unseen
+    kind = bounds_in_words(unseen.grade, unseen.failure_probability)
+    return f"{kind}, failure probability {unseen.failure_probability:g}"
+
+
+def notes(amortisation: AmortisationRecord) -> list[str]:
+    """Return what to keep in mind when one reads the numbers."""
+    fit, notes = amortisation.fit, []
     if any(draws.ess.min() < _TRUSTED_ESS for draws in amortisation.draws.values()):
         notes.append(
             f"note: effective sample sizes below {_TRUSTED_ESS} come out too large, and tokens per effective draw too few: "
@@ -111,7 +138,7 @@ def amortisation_text(amortisation: AmortisationRecord) -> str:
         )
     if fit is not None and fit.interrupted:
         notes.append(f"note: training was interrupted after {len(fit.history['elbo'])} steps")
-    return "\n".join([*verdict(amortisation).replace("; ", ";\n").splitlines(), "", *lines, "", *bounds, *notes])
+    return notes
 
 
 def _policy_row(amortisation: AmortisationRecord, judged: Judgement, policy: str) -> dict[str, Any]:
@@ -145,6 +172,12 @@ def _cells(row: Any) -> list[str]:
         _number(row["seconds"], 1),
         _number(row["training_seconds"], 1),
     ]
+
+
+def _distance(interval: FloatArray) -> str:
+    """Return an interval of a KL in words, with its unit."""
+    words = _range(interval)
+    return words if np.isposinf(interval[0]) else f"{words} nats"
 
 
 def _range(interval: FloatArray) -> str:

@@ -21,6 +21,7 @@ from bayes_klrl.analysis.audit.training import SETTLED, LossGradient, train
 from bayes_klrl.analysis.audit.verdict import Findings, Target, is_best
 from bayes_klrl.checks import check_count, check_positive
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.export.html import HtmlTable, html_page
 from bayes_klrl.inference.exact.oracles import Enumerated
 from bayes_klrl.inference.svi.loss_inputs import Loss, draws_from_prior
 from bayes_klrl.models.prefix_policy import PrefixPolicy
@@ -149,31 +150,62 @@ class Audit:
             f"  {at.name:<38} {at.kl:>12.4f} {best.kl:>12.4f}   (alpha {best.alpha:.4g})"
             for at, best in zip(self.targets, self.implied, strict=True)
         ]
-        slopes = [_slope_row(f"its KL part, of {name}", *pair) for name, pair in self.kl_gradients.items()]
-        drawn = "every completion, weighted" if self.num_draws is None else f"{self.num_draws} draws per step"
         return "\n".join(
             [
-                f"{self.verdict.upper()}: {self.loss} at alpha {self.alpha:g}",
+                self._headline(),
                 *textwrap.wrap(self.explanation, 110),
                 "",
                 f"{'KL of what it converged to, in nats, to':<40} {f'alpha {self.alpha:g}':>12} {'best alpha':>12}",
                 *distances,
                 f"  {'prior':<38} {self.kl_to_prior:>12.4f}",
-                f"E[r] {self.reward:.4f}, sd {self.reward_sd:.4f}; probability of the best reward "
-                f"{self.best_reward_mass:.4f}; KL(p*||q) {self.forward_kl:.4f}",
+                self._reward_text(),
                 "",
                 f"{'its gradient away from the prior, against the exact one':<56} {'cosine':>8} {'length':>9}",
-                _slope_row("of -E[r] + alpha KL(q||p0)", *self.gradient),
-                *slopes,
+                *(f"  {name:<54} {cosine:>8} {ratio:>9}" for name, cosine, ratio in self._slopes()),
                 "",
-                f"{self.num_steps} steps on {drawn}, then {self.ending} (to {self.noise:.1g} nats).",
+                self._steps_text(),
             ]
         )
 
+    def _repr_html_(self) -> str:
+        distances = [
+            [at.name, f"{at.kl:.4f}", f"{best.kl:.4f}", f"{best.alpha:.4g}"]
+            for at, best in zip(self.targets, self.implied, strict=True)
+        ]
+        return html_page(
+            self._headline(),
+            self.explanation,
+            HtmlTable(
+                ("KL to, in nats", f"alpha {self.alpha:g}", "best alpha", "which is"),
+                [*distances, ["prior", f"{self.kl_to_prior:.4f}", "", ""]],
+                caption="distances of what it converged to",
+            ),
+            self._reward_text(),
+            HtmlTable(("gradient", "cosine", "length"), self._slopes(), caption="its gradient against the exact one"),
+            self._steps_text(),
+        )
 
-def _slope_row(name: str, cosine: float, ratio: float) -> str:
-    """Return one row of the table of gradients."""
-    return f"  {name:<54} {'' if np.isnan(cosine) else f'{cosine:.4f}':>8} {ratio:>9.4f}"
+    def _headline(self) -> str:
+        return f"{self.verdict.upper()}: {self.loss} at alpha {self.alpha:g}"
+
+    def _reward_text(self) -> str:
+        return (
+            f"E[r] {self.reward:.4f}, sd {self.reward_sd:.4f}; probability of the best reward {self.best_reward_mass:.4f}; "
+            f"KL(p*||q) {self.forward_kl:.4f}"
+        )
+
+    def _steps_text(self) -> str:
+        drawn = "every completion, weighted" if self.num_draws is None else f"{self.num_draws} draws per step"
+        return f"{self.num_steps} steps on {drawn}, then {self.ending} (to {self.noise:.1g} nats)."
+
+    def _slopes(self) -> list[tuple[str, str, str]]:
+        """Return the rows of the table of gradients: what is compared, the cosine, and the ratio of lengths."""
+        pairs = {"of -E[r] + alpha KL(q||p0)": self.gradient}
+        pairs |= {f"its KL part, of {name}": pair for name, pair in self.kl_gradients.items()}
+        return [
+            (name, "" if np.isnan(cosine) else f"{cosine:.4f}", f"{ratio:.4f}")
+            for name, (cosine, ratio) in pairs.items()
+        ]
 
 
 def audit(

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from bayes_klrl.analysis.certificate.certificate import Certificate, certify
+from bayes_klrl.analysis.certificate.training_runs.curve import distance_to_posterior
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.svi.callbacks import StepRecord
 from bayes_klrl.typing import LanguageModel
+from bayes_klrl.whole_files import check_folder, write_whole
 
 __all__ = ["CertifyEvery"]
 
@@ -68,6 +70,8 @@ class CertifyEvery:
 
     def __post_init__(self) -> None:
         check_count("num_steps", self.num_steps)
+        if self.folder is not None:
+            check_folder(self.folder)
         allowed = set(inspect.signature(certify).parameters) - {"posterior", "policy", "seed"}
         unknown = sorted(set(self.options) - allowed)
         if unknown:
@@ -87,13 +91,13 @@ class CertifyEvery:
             self._go_on()
         certificate = certify(record.posterior, guide, seed=self.seed, **self.options)
         self.certificates[record.step] = certificate
-        distance = [record.posterior.alpha, *_distance(certificate)]
+        distance = [record.posterior.alpha, *distance_to_posterior(certificate)]
         other = self._best is None or not np.isclose(self._best[0], distance[0], rtol=1e-9, atol=0.0)
         if other or self._best is None or distance[1:] <= self._best[1:]:
             self.best_step, self._best = record.step, distance
             if self.folder is not None:
                 guide.save_pretrained(self.folder)  # type: ignore[attr-defined]  # checked above; the protocol has none
-                (Path(self.folder) / _FILE).write_text(json.dumps({"step": record.step, "distance": distance}) + "\n")
+                write_whole(Path(self.folder) / _FILE, json.dumps({"step": record.step, "distance": distance}) + "\n")
 
     def _go_on(self) -> None:
         """Read what was best before the training was resumed, if it was saved."""
@@ -101,11 +105,3 @@ class CertifyEvery:
         if file is not None and file.is_file():
             known = json.loads(file.read_text())
             self.best_step, self._best = int(known["step"]), [float(value) for value in known["distance"]]
-
-
-def _distance(certificate: Certificate) -> list[float]:
-    """Return what is compared, in this order: the upper end of KL(q || p*), minus the ELBO's middle, KL(p* || q)."""
-    pooled = certificate.pooled
-    high, elbo = float(pooled.reverse_kl[1]), float(np.mean(pooled.elbo))
-    forward = float(np.mean(pooled.forward_kl)) if np.isfinite(pooled.forward_kl).all() else np.inf
-    return [high, -elbo, forward]

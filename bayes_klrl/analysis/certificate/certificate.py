@@ -21,22 +21,21 @@ import numpy as np
 
 from bayes_klrl.analysis.certificate.alpha import frontier_point
 from bayes_klrl.analysis.certificate.coverage import Coverage, Feature, coverage, labels_of
-from bayes_klrl.analysis.certificate.evidence import (
-    Evidence,
-    Settings,
-    by_enumeration,
-    by_sampling,
-    can_enumerate,
-    exact_or_given,
-)
+from bayes_klrl.analysis.certificate.evidence import Evidence, Settings, by_enumeration, by_sampling
+from bayes_klrl.analysis.certificate.groundwork import Groundwork
 from bayes_klrl.analysis.certificate.intervals import Intervals
 from bayes_klrl.analysis.certificate.record import CertificateRecord
-from bayes_klrl.analysis.certificate.text import certificate_table, certificate_text, verdict
+from bayes_klrl.analysis.certificate.text import (
+    certificate_html,
+    certificate_table,
+    certificate_text,
+    verdict,
+)
+from bayes_klrl.analysis.certificate.training_runs.findings import findings
 from bayes_klrl.draws import Draws
-from bayes_klrl.errors import BayesKLRLError, BudgetError
+from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.exact.message_lm import MessageLM
-from bayes_klrl.inference.policies import as_policy, check_of, covers_prior, policy_draws
-from bayes_klrl.inference.sampling.importance import ImportanceSampling
+from bayes_klrl.inference.policies import as_policy, check_of, covers_prior, policy_draws, policy_folder
 from bayes_klrl.inference.smc.conditional import retainable
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.posterior import Posterior
@@ -60,8 +59,9 @@ class Certificate(CertificateRecord):
     pooled
         The same intervals for the mean over prompts, shape (2,) each.
     grade
-        "A": two-sided, from exact posterior draws or the exact evidence. "B": one-sided, upper ends are inf. "C": the models'
-        arithmetic is too coarse for a bound; read the numbers as estimates.
+        The kind of the bounds, which is no judgement of the policy. "A": two-sided, from exact posterior draws or the exact
+        evidence. "B": one-sided, upper ends are inf. "C": the models' arithmetic is too coarse for a bound; read the numbers
+        as estimates. Text and picture say "exact", "two-sided bounds", "lower bound only" or "estimates, no bounds".
     failure_probability
         The probability that some interval of a prompt (or of the mean) misses its value. Half of it is guaranteed, for
         `log_evidence_bounds`; the other half is nominal, for the Monte Carlo error of ELBO and EUBO. 0 if all completions
@@ -81,6 +81,9 @@ class Certificate(CertificateRecord):
         The masses of the feature's cells under policy and posterior; None if no feature was given.
     notes
         Statements that could not be made, with the reason.
+    findings
+        What the policy's own KL to the prior, its adapter and its trainer's log say together: nothing was learned, this is not
+        the prior that it was tuned from, or beta was 0. The verdict ends with them; empty if there is nothing to say.
     draws, exact_draws
         The policy's completions, and exact draws of the posterior (None if there are none).
     cost
@@ -108,6 +111,9 @@ class Certificate(CertificateRecord):
 
     def __str__(self) -> str:
         return certificate_text(self)
+
+    def _repr_html_(self) -> str:
+        return certificate_html(self)
 
     def table(self) -> Any:
         """Return a pandas DataFrame with one row per prompt and one for the mean over prompts."""
@@ -190,30 +196,52 @@ def certify(
     >>> certificate.grade, certificate.reverse_kl.shape, bool(np.ptp(certificate.reverse_kl) < 1e-6)
     ('A', (1, 2), True)
     """
-    settings = Settings(
-        seed=seed,
-        num_draws=num_draws,
-        num_particles=num_particles,
-        num_runs=num_runs,
-        failure_probability=failure_probability,
-        max_sequences=max_sequences,
-        max_proposals=max_proposals,
-        sampling_only=sampling_only,
-        progress=progress,
+    ground = groundwork(
+        posterior,
+        Settings(
+            seed=seed,
+            num_draws=num_draws,
+            num_particles=num_particles,
+            num_runs=num_runs,
+            failure_probability=failure_probability,
+            max_sequences=max_sequences,
+            max_proposals=max_proposals,
+            sampling_only=sampling_only,
+            progress=progress,
+        ),
+        twist=twist,
+        exact=exact,
     )
+    return certified(ground, policy, feature)
+
+
+def groundwork(
+    posterior: Posterior,
+    settings: Settings,
+    *,
+    twist: Twist | TwistRecipe | float | None,
+    exact: Sequences | Draws | None,
+) -> Groundwork:
+    """Return the part of certificates that depends on the posterior alone, with what was given checked; see `certify`."""
     if not isinstance(posterior, Posterior):
         raise BayesKLRLError(f"posterior must be a bk.Posterior; got {posterior!r}.")
+    smc = SMC(settings.num_particles, twist=twist)
+    return Groundwork(posterior, settings, smc, None if exact is None else retainable(posterior, exact))
+
+
+def certified(ground: Groundwork, policy: Any, feature: Feature | None) -> Certificate:
+    """Return the certificate of one policy, on work that may be shared with other policies; see `certify`."""
     start = time.perf_counter()
-    smc = SMC(num_particles, twist=twist)
+    posterior, settings = ground.posterior, ground.settings
     lm = as_policy(policy, posterior)
-    given = None if exact is None else retainable(posterior, exact)
-    ours = policy_draws(posterior, lm, num_draws, Streams.of(settings.stream("policy")), progress=progress)
+    ours = policy_draws(
+        posterior, lm, settings.num_draws, Streams.of(settings.stream("policy")), progress=settings.progress
+    )
     if feature is not None:
         labels_of(feature, ours)  # a feature that does not work is refused before the long part
-    evidence = _evidence(posterior, lm, ours, given, smc, settings)
-    prior_draws = _prior_draws(posterior, settings)
-    point = frontier_point(ours, prior_draws, has_alpha=posterior.likelihood.alpha is not None)
-    cells, cell_notes = _coverage(feature, ours, evidence.draws, prior_draws)
+    evidence = _evidence(ground, lm, ours)
+    point = frontier_point(ours, ground.prior_draws, has_alpha=posterior.likelihood.alpha is not None)
+    cells, cell_notes = _coverage(feature, ours, evidence.draws, ground.prior_draws)
     return Certificate(
         elbo=evidence.intervals.elbo,
         log_evidence_bounds=evidence.intervals.log_evidence_bounds,
@@ -232,24 +260,13 @@ def certify(
         evidence_source=evidence.source,
         coverage=cells,
         notes=(*evidence.notes, *point.notes, *cell_notes),
+        findings=findings(posterior, lm, ours, policy_folder(policy)),
         draws=ours,
         exact_draws=evidence.draws,
-        cost=replace(ours.cost + evidence.cost + prior_draws.cost, seconds=time.perf_counter() - start),
+        cost=replace(ours.cost + evidence.cost + ground.prior_draws.cost, seconds=time.perf_counter() - start),
         prior_check=check_of(posterior.prior),
         policy_check=check_of(lm),
     )
-
-
-def _prior_draws(posterior: Posterior, settings: Settings) -> Draws:
-    """Return weighted draws of the prior; all of weight 0 where it met nothing possible, which is no reason to stop."""
-    try:
-        return ImportanceSampling(settings.num_draws).run(
-            posterior, seed=settings.stream("frontier"), progress=settings.progress
-        )
-    except BudgetError as error:
-        if error.draws is None:
-            raise
-        return error.draws
 
 
 def _coverage(
@@ -269,21 +286,22 @@ def _coverage(
         return None, (f"no coverage of the feature: {error}",)
 
 
-def _evidence(
-    posterior: Posterior, policy: LanguageModel, ours: Draws, given: Sequences | None, smc: SMC, settings: Settings
-) -> Evidence:
+def _evidence(ground: Groundwork, policy: LanguageModel, ours: Draws) -> Evidence:
     """Return the intervals, by enumeration where that can be had, and what limits them."""
-    if given is None and not settings.sampling_only and can_enumerate(posterior, settings.max_sequences):
-        return by_enumeration(posterior, policy, settings)
-    found = by_sampling(posterior, policy, ours, exact_or_given(posterior, given, settings), smc, settings)
+    posterior, settings = ground.posterior, ground.settings
+    if ground.is_enumerated:
+        return by_enumeration(posterior, policy, settings, ground.everything)
+    exact = ground.exact
+    runs = ground.runs if exact.log_evidence is None or settings.sampling_only else None
+    found = by_sampling(posterior, policy, ours, exact, runs, settings)
     is_solved = isinstance(policy, MessageLM) and policy.posterior is posterior
     if not (is_solved or covers_prior(policy, posterior.prior)):
         found = _without_forward_upper_end(found)
     gap = float(ours.info["scoring_gap"].max()) if "scoring_gap" in ours.info else 0.0
     if gap > _WORST_GAP:
         note = (
-            f"grade C: decoded and scored log-probs differ by up to {gap:.2g} nats per completion in this precision; load the "
-            "models in float32 for bounds"
+            f"estimates, no bounds: decoded and scored log-probs differ by up to {gap:.2g} nats per completion in this "
+            "precision; load the models in float32 for bounds"
         )
         found = replace(found, grade="C", notes=(*found.notes, note))
     return found

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from bayes_klrl.batch import parameters
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.reward_functions.signatures import parameters
 from bayes_klrl.typing import FloatArray
 from bayes_klrl.weights import normalised
 

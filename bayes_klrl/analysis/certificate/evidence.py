@@ -23,7 +23,16 @@ from bayes_klrl.randomness import stream_seed
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, LanguageModel, Twist
 
-__all__ = ["Evidence", "Settings", "by_enumeration", "by_sampling", "can_enumerate", "exact_or_given"]
+__all__ = [
+    "Evidence",
+    "PriorRuns",
+    "Settings",
+    "by_enumeration",
+    "by_sampling",
+    "can_enumerate",
+    "exact_or_given",
+    "prior_runs",
+]
 
 _ROUNDING = 1e-9
 _FLOAT32_ROUNDING = 1e-4  # of a sequence's log-prob: the promise for float32 models, theory.md 1.4
@@ -96,9 +105,12 @@ def can_enumerate(posterior: Posterior, max_sequences: int) -> bool:
     return count * posterior.num_prompts <= max_sequences
 
 
-def by_enumeration(posterior: Posterior, policy: LanguageModel, settings: Settings) -> Evidence:
-    """Return both KLs exactly, by scoring every completion."""
-    everything = Exact(max_sequences=settings.max_sequences).run(posterior, seed=0)
+def by_enumeration(
+    posterior: Posterior, policy: LanguageModel, settings: Settings, everything: Draws | None = None
+) -> Evidence:
+    """Return both KLs exactly, by scoring every completion; `everything` holds them if they have been listed before."""
+    if everything is None:
+        everything = Exact(max_sequences=settings.max_sequences).run(posterior, seed=0)
     log_policy = completion_log_probs(policy, posterior.prompt_ids, everything.sequences)
     rounding = _ROUNDING if _is_float64(posterior.prior) and _is_float64(policy) else _FLOAT32_ROUNDING
     per_prompt, pooled = exact_intervals(everything.log_prior, everything.log_likelihood, log_policy, rounding)
@@ -139,26 +151,27 @@ def by_sampling(
     policy: LanguageModel,
     policy_draws: Draws,
     exact: ExactDraws,
-    smc: SMC,
+    found: PriorRuns | None,
     settings: Settings,
 ) -> Evidence:
-    """Return intervals from SMC below and conditional SMC above, or from the exact log Z where it is known."""
+    """Return intervals from the runs of SMC below and conditional SMC above; without runs from the exact log Z."""
     log_weights = log_weights_of(policy_draws)
     exact_weights = None if exact.draws is None else scored_log_weights(posterior, policy, exact.draws)
     delta, cost = settings.failure_probability, exact.cost
-    if exact.log_evidence is not None and not settings.sampling_only:
+    if found is None:
+        assert exact.log_evidence is not None
         # a little to each side, as for an enumeration: another order of the same sums may not fall outside
         log_evidence = exact.log_evidence[:, None] + np.array([-_ROUNDING, _ROUNDING])
         mean_log_evidence, source = log_evidence.mean(axis=0), f"exact: {exact.source}"
     else:
-        runs, cost = _runs(posterior, exact.draws, smc, settings, cost)
+        runs, cost = [found.runs], cost + found.cost
         if policy is not posterior.prior and policy.full_support:
             runs.append(policy_runs(log_weights, exact_weights))
         log_evidence, mean_log_evidence = sandwich(runs, delta)
         source = _described(runs, settings, exact)
     per_prompt, pooled = intervals(log_evidence, mean_log_evidence, log_weights, exact_weights, delta)
     two_sided = exact.log_evidence is not None or exact.draws is not None
-    notes: tuple[str, ...] = () if two_sided else (f"no upper bound, so grade B: {exact.source}",)
+    notes: tuple[str, ...] = () if two_sided else (f"lower bound only: {exact.source}",)
     notes += _without_spread("ELBO", "the policy's", log_weights)
     if exact_weights is not None:
         notes += _without_spread("EUBO", "exact", exact_weights)
@@ -192,25 +205,31 @@ def scored_log_weights(posterior: Posterior, policy: LanguageModel, exact: Draws
     return log_prior - log_policy + exact.log_likelihood
 
 
-def _runs(
-    posterior: Posterior, exact: Draws | None, smc: SMC, settings: Settings, cost: Cost
-) -> tuple[list[PairedRuns], Cost]:
-    """Return M runs of SMC from the prior, and as many conditional ones as there are exact draws, M at most."""
+@dataclass(frozen=True, eq=False)
+class PriorRuns:
+    """M runs of SMC from the prior, as many conditional ones as there are exact draws (M at most), and their cost."""
+
+    runs: PairedRuns
+    cost: Cost
+
+
+def prior_runs(posterior: Posterior, exact: ExactDraws, smc: SMC, settings: Settings) -> PriorRuns:
+    """Return the runs that bound log Z without a look at any policy."""
     ready, made = smc.prepared(posterior, settings.stream("twist"), settings.progress)
     if hasattr(ready.twist, "next_log_psi"):  # then the locally optimal proposal costs no more, and weights vary least
         ready = replace(ready, proposal=TwistedLM(posterior, cast("Twist", ready.twist)))
     below = ready.log_evidences(
         posterior, settings.num_runs, seed=settings.stream("lower bound"), progress=settings.progress
     )
-    upper, total = None, cost + made + below.cost
-    if exact is not None:
-        retained = Sequences(exact.tokens[:, : settings.num_runs], exact.lengths[:, : settings.num_runs])
+    upper, total = None, made + below.cost
+    if exact.draws is not None:
+        retained = Sequences(exact.draws.tokens[:, : settings.num_runs], exact.draws.lengths[:, : settings.num_runs])
         above = ConditionalSMC(ready).log_evidences(
             posterior, retained, seed=settings.stream("upper bound"), progress=settings.progress
         )
         upper = above.log_evidence
         total += above.cost
-    return [PairedRuns(below.log_evidence, upper)], total
+    return PriorRuns(PairedRuns(below.log_evidence, upper), total)
 
 
 def _described(runs: list[PairedRuns], settings: Settings, exact: ExactDraws) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayes_klrl.analysis.certificate.record import CertificateRecord
-from bayes_klrl.analysis.certificate.text import verdict
+from bayes_klrl.analysis.certificate.text import bounds_text, cell_text, farthest, verdict
 from bayes_klrl.export.plot_style import BLACK, COLOURS, GREY, drawing, legend_above, number_text, plain_text
 from bayes_klrl.typing import FloatArray
 
@@ -40,9 +40,8 @@ def plot_certificate(certificate: CertificateRecord, file: str | Path) -> Path:
         _draw_kls(axes[1], rows)
         if with_cells:
             _draw_cells(axes[2], certificate)
-        figure.suptitle(
-            plain_text(f"Grade {certificate.grade}: {verdict(certificate)}"), fontsize=9.5, x=0.02, ha="left"
-        )
+        title = f"{verdict(certificate)}\n{bounds_text(certificate)}"
+        figure.suptitle(plain_text(title), fontsize=9.5, x=0.02, ha="left")
     return Path(file)
 
 
@@ -53,18 +52,17 @@ def _rows(certificate: CertificateRecord) -> list[tuple[str, FloatArray, FloatAr
     num_prompts = len(certificate.reverse_kl)
     if num_prompts == 1:
         return [("", *rows[0][1:])]
-    for p in np.argsort(-certificate.reverse_kl[:, 0], kind="stable")[: _MOST_ROWS - 1]:
-        prompt = repr(certificate.draws.prompts[p])
-        label = prompt if len(prompt) <= 24 else prompt[:21] + "..."
-        rows.append(
-            (
-                label,
-                certificate.log_evidence_bounds[p],
-                certificate.elbo[p],
-                certificate.reverse_kl[p],
-                certificate.forward_kl[p],
-            )
+    words = certificate.draws.prompt_words(most=24)
+    rows += [
+        (
+            words[p],
+            certificate.log_evidence_bounds[p],
+            certificate.elbo[p],
+            certificate.reverse_kl[p],
+            certificate.forward_kl[p],
         )
+        for p in farthest(certificate, _MOST_ROWS - 1)
+    ]
     return rows
 
 
@@ -107,7 +105,7 @@ def _draw_cells(axes: Axes, certificate: CertificateRecord) -> None:
         axes.barh(y + shift, mass[:num], 0.36, color=colour, label=label)
         axes.errorbar(mass[:num], y + shift, xerr=1.96 * error[:num], fmt="none", ecolor=GREY, elinewidth=1)
     dropped = set(map(str, cells.dropped))
-    labels = [f"{cell}{' (dropped)' if str(cell) in dropped else ''}" for cell in cells.cells[:num]]
+    labels = [f"{cell_text(cell)}{' (dropped)' if str(cell) in dropped else ''}" for cell in cells.cells[:num]]
     axes.set_xlabel("mass")
     axes.set_xlim(left=0)
     axes.set_title("Coverage", loc="left", pad=22)

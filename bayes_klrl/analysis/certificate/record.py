@@ -9,7 +9,20 @@ from bayes_klrl.analysis.certificate.intervals import Intervals
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.typing import FloatArray
 
-__all__ = ["CertificateRecord"]
+__all__ = ["CertificateRecord", "bounds_in_words"]
+
+_BOUNDS = {"A": "two-sided bounds", "B": "lower bound only", "C": "estimates, no bounds"}
+
+
+def bounds_in_words(grade: str, failure_probability: float) -> str:
+    """Return what a grade says of the bounds: "exact", or what kind they are. It is no praise of a policy.
+
+    Examples
+    --------
+    >>> bounds_in_words("A", 0.0), bounds_in_words("A", 0.05), bounds_in_words("B", 0.05)
+    ('exact', 'two-sided bounds', 'lower bound only')
+    """
+    return "exact" if (grade, failure_probability) == ("A", 0) else _BOUNDS[grade]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,3 +51,4 @@ class CertificateRecord:
     cost: Cost = field(default_factory=Cost)
     prior_check: str = ""
     policy_check: str = ""
+    findings: tuple[str, ...] = ()

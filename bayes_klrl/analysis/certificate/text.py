@@ -6,13 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayes_klrl.analysis.certificate.record import CertificateRecord
+from bayes_klrl.analysis.certificate.record import CertificateRecord, bounds_in_words
+from bayes_klrl.export.html import HtmlTable, html_page
+from bayes_klrl.prompts.words import prompt_texts, shortened, visible
 from bayes_klrl.typing import FloatArray
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["certificate_table", "certificate_text", "verdict"]
+__all__ = [
+    "bounds_text",
+    "cell_text",
+    "certificate_html",
+    "certificate_table",
+    "certificate_text",
+    "farthest",
+    "verdict",
+]
 
 _NAMES = {
     "log_evidence_bounds": "log evidence",
@@ -40,37 +50,66 @@ def verdict(certificate: CertificateRecord) -> str:
     if missed > max(2 * high, 1.0) or np.isposinf(missed):  # it looks near from where it looks, and lost a mode
         distance += f", but misses what the posterior has ({_NAMES['forward_kl']} at least {number(missed)})"
     if np.isnan(certificate.frontier_gap):
-        return distance
+        return "; ".join([distance, *certificate.findings])
     gap, margin = certificate.frontier_gap, 1.96 * certificate.frontier_gap_se
     spent = (
         "no more KL than the reward needs, within its error"
         if gap < margin
         else f"{gap:.2f} nats more KL than the reward needs"
     )
-    return f"{distance}; spends {spent}"
+    return "; ".join([f"{distance}; spends {spent}", *certificate.findings])
 
 
 def certificate_text(certificate: CertificateRecord) -> str:
     """Return the whole certificate, for a terminal 100 characters wide."""
-    num_prompts = len(certificate.reverse_kl)
-    of_mean = "" if num_prompts == 1 else f" (means over {num_prompts} prompts)"
-    lines = [verdict(certificate), "", f"grade {certificate.grade}{of_mean}, nats"]
-    for name, label in _NAMES.items():
-        lines.append(f"  {label:26}{interval_text(certificate.pooled[name])}")
-    lines += [
-        f"  {'E[r] of the policy':26}{certificate.reward:.4g}, at KL(policy || prior) {certificate.kl_prior:.3f}",
-        f"  {'implied alpha':26}{alpha_text(certificate)}, frontier gap {gap_text(certificate)}",
-        f"  {'bounds on log Z':26}{certificate.evidence_source}",
-        f"  {'failure probability':26}{failure_text(certificate)}",
-    ]
-    checks = {"prior": certificate.prior_check, "policy": certificate.policy_check}
-    lines += [f"  {f'numbers of the {name}':26}{check}" for name, check in checks.items() if check]
-    if num_prompts > 1:
-        lines += ["", *prompt_lines(certificate)]
+    lines = [verdict(certificate), "", bounds_text(certificate)]
+    lines += [f"  {label:26}{value}" for label, value in quantities(certificate)]
+    if len(certificate.reverse_kl) > 1:
+        lines += ["", f"  {prompts_heading(certificate)}"]
+        rows = prompt_rows(certificate)
+        width = max(38, 2 + max(len(prompt) for prompt, _, _ in rows))
+        lines += [f"    {prompt:{width}}{reverse:22}forward {forward}" for prompt, reverse, forward in rows]
     if certificate.coverage is not None:
         lines += ["", *coverage_lines(certificate)]
     lines += [f"note: {note}" for note in certificate.notes]
     return "\n".join(lines)
+
+
+def certificate_html(certificate: CertificateRecord) -> str:
+    """Return the whole certificate for a notebook."""
+    parts: list[HtmlTable | str] = [
+        HtmlTable((), quantities(certificate), words=(0, 1), caption=bounds_text(certificate))
+    ]
+    if len(certificate.reverse_kl) > 1:
+        headings = ("prompt", "KL(policy || posterior)", "KL(posterior || policy)")
+        parts.append(HtmlTable(headings, prompt_rows(certificate), caption=prompts_heading(certificate)))
+    if certificate.coverage is not None:
+        source, columns = certificate.coverage.source, ("feature", "policy", "posterior", "")
+        rows = [
+            [name, f"{policy:.3f}", f"{posterior:.3f}", mark] for name, policy, posterior, mark in cells(certificate)
+        ]
+        parts.append(HtmlTable(columns, rows, words=(0, 3), caption=f"coverage ({source})"))
+    return html_page(verdict(certificate), *parts, *(f"note: {note}" for note in certificate.notes))
+
+
+def bounds_text(certificate: CertificateRecord) -> str:
+    """Return what kind of bounds the numbers are, what they are means of, and their unit."""
+    num_prompts = len(certificate.reverse_kl)
+    of_mean = "" if num_prompts == 1 else f" (means over {num_prompts} prompts)"
+    return f"{bounds_in_words(certificate.grade, certificate.failure_probability)}{of_mean}, nats"
+
+
+def quantities(certificate: CertificateRecord) -> list[tuple[str, str]]:
+    """Return the numbers of the mean over prompts, each with its name."""
+    checks = {"prior": certificate.prior_check, "policy": certificate.policy_check}
+    return [
+        *((label, interval_text(certificate.pooled[name])) for name, label in _NAMES.items()),
+        ("E[r] of the policy", f"{certificate.reward:.4g}, at KL(policy || prior) {certificate.kl_prior:.3f}"),
+        ("implied alpha", f"{alpha_text(certificate)}, frontier gap {gap_text(certificate)}"),
+        ("bounds on log Z", certificate.evidence_source),
+        ("failure probability", failure_text(certificate)),
+        *((f"numbers of the {name}", check) for name, check in checks.items() if check),
+    ]
 
 
 def failure_text(certificate: CertificateRecord) -> str:
@@ -81,35 +120,52 @@ def failure_text(certificate: CertificateRecord) -> str:
     return f"{delta:g}: guaranteed for log Z (half of it), nominal for the Monte Carlo error of ELBO and EUBO"
 
 
-def prompt_lines(certificate: CertificateRecord) -> list[str]:
-    """Return both KLs of each prompt, of the farthest ones if there are many."""
-    order = np.argsort(-certificate.reverse_kl[:, 0], kind="stable")[:_MOST_PROMPTS]
-    lines = ["  by prompt" + ("" if len(order) == len(certificate.reverse_kl) else f", the {len(order)} farthest")]
-    for p in order:
-        prompt = repr(certificate.draws.prompts[p])
-        shown = prompt if len(prompt) <= 36 else prompt[:33] + "..."
-        reverse, forward = certificate.reverse_kl[p], certificate.forward_kl[p]
-        lines.append(f"    {shown:38}{interval_text(reverse):22}forward {interval_text(forward)}")
-    return lines
+def farthest(certificate: CertificateRecord, most: int) -> list[int]:
+    """Return the numbers of at most so many prompts, those farthest from the posterior, the farthest first."""
+    return [int(p) for p in np.argsort(-certificate.reverse_kl[:, 0], kind="stable")[:most]]
+
+
+def prompts_heading(certificate: CertificateRecord) -> str:
+    """Return the heading of the prompts' rows."""
+    num_prompts = len(certificate.reverse_kl)
+    return "by prompt" + ("" if num_prompts <= _MOST_PROMPTS else f", the {_MOST_PROMPTS} farthest")
+
+
+def prompt_rows(certificate: CertificateRecord) -> list[tuple[str, str, str]]:
+    """Return the words of a prompt and both KLs of its policy, of the farthest prompts if there are many."""
+    words = certificate.draws.prompt_words(most=36)
+    reverse, forward = certificate.reverse_kl, certificate.forward_kl
+    return [
+        (words[p], interval_text(reverse[p]), interval_text(forward[p])) for p in farthest(certificate, _MOST_PROMPTS)
+    ]
 
 
 def coverage_lines(certificate: CertificateRecord) -> list[str]:
     """Return the masses of the feature's cells, largest posterior mass first."""
-    cells = certificate.coverage
-    assert cells is not None
-    lines = [f"  {'feature':24}{'policy':>10}{'posterior':>12}   ({cells.source})"]
-    dropped = set(cells.dropped)
-    for i, cell in enumerate(cells.cells[:_MOST_CELLS]):
-        mark = "   dropped" if cell in dropped else ""
-        lines.append(f"  {cell_text(cell):24}{cells.policy[i]:10.3f}{cells.posterior[i]:12.3f}{mark}")
-    if len(cells.cells) > _MOST_CELLS:
-        lines.append(f"  ... and {len(cells.cells) - _MOST_CELLS} cells of less posterior mass")
-    return lines
+    assert certificate.coverage is not None
+    lines = [f"  {'feature':24}{'policy':>10}{'posterior':>12}   ({certificate.coverage.source})"]
+    lines += [
+        f"  {name:24}{policy:10.3f}{posterior:12.3f}{mark and f'   {mark}'}"
+        for name, policy, posterior, mark in cells(certificate)
+    ]
+    more = len(certificate.coverage.cells) - _MOST_CELLS
+    return lines + ([f"  ... and {more} cells of less posterior mass"] if more > 0 else [])
+
+
+def cells(certificate: CertificateRecord) -> list[tuple[str, float, float, str]]:
+    """Return a feature's cells: the name, the masses under policy and posterior, and "dropped" or ""."""
+    found = certificate.coverage
+    assert found is not None
+    dropped = set(found.dropped)
+    return [
+        (cell_text(cell), float(policy), float(posterior), "dropped" if cell in dropped else "")
+        for cell, policy, posterior in zip(found.cells[:_MOST_CELLS], found.policy, found.posterior, strict=False)
+    ]
 
 
 def cell_text(cell: Any) -> str:
-    """Return a cell's name, an empty text as one can see it."""
-    return (cell if isinstance(cell, str) and cell.strip() else repr(cell))[:22]
+    """Return a cell's name on one line."""
+    return shortened(visible(cell if isinstance(cell, str) else repr(cell)), 22)
 
 
 def certificate_table(certificate: CertificateRecord) -> pd.DataFrame:
@@ -120,7 +176,7 @@ def certificate_table(certificate: CertificateRecord) -> pd.DataFrame:
     for name in _NAMES:
         stacked = np.vstack([getattr(certificate, name), certificate.pooled[name]])
         rows[f"{name}_low"], rows[f"{name}_high"] = stacked.T
-    index = [*map(str, certificate.draws.prompts), "mean"]
+    index = [*prompt_texts(certificate.draws.prompts, certificate.draws.decoder), "mean"]
     return pd.DataFrame(rows, index=pd.Index(index, name="prompt"))
 
 

@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayes_klrl.analysis.comparison.table import ComparisonTable, method_row, reference_log_evidence
+from bayes_klrl.analysis.comparison.table import ComparisonTable, comparison_verdict, method_row, reference_log_evidence
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
-from bayes_klrl.export.output_folder import check_group_name, prepare_output
+from bayes_klrl.export.html import HtmlTable, html_page
+from bayes_klrl.export.output_folder import check_group_name, naming_what_is_safe, prepare_output
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import progress_display, track
+from bayes_klrl.prompts.words import visible
 from bayes_klrl.randomness import stream_seed
 from bayes_klrl.typing import Algorithm, GuideRecipe, is_algorithm
+from bayes_klrl.whole_files import whole_file
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -96,6 +99,16 @@ class Comparison:
             notes.append(f"training was interrupted after {len(fit.history['elbo'])} steps")
         return notes
 
+    def _repr_html_(self) -> str:
+        table, parts = self.table(), []
+        if self.posterior.prior.tokenizer is not None:
+            rows = [[name, visible(texts[0][0])] for name, texts in self.samples(1).items()]
+            words = next(iter(self.draws.values()))[0].prompt_words(most=200)[0]
+            parts.append(
+                HtmlTable(("method", "one completion"), rows, words=(0, 1), caption=f"after the prompt: {words}")
+            )
+        return html_page(comparison_verdict(table), *table.html_parts(), *parts)
+
     def samples(self, num: int = 3, seed: int = 0) -> dict[str, list[list[str]]]:
         """Return `num` completions per prompt, drawn by weight, for each method that has positive weights for every prompt."""
         alive = {
@@ -104,7 +117,12 @@ class Comparison:
         return {name: draws.resample(num, seed).texts() for name, draws in alive.items()}
 
     def to_arviz(self) -> xr.DataTree:
-        """Return an xarray DataTree with one child per method (and repeat), whatever ArviZ is installed."""
+        """Return an xarray DataTree with one child per method (and repeat), whatever ArviZ is installed.
+
+        ArviZ 1.x takes a child as it is, `az.summary(tree["SMC"])`, and several by name,
+        `az.plot_forest({name: tree[name] for name in ("SMC", "SVI")})`. For ArviZ 0.x make an InferenceData of it,
+        `az.InferenceData.from_datatree(tree["SMC"])`, or take `comparison["SMC"].to_arviz()`, which is the same.
+        """
         from bayes_klrl.export.datatree import comparison_to_datatree
 
         return comparison_to_datatree(self._named_draws())
@@ -124,18 +142,23 @@ class Comparison:
         ------
         BayesKLRLError
             If the folder exists and holds something that is not ours.
+        OutputError
+            If the folder cannot be made, or a file cannot be written whole; the error names the files that were written.
         """
         from bayes_klrl.export.pictures import plot_history
+        from bayes_klrl.export.sealed_files import write_sealed
 
         out = prepare_output(folder)
-        self.to_arviz().to_netcdf(out / "draws.nc", engine="h5netcdf")
-        self.table().to_csv(out / "table.csv")
-        self.plot(out / "comparison.png")
-        for number, (name, fit) in enumerate(self.fits.items()):
-            suffix = "" if number == 0 else f"-{number + 1}"
-            plot_history(fit.history, out / f"training{suffix}.png", title=name)
-            if hasattr(fit.guide, "save_pretrained"):
-                fit.save(out / f"policy{suffix}")
+        with naming_what_is_safe(out):  # small files first
+            with whole_file(out / "table.csv") as unfinished:
+                self.table().to_csv(unfinished)
+            self.plot(out / "comparison.png")
+            write_sealed(self.to_arviz(), out / "draws.nc")
+            for number, (name, fit) in enumerate(self.fits.items()):
+                suffix = "" if number == 0 else f"-{number + 1}"
+                plot_history(fit.history, out / f"training{suffix}.png", title=name)
+                if hasattr(fit.guide, "save_pretrained"):
+                    fit.save(out / f"policy{suffix}")
         return out
 
     def _named_draws(self) -> dict[str, Draws]:

@@ -28,7 +28,6 @@ from bayes_klrl.export.plot_style import (
     plain_text,
     spread_out,
     weighted_mean,
-    weights_or_zero,
 )
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def _rows(results: Mapping[str, Draws], kl: Mapping[str, float]) -> list[_Row]:
     rows: list[_Row] = []
     for name, draws in results.items():
         number = sum(row.colour != BLACK for row in rows)
-        weights = weights_or_zero(draws)
+        weights = draws.weights
         given = kl.get(name, np.nan)
         rows.append(
             _Row(
@@ -233,7 +232,7 @@ def _draw_rewards(axes: Axes, rows: Sequence[_Row]) -> None:
     """Panel d: the distribution of the reward under each answer, on the rows of panel c."""
     _name_rows(axes, rows)
     axes.tick_params(labelleft=False)
-    masses = [weights_or_zero(row.draws).ravel() / row.draws.shape[0] for row in rows]
+    masses = [row.draws.weights.ravel() / row.draws.shape[0] for row in rows]
     values = [row.draws.reward.ravel() for row in rows]
     kept = [(mass > 0) & np.isfinite(value) for mass, value in zip(masses, values, strict=True)]
     pooled = np.concatenate([value[keep] for value, keep in zip(values, kept, strict=True)])

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from bayes_klrl.draws import Draws
+from bayes_klrl.export.html import HtmlTable, html_page
 from bayes_klrl.inference.exact.exact import Exact
 from bayes_klrl.inference.sampling.rejection import RejectionSampling
 from bayes_klrl.typing import Algorithm, FloatArray
@@ -18,6 +19,7 @@ from bayes_klrl.weights import logmeanexp
 __all__ = [
     "ComparisonTable",
     "Reference",
+    "comparison_verdict",
     "count_text",
     "effective_draws",
     "method_row",
@@ -158,6 +160,31 @@ class ComparisonTable(pd.DataFrame):
         return "\n".join(lines)
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_page(comparison_verdict(self), *self.html_parts())
+
+    def html_parts(self) -> list[HtmlTable | str]:
+        """Return the table and the notes, as parts of a page for a notebook."""
+        headings = ("method", *(heading.replace("\\[", "[") for heading in _HEADINGS))
+        rows = [[str(name), *_cells(row)] for name, row in self.iterrows()]
+        notes = [f"{name}: {row['note']}" for name, row in self.iterrows() if row["note"]]
+        return [HtmlTable(headings, rows), *notes]
+
+
+def comparison_verdict(table: pd.DataFrame) -> str:
+    """Return one sentence: the log evidence by the method to trust most, the exact one or else that of the largest ESS."""
+    rows = table[np.isfinite(table["log_evidence"].astype(float))]
+    if not len(rows):
+        return "log evidence unknown: no method estimates it"
+    exact = rows[(rows["log_evidence_se"] == 0) & (rows["kl_posterior_sign"] == "=")]
+    name = exact.index[0] if len(exact) else rows["ess"].astype(float).fillna(0.0).idxmax()
+    row = rows.loc[name]
+    if len(exact):
+        return f"log evidence {row['log_evidence']:.3f} nats, exactly ({name})"
+    doubt = f", below {_TRUSTED_ESS}: do not trust the error bars" if row["ess"] < _TRUSTED_ESS else ""
+    evidence = f"log evidence {row['log_evidence']:.3f} ± {row['log_evidence_se']:.3f} nats"
+    return f"{evidence} ({name}, which has the largest effective sample size, {row['ess']:,.0f}{doubt})"
 
 
 def _cells(row: Any) -> list[str]:

@@ -23,7 +23,7 @@ from bayes_klrl.analysis.frontier.implied_alpha import Gap, Implied, gap_at, imp
 from bayes_klrl.analysis.frontier.path import MIN_ESS, curves
 from bayes_klrl.analysis.frontier.path_points import PathPoints
 from bayes_klrl.analysis.frontier.record import FrontierRecord, checked_alphas
-from bayes_klrl.analysis.frontier.table import frontier_table, frontier_text
+from bayes_klrl.analysis.frontier.table import frontier_html, frontier_table, frontier_text
 from bayes_klrl.checks import check_finite
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
@@ -154,6 +154,9 @@ class Frontier(FrontierRecord):
 
     def __str__(self) -> str:
         return frontier_text(self)
+
+    def _repr_html_(self) -> str:
+        return frontier_html(self)
 
     def plot(self, file: str | Path, policies: Mapping[str, Any] | None = None) -> Path:
         """Draw reward against KL with intervals, best-of-n and trained policies into a PNG, and return the file.

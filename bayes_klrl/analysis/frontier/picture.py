@@ -23,7 +23,6 @@ from bayes_klrl.export.plot_style import (
     plain_text,
     spread_out,
     weighted_mean,
-    weights_or_zero,
 )
 from bayes_klrl.typing import FloatArray
 
@@ -89,7 +88,7 @@ def policy_point(name: str, policy: Any) -> tuple[float, float]:
     if hasattr(policy, "guide") and hasattr(policy, "run"):
         raise BayesKLRLError(f"Policy {name!r} is a Fit: give its draws, fit.run(1000, seed=0).")
     if isinstance(policy, Draws):
-        weights = weights_or_zero(policy)
+        weights = policy.weights
         pair = (kl_to_prior(policy, weights), weighted_mean(weights, policy.reward))
     else:
         try:

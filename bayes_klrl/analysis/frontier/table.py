@@ -8,13 +8,15 @@ import numpy as np
 
 from bayes_klrl.analysis.frontier.path import LEVEL, QUANTITIES
 from bayes_klrl.analysis.frontier.record import FrontierRecord
+from bayes_klrl.export.html import HtmlTable, html_page
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["frontier_table", "frontier_text"]
+__all__ = ["frontier_html", "frontier_table", "frontier_text"]
 
 _ROWS_SHOWN = 12
+_LEGEND = "* the posterior's own alpha   (..) interval not reliable   ~ extrapolation"
 
 
 def frontier_table(frontier: FrontierRecord) -> pd.DataFrame:
@@ -35,31 +37,71 @@ def frontier_table(frontier: FrontierRecord) -> pd.DataFrame:
 
 def frontier_text(frontier: FrontierRecord) -> str:
     """Return about a dozen rows, how far they reach, and best-of-n beside them."""
-    num_prompts, num_draws = frontier.pool.reward.shape
-    prompts = "" if num_prompts == 1 else f" for each of {num_prompts} prompts, means over them"
-    own = np.isclose(frontier.alphas, frontier.alpha, rtol=1e-9)
-    evenly = np.linspace(0, own.size - 1, min(_ROWS_SHOWN, own.size)).round().astype(int)
     lines = [
-        f"Frontier from {num_draws:,} draws{prompts}; {LEVEL:.0%} intervals",
+        _source(frontier),
         f"{'alpha':>12}{'log evidence':>20}{'reward':>20}{'KL to prior':>20}{'ESS':>10}",
-        *(_row(frontier, int(a), "*" if own[a] else " ") for a in np.union1d(evenly, np.flatnonzero(own))),
-        "* the posterior's own alpha   (..) interval not reliable   ~ extrapolation",
+        *(_line(frontier, a) for a in _shown(frontier)),
+        _LEGEND,
         _reach(frontier),
     ]
-    each = zip(frontier.best_of_n.n, frontier.best_of_n.reward, frontier.best_of_n.kl, strict=True)
-    best = [f"{n}: {reward:.3f} at {kl:.2f}" for n, reward, kl in each if n > 1]
-    return "\n".join([*lines, *([f"Best of n, reward at KL: {', '.join(best)}"] if best else [])])
+    return "\n".join([*lines, *_best_of_n(frontier)])
 
 
-def _row(frontier: FrontierRecord, a: int, mark: str) -> str:
-    """Return the line of one alpha."""
-    curves, cells = frontier.mean, ""
+def frontier_html(frontier: FrontierRecord) -> str:
+    """Return how far the numbers reach, about a dozen rows, and best-of-n, for a notebook."""
+    own = frontier.at(frontier.alpha)
+    verdict = f"At alpha {frontier.alpha:.4g}: E[r] {own.reward[0]:.3f} at {own.kl[0]:.2f} nats from the prior."
+    headings = ("", "alpha", "log evidence", "reward", "KL to prior", "ESS")
+    rows = [[_mark(frontier, a).strip(), f"{frontier.alphas[a]:.4g}", *_cells(frontier, a)] for a in _shown(frontier)]
+    table = HtmlTable(headings, rows)
+    return html_page(f"{verdict} {_reach(frontier)}", table, _LEGEND, _source(frontier), *_best_of_n(frontier))
+
+
+def _source(frontier: FrontierRecord) -> str:
+    """Return how many draws the numbers come from."""
+    num_prompts, num_draws = frontier.pool.reward.shape
+    prompts = "" if num_prompts == 1 else f" for each of {num_prompts} prompts, means over them"
+    return f"Frontier from {num_draws:,} draws{prompts}; {LEVEL:.0%} intervals"
+
+
+def _shown(frontier: FrontierRecord) -> list[int]:
+    """Return the indices of the alphas that are shown: evenly spread, and the posterior's own."""
+    size = frontier.alphas.size
+    evenly = np.linspace(0, size - 1, min(_ROWS_SHOWN, size)).round().astype(int)
+    return [int(a) for a in np.union1d(evenly, np.flatnonzero(_is_own(frontier)))]
+
+
+def _is_own(frontier: FrontierRecord) -> np.ndarray:
+    """Return which alphas are the posterior's own, (A,)."""
+    return np.isclose(frontier.alphas, frontier.alpha, rtol=1e-9)
+
+
+def _mark(frontier: FrontierRecord, a: int) -> str:
+    """Return the two marks in front of an alpha, as the legend explains them."""
+    return f"{'*' if _is_own(frontier)[a] else ' '}{' ' if frontier.mean.within[a] else '~'}"
+
+
+def _cells(frontier: FrontierRecord, a: int) -> list[str]:
+    """Return the numbers at one alpha: log evidence, reward and KL with their intervals, and ESS."""
+    curves, cells = frontier.mean, []
     for name in ("log_evidence", "reward", "kl"):
         half = (curves.upper[name][a] - curves.lower[name][a]) / 2
         shown = "" if np.isnan(half) else f"± {half:.3f}" if curves.valid[name][a] else f"(± {half:.3f})"
-        cells += f"{getattr(curves, name)[a]:.3f} {shown}".rstrip().rjust(20)
-    ess = "" if np.isnan(curves.ess[a]) else f"{curves.ess[a]:,.0f}"
-    return f"{mark}{' ' if curves.within[a] else '~'}{curves.alphas[a]:>10.4g}{cells}{ess:>10}"
+        cells.append(f"{getattr(curves, name)[a]:.3f} {shown}".rstrip())
+    return [*cells, "" if np.isnan(curves.ess[a]) else f"{curves.ess[a]:,.0f}"]
+
+
+def _line(frontier: FrontierRecord, a: int) -> str:
+    """Return the line of one alpha."""
+    *numbers, ess = _cells(frontier, a)
+    return f"{_mark(frontier, a)}{frontier.alphas[a]:>10.4g}{''.join(f'{cell:>20}' for cell in numbers)}{ess:>10}"
+
+
+def _best_of_n(frontier: FrontierRecord) -> list[str]:
+    """Return best-of-n in one line, if there is any."""
+    each = zip(frontier.best_of_n.n, frontier.best_of_n.reward, frontier.best_of_n.kl, strict=True)
+    best = [f"{n}: {reward:.3f} at {kl:.2f}" for n, reward, kl in each if n > 1]
+    return [f"Best of n, reward at KL: {', '.join(best)}"] if best else []
 
 
 def _reach(frontier: FrontierRecord) -> str:

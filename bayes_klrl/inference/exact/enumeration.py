@@ -13,6 +13,7 @@ import numpy as np
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import SupportError
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.prompts.words import prompt_words
 from bayes_klrl.sequences import Sequences, pad_token
 
 __all__ = ["all_sequences", "enumerated_posterior", "num_sequences"]
@@ -46,8 +47,8 @@ def enumerated_posterior(posterior: Posterior, *, method: str) -> Draws:
     if np.isneginf(draws.log_evidence).any():
         p = int(np.isneginf(draws.log_evidence).argmax())
         raise SupportError(
-            f"Every completion of prompt {p} ({posterior.prompts[p]!r}) has likelihood 0 or prior probability 0: there "
-            "is no posterior. Relax the constraint."
+            f"Every completion of prompt {p} ({prompt_words(posterior.prompts[p])}) has likelihood 0 or prior "
+            "probability 0: there is no posterior. Relax the constraint."
         )
     undefined = np.full(posterior.num_prompts, np.nan)
     exact_se = np.zeros(posterior.num_prompts)

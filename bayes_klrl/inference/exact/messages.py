@@ -28,6 +28,7 @@ from bayes_klrl.models.ngram_lm.hmm import HmmLM
 from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.models.ngram_lm.tables import BackoffTable, DenseTable
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.prompts.words import prompt_words
 from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, State
@@ -90,8 +91,8 @@ class Messages:
         if np.isneginf(self.log_evidence).any():
             p = int(np.isneginf(self.log_evidence).argmax())
             raise SupportError(
-                f"Every completion of prompt {p} ({posterior.prompts[p]!r}) has likelihood 0 or prior probability 0: there "
-                "is no posterior. Relax the constraint."
+                f"Every completion of prompt {p} ({prompt_words(posterior.prompts[p])}) has likelihood 0 or prior "
+                "probability 0: there is no posterior. Relax the constraint."
             )
 
     def __repr__(self) -> str:

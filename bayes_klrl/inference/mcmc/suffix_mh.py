@@ -17,6 +17,7 @@ from bayes_klrl.inference.sampling.drawing import Drawn
 from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
+from bayes_klrl.prompts.words import prompt_words
 from bayes_klrl.randomness import Streams
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, LanguageModel
@@ -165,8 +166,9 @@ def starting_states(
     if not found.num_accepted.all():
         p = int(found.num_accepted.argmin())
         raise BudgetError(
-            f"None of {found.num_proposals[p]} prior draws of prompt {p} ({posterior.prompts[p]!r}) has positive likelihood, "
-            "so that chains have nowhere to start. Use bk.SMC with a twist that knows the constraint, or relax it to log(eps)."
+            f"None of {found.num_proposals[p]} prior draws of prompt {p} ({prompt_words(posterior.prompts[p])}) has "
+            "positive likelihood, so that chains have nowhere to start. Use bk.SMC with a twist that knows the "
+            "constraint, or relax it to log(eps)."
         )
     rows = np.arange(num_chains) % found.num_accepted[:, None]
     prompt = np.arange(posterior.num_prompts)[:, None]

@@ -218,7 +218,9 @@ def _weighted(factor: Factor, weight: float) -> Likelihood:
     if isinstance(factor, AutomatonReward):
         paid, final = -np.asarray(factor.token_rewards), -np.asarray(factor.final_rewards)
         return replace(factor, token_rewards=paid, final_rewards=final, alpha=alpha, bounds=bounds)
-    assert isinstance(factor, Reward | TokenReward)
+    if isinstance(factor, Reward):
+        return replace(factor, weights=[-each for each in factor.weights or ()], alpha=alpha, bounds=bounds)
+    assert isinstance(factor, TokenReward)
     return replace(factor, fn=_negated(factor.fn), alpha=alpha, bounds=bounds)
 
 

@@ -83,6 +83,7 @@ class BestOfN:
             cost=Cost(time.perf_counter() - start, drawn.model_tokens),
         )
         info = {
+            **drawn.info,
             "kl_prior": best_of_n_kl(drawn.reward, self.n),
             "win_rate": best_of_n_win_rate(drawn.reward, self.n),
         }

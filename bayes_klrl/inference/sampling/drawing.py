@@ -33,7 +33,8 @@ class Drawn:
         Number of tokens that went through a model.
     info
         For a model in half precision `scoring_gap`, shape (P,): the largest difference between decoded and teacher-forced
-        log-probs in the first block, in nats. Empty for other models.
+        log-probs in the first block, in nats. Where memory or the lengths of the prompts allow fewer completions at once,
+        `particles_per_pass`, shape (P,): the largest number, over all prompts, that was decoded at once. Otherwise empty.
     """
 
     sequences: Sequences
@@ -94,7 +95,9 @@ def draw(
             tokens.append(sequences.tokens)
             lengths.append(sequences.lengths)
             model_tokens += block.model_tokens
-            if not info and any(getattr(model, "half_precision", False) for model in models):
+            if block.particles_per_pass < block.finished.size:
+                info["particles_per_pass"] = np.full(len(index), block.particles_per_pass)
+            if "scoring_gap" not in info and any(getattr(model, "half_precision", False) for model in models):
                 info["scoring_gap"] = scoring_gap(block, models, prompt_ids)
             advance(shape[1])
     return Drawn(

@@ -19,6 +19,7 @@ from bayes_klrl.errors import BudgetError
 from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.prompts.words import prompt_words
 from bayes_klrl.randomness import Streams
 
 __all__ = ["ImportanceSampling"]
@@ -90,8 +91,9 @@ def require_positive_weight(draws: Draws) -> Draws:
     if np.isneginf(draws.log_evidence).any():
         p = int(np.isneginf(draws.log_evidence).argmax())
         raise BudgetError(
-            f"None of the {draws.shape[1]} draws of prompt {p} ({draws.prompts[p]!r}) has positive likelihood. Draw more, "
-            "use a proposal that knows the constraint, or relax it to log(eps). This error's `draws` holds the draws.",
+            f"None of the {draws.shape[1]} draws of prompt {p} ({prompt_words(draws.prompts[p])}) has positive likelihood. "
+            "Draw more, use a proposal that knows the constraint, or relax it to log(eps). This error's `draws` "
+            "holds the draws.",
             draws,
         )
     return draws

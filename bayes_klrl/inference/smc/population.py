@@ -11,8 +11,10 @@ import numpy as np
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, SupportError
 from bayes_klrl.models.decoding import Decoding, scoring_gap
+from bayes_klrl.models.memory import rows_that_fit
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import Advance, track
+from bayes_klrl.prompts.words import prompt_words
 from bayes_klrl.randomness import Generators, Streams, prompt_keys
 from bayes_klrl.resampling import Scheme, conditional_multinomial, multinomial, resampling_scheme
 from bayes_klrl.sequences import Sequences
@@ -31,7 +33,7 @@ __all__ = ["RESAMPLING_STREAM", "EvidenceRuns", "Population", "evidence_runs", "
 RESAMPLING_STREAM = 3
 """Number of the streams used for resampling; tokens use the same streams as in importance sampling."""
 
-_MAX_ROWS = 8192  # most particles decoded together, if runs can be split
+_MAX_ROWS = 8192  # most particles decoded together, if runs can be split, and fewer where memory asks for it
 
 
 class Prepared(Protocol):
@@ -292,7 +294,9 @@ def evidence_runs(
     """Return log Z-hat of M runs of a prepared `SMC`, run in blocks; conditional on `retained` (P, M, T) if given."""
     start, tokens, first = time.perf_counter(), 0, 0
     blocks = []
-    for num in _runs_per_block(num_runs, posterior.num_prompts * ready.num_particles):
+    lengths = [len(ids) for ids in posterior.prompt_ids]
+    most = min(_MAX_ROWS, rows_that_fit((ready.proposal, posterior.prior), lengths, posterior.max_new_tokens))
+    for num in _runs_per_block(num_runs, posterior.num_prompts * ready.num_particles, most):
         runs = slice(first, first + num)
         part = None if retained is None else Sequences(retained.tokens[:, runs], retained.lengths[:, runs])
         population, used = grown(ready, posterior, num, part, streams, progress, first_run=first)
@@ -309,13 +313,13 @@ def _require_alive(log_weights: FloatArray, posterior: Posterior) -> None:
     if np.isneginf(log_weights).any():
         p, run = np.argwhere(np.isneginf(log_weights))[0]
         raise SupportError(
-            f"Retained completion {run} of prompt {p} ({posterior.prompts[p]!r}) has weight 0: its likelihood or prior is 0, "
-            "so it is not a posterior draw, or the twist is -inf on one of its prefixes. Retain an exact draw, for example "
-            "from bk.RejectionSampling."
+            f"Retained completion {run} of prompt {p} ({prompt_words(posterior.prompts[p])}) has weight 0: its likelihood "
+            "or prior is 0, so it is not a posterior draw, or the twist is -inf on one of its prefixes. Retain an exact "
+            "draw, for example from bk.RejectionSampling."
         )
 
 
-def _runs_per_block(num_runs: int, num_rows: int) -> list[int]:
-    """Return the number of runs in each block; one run has `num_rows` particles over all prompts."""
-    most = max(1, _MAX_ROWS // num_rows)
+def _runs_per_block(num_runs: int, num_rows: int, most_rows: int) -> list[int]:
+    """Return the number of runs in each block of at most so many rows; one run has `num_rows` particles over all prompts."""
+    most = max(1, most_rows // num_rows)
     return [min(most, num_runs - start) for start in range(0, num_runs, most)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from bayes_klrl.errors import CheckpointError
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences, completion_lengths
+from bayes_klrl.whole_files import UNFINISHED, write_whole
 
 __all__ = ["FILE", "fingerprint", "lasting_name", "read_checkpoint", "write_checkpoint"]
 
@@ -82,6 +82,11 @@ def write_checkpoint(folder: str | Path, arrays: Mapping[str, Any], belongs_to: 
         Arrays of torch, or of NumPy, by name.
     belongs_to
         What `fingerprint` returned, and the number of steps under "step".
+
+    Raises
+    ------
+    OutputError
+        If it cannot be written; an earlier checkpoint is as it was.
     """
     if any(type(array).__module__.startswith("torch") for array in arrays.values()):
         from safetensors.torch import save
@@ -96,14 +101,8 @@ def write_checkpoint(folder: str | Path, arrays: Mapping[str, Any], belongs_to: 
             {name: np.ascontiguousarray(array) for name, array in arrays.items()}, _metadata(belongs_to)
         )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f"{FILE}.unfinished"
-    with unfinished.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(folder / FILE)
-    return folder / FILE
+    folder.mkdir(parents=True, exist_ok=True)  # that it can be made was checked before the training
+    return write_whole(folder / FILE, content)
 
 
 def _metadata(belongs_to: Mapping[str, Any]) -> dict[str, str]:
@@ -131,7 +130,7 @@ def read_checkpoint(folder: str | Path, expected: Mapping[str, Any], framework: 
 
     file = Path(folder) / FILE
     if not file.is_file():
-        unfinished = (Path(folder) / f"{FILE}.unfinished").is_file()
+        unfinished = any(Path(folder).glob(f"{UNFINISHED}*"))
         why = (
             "only one that was not finished: the training was stopped while it wrote its first"
             if unfinished
@@ -145,11 +144,11 @@ def read_checkpoint(folder: str | Path, expected: Mapping[str, Any], framework: 
         with safe_open(file, framework=framework) as opened:
             metadata = opened.metadata() or {}
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  (it is no dictionary)
-    except (SafetensorError, OSError) as error:
+        found = json.loads(metadata.get("belongs_to", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"The checkpoint {str(file)!r} cannot be read: {error}") from error
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(f"{str(file)!r} is no checkpoint of a training by this version of bayes_klrl.")
-    found = json.loads(metadata["belongs_to"])
     differences = [
         name for name, value in expected.items() if not _same(found.get(name), json.loads(json.dumps(value)))
     ]

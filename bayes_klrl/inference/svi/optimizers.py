@@ -73,8 +73,10 @@ class KLSGD:
 class Natural:
     """The natural gradient of the ELBO in the space of the draws (minSR, with the momentum of SPRING); theory.md 2.16.
 
-    It reaches the posterior of a small problem in a tenth of Adam's steps, at several times the cost of a step. On a language
-    model with few draws a step it overfits them.
+    It reaches the posterior of a small problem in a tenth of Adam's steps. A step of 64 draws takes 1.6 to 1.9 times the CPU
+    of Adam's with replay=0, 2.8 to 2.9 times with replay=1, and 3.5 times (small models) to 10 times (2 million parameters)
+    with replay=3, since the products of all scores grow with the square of the number of draws. On a language model with few
+    draws a step it overfits them.
 
     Parameters
     ----------
@@ -86,7 +88,8 @@ class Natural:
     step_kl
         The most nats of a step.
     replay
-        Number of earlier steps whose draws are scored again and used beside the new ones.
+        Number of earlier steps whose draws are scored again and used beside the new ones: fewer new completions for the same
+        distance to the posterior, at more CPU. Where completions and rewards are cheap, take 0 or 1.
 
     Examples
     --------

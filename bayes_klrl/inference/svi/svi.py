@@ -9,7 +9,7 @@ training itself is in `pyro_backend`, and for a `JaxLM` in `numpyro_backend`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ class SVI:
     learning_rate: float | None = None
     objective: Any = "elbo"
     estimator: str = "leave_one_out"
-    adapter: Any = None
+    adapter: Any = field(default=None, hash=False)  # a peft configuration has no hash
     num_draws: int = 1000
     max_step_kl: float = 0.03
     prompts_per_step: int | None = None

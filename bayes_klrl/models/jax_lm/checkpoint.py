@@ -25,11 +25,14 @@ from bayes_klrl.models.checkpoint_files import (
     eos_union,
     not_finite_error,
     own_entries,
+    read_object,
     shipped_folder,
     shipped_names,
+    weight_files,
 )
 from bayes_klrl.models.jax_lm.config import architecture_of
 from bayes_klrl.models.jax_lm.forward import Architecture, Parameters
+from bayes_klrl.whole_files import whole_folder
 
 __all__ = ["check_parameters", "load", "save"]
 
@@ -50,7 +53,11 @@ def load(name_or_folder: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[s
     generation = folder / "generation_config.json"
     if generation.is_file():  # nothing else of it is read: it says how `generate` samples
         config["eos_token_id"] = eos_union(config.get("eos_token_id"), read_object(generation).get("eos_token_id"))
-    return parameter_tree(architecture, tensors), config, load_tokenizer(folder)
+    try:
+        parameters = parameter_tree(architecture, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"The weights in {str(folder)!r} do not fit: {error}") from None
+    return parameters, config, load_tokenizer(folder)
 
 
 def check_numbers(folder: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -72,17 +79,6 @@ def found_folder(name: str) -> Path:
     )
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file that holds an object."""
-    try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"The {path.name} in {str(path.parent)!r} is no JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"The {path.name} in {str(path.parent)!r} must hold an object; got {content!r}.")
-    return content
-
-
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """Return every tensor of a folder's safetensors files as float32."""
     tensors: dict[str, np.ndarray] = {}
@@ -93,14 +89,6 @@ def read_tensors(folder: Path) -> dict[str, np.ndarray]:
         except Exception as error:  # SafetensorError and other errors that broken files cause
             raise CheckpointError(f"{str(path)!r} cannot be read: {error}") from error
     return tensors
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files with the weights: those of the index, else model.safetensors, else all."""
-    index, usual = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file():
-        return [folder / name for name in sorted(set(read_object(index).get("weight_map", {}).values()))]
-    return [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
 
 
 def parameter_tree(architecture: Architecture, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -275,21 +263,20 @@ def save(
     temperature: float,
 ) -> None:
     """Write a folder in Hugging Face's format; see `JaxLM.save_pretrained`."""
-    folder.mkdir(parents=True, exist_ok=True)
     entries = own_entries(eos_token_ids, temperature)
-    for stale in folder.glob("model*.safetensors*"):  # an index of an earlier model would point to its own files
-        stale.unlink()
     tensors = dict(named_tensors(architecture_of(config), parameters))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
     kept = {key: value for key, value in config.items() if key != "torch_dtype"}
-    write_json(folder / "config.json", kept | {"dtype": "float32"} | entries)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     sampling |= {key: config.get(key) for key in ("bos_token_id", "pad_token_id") if config.get(key) is not None}
     if entries["eos_token_id"] is not None:
         sampling["eos_token_id"] = entries["eos_token_id"]
-    write_json(folder / "generation_config.json", sampling)
+    # an index of an earlier model would point to its own files
+    with whole_folder(folder, replaces="model*.safetensors*") as unfinished:
+        save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
+        write_json(unfinished / "config.json", kept | {"dtype": "float32"} | entries)
+        write_json(unfinished / "generation_config.json", sampling)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -353,6 +353,11 @@ class JaxLM:
 
         Temperature and EOS ids are written to config.json, from which `from_pretrained` reads them, and to the generation
         config, for Hugging Face's `generate`.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written. A new folder is then not there; one that held a model is as it was.
         """
         from bayes_klrl.models.jax_lm.checkpoint import save
 

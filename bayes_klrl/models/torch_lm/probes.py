@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from bayes_klrl.models.torch_lm.network import base_model, context_limit, nested
+from bayes_klrl.sequences import Sequences
 
-__all__ = ["LONGEST", "Probe", "long_probe", "named_lengths", "short_probe"]
+__all__ = ["LONGEST", "Probe", "long_probe", "named_lengths", "random_text", "short_probe"]
 
 LONGEST, MOST_WORK = 1024, 500_000_000
 """Largest length, and largest length times number of parameters, at which the check reads a long text."""
@@ -101,3 +103,12 @@ def lengths_in(entries: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
         integers = [number for number in numbers if isinstance(number, int) and not isinstance(number, bool)]
         if integers and _LENGTH.search(name):
             yield name, max(integers)
+
+
+def random_text(vocab_size: int, context_length: int | None) -> tuple[list[list[int]], Sequences]:
+    """Return a prompt and eight completions of random tokens: by their log-probs a model is compared with its saved copy."""
+    rng = np.random.default_rng(0)
+    prompt, tokens = rng.integers(0, vocab_size, 2).tolist(), rng.integers(0, vocab_size, (1, 8, 4))
+    limit = context_length or 6
+    tokens = tokens[..., : max(1, min(4, limit - 2))]
+    return [prompt[: max(1, limit - 1)]], Sequences(tokens, np.full((1, 8), tokens.shape[2]))

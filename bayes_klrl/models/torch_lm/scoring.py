@@ -25,7 +25,14 @@ BUDGET = 2**25
 
 
 def sequence_log_probs(
-    network: Network, prompts: Sequence[TokenIds], owners: Tensor, tokens: Tensor, lengths: Tensor, temperature: float
+    network: Network,
+    prompts: Sequence[TokenIds],
+    owners: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    temperature: float,
+    *,
+    most: int | None = None,
 ) -> Tensor:
     """Return the log-prob of every token, shape (R, T), 0 past each row's length.
 
@@ -43,6 +50,8 @@ def sequence_log_probs(
         The lengths of the completions, shape (R,).
     temperature
         The number by which the logits are divided.
+    most
+        The most rows that are scored at once; None: as many as `BUDGET` allows.
     """
 
     def score(first: int, last: int) -> Tensor:
@@ -55,7 +64,7 @@ def sequence_log_probs(
         drawn = drawn_log_probs(network, features, legal[inside], temperature)
         return drawn.new_zeros(inside.shape).masked_scatter(inside, drawn)
 
-    size = max(1, BUDGET // (tokens.shape[1] * network.width))
+    size = max(1, min(BUDGET // (tokens.shape[1] * network.width), len(tokens) if most is None else most))
     return torch.cat(in_chunks(score, len(tokens), size))
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from bayes_klrl.checks import check_count, check_fraction, check_positive
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.models.decoding import Decoding, decode_by
+from bayes_klrl.models.completions import Completions
+from bayes_klrl.models.decoding import decode_by
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.typing import FloatArray, IntArray, State, Twist
@@ -32,12 +33,17 @@ __all__ = [
     "completed_log_psi",
     "fitted_rows",
     "log_evidence_of_pilot",
+    "log_likelihoods_of",
     "next_log_psi",
     "pilot_twist",
+    "prior_draws",
     "prior_pilot",
 ]
 
-_PILOT_DRAWS = 64
+PILOT_DRAWS = 64
+"""Prior draws per prompt from which the constant twist is made."""
+
+_PREFIXES_AT_ONCE = 2**14
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +59,26 @@ class ConstantTwist:
 
 def pilot_twist(posterior: Posterior, seed: int) -> tuple[ConstantTwist, int]:
     """Return the constant twist log Z-hat from a small prior sample with its own random stream, and its model tokens."""
-    pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, Streams.of(seed, _PILOT_DRAWS))
+    pilot, log_likelihood = prior_pilot(posterior, PILOT_DRAWS, Streams.of(seed, PILOT_DRAWS))
     return ConstantTwist(log_evidence_of_pilot(log_likelihood)), pilot.model_tokens
 
 
-def prior_pilot(posterior: Posterior, num_draws: int, streams: Streams) -> tuple[Decoding, FloatArray]:
+def prior_pilot(posterior: Posterior, num_draws: int, streams: Streams) -> tuple[Completions, FloatArray]:
     """Return N draws per prompt from the prior, and their log-likelihoods, (P, N)."""
+    pilot = prior_draws(posterior, num_draws, streams)
+    return pilot, log_likelihoods_of(posterior, pilot)
+
+
+def prior_draws(posterior: Posterior, num_draws: int, streams: Streams) -> Completions:
+    """Return N draws per prompt from the prior."""
     uniforms = streams.uniforms(prompt_keys(posterior.prompt_ids), 0, num_draws, posterior.max_new_tokens)
-    pilot = decode_by((posterior.prior,), posterior.prompt_ids, uniforms)
+    return decode_by((posterior.prior,), posterior.prompt_ids, uniforms)
+
+
+def log_likelihoods_of(posterior: Posterior, pilot: Completions) -> FloatArray:
+    """Return the log-likelihoods of the draws of a pilot, (P, N)."""
     reward = posterior.reward_of_rows(pilot.tokens, pilot.lengths, pilot.prompt_index)
-    return pilot, posterior.likelihood.log_likelihood(reward).reshape(posterior.num_prompts, num_draws)
+    return posterior.likelihood.log_likelihood(reward).reshape(posterior.num_prompts, -1)
 
 
 def log_evidence_of_pilot(log_likelihood: FloatArray) -> FloatArray:
@@ -139,7 +155,7 @@ class PartialRewardTwist:
 
     gamma: float = 1.0
     floor: float = 0.01
-    num_pilot: int = _PILOT_DRAWS
+    num_pilot: int = PILOT_DRAWS
 
     def __post_init__(self) -> None:
         check_positive("gamma", self.gamma)
@@ -157,17 +173,11 @@ class PartialRewardTwist:
         pilot, log_likelihood = prior_pilot(posterior, self.num_pilot, Streams.of(seed, self.num_pilot))
         log_evidence = log_evidence_of_pilot(log_likelihood)
         constants = np.repeat(log_evidence[:, None], posterior.max_new_tokens, axis=1)
-        for t in range(1, posterior.max_new_tokens):
-            rows = np.flatnonzero(pilot.lengths > t)
-            if not rows.size:
-                break
-            partial = np.full(pilot.lengths.size, -np.inf)
-            partial[rows] = self.gamma * _partial_log_likelihood(
-                posterior, pilot.prompt_index[rows], pilot.tokens[rows, :t]
-            )
+        partial = self.gamma * _log_likelihoods_of_prefixes(posterior, pilot)
+        for t in range(1, min(posterior.max_new_tokens, int(pilot.lengths.max()))):
             unfinished = (pilot.lengths > t).reshape(log_likelihood.shape).mean(axis=1)
             with np.errstate(divide="ignore"):
-                mean = logmeanexp(partial.reshape(log_likelihood.shape)) - np.log(np.maximum(unfinished, 1e-300))
+                mean = logmeanexp(partial[:, t].reshape(log_likelihood.shape)) - np.log(np.maximum(unfinished, 1e-300))
             constants[:, t] -= np.where(np.isfinite(mean) & (unfinished > 0), mean, 0.0)
         training = Cost(training_tokens=pilot.model_tokens, training_seconds=time.perf_counter() - start)
         return FittedPartialReward(self.gamma, self.floor, posterior.prompt_ids, log_evidence, constants, training)
@@ -214,6 +224,24 @@ def _partial_log_likelihood(posterior: Posterior, prompt_index: IntArray, prefix
     lengths = np.full(len(prefixes), prefixes.shape[1])
     reward = posterior.reward_of_rows(_padded(prefixes, posterior), lengths, prompt_index)
     return posterior.likelihood.log_likelihood(reward)
+
+
+def _log_likelihoods_of_prefixes(posterior: Posterior, pilot: Completions) -> FloatArray:
+    """Return r / alpha of the first t tokens of draws that are longer, scored as completions, (R, T); -inf elsewhere.
+
+    All prefixes of a draw are scored in one call, because some rewards then take little more time than for the draw alone.
+    """
+    num_tokens = posterior.max_new_tokens
+    found = np.full(pilot.tokens.shape, -np.inf)
+    step = max(1, _PREFIXES_AT_ONCE // num_tokens)
+    for start in range(0, len(pilot.tokens), step):
+        row, t = np.nonzero(np.arange(num_tokens) < pilot.lengths[start : start + step, None])
+        row, t = row[t > 0] + start, t[t > 0]
+        if row.size:
+            prefixes = np.where(np.arange(num_tokens) < t[:, None], pilot.tokens[row], posterior.pad_token)
+            reward = posterior.reward_of_rows(prefixes, t, pilot.prompt_index[row])
+            found[row, t] = posterior.likelihood.log_likelihood(reward)
+    return found
 
 
 def _padded(prefixes: IntArray, posterior: Posterior) -> IntArray:

@@ -15,7 +15,8 @@ import numpy as np
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.export.output_folder import prepare_output
+from bayes_klrl.export.html import html_page
+from bayes_klrl.export.output_folder import naming_what_is_safe, prepare_output
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.problems.record import Problem, Truth
 from bayes_klrl.problems.suite.catalogue import SUITE, problem_names
@@ -25,6 +26,7 @@ from bayes_klrl.problems.suite.table import SuiteTable, suite_table
 from bayes_klrl.progress import progress_display, track
 from bayes_klrl.randomness import check_seed, stream_seed
 from bayes_klrl.typing import Algorithm
+from bayes_klrl.whole_files import whole_file
 
 __all__ = ["DEFAULT_PROBLEMS", "SuiteResult", "run_suite"]
 
@@ -72,14 +74,20 @@ class SuiteResult:
         return suite_table(self.cells, self.purposes)
 
     def __str__(self) -> str:
-        head = (
+        return f"{self._headline()}\n{self.table()}"
+
+    def _repr_html_(self) -> str:
+        return html_page(self._headline(), *self.table().html_parts())
+
+    def _headline(self) -> str:
+        return (
             f"{self.budget:,} model tokens per method, mean +- 1.96 sd / sqrt({self.repeats}), seed {self.seed}; nats"
         )
-        return f"{head}\n{self.table()}"
 
     def to_csv(self, file: str | Path) -> Path:
-        """Write the table as CSV, and return the file."""
-        self.table().to_csv(file)
+        """Write the table as CSV, whole or not at all, and return the file."""
+        with whole_file(file) as unfinished:
+            self.table().to_csv(unfinished)
         return Path(file)
 
     def plot(self, file: str | Path) -> Path:
@@ -90,10 +98,17 @@ class SuiteResult:
         return plot_suite(self.cells, self.purposes, file, title=title)
 
     def save(self, folder: str | Path) -> Path:
-        """Write table.csv and suite.png into a folder, and return it; refuses a folder that holds something else."""
+        """Write table.csv and suite.png into a folder, and return it; refuses a folder that holds something else.
+
+        Raises
+        ------
+        OutputError
+            If the folder cannot be made, or a file cannot be written whole.
+        """
         out = prepare_output(folder)
-        self.to_csv(out / "table.csv")
-        self.plot(out / "suite.png")
+        with naming_what_is_safe(out):
+            self.to_csv(out / "table.csv")
+            self.plot(out / "suite.png")
         return out
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from bayes_klrl.export.html import HtmlTable, html_page
 from bayes_klrl.problems.suite.cell import SuiteCell
 
 __all__ = ["SuiteTable", "suite_table"]
@@ -64,6 +65,16 @@ class SuiteTable(pd.DataFrame):
         return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return html_page("Methods against problems of known truth", *self.html_parts())
+
+    def html_parts(self) -> list[HtmlTable | str]:
+        """Return the table and the notes, as parts of a page for a notebook."""
+        headings = ("problem", "method", *(header.replace("\\[", "[") for header in _HEADERS))
+        rows = [[problem, method, *_cells(row)] for (problem, method), row in self.iterrows()]
+        notes = [f"{problem}, {method}: {row['note']}" for (problem, method), row in self.iterrows() if row["note"]]
+        return [HtmlTable(headings, rows, words=(0, 1)), *notes]
 
 
 def suite_table(cells: Iterable[SuiteCell], purposes: Mapping[str, str]) -> SuiteTable:

@@ -309,6 +309,7 @@ def test_without_exact_draws_upper_ends_are_open_and_the_grade_is_b(backend: str
     assert np.isfinite(certificate.reverse_kl[:, 0]).all()
     assert any("declares no upper bound" in note for note in certificate.notes)
     assert "at least" in certificate.verdict
+    assert "lower bound only, nats" in str(certificate)
     assert certificate.plot(tmp_path / "open.png").stat().st_size > 1000
 
 
@@ -320,6 +321,7 @@ def test_rejection_gives_what_the_upper_bound_needs_or_says_that_it_did_not() ->
     certificate = bk.certify(posterior, posterior.prior, seed=0, max_proposals=100_000)
     assert certificate.grade == "A"
     assert "rejection" in certificate.evidence_source
+    assert "two-sided bounds, nats" in str(certificate)
     assert np.isfinite(certificate.log_evidence_bounds).all()
     sharp = bk.Posterior(
         base.prior, bk.TokenReward(base.likelihood.fn, alpha=0.1, bounds=(-9, 90)), prompts=[[0]], max_new_tokens=12
@@ -368,12 +370,13 @@ def test_table_and_text_show_every_prompt(tmp_path: Path) -> None:
     posterior = random_posterior(0, prompts=((0,), (1,)), num_tokens=3)
     certificate = bk.certify(posterior, posterior.prior, seed=0, feature=lambda tokens, lengths: lengths)
     table = certificate.table()
-    assert list(table.index) == ["(0,)", "(1,)", "mean"]
+    assert list(table.index) == ["ids 0", "ids 1", "mean"]
     assert np.allclose(table.loc["mean", "reverse_kl_low"], certificate.pooled.reverse_kl[0])
     text = str(certificate)
     assert text.startswith(certificate.verdict)
-    assert "(0,)" in text
-    assert "grade A" in text
+    assert "    ids 0  " in text
+    assert "\nexact (means over 2 prompts), nats\n" in text
+    assert "grade" not in text.lower()
     assert len(text.splitlines()) <= 40
     assert max(map(len, text.splitlines())) <= 120
     assert certificate.plot(tmp_path / "certificate.png").stat().st_size > 1000

@@ -116,7 +116,7 @@ def test_blocks_seam_without_a_trace(backend: str, num_prompts: int, monkeypatch
     """Draws do depend on the block size, being of one stream of uniforms; their law does not, nor their number."""
     posterior = on(backend, random_posterior(32, num_tokens=3, prompts=((0,), (1,), (2,))[:num_prompts]))
     truth = Truth(posterior)
-    monkeypatch.setattr(decoding_module, "_ROWS_PER_BLOCK", 7 * num_prompts)
+    monkeypatch.setattr(decoding_module, "ROWS_PER_BLOCK", 7 * num_prompts)
     best = bk.BestOfN(4, 1001).run(posterior, seed=0)
     plain = bk.ImportanceSampling(1001).run(posterior, seed=0)
     assert best.shape == plain.shape == (num_prompts, 1001)

@@ -322,3 +322,10 @@ def test_a_users_torch_model_is_copied_and_trained() -> None:
     assert not prior.logits.requires_grad
     assert fit.guide is not prior
     assert fit.history["elbo"].shape == (5,)
+
+
+def test_a_recipe_with_adapters_can_be_a_key() -> None:
+    """A peft configuration has no hash of its own; recipes are keys of dictionaries of fits."""
+    peft = pytest.importorskip("peft")
+    recipe = bk.SVI(3, adapter=peft.LoraConfig(r=2, target_modules="all-linear"))
+    assert {recipe: 1}[recipe] == 1

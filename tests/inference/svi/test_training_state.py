@@ -161,7 +161,7 @@ def test_folders_without_a_whole_checkpoint_are_refused(tmp_path: Path) -> None:
     svi = bk.SVI(4, 8)
     with pytest.raises(bk.CheckpointError, match="holds none"):
         svi.fit(posterior(), seed=0, resume=tmp_path)
-    (tmp_path / f"{FILE}.unfinished").write_bytes(b"abc")
+    (tmp_path / ".unfinished-0123abcd.safetensors").write_bytes(b"abc")
     with pytest.raises(bk.CheckpointError, match="not finished"):
         svi.fit(posterior(), seed=0, resume=tmp_path)
     (tmp_path / FILE).write_bytes(b"abc")

@@ -106,7 +106,7 @@ def test_shards_are_read_by_their_index(tmp_path: Path) -> None:
 def test_a_shard_that_is_missing(tmp_path: Path) -> None:
     tiny_llama(vocab_size=50).save_pretrained(tmp_path, max_shard_size="5KB")
     sorted(tmp_path.glob("model-*.safetensors"))[1].unlink()
-    with pytest.raises(bk.CheckpointError, match=r"model-00002.*cannot be read"):
+    with pytest.raises(bk.CheckpointError, match=r"lacks 1 of the \d+ shards .* model-00002"):
         JaxLM.from_pretrained(tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
     with pytest.raises(bk.CheckpointError, match=r"index\.json.*must hold an object; got \[\]"):

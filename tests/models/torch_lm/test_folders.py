@@ -197,9 +197,9 @@ def test_names_that_lead_nowhere() -> None:
 
 
 def test_smollm2_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bayes_klrl.models.torch_lm import checkpoint as torch_checkpoint
+    from bayes_klrl.models.torch_lm.sources import located
 
-    monkeypatch.setattr(torch_checkpoint.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(located.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"bayes_klrl\[smollm2\]"):
         TorchLM.from_pretrained("smollm2")
 

@@ -18,6 +18,7 @@ from bayes_klrl.inference.svi.bayesian.programs import predictive
 from bayes_klrl.models.torch_lm.adapters import import_peft
 from bayes_klrl.models.torch_lm.offsets import restored_family
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.whole_files import whole_folder
 
 __all__ = ["read_fit", "save_fit"]
 
@@ -64,11 +65,9 @@ class Saved(Protocol):
 
 def save_fit(fit: Saved, file: Path) -> None:
     """Write a fit into the folder of `file`, and its header into `file`; see `BayesianFit.save`."""
-    folder = file.parent
-    folder.mkdir(parents=True, exist_ok=True)
     recipe = {f.name: getattr(fit.recipe, f.name) for f in dataclasses.fields(fit.recipe)}
-    if not isinstance(recipe["parameters"], str):
-        recipe["parameters"].save_pretrained(folder / _ADAPTER)
+    adapter = None if isinstance(recipe["parameters"], str) else recipe["parameters"]
+    if adapter is not None:
         recipe["parameters"] = None
     header = {
         "format": _FORMAT,
@@ -81,8 +80,11 @@ def save_fit(fit: Saved, file: Path) -> None:
     }
     arrays = {_START + name: value.detach().cpu().contiguous() for name, value in fit.family.start.items()}
     arrays |= {"mu": torch.as_tensor(fit.mu), "sigma": torch.as_tensor(fit.sigma)}
-    save_file(arrays, folder / _ARRAYS)
-    file.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+    with whole_folder(file.parent, last=(file.name,)) as unfinished:
+        if adapter is not None:
+            adapter.save_pretrained(unfinished / _ADAPTER)
+        save_file(arrays, unfinished / _ARRAYS)
+        (unfinished / file.name).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 
 
 def read_fit(file: Path, posterior: Posterior) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -224,15 +224,26 @@ class BayesianFit(Fit):
         mean_field = MeanField.of(self.mu, self.sigma, self.family.device)
         return policy_programs(self.recipe, self.posterior, self.family, mean_field)
 
-    def save(self, folder: str | Path, *, merged: bool = True) -> Path:
+    def save(self, folder: str | Path, *, merged: bool = True, certificate: Any | None = None) -> Path:
         """Write mu, sigma, the parameters that they are offsets from, the recipe and the history; return the folder.
 
-        `fit.policy(seed).save_pretrained(folder)` writes one policy in Hugging Face's format.
+        The model card is that of `Fit.save`. `fit.policy(seed).save_pretrained(folder)` writes one policy in Hugging Face's
+        format.
+
+        Raises
+        ------
+        OutputError
+            If it cannot be written.
         """
+        return super().save(folder, merged=merged, certificate=certificate)
+
+    def _save_guide(self, folder: str | Path, merged: bool) -> None:
         from bayes_klrl.inference.svi.bayesian.files import save_fit
 
         save_fit(self, Path(folder) / _FILE)
-        return Path(folder)
+
+    def _how_to_load(self) -> str:
+        return "BayesianFit.load(folder, posterior)"
 
     @staticmethod
     def is_saved_in(folder: str | Path) -> bool:

@@ -18,6 +18,7 @@ from bayes_klrl.checks import check_count, check_positive
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import LanguageModel
+from bayes_klrl.whole_files import check_folder
 
 __all__ = ["Callback", "Checkpoint", "EarlyStopping", "StepRecord", "call_all", "close_all"]
 
@@ -80,6 +81,11 @@ class Checkpoint:
     every
         Number of steps between two checkpoints.
 
+    Raises
+    ------
+    OutputError
+        If the folder cannot be made or written into.
+
     Examples
     --------
     >>> import tempfile, numpy as np, bayes_klrl as bk
@@ -102,6 +108,7 @@ class Checkpoint:
             raise BayesKLRLError(
                 f"A checkpoint is written into a folder; {self.folder!r} is none. Give the name of a folder."
             )
+        check_folder(self.folder)
 
 
 Callback: TypeAlias = Callable[[StepRecord, LanguageModel], bool | None]

@@ -14,7 +14,7 @@ import numpy as np
 from bayes_klrl.arrays import no_gradient, to_host
 from bayes_klrl.errors import BayesKLRLError, RewardError
 from bayes_klrl.inference.svi.objectives.critics import Critic, Rows, TwistCritic
-from bayes_klrl.models.twists.simple import PartialRewardTwist, prior_pilot
+from bayes_klrl.models.twists.simple import PartialRewardTwist, log_likelihoods_of, prior_draws
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import Streams, generator
 from bayes_klrl.sequences import Sequences
@@ -84,8 +84,8 @@ class RidgeCritic(ABC):
     ----------
     model_tokens
         Tokens that the prior read and drew for the start.
-    seconds_of_draws, seconds_of_rewards
-        Time that these draws took, and the rewards of all of them.
+    seconds_of_draws, seconds_of_prefixes
+        Time that these draws took, and to learn from all their prefixes. Some rewards score all prefixes in one pass.
     num_read
         K, the number of regressors that `read` returns; a subclass sets it.
     """
@@ -98,11 +98,9 @@ class RidgeCritic(ABC):
         self._posterior, self._forgetting, self._ridge = posterior, forgetting, ridge
         each = max(2, -(-num_pilot // posterior.num_prompts))
         start = time.perf_counter()
-        pilot, log_likelihood = prior_pilot(posterior, each, Streams.of(seed, each))
-        whole, again = time.perf_counter() - start, time.perf_counter()
-        posterior.reward_of_rows(pilot.tokens, pilot.lengths, pilot.prompt_index)
-        self.seconds_of_rewards = time.perf_counter() - again
-        self.seconds_of_draws = max(whole - self.seconds_of_rewards, 0.0)
+        pilot = prior_draws(posterior, each, Streams.of(seed, each))
+        self.seconds_of_draws = time.perf_counter() - start
+        log_likelihood = log_likelihoods_of(posterior, pilot)
         self.model_tokens = pilot.model_tokens
         self._finite = log_likelihood[np.isfinite(log_likelihood)]
         size = posterior.max_new_tokens + posterior.num_prompts + self.num_read
@@ -114,7 +112,9 @@ class RidgeCritic(ABC):
         self.start(rows)
         lowest = float(self._finite.min()) if self._finite.size else 0.0
         target = np.where(np.isfinite(log_likelihood), log_likelihood, lowest).ravel()
+        start = time.perf_counter()
         self.learn(rows, np.zeros(rows.tokens.shape), target)
+        self.seconds_of_prefixes = time.perf_counter() - start
 
     @abstractmethod
     def read(self, rows: Rows) -> FloatArray:

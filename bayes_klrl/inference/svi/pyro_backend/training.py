@@ -228,7 +228,7 @@ def critic_for(plan: TrainingPlan, optimizer: Any, posterior: Posterior, seed: i
     if not isinstance(optimizer, KLSGD) or not isinstance(objective_of(plan.objective), ELBO):
         return None
     critic = PrefixRewardCritic(posterior, seed, forgiving=True)  # it was not asked for
-    seconds = critic.seconds_of_rewards * posterior.max_new_tokens
+    seconds = critic.seconds_of_prefixes
     share = seconds / max(critic.seconds_of_draws, 1e-9)
     if share > _MOST_OF_PREFIXES and seconds > _NO_MATTER:
         warnings.warn(

@@ -12,14 +12,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bayes_klrl.models.memory import length_groups
 from bayes_klrl.models.torch_lm.general.blocks import recomputed
 from bayes_klrl.models.torch_lm.network import left_padded
 from bayes_klrl.models.torch_lm.tight.families import Family, Layer, family_of
-from bayes_klrl.typing import TokenIds
+from bayes_klrl.typing import IntArray, TokenIds
 
 __all__ = ["TightNetwork", "tight_network"]
 
@@ -179,7 +181,14 @@ class TightNetwork:
 
     @torch.no_grad()
     def prefill(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, Cache]:
-        """See `Network.prefill`."""
+        """See `Network.prefill`. Prompts of very different lengths are read in batches of like length."""
+        groups = length_groups([len(prompt) for prompt in prompts])
+        if len(groups) == 1:
+            return self._read(prompts)
+        return joined_rows([self._read([prompts[p] for p in group]) for group in groups], np.concatenate(groups))
+
+    def _read(self, prompts: Sequence[TokenIds]) -> tuple[Tensor, Cache]:
+        """Return the features after each prompt and the cache, from one padded batch."""
         tokens, padding = self._padded(prompts)
         memory = NewMemory()
         hidden = self._forward(tokens, 0, padding, memory)
@@ -241,6 +250,27 @@ class TightNetwork:
         for index, layer in enumerate(family.layers):
             hidden = recomputed(after, index, layer, hidden) if again else after(index, layer, hidden)
         return family.final_norm(hidden).view(*by_row, -1)
+
+
+def joined_rows(parts: Sequence[tuple[Tensor, Cache]], order: IntArray) -> tuple[Tensor, Cache]:
+    """Return features and caches of several batches as those of one; `order` holds the place of each of their rows.
+
+    Shorter caches are padded on the left, as the prompts of one batch are.
+    """
+    length = max(cache.length for _, cache in parts)
+    features = torch.cat([features for features, _ in parts])
+    # zeros: numbers that are masked must not be NaN
+    layers = [empty_layer(stored, len(features), length).zero_() for stored in parts[0][1].buffer.layers]
+    first, paddings = 0, []
+    for own, cache in parts:
+        for whole, stored in zip(layers, cache.buffer.layers, strict=True):
+            whole[:, first : first + len(own), :, length - cache.length :] = stored[..., : cache.length, :]
+        padding = torch.zeros(len(own), dtype=torch.long, device=own.device) if cache.padding is None else cache.padding
+        paddings.append(padding + length - cache.length)
+        first += len(own)
+    place = torch.as_tensor(order.argsort(), device=features.device)
+    joint = [torch.index_select(stored, 1, place) for stored in layers]
+    return features[place], Cache(Buffer(joint, length), length, torch.cat(paddings)[place])
 
 
 def by_head(flat: Tensor, num_rows: int, num_new: int) -> Tensor:

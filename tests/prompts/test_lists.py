@@ -71,8 +71,6 @@ def test_reward_models_read_prompts_in_the_same_way() -> None:
     pairs = bk.Preferences(tokenizer()(["a b c", "d"], padding=True), [[1], [2]], [[2], [1]])
     assert pairs.prompts == ((1, 2, 3), (4,))
     assert bk.Preferences(torch.tensor([1, 2]), [[1], [2]], [[2], [1]]).prompts == ((1, 2), (1, 2))
-    with pytest.raises(bk.BayesKLRLError, match="apply_chat_template"):
-        bk.Preferences([MESSAGES, MESSAGES], ["a", "b"], ["b", "a"])
     with pytest.raises(bk.BayesKLRLError, match="a plain dict"):
         bk.Preferences({"input_ids": [1], "attention_mask": [1]}, ["a", "b"], ["b", "a"])
 
@@ -140,19 +138,17 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a bytearray": (lambda: bytearray(b"ab"), "bytearray.*decode"),
     "a memoryview": (lambda: memoryview(b"ab"), "memoryview.*decode"),
     "bytes in a list": (lambda: [b"ab", b"c"], "prompt 0 is bytes.*decode"),
-    "messages": (
-        lambda: MESSAGES,
-        r"messages.*apply_chat_template\(messages, tokenize=False, add_generation_prompt=True\)",
-    ),
-    "one message": (lambda: MESSAGES[0], "messages.*apply_chat_template"),
-    "conversations": (lambda: [MESSAGES, MESSAGES], "messages.*apply_chat_template"),
-    "a conversation among texts": (lambda: ["a", MESSAGES], "messages.*apply_chat_template"),
+    "one message": (lambda: MESSAGES[0], "prompts is one message.*a list of messages"),
+    "a conversation among texts": (lambda: ["a", MESSAGES], "Prompt 0 is no conversation, but others are: 'a'"),
+    "ids among conversations": (lambda: [MESSAGES, [1, 2]], r"Prompt 1 is no conversation, but others are: \[1, 2\]"),
+    "an empty conversation": (lambda: [MESSAGES, []], "The conversation of prompt 1 is empty"),
+    "a text among messages": (lambda: [*MESSAGES, "a"], "Message 1 of the conversation is 'a', which is no message"),
     "a generator in a list": (lambda: [(i for i in (1, 2))], r"prompt 0 is a generator.*list\("),
     "a set in a list": (lambda: [{1, 2}], "prompt 0 is a set, which has no order"),
     "three axes": (lambda: np.ones((1, 2, 3), dtype=int), r"3 axes"),
     "no axis": (lambda: torch.tensor(3), r"no axis|must be"),
-    "fractions": (lambda: torch.tensor([1.5, 2.0]), "must be one text or list of token ids"),
-    "yes and no": (lambda: torch.tensor([True, False]), "must be one text or list of token ids"),
+    "fractions": (lambda: torch.tensor([1.5, 2.0]), "must be one text, list of token ids or conversation"),
+    "yes and no": (lambda: torch.tensor([True, False]), "must be one text, list of token ids or conversation"),
     "a number": (lambda: 3, "must be"),
     "None": (lambda: None, "must be"),
     "None in a list": (lambda: ["a", None], "all of one kind"),

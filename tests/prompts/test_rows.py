@@ -247,7 +247,14 @@ NO_ROWS: dict[str, tuple[Callable[[], Any], str]] = {
     "prompts that are numbers": (lambda: [{"prompt": 0}, {"prompt": 1}], "In row 0 'prompt' is the number 0"),
     "numbers in a DataFrame": (lambda: pd.DataFrame({"prompt": [0, 1]}), "In row 0 'prompt' is the number 0"),
     "a prompt that is missing": (lambda: [{"prompt": "a"}, {"prompt": None}], "all of one kind"),
-    "conversations": (lambda: [{"prompt": [{"role": "user", "content": "a"}]}], "holds messages.*apply_chat_template"),
+    "conversations without a template": (
+        lambda: [{"prompt": [{"role": "user", "content": "a"}]}],
+        "conversations, but the prior's tokenizer has no chat template",
+    ),
+    "a reserved name": (
+        lambda: [{"prompt": "a", "chat_template_kwargs": {"enable_thinking": False}}],
+        "a column 'chat_template_kwargs': the name is reserved",
+    ),
 }
 
 
