@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.typing import LanguageModel
 
-__all__ = ["check_count", "check_finite", "check_fraction", "check_language_model", "check_positive"]
+__all__ = ["check_count", "check_finite", "check_fraction", "check_language_model", "check_positive", "check_unicode"]
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def check_count(name: str, value: object, least: int = 1) -> None:
@@ -32,6 +36,16 @@ def check_fraction(name: str, value: object) -> None:
     """Refuse a value that is not a number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 <= value <= 1:
         raise BayesKLRLError(f"{name} must be a number from 0 to 1; got {value!r}.")
+
+
+def check_unicode(what: str, text: str) -> None:
+    """Refuse a text with half a surrogate pair, which no tokenizer and no file takes."""
+    found = _SURROGATE.search(text)
+    if found:
+        raise BayesKLRLError(
+            f"{what} has the lone surrogate {found[0]!r} at character {found.start()}, which is no Unicode character. Leave "
+            "it out: text.encode('utf-8', 'ignore').decode()."
+        )
 
 
 def check_prompts_per_step(prompts_per_step: int | None, num_prompts: int) -> None:

@@ -18,6 +18,7 @@ from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 from bayes_klrl.weights import effective_sample_size, log_evidence_se, logmeanexp, normalised, psis
+from bayes_klrl.whole_files import named_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -384,11 +385,11 @@ class Draws:
         Raises
         ------
         OutputError
-            If it cannot be written, as on a full disk.
+            If it cannot be written, as on a full disk, or if `file` cannot be a path.
         """
         from bayes_klrl.export.datatree import save_draws
 
-        return save_draws(self, Path(file))
+        return save_draws(self, named_path(file))
 
     @classmethod
     def load(cls, file: str | Path) -> Draws:
@@ -401,4 +402,4 @@ class Draws:
         """
         from bayes_klrl.export.datatree import load_draws
 
-        return load_draws(Path(file))
+        return load_draws(file)

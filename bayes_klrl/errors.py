@@ -14,6 +14,8 @@ ValueError
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,7 @@ __all__ = [
     "TextRewardError",
     "UnboundedLossError",
     "needs_jax",
+    "warn_caller",
 ]
 
 
@@ -229,3 +232,12 @@ def needs_jax(what: str) -> Iterator[None]:
         if (error.name or "").split(".")[0] not in ("jax", "numpyro", "optax"):
             raise
         raise ImportError(f"{what} needs the {error.name} package: pip install 'bayes_klrl[jax]'") from error
+
+
+def warn_caller(message: str) -> None:
+    """Warn of the line outside this package from which it was called, however many functions of ours lie between."""
+    package = f"{__name__.partition('.')[0]}."
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and f"{frame.f_globals.get('__name__', '')}.".startswith(package):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bayes_klrl.errors import BayesKLRLError, OutputError
 
-__all__ = ["UNFINISHED", "check_folder", "whole_file", "whole_folder", "write_whole"]
+__all__ = ["UNFINISHED", "check_folder", "named_path", "whole_file", "whole_folder", "write_whole"]
 
 UNFINISHED = ".unfinished-"
 """How the names of files and folders begin that are not yet written whole."""
@@ -31,6 +31,35 @@ _SYSTEM_ERROR = re.compile(r"\b(?:os error |errno = |Errno )(\d+)")  # Rust's li
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FULL_CURE = "Free some space, or save to another disk."
 _OTHER_CURE = "Choose a place that is there and that you may write to."
+
+
+def named_path(path: str | os.PathLike[str]) -> Path:
+    """Return the path to write to, if it can be one: a text or a path that is not empty and that the system can name.
+
+    Raises
+    ------
+    OutputError
+        If it is not.
+
+    Examples
+    --------
+    >>> named_path("draws.nc").name
+    'draws.nc'
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise OutputError(f"The place to write to must be a text or a pathlib.Path; got {path!r}.")
+    text = os.fspath(path)
+    if not text.strip():
+        raise OutputError("The name of the file or folder to write is empty. Give it a name.", Path(path))
+    try:
+        is_name = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise OutputError(
+            f"{text!r} cannot be written: no name of a file has a NUL or a lone surrogate in it. Choose another name."
+        )
+    return Path(path)
 
 
 def write_whole(file: str | Path, content: bytes | str) -> Path:
@@ -67,7 +96,7 @@ def whole_file(file: str | Path) -> Iterator[Path]:
     ...     Path(f"{folder}/numbers.csv").read_text()
     '1, 2, 3'
     """
-    place = Path(os.path.realpath(file))
+    place = Path(os.path.realpath(named_path(file)))
     with _output_errors(Path(file)):
         if place.exists() and not place.is_dir() and not place.is_file():
             yield place
@@ -106,7 +135,7 @@ def whole_folder(folder: str | Path, *, last: Collection[str] = _MARKS, replaces
     OutputError
         If the block, or the library that writes in it, meets an error of the system, such as a full disk.
     """
-    place = Path(os.path.realpath(folder))
+    place = Path(os.path.realpath(named_path(folder)))
     with _output_errors(Path(folder)):
         there = place.exists()
         if there and not place.is_dir():
@@ -134,11 +163,9 @@ def check_folder(folder: str | Path) -> None:
     Raises
     ------
     OutputError
-        If it cannot be made, or its name is empty.
+        If it cannot be made, or cannot be a path; see `named_path`.
     """
-    if not str(folder).strip():
-        raise OutputError("The name of the output folder is empty. Give it a name.", Path(folder))
-    path = Path(folder)
+    path = named_path(folder)
     new = [each for each in (path, *path.parents) if not os.path.lexists(each)]
     with _output_errors(path):
         try:

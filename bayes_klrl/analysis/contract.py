@@ -18,6 +18,10 @@ __all__ = ["Check", "ContractReport", "check_posterior"]
 
 _REWARD_TOLERANCE = 1e-5
 _TOKEN_TOLERANCE = 1e-5
+_HALF_TOLERANCE = (
+    0.1  # nats per token in bfloat16, whose rounding is no mistake; what was found is reported all the same
+)
+_RELATIVE_TOLERANCE = 2e-6  # of an improbable token's log-prob, by float32's rounding
 _NUM_DRAWS = 32
 _NUM_IDS = 5
 _MANY_ROWS = 160
@@ -134,7 +138,7 @@ def _rows_of_every_step(posterior: Posterior, sequences: Sequences) -> Iterator[
             state = after
     yield Check("next-token probabilities sum to 1 after every prefix that was drawn", off < 1e-4, f"off by {off:.1e}")
     yield Check(
-        "a state gives the same log-probs after it was appended to", moved < _TOKEN_TOLERANCE, f"{moved:.1e} nats"
+        "a state gives the same log-probs after it was appended to", moved < _tolerance(posterior), f"{moved:.1e} nats"
     )
 
 
@@ -172,7 +176,9 @@ def _causal(posterior: Posterior, sequences: Sequences) -> Iterator[Check]:
         with np.errstate(invalid="ignore"):
             moved = np.nan_to_num(np.abs(before - after), nan=np.inf)[earlier & (before != after)]
         off = max(off, float(moved.max(initial=0.0)))
-    yield Check("no later token changes an earlier log-prob", off < _TOKEN_TOLERANCE, f"up to {off:.1e} nats per token")
+    yield Check(
+        "no later token changes an earlier log-prob", off < _tolerance(posterior), f"up to {off:.1e} nats per token"
+    )
 
 
 def _last_two_tokens(posterior: Posterior) -> Iterator[Check]:
@@ -197,7 +203,7 @@ def _last_two_tokens(posterior: Posterior) -> Iterator[Check]:
     off = float(np.abs(joint - expected)[joint != expected].max(initial=0.0))
     yield Check(
         "two tokens have the log-prob of the first plus that of the second",
-        off < 2 * _TOKEN_TOLERANCE,
+        off < 2 * _tolerance(posterior),
         f"up to {off:.1e} nats over {joint.size} pairs",
     )
 
@@ -223,7 +229,7 @@ def _sampler_is_scorer(posterior: Posterior, sequences: Sequences, log_probs: np
     worst = float(np.nanmax(off))
     yield Check(
         "sampler and scorer agree, EOS included",
-        worst < _TOKEN_TOLERANCE,
+        worst < _tolerance(posterior),
         f"up to {worst:.1e} nats per token over {off.size} draws",
     )
 
@@ -246,7 +252,7 @@ def _batch_does_not_matter(posterior: Posterior, sequences: Sequences) -> Iterat
                 )
     yield Check(
         "a completion's log-prob does not depend on its batch",
-        off < _TOKEN_TOLERANCE,
+        off < _tolerance(posterior),
         f"up to {off:.1e} nats per token",
     )
 
@@ -265,9 +271,9 @@ def _states_are_values(posterior: Posterior) -> Iterator[Check]:
         swapped_rows = to_host(prior.next_log_probs(swapped))[::-1]
         order = np.arange(_MANY_ROWS)[::-1] % 2
         many = to_host(prior.next_log_probs(prior.select(prior.append(start, tokens), order)))
-    yield Check("a state is unchanged by append", _close(after, again), "append twice on one state")
-    yield Check("select permutes rows", _close(after, swapped_rows), "two rows swapped")
-    yield Check("select repeats rows", _close(after[order], many), f"{_MANY_ROWS} rows of two")
+    yield Check("a state is unchanged by append", _close(after, again, posterior), "append twice on one state")
+    yield Check("select permutes rows", _close(after, swapped_rows, posterior), "two rows swapped")
+    yield Check("select repeats rows", _close(after[order], many, posterior), f"{_MANY_ROWS} rows of two")
 
 
 def _reward_is_a_function(posterior: Posterior, sequences: Sequences, rng: np.random.Generator) -> Iterator[Check]:
@@ -295,6 +301,11 @@ def _num_apart(first: np.ndarray, second: np.ndarray) -> int:
     return int((~np.isclose(first, second, rtol=0.0, atol=_REWARD_TOLERANCE * scale)).sum())
 
 
-def _close(first: np.ndarray, second: np.ndarray) -> bool:
+def _tolerance(posterior: Posterior) -> float:
+    """Return how far apart two log-probs of one token may be by rounding, in nats."""
+    return _HALF_TOLERANCE if getattr(posterior.prior, "half_precision", False) else _TOKEN_TOLERANCE
+
+
+def _close(first: np.ndarray, second: np.ndarray, posterior: Posterior) -> bool:
     """Return whether log-probs agree within the tolerance of one token, equal infinities included."""
-    return bool(np.allclose(first, second, rtol=0, atol=_TOKEN_TOLERANCE))
+    return bool(np.allclose(first, second, rtol=_RELATIVE_TOLERANCE, atol=_tolerance(posterior)))

@@ -24,6 +24,7 @@ say so in `info["chain"]`, keep their chains, and R-hat its meaning.
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -142,7 +143,7 @@ def save_draws(draws: Draws, path: Path) -> Path:
     return write_sealed(draws_to_datatree(draws), path, encoding)
 
 
-def load_draws(path: Path) -> Draws:
+def load_draws(file: str | Path) -> Draws:
     """Read what `save_draws` wrote. Texts come from the file, without the model.
 
     A file without a checksum, of an earlier version, is read with a warning, after a process of its own has read it.
@@ -152,6 +153,13 @@ def load_draws(path: Path) -> Draws:
     CheckpointError
         If there is no such file, it is damaged, or it is not one of ours.
     """
+    if not isinstance(file, str | os.PathLike):
+        raise CheckpointError(f"The file of draws must be a text or a pathlib.Path; got {file!r}.")
+    path = Path(file)
+    if path.is_dir():
+        inside = path / "draws.nc"
+        cure = f"Its draws are in {str(inside)!r}." if inside.is_file() else "Give the file that Draws.save wrote."
+        raise CheckpointError(f"{str(path)!r} is a folder. {cure}")
     if not path.is_file():
         raise CheckpointError(f"There is no file {str(path)!r}.")
     sealed = check_sealed(path)

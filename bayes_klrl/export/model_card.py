@@ -5,11 +5,11 @@ Its front matter is what the hub reads (base_model, library_name, tags). A READM
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bayes_klrl.errors import warn_caller
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.whole_files import write_whole
 
@@ -146,8 +146,7 @@ def write_card(folder: Path, text: str, before: bytes | None) -> Path:
         return write_whole(folder / CARD, text)
     if card_before(folder) != before:
         write_whole(folder / CARD, before)
-    warnings.warn(
-        f"{str(folder / CARD)!r} was not written by bayes_klrl and stays as it was; the model card is in {OTHER_CARD}.",
-        stacklevel=4,
+    warn_caller(
+        f"{str(folder / CARD)!r} was not written by bayes_klrl and stays as it was; the model card is in {OTHER_CARD}."
     )
     return write_whole(folder / OTHER_CARD, text)

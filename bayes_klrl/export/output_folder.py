@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bayes_klrl.errors import BayesKLRLError, OutputError
-from bayes_klrl.whole_files import UNFINISHED, check_folder, write_whole
+from bayes_klrl.whole_files import UNFINISHED, check_folder, named_path, write_whole
 
 __all__ = ["check_group_name", "check_output", "naming_what_is_safe", "prepare_output"]
 
@@ -57,7 +57,7 @@ def check_output(folder: str | Path) -> Path:
     OutputError
         If it cannot be made or written into, or its name is empty.
     """
-    path = Path(folder)
+    path = named_path(folder)
     if path.exists() and not path.is_dir():
         raise BayesKLRLError(f"The output folder {str(path)!r} is a file. Choose another with --out.")
     if path.is_dir() and any(path.iterdir()) and not (path / _MARK).exists():

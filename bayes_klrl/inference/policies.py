@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.inference.svi.bayesian.recipe import BayesianFit
 from bayes_klrl.inference.svi.fit import Fit
+from bayes_klrl.models.checkpoint_files import TRAINER_STATE, checkpoint_number, why_not_whole
 from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.posterior import Posterior, check_context, check_language_model
 from bayes_klrl.randomness import Streams
@@ -35,8 +35,9 @@ def as_policy(policy: Any, posterior: Posterior) -> LanguageModel:
     policy
         A language model, a `Fit` (for a `BayesianFit`, its predictive policy), or a folder: what a `BayesianFit` saved, a
         Hugging Face model, a PEFT adapter, or the output of a TRL trainer, whose last `checkpoint-N` is taken if the model
-        itself was not saved. A folder is loaded at the prior's temperature, with the prior's EOS ids and on its device,
-        because these three are part of the problem. An adapter that names no base model is put on the prior.
+        itself was not saved (and is refused by name while it is being written). A folder is loaded at the prior's
+        temperature, with the prior's EOS ids and on its device, because these three are part of the problem. An adapter that
+        names no base model is put on the prior.
     posterior
         The posterior. The policy must have the vocabulary of its prior.
 
@@ -117,9 +118,7 @@ def load_policy(folder: Path, prior: LanguageModel) -> LanguageModel:
     The `TorchLM` has no tokenizer of its own: the prior's tokenizer reads all completions, and trainers often save one with a
     padding token for which the model has no logit. That both tokenizers give each id the same meaning is still checked.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {str(folder)!r} to load a policy from.")
-    if NgramLM.is_saved_in(folder):
+    if folder.is_dir() and NgramLM.is_saved_in(folder):
         return NgramLM.from_pretrained(folder)
     from bayes_klrl.models.torch_lm.checkpoint import load
     from bayes_klrl.models.torch_lm.lm import TorchLM, output_size
@@ -144,15 +143,34 @@ def policy_folder(policy: Any) -> Path | None:
 
 
 def model_folder(folder: Path) -> Path:
-    """Return the folder itself if it holds a model, else its last `checkpoint-N` as written by a trainer."""
+    """Return the folder itself if it holds a model, else its last `checkpoint-N` as written by a trainer.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such folder, or the last checkpoint is not whole: an earlier one would be another policy.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"There is no folder {str(folder)!r} to load a policy from.")
     if any((folder / name).is_file() for name in _CONFIGS) or any(folder.glob("*.gguf")):
         return folder
-    checkpoints = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    if not checkpoints:
+    numbers = {path: number for path in folder.iterdir() if (number := checkpoint_number(path)) is not None}
+    if not numbers:
         raise CheckpointError(
             f"{str(folder)!r} is not a model: it has neither a config.json or adapter_config.json nor a checkpoint-N in it."
         )
-    return max(checkpoints, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    last = sorted(path for path, number in numbers.items() if number == max(numbers.values()))
+    if len(last) > 1:
+        raise CheckpointError(
+            f"{' and '.join(path.name for path in last)} in {str(folder)!r} have the same number, so none of them is the "
+            "last. Give the folder of the one that you mean."
+        )
+    if (reason := why_not_whole(last[0], any((path / TRAINER_STATE).is_file() for path in numbers))) is not None:
+        raise CheckpointError(
+            f"The last checkpoint in {str(folder)!r} is {last[0].name}, and {reason}. If the trainer is writing it, wait; or "
+            "give the folder of an earlier checkpoint."
+        )
+    return last[0]
 
 
 def check_same_vocabulary(policy: LanguageModel, prior: LanguageModel) -> None:

@@ -29,6 +29,10 @@ class BestOf(RankedFactor):
     carries an error of order sqrt(n / M): log Z of the posterior that is sampled differs from -log n by a random number with
     standard deviation `log_evidence_se`, so that M should be many times n.
 
+    A score that a network computes is rounded differently in each batch. So scores that differ by no more than rounding are
+    ties, and a completion that F was made of is not scored again. What counts as rounding is measured for each prompt: a few
+    completions are scored twice. For functions that give the same number twice it is 0.
+
     Parameters
     ----------
     n

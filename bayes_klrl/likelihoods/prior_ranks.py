@@ -6,6 +6,10 @@ A score s has the cell [F(s-), F(s)] of the unit interval, whose mass is that of
   (1 + #{s_m = s}) / (M + 1). The completion counts as one more draw, so that its cell is never empty, and ranks of prior
   draws are uniform for every M;
 * exact, by enumeration of all completions.
+
+A score that a network computes is rounded differently in each batch. So a completion that F was made of keeps its level by its
+token ids, and is not scored again; only others are found by their score. Scores that differ by no more than rounding are ties.
+How large that is, is measured: a few completions are scored twice.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bayes_klrl.batch import Batch, Setting
 from bayes_klrl.checks import check_count
@@ -30,7 +36,12 @@ from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
 __all__ = ["PriorRanks", "RankedFactor", "check_reference", "score_of"]
 
+Keys = NDArray[np.bytes_]
+"""Digests of completions."""
 _MOST_COMPLETIONS = 20_000
+_NUM_SCORED_TWICE = 8
+_MARGIN = 8.0  # the largest difference of 8 completions, and of all
+_MOST_ROUNDING = 1e-4  # more is not rounding: a score that is random, or of half precision, is taken as it is
 _STREAM = (70, 1024)  # of the seed: other draws with the same seed have other numbers
 
 
@@ -40,29 +51,65 @@ class Cells:
 
     Parameters
     ----------
-    levels, mass, below
-        The distinct scores in increasing order, the mass of each and the mass below each, shape (L,).
+    lowest, highest
+        The levels in increasing order, each from its lowest to its highest score, shape (L,).
+    mass, below
+        The mass of each level, shape (L,), and the mass below it, shape (L + 1,).
     own
         The mass that a completion's own draw adds to its cell: 1 / (M + 1), or 0 if F is exact.
+    rounding
+        The part of 1 + |score| by which two scores may differ that are one.
+    keys, places
+        The digests of the completions that F was made of, in order, and the level of each, shape (U,).
     """
 
-    levels: FloatArray
+    lowest: FloatArray
+    highest: FloatArray
     mass: FloatArray
     below: FloatArray
     own: float
+    rounding: float
+    keys: Keys
+    places: IntArray
 
     @classmethod
-    def of(cls, scores: FloatArray, masses: FloatArray, own: float) -> Cells:
-        """Return the cells of some scores and their masses, both (M,); `own` and all masses sum to 1."""
-        levels, level = np.unique(scores, return_inverse=True)
-        mass = np.bincount(level, weights=masses).astype(np.float64)
-        return cls(levels, mass, np.concatenate([[0.0], mass.cumsum()]), own)
+    def of(cls, keys: Keys, scores: FloatArray, masses: FloatArray, own: float, rounding: float) -> Cells:
+        """Return the cells of some completions, their scores and masses, all (M,); `own` and all masses sum to 1."""
+        keys, first, which = np.unique(keys, return_index=True, return_inverse=True)
+        scores = scores[first]  # the same completion has one score
+        values, value = np.unique(scores, return_inverse=True)
+        starts = _level_starts(values, rounding)
+        places = np.searchsorted(starts, value, side="right") - 1
+        mass = np.bincount(places[which], weights=masses, minlength=len(starts)).astype(np.float64)
+        below = np.concatenate([[0.0], mass.cumsum()])
+        highest = values[np.append(starts[1:], len(values)) - 1]
+        return cls(values[starts], highest, mass, below, own, rounding, keys, places)
 
-    def __call__(self, scores: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Return F(s-) and the mass of the cell of each score, both (M,)."""
-        place = np.searchsorted(self.levels, scores)
-        inside = np.minimum(place, len(self.levels) - 1)
-        return self.below[place], np.where(self.levels[inside] == scores, self.mass[inside], 0.0) + self.own
+    def known_places(self, keys: Keys) -> IntArray:
+        """Return the levels of completions, -1 for one that F was not made of, shape (M,)."""
+        found = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        return np.where(self.keys[found] == keys, self.places[found], -1)
+
+    def at(self, places: IntArray) -> tuple[FloatArray, FloatArray]:
+        """Return F(s-) and the mass of the cell of each level, both (M,)."""
+        return self.below[places], self.mass[places] + self.own
+
+    def of_scores(self, scores: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Return F(s-) and the mass of the cell of each score, both (M,): that of the nearest level within rounding."""
+        tolerance = _tolerance(scores, self.rounding)
+        place = np.searchsorted(self.highest, scores - tolerance)
+        last = len(self.mass) - 1
+        inside, following = np.minimum(place, last), np.minimum(place + 1, last)
+        place = np.where(self._distance(following, scores) < self._distance(inside, scores), following, place)
+        inside = np.minimum(place, last)
+        is_tied = self._distance(inside, scores) <= tolerance
+        return self.below[place], np.where(is_tied, self.mass[inside], 0.0) + self.own
+
+    def _distance(self, places: IntArray, scores: FloatArray) -> FloatArray:
+        """Return how far scores are from levels, 0 inside, shape (M,)."""
+        with np.errstate(invalid="ignore"):
+            outside = np.maximum(self.lowest[places] - scores, scores - self.highest[places])
+        return np.where(np.isnan(outside), 0.0, np.maximum(outside, 0.0))  # NaN: the score -inf in the level -inf
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +136,19 @@ class PriorRanks:
 
     def __call__(self, batch: Batch) -> tuple[FloatArray, FloatArray]:
         """Return F(s-) and the mass of the cell of each completion's score, both (M,)."""
-        scores = self._of(batch)
-        lower, mass = np.empty(len(batch)), np.empty(len(batch))
-        for p in np.unique(batch.prompt_index):
-            rows = batch.prompt_index == p
-            lower[rows], mass[rows] = self.cells(int(p))(scores[rows])
+        lower, mass, keys = np.empty(len(batch)), np.empty(len(batch)), _keys(batch.tokens, batch.lengths)
+        prompts = {int(p): np.flatnonzero(batch.prompt_index == p) for p in np.unique(batch.prompt_index)}
+        new: dict[int, IntArray] = {}
+        for p, rows in prompts.items():
+            places = self.cells(p).known_places(keys[rows])
+            known, new[p] = rows[places >= 0], rows[places < 0]
+            lower[known], mass[known] = self.cells(p).at(places[places >= 0])
+        unscored = np.sort(np.concatenate([*new.values(), np.empty(0, np.int64)]))
+        if unscored.size:
+            scores = np.empty(len(batch))
+            scores[unscored] = self._of(_part(batch, unscored))
+            for p, rows in new.items():
+                lower[rows], mass[rows] = self.cells(p).of_scores(scores[rows])
         return lower, mass
 
     def cells(self, p: int) -> Cells:
@@ -121,8 +176,10 @@ class PriorRanks:
             Streams.of(self.seed, *_STREAM),
             keys=[(0, *ids)],
         )
-        scores = np.concatenate([self._scores(block.tokens, block.lengths, p) for block in blocks])
-        return Cells.of(scores, np.full(num_draws, 1 / (num_draws + 1)), 1 / (num_draws + 1))
+        scored = [self._scored(block.tokens, block.lengths, p) for block in blocks]
+        keys, scores = (np.concatenate(each) for each in list(zip(*scored, strict=True))[:2])
+        rounding = max(each[2] for each in scored)
+        return Cells.of(keys, scores, np.full(num_draws, 1 / (num_draws + 1)), 1 / (num_draws + 1), rounding)
 
     def _enumerated(self, p: int) -> Cells:
         """Return F from all completions."""
@@ -130,11 +187,16 @@ class PriorRanks:
         every = all_sequences(prior.vocab_size, prior.eos_token_ids, self.base.max_new_tokens)
         batch = self._batch(every.tokens[0], every.lengths[0], p)
         masses = np.exp(batch_log_probs(prior, batch))
-        return Cells.of(self._scores(batch.tokens, batch.lengths, p), masses / masses.sum(), 0.0)
+        keys, scores, rounding = self._scored(batch.tokens, batch.lengths, p)
+        return Cells.of(keys, scores, masses / masses.sum(), 0.0, rounding)
 
-    def _scores(self, tokens: IntArray, lengths: IntArray, p: int) -> FloatArray:
-        """Return the scores of completions (M, T) of prompt p."""
-        return self._of(self._batch(tokens, lengths, p))
+    def _scored(self, tokens: IntArray, lengths: IntArray, p: int) -> tuple[Keys, FloatArray, float]:
+        """Return the digests and scores of completions (M, T) of prompt p, and the rounding of their scores."""
+        batch = self._batch(tokens, lengths, p)
+        scores = self._of(batch)
+        few = np.unique(np.linspace(0, len(scores) - 1, _NUM_SCORED_TWICE).astype(np.int64))
+        again = np.concatenate([self._of(_part(batch, rows)) for rows in (few[:1], few[1:]) if rows.size])
+        return _keys(tokens, lengths), scores, _rounding(scores[few], again)
 
     def _of(self, batch: Batch) -> FloatArray:
         """Return the scores of the completions of a batch, shape (M,)."""
@@ -201,6 +263,47 @@ class RankedFactor(Factor):
                 "use the posterior's `reward`."
             )
         return self.checked(self.of_cells(*self.ranks(batch)), batch)
+
+
+def _keys(tokens: IntArray, lengths: IntArray) -> Keys:
+    """Return a digest of the ids of each completion (M, T), shape (M,)."""
+    rows = np.ascontiguousarray(tokens, dtype=np.int64)
+    digests = [blake2b(row[:n].tobytes(), digest_size=16).digest() for row, n in zip(rows, lengths, strict=True)]
+    return np.array(digests, dtype="S16")
+
+
+def _part(batch: Batch, rows: IntArray) -> Batch:
+    """Return some of the rows of a batch."""
+    return replace(batch, tokens=batch.tokens[rows], lengths=batch.lengths[rows], prompt_index=batch.prompt_index[rows])
+
+
+def _rounding(scores: FloatArray, again: FloatArray) -> float:
+    """Return how far scores of one completion may be apart, relative to 1 + |score|, from some that were computed twice.
+
+    A function that computes each completion by itself gives the same twice, and only its equal scores are ties.
+    """
+    finite = np.isfinite(scores) & np.isfinite(again)
+    differences = np.abs(scores[finite] - again[finite]) / (1 + np.abs(scores[finite]))
+    return float(min(_MARGIN * differences.max(initial=0.0), _MOST_ROUNDING))
+
+
+def _tolerance(scores: FloatArray, rounding: float) -> FloatArray:
+    """Return how far each score may be from another one that is the same; 0 for -inf."""
+    return np.where(np.isfinite(scores), rounding * (1 + np.abs(np.where(np.isfinite(scores), scores, 0.0))), 0.0)
+
+
+def _level_starts(values: FloatArray, rounding: float) -> IntArray:
+    """Return the index of the lowest score of each level among distinct scores in increasing order.
+
+    A level has the scores within rounding of its lowest one, so that levels of dense scores do not run into each other.
+    """
+    if rounding == 0:
+        return np.arange(len(values))
+    ends = np.searchsorted(values, values + _tolerance(values, rounding), side="right")
+    starts = [0]
+    while ends[starts[-1]] < len(values):
+        starts.append(int(ends[starts[-1]]))
+    return np.array(starts)
 
 
 def score_of(fn: Callable[..., Any] | Factor) -> Factor:

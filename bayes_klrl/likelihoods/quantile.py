@@ -29,7 +29,8 @@ class QuantileReward(RankedFactor):
     Exact are: the formula of log Z for a continuous score and the exact F; the posterior of the F that is used, whatever the
     algorithm. F from M reference draws carries an error of order 1 / sqrt(M): log Z of the posterior that is sampled differs
     from `log_evidence` by a random number with standard deviation `log_evidence_se`, which is different for each prompt and
-    the same in all runs with one seed. With ties log Z is lower than the formula, because mid-ranks are less spread out.
+    the same in all runs with one seed. With ties log Z is lower than the formula, because mid-ranks are less spread out. As in
+    `BestOf`, scores that differ by no more than the rounding of a network are ties.
 
     Parameters
     ----------

@@ -5,7 +5,8 @@ Read `decoding` first: the one loop in which every model draws completions and s
 `automata` (rewards computed by a finite automaton), `twists` (log psi, the value of an unfinished completion) and
 `programs` (the posterior as a Pyro and as a NumPyro program). The files are `mixture` (several models as one),
 `prefix_policy` (a policy as a table over prefixes), `rewards` (ready-made reward functions), and the helpers that all
-models share: `passes`, `token_ids` and `checkpoint_files`. The folder `shipped` holds the weights of the language model that
+models share: `completions` (what was drawn), `memory` and `passes` (how much is computed at once), `token_ids` and
+`checkpoint_files`. The folder `shipped` holds the weights of the language model that
 comes with the package.
 The protocol of a language model is `LanguageModel` in `bayes_klrl.typing`; docs/extending.md writes two models, one of them
 behind an inference server.

@@ -1,4 +1,8 @@
-"""Files of saved models, for every backend: shipped models, tokenizer files, our own entry in config.json."""
+"""Files of saved models, for every backend: shipped models, tokenizer files, our own entry in config.json.
+
+And whether a checkpoint is whole: a trainer may be writing it at this moment. transformers writes the weights first and
+trainer_state.json last.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,9 @@ from bayes_klrl.errors import CheckpointError
 __all__ = [
     "OWN_ENTRY",
     "TOKENIZER_FILES",
+    "TRAINER_STATE",
     "check_has_weights",
+    "checkpoint_number",
     "eos_union",
     "not_finite_error",
     "own_entries",
@@ -22,6 +28,7 @@ __all__ = [
     "shipped_folder",
     "shipped_names",
     "weight_files",
+    "why_not_whole",
 ]
 
 OWN_ENTRY = "bayes_klrl"
@@ -37,6 +44,17 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "tokenizer.model",
     "spiece.model",
+)
+
+TRAINER_STATE = "trainer_state.json"
+"""The file of a checkpoint with what its trainer logged, which is written last."""
+
+_LARGEST_STEP = 2**63 - 1
+_NEEDED_WHOLE = (
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    *(name for name in TOKENIZER_FILES if name.endswith(".json")),
 )
 
 
@@ -148,3 +166,69 @@ def not_finite_error(name: str, source: str) -> CheckpointError:
         f"{name} in {source!r} holds NaN or infinite numbers: the training run that wrote it has diverged. Use an "
         "earlier checkpoint."
     )
+
+
+def checkpoint_number(folder: Path) -> int | None:
+    """Return N of a folder checkpoint-N; None for any other name, and for an N that is too large for a step.
+
+    Examples
+    --------
+    >>> checkpoint_number(Path("run/checkpoint-30")), checkpoint_number(Path("run/checkpoint-best"))
+    (30, None)
+    """
+    prefix, _, number = folder.name.partition("-")
+    if prefix != "checkpoint" or not (number.isascii() and number.isdigit()):
+        return None
+    return int(number) if int(number) <= _LARGEST_STEP else None
+
+
+def why_not_whole(folder: Path, has_states: bool) -> str | None:
+    """Return what is missing from a checkpoint, None if nothing is; no weight is read.
+
+    Parameters
+    ----------
+    folder
+        The checkpoint.
+    has_states
+        Whether checkpoints of the run have a trainer_state.json.
+    """
+    if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return "it has neither config.json nor adapter_config.json, so it is being written or is no model"
+    for name in (*_NEEDED_WHOLE, TRAINER_STATE):
+        if (folder / name).is_file() and not is_object(folder / name):
+            return f"its {name} is not whole, so it is being written or damaged"
+    weights = {path.name for path in folder.glob("*.safetensors")}
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            listed = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return f"its {index.name} is not whole, so it is being written or damaged"
+        if missing := sorted(listed - weights):
+            return f"it lacks {missing[0]}, so it is being written or damaged"
+    if not weights:
+        return "it has no safetensors weights, so it is being written, or they are pickles, which are not read"
+    for name in sorted(weights):
+        if not is_whole(folder / name):
+            return f"its {name} is not whole, so it is being written or damaged"
+    if has_states and not (folder / TRAINER_STATE).is_file():
+        return f"it has no {TRAINER_STATE} yet, which a trainer writes last"
+    return None
+
+
+def is_object(file: Path) -> bool:
+    """Whether a JSON file can be read to its end and holds an object, which for a model's own configuration is not empty."""
+    try:
+        return bool(read_object(file)) or file.name not in ("config.json", "adapter_config.json")
+    except (CheckpointError, OSError, RecursionError):
+        return False
+
+
+def is_whole(file: Path) -> bool:
+    """Whether a safetensors file is as long as its header says; the header alone is read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np"):
+            return True
+    except (OSError, SafetensorError):
+        return False

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from bayes_klrl.checks import check_unicode
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.prompts.words import prompt_words
 
@@ -182,6 +183,8 @@ def _message(what: str, given: Any) -> dict[str, Any]:
         )
     _refuse_tools_and_media(what, role, entries)
     text = _text(what, content)
+    for each in (role, text, *(value for value in entries.values() if isinstance(value, str))):
+        check_unicode(what, each)
     for key, value in entries.items():
         if not isinstance(key, str) or not isinstance(value, str | bool | int | float):
             raise BayesKLRLError(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bayes_klrl.checks import check_unicode
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.prompts.chat import Conversation, conversation, is_message
 from bayes_klrl.prompts.kinds import as_list, check_kind, is_id
@@ -32,7 +33,7 @@ def prompt_list(prompts: Any) -> tuple[Any, ...]:
     Raises
     ------
     BayesKLRLError
-        If it is something else, there is no prompt, or a conversation is not one of text.
+        If it is something else, there is no prompt, a conversation is not one of text, or a text has a lone surrogate.
     """
     given = as_prompts(prompts)
     one = isinstance(given, str | Conversation) or (given and all(map(is_id, given)))
@@ -42,6 +43,8 @@ def prompt_list(prompts: Any) -> tuple[Any, ...]:
     if any(isinstance(prompt, Conversation) for prompt in listed):
         return _conversations(listed)
     if all(isinstance(prompt, str) for prompt in listed):
+        for p, prompt in enumerate(listed):
+            check_unicode(f"Prompt {p}", prompt)
         return tuple(listed)
     if all(isinstance(prompt, list) and all(map(is_id, prompt)) for prompt in listed):
         return tuple(tuple(int(token) for token in prompt) for prompt in listed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ def called_together(fns: Sequence[Callable[..., Any]], labels: Sequence[str], ba
     Raises
     ------
     RewardError
-        If one of them raises; the message names the completion.
+        If one of them raises; the message names the completion. `SystemExit` and `KeyboardInterrupt` are raised as they are.
     """
     calls = [TextCall.of(fn, frozenset(batch.columns), label) for fn, label in zip(fns, labels, strict=True)]
     if batch.prior.tokenizer is None:  # **kwargs would otherwise decode what has no text
@@ -39,15 +40,15 @@ def called_together(fns: Sequence[Callable[..., Any]], labels: Sequence[str], ba
     for call, arguments in zip(calls, columns, strict=True):
         try:
             outcomes.append(_called(call, arguments))
-        except Exception as error:  # whatever a user's function raises
+        except (Exception, asyncio.CancelledError) as error:  # whatever a user's function raises
             outcomes.append(error)
     waiting = [index for index, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)]
     for index, result in zip(waiting, awaited([outcomes[index] for index in waiting]), strict=True):
         outcomes[index] = result
     for call, label, arguments, outcome in zip(calls, labels, columns, outcomes, strict=True):
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, Exception | asyncio.CancelledError):  # cancelled: a task of the function's own
             raise _raised(call, label, arguments, outcome, batch) from outcome
-        if isinstance(outcome, BaseException):  # cancelled from outside
+        if isinstance(outcome, BaseException):  # SystemExit or KeyboardInterrupt
             raise outcome
     return outcomes
 
@@ -107,15 +108,18 @@ def _called(call: TextCall, arguments: Mapping[str, Sequence[Any]]) -> Any:
 
 
 def _raised(
-    call: TextCall, label: str, arguments: Mapping[str, Sequence[Any]], error: Exception, batch: Batch
+    call: TextCall, label: str, arguments: Mapping[str, Sequence[Any]], error: BaseException, batch: Batch
 ) -> RewardError:
     """Return the error about a function that raised another one."""
 
     def call_on(rows: slice) -> None:
-        outcome = _called(call, {name: column[rows] for name, column in arguments.items()})
-        results = awaited([outcome]) if inspect.isawaitable(outcome) else []
-        if results and isinstance(results[0], Exception):
-            raise results[0]
+        try:
+            outcome = _called(call, {name: column[rows] for name, column in arguments.items()})
+            results = awaited([outcome]) if inspect.isawaitable(outcome) else []
+            if results and isinstance(results[0], BaseException):
+                raise results[0]
+        except asyncio.CancelledError as cancelled:
+            raise RewardError("cancelled") from cancelled
 
     row = first_failing_row(len(batch), call_on)
     return RewardError(f"Reward {label!r} raised {type(error).__name__}: {error} -- at {batch.describe(row)}.")

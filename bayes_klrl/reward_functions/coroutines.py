@@ -22,7 +22,9 @@ _loops: dict[int, asyncio.AbstractEventLoop] = {}
 
 
 def awaited(pending: Sequence[Awaitable[Any]]) -> list[Any]:
-    """Return what each of several awaitables gives, or the `Exception` that it raised; they run concurrently.
+    """Return what each of several awaitables gives, or the exception that it raised; they run concurrently.
+
+    `SystemExit`, `KeyboardInterrupt` and `asyncio.CancelledError` are returned like any other exception.
 
     Examples
     --------
@@ -36,11 +38,7 @@ def awaited(pending: Sequence[Awaitable[Any]]) -> list[Any]:
         return []
     loop = _running_loop()
     if _is_inside(loop):  # an async reward that itself asks for rewards: its own loop waits for it
-        results: list[Any] = []
-        thread = threading.Thread(target=lambda: results.extend(asyncio.run(_together(pending))))
-        thread.start()
-        thread.join()
-        return results
+        return _in_another_thread(pending)
     future = asyncio.run_coroutine_threadsafe(_together(pending), loop)
     try:
         return future.result()
@@ -51,7 +49,41 @@ def awaited(pending: Sequence[Awaitable[Any]]) -> list[Any]:
 
 async def _together(pending: Sequence[Awaitable[Any]]) -> list[Any]:
     """Return the results of all, in order; one that fails does not stop the others."""
-    return list(await asyncio.gather(*pending, return_exceptions=True))
+    return list(await asyncio.gather(*map(_outcome, pending)))
+
+
+async def _outcome(awaitable: Awaitable[Any]) -> Any:
+    """Return what an awaitable gives, or what it raised: a `SystemExit` that left its task would stop the loop."""
+    try:
+        return await awaitable
+    except BaseException as error:  # whatever a user's function raises
+        return error
+
+
+def _in_another_thread(pending: Sequence[Awaitable[Any]]) -> list[Any]:
+    """Return the outcomes of all from a loop of their own."""
+    results: list[Any] = []
+
+    def run() -> None:
+        try:
+            results.extend(asyncio.run(_together(pending)))
+        except BaseException as error:  # of a task that a user's function made: it stops this loop
+            results.extend([error] * len(pending))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return results
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Run a loop until it is stopped. A task that a user's function made may raise `SystemExit` through it: it goes on."""
+    while True:
+        try:
+            loop.run_forever()
+        except (SystemExit, KeyboardInterrupt):  # who awaits the task gets it, too
+            continue
+        break
 
 
 def _running_loop() -> asyncio.AbstractEventLoop:
@@ -60,7 +92,7 @@ def _running_loop() -> asyncio.AbstractEventLoop:
         loop = _loops.get(os.getpid())
         if loop is None:
             loop = _loops[os.getpid()] = asyncio.new_event_loop()
-            thread = threading.Thread(target=loop.run_forever, name="bayes_klrl-async-rewards", daemon=True)
+            thread = threading.Thread(target=_run, args=(loop,), name="bayes_klrl-async-rewards", daemon=True)
             thread.start()
             atexit.register(_stop, loop, thread, os.getpid())
         return loop

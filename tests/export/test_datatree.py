@@ -108,7 +108,8 @@ def test_loaded_draws_know_only_their_own_texts(draws: Draws, tmp_path: Path) ->
         loaded.decoder([[999]])
 
 
-def test_files_that_are_not_ours_are_named(draws: Draws, tmp_path: Path) -> None:
+def test_files_that_are_not_ours_are_named(tmp_path: Path) -> None:
+    draws = bk.ImportanceSampling(8).run(POSTERIOR, seed=3)
     text, other, comparison = tmp_path / "text.nc", tmp_path / "other.nc", tmp_path / "comparison.nc"
     text.write_text("no netCDF")
     xr.Dataset({"a": ("x", [1.0])}).to_netcdf(other, engine="h5netcdf")

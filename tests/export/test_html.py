@@ -74,6 +74,12 @@ def audit() -> Any:
     return bk.audit(LeaveOneOut(), problem, num_steps=30)
 
 
+def curve() -> Any:
+    """Of a run with a name that would be a tag."""
+    certificates = {step: bk.certify(FEW, PRIOR, seed=0, num_draws=64) for step in (3, 6)}
+    return bk.CertificateCurve(EVIL, certificates, skipped={"tmp-checkpoint-9": "it is being written"})
+
+
 RESULTS: dict[str, tuple[Callable[[], Any], str]] = {
     "posterior": (lambda: POSTERIOR, "posterior = prior × exp"),
     "draws": (
@@ -85,6 +91,7 @@ RESULTS: dict[str, tuple[Callable[[], Any], str]] = {
     "comparison": (comparison, "log evidence"),
     "table": (lambda: comparison().table(), "log evidence"),
     "certificate": (certificate, "nats from the posterior"),
+    "curve": (curve, "checkpoint-3 is nearest to the posterior, at"),
     "frontier": (lambda: bk.frontier(POSTERIOR, num_draws=64, seed=0), "At alpha 1: E[r]"),
     "amortisation": (amortisation, "On 1 unseen prompts the guide is"),
     "audit": (audit, "POSTERIOR: LeaveOneOut"),
@@ -106,7 +113,7 @@ def test_a_result_shows_its_verdict_first_and_tables_and_is_inert(name: str) -> 
         r"color|background|url\(|http|#[0-9a-f]{3}|rgb", " ".join(str(value) for _, value in page.attributes)
     )
     assert "nan" not in page.text.replace("nance", "")
-    if name in {"posterior", "comparison", "certificate"}:
+    if name in {"posterior", "comparison", "certificate", "curve"}:
         assert EVIL[:8] in page.text  # it is shown, and is no tag
     if name in {"posterior", "draws", "certificate"}:
         assert "a␣ (prompt 2)" in page.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,39 @@ def test_the_card_says_which_posterior_and_how_near(tmp_path: Path) -> None:
     assert bk.NgramLM.from_pretrained(tmp_path).vocab_size == 2
 
 
+OTHER = bk.NgramLM(np.log([0.9, 0.1]), eos_token_id=1)
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "no certificate": (lambda: "A", r"must be a bk\.Certificate, or None; got 'A'"),
+    "another alpha": (
+        lambda: bk.certify(POSTERIOR.at_alpha(0.5), FIT, seed=0, num_draws=32),
+        "a posterior with alpha = 0.5, and the guide's has 0.25",
+    ),
+    "another length": (
+        lambda: bk.certify(bk.Posterior(COIN, LENGTH, prompts=[[], [0]], max_new_tokens=2), FIT, seed=0, num_draws=32),
+        "max_new_tokens = 2, and the guide's has 3",
+    ),
+    "another prior": (
+        lambda: bk.certify(bk.Posterior(OTHER, LENGTH, prompts=[[0]], max_new_tokens=3), FIT, seed=0, num_draws=32),
+        "another prior: log-probs of its completions differ by 0",
+    ),
+    "another policy": (lambda: bk.certify(POSTERIOR, OTHER, seed=0, num_draws=32), "another policy: log-probs"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_certificate_of_something_else_is_refused_before_anything_is_written(name: str, tmp_path: Path) -> None:
+    make, why = REFUSED[name]
+    with pytest.raises(bk.BayesKLRLError, match=why):
+        FIT.save(tmp_path / "guide", certificate=make())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_certificate_on_held_out_prompts_is_quoted(tmp_path: Path) -> None:
+    held_out = bk.Posterior(COIN, LENGTH, prompts=[[0, 0]], max_new_tokens=3)
+    certificate = bk.certify(held_out, FIT, seed=0, num_draws=32)
+    assert str(certificate) in (FIT.save(tmp_path, certificate=certificate) / "README.md").read_text()
+
+
 def test_the_card_of_a_model_and_of_an_adapter(adapter_fit: bk.Fit, tmp_path: Path) -> None:
     """The base is named as one may publish it, not by a path of this machine; peft's own card gives way to ours."""
     for merged, library in ((True, "transformers"), (False, "peft")):
@@ -73,8 +107,9 @@ def test_a_card_of_ours_is_replaced_and_one_of_others_is_kept(adapter_fit: bk.Fi
         fit.save(folder, **options)
         fit.save(folder, **options)  # without a warning, which would be an error
         (folder / "README.md").write_text(THEIRS)
-        with pytest.warns(UserWarning, match="was not written by bayes_klrl and stays as it was"):
+        with pytest.warns(UserWarning, match="was not written by bayes_klrl and stays as it was") as warned:
             fit.save(folder, **options)
+        assert [each.filename for each in warned] == [__file__]
         assert (folder / "README.md").read_text() == THEIRS
         assert "An approximate posterior" in (folder / "BAYES_KLRL.md").read_text()
 

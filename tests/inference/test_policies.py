@@ -83,7 +83,7 @@ def test_a_checkpoint_that_is_not_complete_is_named(tmp_path: Path) -> None:
     """Not passed over for the one before it: that is another policy."""
     leave_checkpoint(tmp_path / "checkpoint-9", tiny_gpt2(seed=9), tiny_tokenizer())
     (tmp_path / "checkpoint-10").mkdir()
-    with pytest.raises(bk.CheckpointError, match=r"checkpoint-10.*is not a model"):
+    with pytest.raises(bk.CheckpointError, match=r"checkpoint-10.*is no model"):
         as_policy(tmp_path, POSTERIOR)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ from scipy.integrate import quad
 
 import bayes_klrl as bk
 from bayes_klrl.inference.sampling.order_statistics import best_of_n_log_probs
+from bayes_klrl.likelihoods.prior_ranks import Cells
+from tests.helpers.tiny_models import tiny_gpt2
 from tests.helpers.truth import Truth, z_score
 from tests.helpers.user_models import TextLM
 from tests.likelihoods.common import PRIOR, length_score, posterior_of, score
@@ -143,11 +146,11 @@ def test_parts_of_the_prompts_and_other_alphas_score_no_reference_again() -> Non
     assert not calls  # nothing is drawn before the first completion is scored
     one = bk.Sequences.from_lists([[3]], max_new_tokens=4, pad_token=3)
     posterior.select([0]).reward(one)
-    assert sum(calls) == 51
+    assert sum(calls) == 58  # 8 of them twice; the completion is one of the 50
     posterior.at_alpha(0.5).select([0]).reward(one)
-    assert sum(calls) == 52
+    assert sum(calls) == 58
     posterior_of(bk.QuantileReward(quantile.fn, alpha=1.0, num_reference=50)).select([0]).reward(one)
-    assert sum(calls) == 103
+    assert sum(calls) == 116
 
 
 def test_scores_read_texts_and_columns() -> None:
@@ -207,6 +210,100 @@ def test_minus_infinity_ranks_lowest_and_nan_is_refused() -> None:
 def test_arguments_are_checked_before_any_work(make: Any, message: str) -> None:
     with pytest.raises(bk.BayesKLRLError, match=message):
         make()
+
+
+# ---- scores that networks round
+
+
+def place_value(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """A whole number that is different for every completion."""
+    inside = np.arange(tokens.shape[1]) < lengths[:, None]
+    return ((tokens + 1) * inside) @ 5 ** np.arange(tokens.shape[1])
+
+
+def rounded(fn: Any) -> bk.TokenReward:
+    """A score whose last digits depend on the batch that it is computed in, as those of a float32 network do."""
+
+    def scored(tokens: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return fn(tokens, lengths) * (1 + 1e-6 * np.cos(len(lengths) + 7.0 * np.arange(len(lengths))))
+
+    return bk.TokenReward(scored, alpha=1.0)
+
+
+@pytest.mark.parametrize("num_reference", [None, 60])
+@pytest.mark.parametrize("fn", [place_value, length_score])
+def test_a_score_that_each_batch_rounds_differently_has_the_same_cells(fn: Any, num_reference: int | None) -> None:
+    """With and without rounding, in one batch and one by one; with 60 draws some completions are no reference."""
+    for make in (bk.BestOf(4, fn, num_reference=num_reference), bk.QuantileReward(fn, alpha=1.0)):
+        options = {"fn": rounded(fn), "num_reference": num_reference}
+        exact = Truth(posterior_of(replace(make, **(options | {"fn": bk.TokenReward(fn, alpha=1.0)}))))
+        posterior = posterior_of(replace(make, **options))
+        np.testing.assert_allclose(posterior.reward(exact.sequences), exact.reward, atol=1e-12)
+        chosen = range(0, exact.sequences.lengths.shape[1], 9)
+        for p in range(2):
+            part = posterior.select([p])
+            rows = [
+                bk.Sequences(exact.sequences.tokens[:1, i : i + 1], exact.sequences.lengths[:1, i : i + 1])
+                for i in chosen
+            ]
+            alone = [part.reward(row)[0, 0] for row in rows]
+            np.testing.assert_allclose(alone, exact.reward[p, list(chosen)], atol=1e-12)
+
+
+@pytest.mark.parametrize("make", [bk.BestOf, bk.QuantileReward])
+def test_ranks_of_a_networks_score_do_not_depend_on_what_else_is_scored(make: Any) -> None:
+    prior, prompts = bk.TorchLM(tiny_gpt2(), check=False), [[1], [2, 3]]
+
+    def posterior(chosen: list[list[int]]) -> bk.Posterior:
+        power = bk.Power(2.0)
+        ranked = make(4, power, num_reference=None) if make is bk.BestOf else make(power, alpha=0.1, num_reference=None)
+        return posterior_of(ranked, prior, prompts=chosen, max_new_tokens=3)
+
+    exact = bk.Exact().run(posterior(prompts), seed=0)
+    for p in range(2):
+        alone = posterior([prompts[p]])
+        np.testing.assert_allclose(
+            alone.reward(bk.Sequences(exact.tokens[:1], exact.lengths[:1]))[0], exact.reward[p], atol=1e-6
+        )
+        few = [
+            alone.reward(bk.Sequences(exact.tokens[:1, i : i + 1], exact.lengths[:1, i : i + 1]))
+            for i in range(0, 80, 8)
+        ]
+        np.testing.assert_allclose(np.ravel(few), exact.reward[p, :80:8], atol=1e-6)
+    if make is bk.BestOf:
+        np.testing.assert_allclose(exact.log_evidence, -np.log(4), atol=1e-6)
+        kl = -(np.exp(exact.log_prior) * exact.reward).sum(axis=1) - np.log(4)
+        np.testing.assert_allclose(
+            bk.certify(posterior(prompts), prior, num_draws=64, num_particles=8, num_runs=4, seed=0).reverse_kl.mean(
+                axis=1
+            ),
+            kl,
+            atol=1e-3,
+        )
+
+
+def test_equal_scores_alone_are_ties_where_nothing_is_rounded() -> None:
+    """However small the differences are: no monotone change of a score changes its ranks."""
+    scores = [
+        bk.TokenReward(lambda tokens, lengths, c=c: c * NUMBER.fn(tokens, lengths), alpha=1.0) for c in (1, 2.0**-60)
+    ]
+    for num_reference in (None, 60):
+        truth, scaled = (
+            Truth(posterior_of(bk.QuantileReward(fn, alpha=1.0, num_reference=num_reference))).reward for fn in scores
+        )
+        np.testing.assert_array_equal(scaled, truth)
+
+
+def test_levels_do_not_run_into_each_other() -> None:
+    """Scores 1.5 roundings apart, in a chain, are levels of their own; those inside a rounding are one."""
+    scores = np.array([-np.inf, 0.0, 4e-7, 1.5e-6, 3e-6, 5.0])
+    keys = np.array([b"a", b"b", b"c", b"d", b"e", b"f"], dtype="S16")
+    cells = Cells.of(keys, scores, np.full(6, 1 / 6), 0.0, 1e-6)
+    np.testing.assert_allclose(cells.mass * 6, [1, 2, 1, 1, 1])
+    lower, mass = cells.of_scores(np.array([-np.inf, -7.0, 5e-7, 2.0, 5 + 4e-6, 9.0]))
+    np.testing.assert_allclose(lower * 6, [0, 1, 1, 5, 5, 6])
+    np.testing.assert_allclose(mass * 6, [1, 0, 2, 0, 1, 0])
+    assert cells.known_places(np.array([b"c", b"x"], dtype="S16")).tolist() == [1, -1]
 
 
 def test_they_need_a_posterior() -> None:

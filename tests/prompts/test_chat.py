@@ -108,6 +108,14 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a number as content": ([{"role": "user", "content": 3}], "has the content 3. Give a text"),
     "a number as role": ([{"role": 3, "content": "a"}], "has the role 3. A role is a text"),
     "no role": ([USER, {"content": "a"}], r"Message 1 of the conversation is \{'content': 'a'\}, which is no message"),
+    "a lone surrogate": (
+        [[USER], [USER, {"role": "user", "content": "a\ud800"}]],
+        r"Message 1 of prompt 1 has the lone surrogate",
+    ),
+    "a lone surrogate in a role": (
+        [{"role": "\udfff", "content": "a"}],
+        r"has the lone surrogate '\\udfff' at character 0",
+    ),
     "a list beside the text": ([{**USER, "notes": ["x"]}], r"has the entry 'notes': \['x'\]"),
 }
 

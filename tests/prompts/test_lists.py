@@ -90,6 +90,11 @@ def test_a_mask_is_padding_and_fits_the_ids(mask: Any, message: str) -> None:
         prompts_of(hf.BatchEncoding({"input_ids": [[1, 2, 3]], "attention_mask": mask}))
 
 
+def test_a_lone_surrogate_is_refused_by_the_number_of_its_prompt() -> None:
+    with pytest.raises(bk.BayesKLRLError, match=r"Prompt 1 has the lone surrogate '\\ud800' at character 2"):
+        prompts_of(["a", "b \ud800"])
+
+
 # --- arrays -----------------------------------------------------------------------------------------------------
 
 

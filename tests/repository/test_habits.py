@@ -80,7 +80,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
-    *(f"docs/{name}.md" for name in ("theory", "extending", "training", "chat", "rewards", "policies")),
+    *(f"docs/{name}.md" for name in ("theory", "extending", "training", "chat", "rewards", "policies", "adapters")),
 ]
 
 

@@ -1,4 +1,7 @@
-"""Every mutant of the table dies: the tests bite. The table itself is checked with the quick tests, so that it cannot rot."""
+"""Mutants of the table die: the tests bite. The table itself is checked with the quick tests, so that it cannot rot.
+
+One mutant of each room is run here; `make mutants` runs them all, and the hosted CI calls it in a job of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from tests.mutants.table import Mutant
 MUTANTS = (*FIRST, *LATER)
 
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
+ONE_PER_ROOM = tuple({mutant.file.rpartition("/")[0] or mutant.file: mutant for mutant in reversed(MUTANTS)}.values())
 EQUIVALENT = Mutant(
     "one that changes nothing that matters",
     "inference/mcmc/suffix_moves.py",
@@ -63,9 +67,9 @@ def test_a_mutant_that_changes_nothing_is_an_error() -> None:
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
-    """A copy in which all killers pass before anything is mutated."""
+    """A copy in which the killers pass before anything is mutated."""
     made = Copy(tmp_path_factory.mktemp("mutants"))
-    verdicts = made.verdicts([*killers_of(MUTANTS), *EQUIVALENT.killers], keep_bytecode=True)
+    verdicts = made.verdicts([*killers_of(ONE_PER_ROOM), *EQUIVALENT.killers], keep_bytecode=True)
     assert {test: verdict for test, verdict in verdicts.items() if verdict != "passed"} == {}
     yield made
     made.close()
@@ -80,8 +84,8 @@ def differs(path: Path, copy: Copy) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BY_NAME)
-def test_every_mutant_dies(name: str, copy: Copy) -> None:
+@pytest.mark.parametrize("name", [mutant.name for mutant in ONE_PER_ROOM])
+def test_a_mutant_of_each_room_dies(name: str, copy: Copy) -> None:
     assert run_mutant(BY_NAME[name], copy).survivors == {}
 
 

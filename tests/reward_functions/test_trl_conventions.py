@@ -229,6 +229,45 @@ def test_an_async_function_that_raises_shows_the_completion() -> None:
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+async def exits(completions: list[str]) -> list[float]:
+    raise SystemExit("no key")
+
+
+async def cancelled(completions: list[str]) -> list[float]:
+    task = asyncio.create_task(asyncio.sleep(9))
+    await asyncio.sleep(0)
+    task.cancel()
+    await task
+    return []
+
+
+async def exits_in_a_task(completions: list[str]) -> list[float]:
+    await asyncio.create_task(exits(completions))
+    return []
+
+
+async def nested_exit(completions: list[str]) -> list[float]:
+    return rewards(bk.Reward(exits_in_a_task, alpha=1.0))
+
+
+@pytest.mark.parametrize("fn", [exits, exits_in_a_task, nested_exit])
+def test_system_exit_reaches_the_caller_and_the_loop_goes_on(fn: Any) -> None:
+    with pytest.raises(SystemExit, match="no key"):
+        rewards(bk.Reward([async_length, fn], alpha=1.0))
+    assert rewards(bk.Reward(async_length, alpha=1.0)) == LENGTHS.tolist()
+
+
+def test_a_task_of_the_functions_own_that_was_cancelled_is_an_error_of_the_reward() -> None:
+    with pytest.raises(bk.RewardError, match=r"'cancelled' raised CancelledError.* completion 0 '01'"):
+        rewards(bk.Reward([async_length, cancelled], alpha=1.0))
+
+    def without_a_loop(completions: list[str]) -> list[float]:
+        return asyncio.run(cancelled(completions))
+
+    with pytest.raises(bk.RewardError, match=r"'without_a_loop' raised CancelledError.* completion 0 '01'"):
+        rewards(bk.Reward(without_a_loop, alpha=1.0))
+
+
 def test_nothing_is_left_unawaited_when_another_function_raises() -> None:
     with pytest.raises(bk.RewardError, match="'unlucky' raised"):  # a warning about it would be an error
         rewards(bk.Reward([async_length, unlucky], alpha=1.0))

@@ -6,10 +6,14 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from bayes_klrl.draws import Cost
+from bayes_klrl.export.output_folder import prepare_output
 from bayes_klrl.whole_files import UNFINISHED, check_folder, whole_file, whole_folder, write_whole
 
 
@@ -188,6 +192,27 @@ def test_folders_that_cannot_be_made_are_refused(tmp_path: Path, monkeypatch: py
         check_folder(tmp_path / "a" / "b")
     assert names(tmp_path) == ["file"]
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("place", ["", " ", None, 3, b"a", "a\0b", "a\ud800b"], ids=ascii)
+def test_what_cannot_be_a_path_is_refused_by_name(place: Any, tmp_cwd: Path) -> None:
+    coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    posterior = bk.Posterior(coin, bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0), max_new_tokens=2)
+    fit = bk.Fit(coin, {"elbo": np.zeros(1)}, posterior, Cost())
+    for save in (bk.Exact().run(posterior, seed=0).save, fit.save, coin.save_pretrained, prepare_output, check_folder):
+        with pytest.raises(bk.OutputError, match=r"is empty|must be a text or a pathlib|no name of a file has a NUL"):
+            save(place)
+    assert names(tmp_cwd) == []
+
+
+def test_a_folder_that_is_loaded_as_draws_is_called_one(tmp_path: Path) -> None:
+    with pytest.raises(bk.CheckpointError, match=r"is a folder\. Give the file"):
+        bk.Draws.load(tmp_path)
+    write_whole(tmp_path / "draws.nc", "")
+    with pytest.raises(bk.CheckpointError, match=r"is a folder\. Its draws are in '.*draws\.nc'"):
+        bk.Draws.load(tmp_path)
+    with pytest.raises(bk.CheckpointError, match="got None"):
+        bk.Draws.load(None)  # type: ignore[arg-type]
 
 
 def test_trainings_ask_before_they_begin(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from bayes_klrl.analysis.certificate.text import (
     verdict,
 )
 from bayes_klrl.analysis.certificate.training_runs.findings import findings
+from bayes_klrl.analysis.certificate.training_runs.trainer_log import log_of
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.exact.message_lm import MessageLM
@@ -233,7 +234,9 @@ def certified(ground: Groundwork, policy: Any, feature: Feature | None) -> Certi
     """Return the certificate of one policy, on work that may be shared with other policies; see `certify`."""
     start = time.perf_counter()
     posterior, settings = ground.posterior, ground.settings
-    lm = as_policy(policy, posterior)
+    folder = policy_folder(policy)  # once: a trainer may write another checkpoint in the meantime
+    log = None if folder is None else log_of(folder)
+    lm = as_policy(policy if folder is None else folder, posterior)
     ours = policy_draws(
         posterior, lm, settings.num_draws, Streams.of(settings.stream("policy")), progress=settings.progress
     )
@@ -260,7 +263,7 @@ def certified(ground: Groundwork, policy: Any, feature: Feature | None) -> Certi
         evidence_source=evidence.source,
         coverage=cells,
         notes=(*evidence.notes, *point.notes, *cell_notes),
-        findings=findings(posterior, lm, ours, policy_folder(policy)),
+        findings=findings(posterior, lm, ours, folder, log),
         draws=ours,
         exact_draws=evidence.draws,
         cost=replace(ours.cost + evidence.cost + ground.prior_draws.cost, seconds=time.perf_counter() - start),

@@ -45,6 +45,16 @@ class Plan:
         Why the algorithm would refuse; None if it would not.
     notes
         What the numbers leave out.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> prior = bk.TorchLM.from_pretrained("austen", device="meta")
+    >>> ones = bk.TokenReward(lambda tokens, lengths: (tokens == 1).sum(axis=1), alpha=1.0)
+    >>> posterior = bk.Posterior(prior, ones, prompts="It was", max_new_tokens=24)
+    >>> planned = bk.plan(posterior, bk.ImportanceSampling(1000))
+    >>> f"{planned.num_parameters:,}", planned.fits(8 * 2**30), list(planned.phases)
+    ('2,090,688', True, ['decoding'])
     """
 
     algorithm: str

@@ -16,6 +16,7 @@ from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import FloatArray, LanguageModel
+from bayes_klrl.whole_files import check_folder
 
 __all__ = ["Fit"]
 
@@ -103,13 +104,21 @@ class Fit:
             True: adapters are added to the weights, and the folder holds a whole model. False: the adapter stays an adapter,
             a few files that `peft` and trainers read, which name the prior's folder as their base.
         certificate
-            A `Certificate` of the guide, to be quoted in the model card.
+            A `Certificate` of the guide, to be quoted in the model card; on held-out prompts, too. Prior and guide score a few
+            of its draws anew, so that one of another policy is refused.
 
         Raises
         ------
         OutputError
             If it cannot be written. A new folder is then not there; one that held a model is as it was.
+        BayesKLRLError
+            If the certificate is none, or is of another posterior or policy. Nothing was written then.
         """
+        if certificate is not None:
+            from bayes_klrl.analysis.certificate.quoted import check_is_of
+
+            check_is_of(certificate, self.posterior, self.guide)
+        check_folder(folder)
         from bayes_klrl.export.model_card import card_before, write_card
 
         before = card_before(Path(folder))

@@ -82,7 +82,7 @@ class SVI:
         variance.
     initial_guide
         A language model that the training starts from, such as the guide of an earlier fit, on JAX if the prior is; None: the
-        prior.
+        prior. Of one with a trainable PEFT adapter the adapter alone is trained.
     particles_per_pass
         Completions per prompt that are differentiated at once, to bound memory; None: all. The gradient is the same up to
         rounding.

@@ -36,7 +36,13 @@ from bayes_klrl.typing import FloatArray
 __all__ = ["Classifier", "configuration", "loaded"]
 
 _PROBE_LENGTHS = (9, 5, 2)
+_PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative to the largest logit; half precision: 0.05
+
+_CURE = (
+    "Load the classifier with transformers.AutoModelForSequenceClassification.from_pretrained(folder), or score the texts "
+    "in a bk.Reward of your own."
+)
 
 
 def configuration(model: Any) -> Any:
@@ -45,7 +51,11 @@ def configuration(model: Any) -> Any:
         config = getattr(base_model(model), "config", None)
         if not hasattr(config, "num_labels") or not hasattr(base_model(model), "base_model_prefix"):
             raise CheckpointError(f"A classifier is a model of transformers; got a {type(model).__name__}.")
+        _check_head(base_model(model))
         return config
+    if not isinstance(model, str | os.PathLike):
+        cure = " A function of texts is a bk.Reward(fn, alpha=...)." if callable(model) else ""
+        raise BayesKLRLError(f"model is a classifier, a folder or a hub id; got {model!r}.{cure}")
     name = os.fspath(model)
     if (Path(name) / "adapter_config.json").is_file():
         raise CheckpointError(
@@ -61,11 +71,21 @@ def configuration(model: Any) -> Any:
         raise CheckpointError(f"{name!r} cannot be read as a model: {error}") from error
 
 
+def _check_head(model: Any) -> None:
+    """Refuse a model of transformers that was made for another task, whose logits could pass for those of labels."""
+    name = type(model).__name__
+    if type(model).__module__.startswith("transformers.models.") and "ForSequenceClassification" not in name:
+        raise CheckpointError(f"{name} is no sequence classifier: it was made for another task. {_CURE}")
+
+
 def loaded(model: Any, tokenizer: Any, device: Any, dtype: Any) -> tuple[Any, Any]:
     """Return model and tokenizer of what `ClassifierReward` is given; a model that is given is not changed."""
     precision = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if precision is not None and not isinstance(precision, torch.dtype):
-        raise BayesKLRLError(f'dtype is a type of torch or its name, such as "bfloat16"; got {dtype!r}.')
+    if precision is not None and precision not in _PRECISIONS:
+        raise BayesKLRLError(
+            'dtype is a type of torch or its name, one of "float32", "float64", "bfloat16" and "float16"; '
+            f"got {dtype!r}."
+        )
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise BayesKLRLError("A classifier that is given as a model needs its tokenizer: tokenizer=...")
@@ -243,7 +263,14 @@ class Classifier:
 
     def _padded(self, rows: Sequence[tuple[int, ...]]) -> Tensor:
         """Return the logits of rows by the model's own forward, (B, K)."""
-        logits: Tensor = self.model(**self._inputs(rows)).logits
+        logits: Tensor | None = getattr(self.model(**self._inputs(rows)), "logits", None)
+        expected = (len(rows), int(self._base.config.num_labels))
+        if logits is None or tuple(logits.shape) != expected:
+            shape = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+            raise CheckpointError(
+                f"{type(self._base).__name__} is no sequence classifier: for {len(rows)} texts it gives {shape}, where "
+                f"{expected} is expected, (texts, num_labels). {_CURE}"
+            )
         return logits
 
     def _inputs(self, rows: Sequence[tuple[int, ...]]) -> dict[str, Tensor]:
@@ -279,6 +306,8 @@ class Classifier:
                 with evaluating(self.model):
                     if check(rows, torch.cat([self._padded([row]) for row in rows])):
                         return way
+            except CheckpointError:
+                raise
             except Exception:  # whatever a model raises that is not made for this
                 continue
         return "one by one"

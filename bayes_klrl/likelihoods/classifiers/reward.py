@@ -13,7 +13,7 @@ import numpy as np
 
 from bayes_klrl.batch import Batch, Setting
 from bayes_klrl.checks import check_count
-from bayes_klrl.errors import BayesKLRLError, CheckpointError, RewardError, TextRewardError
+from bayes_klrl.errors import CheckpointError, RewardError, TextRewardError
 from bayes_klrl.likelihood import Factor, check_alpha_and_bounds
 from bayes_klrl.likelihoods.classifiers.heads import Head, head_of
 from bayes_klrl.models.twists.simple import PartialRewardTwist
@@ -65,7 +65,8 @@ class ClassifierReward(Factor):
     ----------
     model
         The classifier: a folder or hub id for `AutoModelForSequenceClassification` (safetensors only), or such a model, which
-        is not changed. It need not have the prior's vocabulary.
+        is not changed. It need not have the prior's vocabulary. Scores are kept by text: after you have changed a model in
+        place, make a new `ClassifierReward`.
     label
         Whose probability is the reward: a name of the model's `id2label`, or an index. None: the only one, for a model with
         `num_labels = 1`.
@@ -100,7 +101,8 @@ class ClassifierReward(Factor):
     BayesKLRLError
         If an argument is wrong. A label that does not exist is answered with a list of those that do.
     CheckpointError
-        If there is no classifier (of a language model the head would be random numbers), or its tokenizer does not fit.
+        If there is no sequence classifier: a model with another head, a language model in a folder, whose head would be
+        random numbers, or a model that does not give K logits for a text. If its tokenizer does not fit.
     TextRewardError
         When a posterior is made: if the prior has no tokenizer.
     RewardError
@@ -158,8 +160,6 @@ class ClassifierReward(Factor):
             check_count("max_length", max_length)
         if isinstance(model, str | os.PathLike):
             model = os.fspath(model)
-        elif not callable(model):
-            raise BayesKLRLError(f"model is a classifier, a folder or a hub id; got {model!r}.")
         head = head_of(configuration(model), label, output)
         options = {
             "tokenizer": tokenizer,

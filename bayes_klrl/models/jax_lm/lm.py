@@ -11,7 +11,6 @@ import copy
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -62,6 +61,7 @@ from bayes_klrl.models.token_ids import (
 )
 from bayes_klrl.sequences import Sequences, completion_lengths
 from bayes_klrl.typing import Array, IntArray, LanguageModel, TokenIds
+from bayes_klrl.whole_files import named_path
 
 __all__ = ["JaxLM"]
 
@@ -361,7 +361,7 @@ class JaxLM:
         """
         from bayes_klrl.models.jax_lm.checkpoint import save
 
-        save(self._parameters, self._config, self._tokenizer, Path(folder), self._eos_token_ids, self.temperature)
+        save(self._parameters, self._config, self._tokenizer, named_path(folder), self._eos_token_ids, self.temperature)
 
     def _read(self, reading: Reading, prompts: Sequence[TokenIds], sequences: Sequences, depth: int = 0) -> Array:
         """Return the output of a reading for every token, shape (P, N, T), or (P, N, T, depth)."""

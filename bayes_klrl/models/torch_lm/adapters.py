@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.torch_lm.adapter_kinds.known import ZERO_START, cannot_be_merged, check_can_be_guide, kind_of
 from bayes_klrl.models.torch_lm.network import base_model
 from bayes_klrl.models.torch_lm.self_check import apart, own_log_probs, tolerance
 
@@ -96,6 +97,7 @@ def adapted(module: nn.Module, config: Any) -> nn.Module:
     """Return a PEFT model that gives exactly the outputs of `module` until its adapter is trained."""
     peft = import_peft()
     check_has_gradients(module)
+    check_can_be_guide(config)
     base = frozen(module, shared=leaves_base_alone(config))
     if config == "lora":
         config = default_lora(peft, base)
@@ -106,12 +108,15 @@ def adapted(module: nn.Module, config: Any) -> nn.Module:
             wrapped: nn.Module = peft.get_peft_model(base, config)
     except (
         AttributeError,
+        ImportError,
         KeyError,
         NotImplementedError,
         RuntimeError,
         TypeError,
         ValueError,
     ) as error:  # the errors of peft for a model that it cannot adapt
+        if isinstance(error, ImportError):
+            raise BayesKLRLError(f"peft cannot make an adapter of {type(config).__name__}: {error}") from error
         raise BayesKLRLError(
             f"peft cannot put this adapter on a {type(base).__name__}: {error}. Name its layers in "
             "peft.LoraConfig(target_modules=[...]), or train a full copy (adapter=None)."
@@ -124,10 +129,12 @@ def check_starts_as(guide: nn.Module, module: nn.Module, config: Any, vocab_size
     ids = [index * vocab_size // 5 for index in (1, 2, 3, 4)]
     own, started = (own_log_probs(each, ids[:2], ids[2:]) for each in (module, guide))
     if (gap := float(apart(own, started).max())) > 0.1 * tolerance(module, own):
+        option = ZERO_START.get(kind_of(config))
         raise BayesKLRLError(
             f"An adapter of {type(config).__name__} changes log-probs by {gap:.2g} nats before it is trained, so the guide "
-            "would not start as this model. Use an adapter that starts at 0, such as peft.LoraConfig(r=8), or wrap the model "
-            "yourself: bk.TorchLM(peft.get_peft_model(model, config))."
+            f"would not start as this model. {f'Give it {option}, or use' if option else 'Use'} an adapter that starts at 0, "
+            "such as peft.LoraConfig(r=8); or start from a model that you wrap yourself: "
+            "bk.SVI(initial_guide=bk.TorchLM(peft.get_peft_model(model, config)))."
         )
 
 
@@ -159,7 +166,9 @@ def check_has_gradients(module: nn.Module) -> None:
 
 def can_be_merged(module: nn.Module) -> bool:
     """Return whether a model's adapters can be added to its weights; virtual tokens cannot."""
-    return not hasattr(module, "peft_config") or hasattr(getattr(module, "base_model", None), "merge_and_unload")
+    if not hasattr(module, "peft_config"):
+        return True
+    return hasattr(getattr(module, "base_model", None), "merge_and_unload") and not cannot_be_merged(module)
 
 
 def merged(module: nn.Module) -> Any:
@@ -177,16 +186,20 @@ def merged(module: nn.Module) -> Any:
             "This model has an adapter that transformers put on it (model.add_adapter). Put it on with peft.get_peft_model or "
             "peft.PeftModel.from_pretrained instead, so that it can be merged."
         )
+    kinds = ", ".join(sorted({type(config).__name__ for config in module.peft_config.values()}))  # type: ignore[operator]
+    refused = (
+        f"An adapter of {kinds} cannot be added to the model's weights. Train another adapter from the model without it, or "
+        "save it as an adapter."
+    )
     if not can_be_merged(module):
-        kinds = ", ".join(sorted({type(config).__name__ for config in module.peft_config.values()}))  # type: ignore[operator]
-        raise BayesKLRLError(
-            f"An adapter of {kinds} cannot be added to the model's weights. Train another adapter from the model without it, "
-            "or save it as an adapter."
-        )
+        raise BayesKLRLError(refused)
     duplicate: Any = duplicated(module, {})
     untie_adapted(duplicate)
     tied = getattr(base_model(duplicate).config, "tie_word_embeddings", False)
-    model = duplicate.merge_and_unload()
+    try:
+        model = duplicate.merge_and_unload()
+    except (NotImplementedError, RuntimeError, ValueError) as error:  # peft's, for what it cannot merge
+        raise BayesKLRLError(f"{refused} ({error})") from error
     if any(
         len(places) > 1 for places in places_of_weights(model)
     ):  # peft compares the head with the encoder's embedding

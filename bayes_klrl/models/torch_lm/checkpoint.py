@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig
 
-from bayes_klrl.errors import CheckpointError
+from bayes_klrl.errors import CheckpointError, warn_caller
 from bayes_klrl.models.checkpoint_files import (
     check_has_weights,
     not_finite_error,
     own_entries,
     read_object,
 )
+from bayes_klrl.models.torch_lm.adapter_kinds.known import check_is_whole_in_its_folder
 from bayes_klrl.models.torch_lm.adapters import (
     can_be_merged,
     frozen,
@@ -147,6 +147,12 @@ def load_adapter(folder: Path, dtype: torch.dtype, base: nn.Module | None = None
     """Return the base model that an adapter folder names (`base` if it names none) with the adapter on it."""
     peft = import_peft()
     config = adapter_configuration(folder)
+    check_is_whole_in_its_folder(config, str(folder))
+    if (kind := config.get("peft_type")) not in list(peft.PeftType):
+        raise CheckpointError(
+            f"The adapter_config.json in {str(folder)!r} has peft_type {kind!r}, which is no kind of adapter that the "
+            f"installed peft {peft.__version__} knows. Install the peft that wrote it, or put the right peft_type there."
+        )
     name = config.get("base_model_name_or_path")
     if name and Path(name).is_dir() and Path(name).resolve() == folder.resolve():
         raise CheckpointError(f"The adapter in {str(folder)!r} names its own folder as its base model. Name the base.")
@@ -306,11 +312,10 @@ def save_adapter(module: Any, folder: Path, tokenizer: Any | None) -> None:
     model = module.get_base_model()
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if hasattr(head, "base_layer") and getattr(model.config, "tie_word_embeddings", False):
-        warnings.warn(
+        warn_caller(
             f"The adapter in {str(folder)!r} has a part for the head of a model whose head and embedding are one matrix. Use "
             "it unmerged (peft, TRL and bk.certify do), or save it with merged=True: peft's merge_and_unload would change the "
-            "embedding too, and with it the policy.",
-            stacklevel=4,
+            "embedding too, and with it the policy."
         )
 
 

@@ -28,6 +28,7 @@ from bayes_klrl.models.torch_lm.self_check import SelfCheck, apart, choose_netwo
 from bayes_klrl.models.torch_lm.tight import TightNetwork, tight_network
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import IntArray, TokenIds
+from bayes_klrl.whole_files import named_path
 
 __all__ = ["TorchLM", "output_size"]
 
@@ -69,8 +70,8 @@ class TorchLM(HuggingFaceModel):
         True: the numbers are compared with the model's own forward before anything is computed with them (`SelfCheck`, some
         ten small forward passes). False: no model is refused for its numbers.
     particles_per_pass
-        The most completions, those of all prompts counted, that are decoded at once by methods whose draws are independent,
-        and that are scored at once. None: as many as the free memory of the device allows, at most 512 in decoding.
+        The most completions, over all prompts, that are decoded at once where draws are independent, and scored at once.
+        None: as many as the free memory of the device allows, at most 512 in decoding.
 
     Attributes
     ----------
@@ -274,19 +275,20 @@ class TorchLM(HuggingFaceModel):
         Parameters
         ----------
         config
-            A `peft` configuration, or "lora": a LoRA adapter of rank 8 on all linear layers, the head among them.
+            A `peft` configuration of a kind in docs/adapters.md, or "lora": LoRA of rank 8 on all linear layers and the head.
         """
-        from bayes_klrl.models.torch_lm.adapters import adapted, check_starts_as
+        from bayes_klrl.models.torch_lm.adapter_kinds.trial import check_guide
+        from bayes_klrl.models.torch_lm.adapters import adapted
 
+        self.require_weights("tuned")
         guide = self._with_module(adapted(self._module, config))
-        check_starts_as(guide.module, self._module, config, self._vocab_size)
+        check_guide(guide.module, self._module, config, self._vocab_size)
         return guide
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, max_shard_size: int | str = "5GB") -> None:
         """Write a Hugging Face folder that `from_pretrained` reads: weights with adapters merged, tokenizer, EOS ids.
 
         Weights of more than `max_shard_size` (bytes, or words such as "5GB") are written as several files with an index.
-
         Temperature and EOS ids are written to config.json, from which `from_pretrained` reads them, and to the generation
         config, for Hugging Face's `generate`. An adapter that cannot be merged, such as prompt tuning, is written as an
         adapter. At the end the folder is loaded again, and eight completions are scored by what was written.
@@ -301,7 +303,7 @@ class TorchLM(HuggingFaceModel):
         from bayes_klrl.models.torch_lm.checkpoint import save
 
         self.require_weights("saved")
-        save(self._module, self._tokenizer, Path(folder), self._eos_token_ids, self.temperature, max_shard_size)
+        save(self._module, self._tokenizer, named_path(folder), self._eos_token_ids, self.temperature, max_shard_size)
         self._check_written(folder)
 
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
@@ -314,16 +316,16 @@ class TorchLM(HuggingFaceModel):
         """
         from bayes_klrl.models.torch_lm.checkpoint import save_adapter
 
-        save_adapter(self._module, Path(folder), self._tokenizer)
+        save_adapter(self._module, named_path(folder), self._tokenizer)
         self._check_written(folder)
 
     def _check_written(self, folder: str | os.PathLike[str]) -> None:
         """Load what was written, and refuse it if it gives other log-probs than this model."""
         from bayes_klrl.models.torch_lm.checkpoint import keep_adapter
 
-        precision = next((parameter.dtype for parameter in self._module.parameters()), torch.float32)
-        own = {"eos_token_id": self._eos_token_ids, "temperature": self.temperature, "check": False}
-        written = TorchLM.from_pretrained(folder, dtype=precision, device=self.device, **own)
+        precision = next((each.dtype for each in self._module.parameters()), torch.float32)
+        own: dict[str, Any] = {"eos_token_id": self._eos_token_ids, "temperature": self.temperature, "dtype": precision}
+        written = TorchLM.from_pretrained(folder, device=self.device, check=False, **own)
         if (gap := self._scoring_gap(written)) > 0:
             kept = keep_adapter(self._module, Path(folder))
             where = "" if kept is None else f" The adapter itself is in {str(kept)!r}: use it with its base model."
@@ -334,9 +336,9 @@ class TorchLM(HuggingFaceModel):
 
     def _scoring_gap(self, other: TorchLM) -> float:
         """Return the largest difference between the log-probs of eight completions, in nats; 0 if it is rounding."""
-        prompts, sequences = random_text(self._vocab_size, self.context_length)
+        text = random_text(self._vocab_size, self.context_length)
         with torch.no_grad():
-            own, others = (lm.token_log_probs(prompts, sequences) for lm in (self, other))
+            own, others = (lm.token_log_probs(*text) for lm in (self, other))
         gap = float(apart(own, others).max())
         return gap if gap > tolerance(self._module, own) else 0.0
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers as hf
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import bayes_klrl as bk
 from tests.helpers.truth import Truth
@@ -309,14 +311,46 @@ def test_what_is_no_classifier(tmp_path: Path) -> None:
         bk.ClassifierReward(torch.nn.Linear(1, 1), alpha=1.0)
     with pytest.raises(bk.BayesKLRLError, match="got 3"):
         bk.ClassifierReward(3, alpha=1.0)
+    with pytest.raises(bk.BayesKLRLError, match=r"built-in function len.*bk\.Reward"):
+        bk.ClassifierReward(len, alpha=1.0)
     with pytest.raises(bk.BayesKLRLError, match="needs its tokenizer"):
         posterior(bk.ClassifierReward(gpt2(), alpha=1.0))
     with pytest.raises(bk.BayesKLRLError, match="alpha must be a positive"):
         bk.ClassifierReward(gpt2(), alpha=0.0, tokenizer=characters())
-    with pytest.raises(bk.BayesKLRLError, match="dtype is a type of torch"):
-        posterior(bk.ClassifierReward(gpt2(), alpha=1.0, tokenizer=characters(), dtype="auto"))
+    for dtype in ("auto", "int8", torch.int8):
+        with pytest.raises(bk.BayesKLRLError, match="dtype is a type of torch"):
+            posterior(bk.ClassifierReward(gpt2(), alpha=1.0, tokenizer=characters(), dtype=dtype))
     with pytest.raises(bk.BayesKLRLError, match="output is"):
         bk.ClassifierReward(gpt2(), alpha=1.0, output="probability", tokenizer=characters())
+
+
+@pytest.mark.parametrize(
+    "kind", ["", "ForTokenClassification", "ForMultipleChoice", "ForQuestionAnswering", "ForNextSentencePrediction"]
+)
+def test_a_model_with_another_head_is_refused(kind: str) -> None:
+    name = f"Bert{kind or 'Model'}"
+    model = getattr(hf, name)(bert().config)
+    with pytest.raises(
+        bk.CheckpointError, match=f"{name} is no sequence classifier.*AutoModelForSequenceClassification"
+    ):
+        bk.ClassifierReward(model, label=0, alpha=1.0, tokenizer=characters())
+
+
+def test_a_model_of_ones_own_is_known_by_its_logits() -> None:
+    class PerToken(hf.BertPreTrainedModel):  # type: ignore[misc]
+        def __init__(self, config: Any, reads: slice | int) -> None:
+            super().__init__(config)
+            self.bert, self.head, self.reads = hf.BertModel(config), torch.nn.Linear(8, 2), reads
+            self.post_init()
+
+        def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+            states = self.bert(input_ids, attention_mask).last_hidden_state
+            return SequenceClassifierOutput(logits=self.head(states)[:, self.reads])
+
+    config, tokenizer = bert().config, characters()
+    with pytest.raises(bk.CheckpointError, match=r"PerToken is no sequence classifier: .* shape \(1, 9, 2\)"):
+        posterior(bk.ClassifierReward(PerToken(config, slice(None)), label=0, alpha=1.0, tokenizer=tokenizer))
+    assert np.isfinite(rewards(bk.ClassifierReward(PerToken(config, 0), label=0, alpha=1.0, tokenizer=tokenizer))).all()
 
 
 def test_a_tokenizer_of_another_model_and_a_prior_without_one() -> None:

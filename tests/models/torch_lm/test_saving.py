@@ -340,6 +340,16 @@ def test_broken_adapter_configurations_are_refused(content: str, tmp_path: Path)
         bk.TorchLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind", ["WHATEVER", None])
+def test_a_kind_of_adapter_that_peft_does_not_know_is_named(kind: str | None, tmp_path: Path) -> None:
+    folder = adapter_folder(tmp_path)
+    file = folder / "adapter_config.json"
+    content = json.loads(file.read_text()) | {"peft_type": kind}
+    file.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    with pytest.raises(bk.CheckpointError, match=rf"has peft_type {kind!r}, which is no kind of adapter"):
+        bk.TorchLM.from_pretrained(folder)
+
+
 def test_an_adapter_that_is_its_own_base_is_refused(tmp_path: Path) -> None:
     folder = adapter_folder(tmp_path)
     file = folder / "adapter_config.json"
@@ -367,8 +377,13 @@ def test_an_adapter_of_a_tied_head_says_what_merging_would_do(tmp_path: Path) ->
     tiny_gpt2(VOCAB).save_pretrained(tmp_path / "base")
     prior = bk.TorchLM.from_pretrained(tmp_path / "base")
     fit = bk.SVI(10, 16, adapter="lora").fit(posterior_of(prior), seed=0)
-    with pytest.warns(UserWarning, match="head and embedding are one matrix"):
-        fit.save(tmp_path / "adapter", merged=False)
+    for save in (
+        lambda: fit.save(tmp_path / "adapter", merged=False),
+        lambda: fit.guide.save_adapter(tmp_path / "again"),
+    ):
+        with pytest.warns(UserWarning, match="head and embedding are one matrix") as warned:
+            save()
+        assert [each.filename for each in warned] == [__file__]  # the user's own line, and none of ours
     names = list(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
     assert any("lm_head" in name for name in names)
     assert all("lora" in name for name in names)

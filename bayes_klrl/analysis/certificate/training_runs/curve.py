@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from bayes_klrl.analysis.certificate.training_runs.checkpoints import checkpoint
 from bayes_klrl.analysis.certificate.training_runs.trainer_log import TrainerLog, log_of
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import CheckpointError
+from bayes_klrl.export.html import HtmlTable, html_page
 from bayes_klrl.export.output_folder import naming_what_is_safe, prepare_output
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.sequences import Sequences
@@ -57,6 +59,8 @@ class CertificateCurve:
         The probability that some interval of the whole curve misses its value: at most the sum of those of the certificates.
     cost
         Seconds and model tokens, with the shared part once.
+    names
+        The name of a checkpoint's folder by step, where it is not `checkpoint-N` with N the step, as checkpoint-03.
 
     Examples
     --------
@@ -76,6 +80,7 @@ class CertificateCurve:
     skipped: Mapping[str, str] = field(default_factory=dict)
     failure_probability: float = 0.0
     cost: Cost = field(default_factory=Cost)
+    names: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def steps(self) -> IntArray:
@@ -91,14 +96,35 @@ class CertificateCurve:
     def verdict(self) -> str:
         """One sentence: which checkpoint is nearest, and where the last one is."""
         best, last = self.best_step, int(self.steps[-1])
-        where = f"checkpoint-{best} is nearest to the posterior, at {self._distance(best)} nats"
-        others = "" if best == last else f"; the last, checkpoint-{last}, is at {self._distance(last)}"
-        found = "; ".join(f"checkpoint-{step}: {text}" for text, step in self._findings().items())
+        where = f"{self._name(best)} is nearest to the posterior, at {self._distance(best)} nats"
+        others = "" if best == last else f"; the last, {self._name(last)}, is at {self._distance(last)}"
+        found = "; ".join(f"{self._name(step)}: {text}" for text, step in self._findings().items())
         return f"{where}{others}" + (f"; {found}" if found else "")
 
     def __str__(self) -> str:
+        shown = self._columns()
+        rows = [[name, *values] for name, values in shown.items()]
+        widths = [max(len(cell) for cell in column) for column in rows]
+        lines = [self.verdict, "", self._heading()]
+        for cells in zip(*rows, strict=True):
+            line = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
+            lines.append("  " + "  ".join(line))
+        return "\n".join([*lines, *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        shown = self._columns()
+        table = HtmlTable(tuple(shown), list(zip(*shown.values(), strict=True)), words=(), caption=self._heading())
+        return html_page(self.verdict, table, *self._remarks())
+
+    def _heading(self) -> str:
+        """Return what stands above the table."""
+        return f"checkpoints of {self.folder}, nats (logged columns as the trainer has them)"
+
+    def _columns(self) -> dict[str, list[str]]:
+        """Return the cells of the table by column."""
         table = self.table()
         shown = {
+            "step": map(str, self.steps),
             "KL(policy || posterior)": [interval_text(each.pooled.reverse_kl) for each in self.certificates.values()],
             "KL(posterior || policy)": [interval_text(each.pooled.forward_kl) for each in self.certificates.values()],
             "E[r]": table["reward"].map(number),
@@ -106,20 +132,15 @@ class CertificateCurve:
             "above frontier": table["frontier_gap"].map(number),
         }
         shown |= {f"logged {name}": table[f"logged_{name}"].map(number) for name in self._main_columns()}
-        lines = [self.verdict, "", f"checkpoints of {self.folder}, nats (logged columns as the trainer has them)"]
-        rows = [["step", *map(str, self.steps)], *([name, *values] for name, values in shown.items())]
-        widths = [max(len(cell) for cell in column) for column in rows]
-        for cells in zip(*rows, strict=True):
-            line = [cell.rjust(width) for cell, width in zip(cells, widths, strict=True)]
-            lines.append("  " + "  ".join(line))
-        lines.append(
-            "all completions were counted"
-            if self.failure_probability == 0
-            else f"failure probability: {self.failure_probability:g} for all checkpoints together"
-        )
-        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
-        notes = {note: None for each in self.certificates.values() for note in each.notes}
-        return "\n".join(lines + [f"note: {note}" for note in notes])
+        return {name: list(cells) for name, cells in shown.items()}
+
+    def _remarks(self) -> list[str]:
+        """Return what stands below the table: the failure probability, what was skipped, and notes."""
+        counted = self.failure_probability == 0
+        failure = f"failure probability: {self.failure_probability:g} for all checkpoints together"
+        skipped = [f"skipped {name}: {reason}" for name, reason in self.skipped.items()]
+        notes = {f"note: {note}": None for each in self.certificates.values() for note in each.notes}
+        return ["all completions were counted" if counted else failure, *skipped, *notes]
 
     def table(self) -> pd.DataFrame:
         """Return a pandas DataFrame with one row per checkpoint: intervals in two columns each, and what was logged last.
@@ -161,6 +182,10 @@ class CertificateCurve:
                 self.table().to_csv(unfinished)
             self.plot(out / "certificates.png")
         return out
+
+    def _name(self, step: int) -> str:
+        """Return the name of a checkpoint's folder."""
+        return self.names.get(step, f"checkpoint-{step}")
 
     def _distance(self, step: int) -> str:
         """Return KL(policy || posterior) of a checkpoint in words."""
@@ -234,7 +259,8 @@ def certify_checkpoints(
     Raises
     ------
     CheckpointError
-        If there is no whole checkpoint, or one that is not on the prior's vocabulary; the message names it.
+        If there is no whole checkpoint, or one that is not on the prior's vocabulary, or whose log is no trainer's; the
+        message names it.
     BayesKLRLError
         As for `certify`.
 
@@ -251,6 +277,10 @@ def certify_checkpoints(
     ([10], True)
     """
     start = time.perf_counter()
+    if not isinstance(folder, str | os.PathLike):
+        raise CheckpointError(
+            f"folder is the path of a folder with checkpoints, a text or a pathlib.Path; got {folder!r}."
+        )
     settings = Settings(
         seed=seed,
         num_draws=num_draws,
@@ -265,11 +295,13 @@ def certify_checkpoints(
     ground = groundwork(posterior, settings, twist=twist, exact=exact)
     found = checkpoints_in(Path(folder))
     certificates = {}
+    log = None
+    for path in found.whole.values():  # a log that is no trainer's is refused before the first certificate
+        with naming(path):
+            log = log_of(path)  # the last one stays
     for step, path in found.whole.items():
-        try:
+        with naming(path):
             certificates[step] = certified(ground, path, feature)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path.name}: {error}") from error
     total = sum(each.failure_probability for each in certificates.values())
     # each certificate counts what it rests on, and all rest on the same
     tokens = sum(each.cost.model_tokens for each in certificates.values())
@@ -278,8 +310,18 @@ def certify_checkpoints(
     return CertificateCurve(
         folder=str(folder),
         certificates=certificates,
-        log=log_of(found.whole[max(found.whole)]),
+        log=log,
         skipped=found.skipped,
         failure_probability=min(1.0, total),
         cost=cost,
+        names={step: path.name for step, path in found.whole.items() if path.name != f"checkpoint-{step}"},
     )
+
+
+@contextmanager
+def naming(checkpoint: Path) -> Iterator[None]:
+    """Put the name of a checkpoint before what is wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.name}: {error}") from error

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from bayes_klrl.analysis.certificate.training_runs.trainer_log import TrainerLog, log_of
+from bayes_klrl.analysis.certificate.training_runs.trainer_log import TrainerLog
 from bayes_klrl.draws import Draws
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import LanguageModel
@@ -27,7 +27,9 @@ _REFERENCE = "reference"
 _NOT_THE_PRIOR = "this is not the prior it was tuned from"
 
 
-def findings(posterior: Posterior, policy: LanguageModel, draws: Draws, folder: Path | None) -> tuple[str, ...]:
+def findings(
+    posterior: Posterior, policy: LanguageModel, draws: Draws, folder: Path | None, log: TrainerLog | None
+) -> tuple[str, ...]:
     """Return what is wrong with the prior or the training, in words; nothing is said unless it is sure.
 
     Parameters
@@ -38,10 +40,11 @@ def findings(posterior: Posterior, policy: LanguageModel, draws: Draws, folder: 
         The policy, and its own equally weighted draws, (P, N).
     folder
         The folder that the policy was loaded from, for this certificate alone; None: it was not.
+    log
+        What its trainer logged; None: nothing.
     """
     if policy is posterior.prior:
         return ()
-    log = None if folder is None else log_of(folder)
     found = []
     if unchanged(draws):
         found.append("nothing was learned: every draw of the policy has the prior's own probability")

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from bayes_klrl.errors import CheckpointError
+from bayes_klrl.models.checkpoint_files import TRAINER_STATE, checkpoint_number
 from bayes_klrl.typing import FloatArray, IntArray
 
-__all__ = ["STATE", "TrainerLog", "checkpoint_number", "log_of"]
+__all__ = ["TrainerLog", "log_of"]
 
-STATE = "trainer_state.json"
 _REWARDS = ("reward", "objective/scores", "rewards/margins", "loss")
 _WINDOW = 3  # rows up to a checkpoint that speak for it
+_LARGEST_STEP = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class TrainerLog:
         Raises
         ------
         CheckpointError
-            If the file is not whole, or is no trainer's state.
+            If the file is not whole, or is no trainer's state, as with a number that no float or no step can be.
         """
         try:
             state = json.loads(file.read_text(encoding="utf-8"))
@@ -66,15 +67,23 @@ class TrainerLog:
             rows = []
         if not isinstance(state, dict) or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise CheckpointError(f"{str(file)!r} is no trainer's state: its log_history must be a list of rows.")
-        rows = sorted((row for row in rows if isinstance(row.get("step"), int)), key=lambda row: row["step"])
-        names = sorted({name for row in rows for name, value in row.items() if is_number(value)} - {"step"})
-        values = {
-            name: np.array([float(row[name]) if is_number(row.get(name)) else np.nan for row in rows]) for name in names
-        }
-        steps = np.array([int(row["step"]) for row in rows], dtype=np.int64)
+        rows = sorted((row for row in rows if is_step(row.get("step"))), key=lambda row: row["step"])
         step: Any = state.get("global_step")
-        last = int(steps[-1]) if steps.size else 0
-        return cls(step if isinstance(step, int) else last, steps, values)
+        step = step if is_step(step) else rows[-1]["step"] if rows else 0
+        names = sorted({name for row in rows for name, value in row.items() if is_number(value)} - {"step"})
+        try:
+            values = {
+                name: np.array([float(row[name]) if is_number(row.get(name)) else np.nan for row in rows])
+                for name in names
+            }
+        except OverflowError as error:
+            raise CheckpointError(f"{str(file)!r} is no trainer's state: it logs a number above all floats.") from error
+        for each in (step, *(row["step"] for row in rows)):
+            if abs(each) > _LARGEST_STEP:
+                raise CheckpointError(
+                    f"{str(file)!r} is no trainer's state: it has a step of {len(str(abs(each)))} digits."
+                )
+        return cls(step, np.array([row["step"] for row in rows], dtype=np.int64), values)
 
     @property
     def reward_name(self) -> str | None:
@@ -128,10 +137,9 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def checkpoint_number(folder: Path) -> int | None:
-    """Return N of a folder checkpoint-N; None for any other name."""
-    prefix, _, number = folder.name.partition("-")
-    return int(number) if prefix == "checkpoint" and number.isascii() and number.isdigit() else None
+def is_step(value: Any) -> bool:
+    """Whether a value of a JSON file is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def log_of(folder: Path) -> TrainerLog | None:
@@ -146,18 +154,20 @@ def log_of(folder: Path) -> TrainerLog | None:
         If the folder's own log cannot be read.
     """
     number = checkpoint_number(folder)
-    own = TrainerLog.read(folder / STATE) if (folder / STATE).is_file() else None
+    own = TrainerLog.read(folder / TRAINER_STATE) if (folder / TRAINER_STATE).is_file() else None
     if number is not None and own is None:
         return None
     run = folder if number is None else folder.parent
     later = [
-        path for path in run.iterdir() if (checkpoint_number(path) or -1) > (number or -1) and (path / STATE).is_file()
+        path
+        for path in run.iterdir()
+        if (checkpoint_number(path) or -1) > (number or -1) and (path / TRAINER_STATE).is_file()
     ]
     if not later or (number is None and own is not None):
         return own
     last = max(later, key=lambda path: checkpoint_number(path) or 0)
     try:
-        longest = TrainerLog.read(last / STATE)
+        longest = TrainerLog.read(last / TRAINER_STATE)
     except CheckpointError:  # of another checkpoint, which may be being written
         return own
     if own is None:

@@ -234,6 +234,8 @@ class BayesianFit(Fit):
         ------
         OutputError
             If it cannot be written.
+        BayesKLRLError
+            If the certificate is none, or is of another posterior or policy.
         """
         return super().save(folder, merged=merged, certificate=certificate)
 

@@ -274,6 +274,11 @@ def starting_guide(plan: TrainingPlan, posterior: Posterior) -> Any:
         )
     guide = trainable_guide(start, plan.adapter)
     check_shares_vocabulary("initial_guide", guide, posterior.prior)
+    module: Any = getattr(start, "module", None)
+    if plan.adapter is None and hasattr(module, "peft_config"):  # go on with its adapter; its base stays as it is
+        trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+        for name, parameter in guide.module.named_parameters() if trained else ():
+            parameter.requires_grad_(name in trained)
     return guide
 
 
