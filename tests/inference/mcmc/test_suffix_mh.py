@@ -239,9 +239,9 @@ def test_draws_are_ordered_chain_by_chain(tmp_path: Path) -> None:
 def test_what_arviz_says_of_the_export_is_in_info() -> None:
     draws = bk.SuffixMH(4, 100).run(two_prompts(), seed=2)
     summary = az.summary(draws.to_arviz(), var_names=["reward", "length"], round_to="none")
-    for p in range(2):
+    for p, words in enumerate(draws.prompt_words()):
         for name in ("reward", "length"):
-            row = summary.loc[f"{name}[{p}]"]
+            row = summary.loc[f"{name}[{words}]"]
             assert draws.info[f"r_hat_{name}"][p] == pytest.approx(float(row["r_hat"]), abs=1e-6)
             assert draws.info[f"ess_bulk_{name}"][p] == pytest.approx(float(row["ess_bulk"]), rel=1e-6)
     smallest = np.min([draws.info[f"ess_bulk_{name}"] for name in ("reward", "log_prior", "length")], axis=0)

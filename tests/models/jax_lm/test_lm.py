@@ -116,8 +116,9 @@ def scored(lm: JaxLM, prompts: list[list[int]], sequences: Sequences) -> np.ndar
 
 
 def close(left: Any, right: Any, tolerance: float = 1e-5) -> bool:
+    """Whether float32 numbers are equal to rounding, which grows with the numbers."""
     left, right = np.asarray(left), np.asarray(right)
-    return left.shape == right.shape and bool(np.abs(left - right).max() <= tolerance)
+    return left.shape == right.shape and bool((np.abs(left - right) <= tolerance * np.maximum(1, np.abs(right))).all())
 
 
 # The same numbers as torch
