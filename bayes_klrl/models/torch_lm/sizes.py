@@ -120,6 +120,8 @@ def _int(config: Any, name: str) -> int | None:
     """Return an entry of a configuration that is a positive number, else None."""
     try:
         found = getattr(config, name, None)
-    except Exception:  # an entry that differs from layer to layer, such as gemma4's head_dim, has an error of its own kind
+    except (
+        Exception
+    ):  # an entry that differs from layer to layer, such as gemma4's head_dim, has an error of its own kind
         return None
     return found if isinstance(found, int) and found > 0 else None
