@@ -116,9 +116,8 @@ def scored(lm: JaxLM, prompts: list[list[int]], sequences: Sequences) -> np.ndar
 
 
 def close(left: Any, right: Any, tolerance: float = 1e-5) -> bool:
-    """Whether float32 numbers are equal to rounding, which grows with the numbers."""
     left, right = np.asarray(left), np.asarray(right)
-    return left.shape == right.shape and bool((np.abs(left - right) <= tolerance * np.maximum(1, np.abs(right))).all())
+    return left.shape == right.shape and bool(np.abs(left - right).max() <= tolerance)
 
 
 # The same numbers as torch
@@ -130,8 +129,10 @@ def test_full_and_cached_log_probs_equal_torchs(name: str) -> None:
     expected = reference_scores(model, PROMPTS, sequences).detach().numpy()
     scores = lm.token_log_probs(PROMPTS, sequences)
     assert scores.dtype == jnp.float32
-    assert close(scores, expected)
-    assert close(decoded(lm, PROMPTS, sequences), expected)
+    # both compute in float32, up to 1e-5 from float64 (measured; the most in "llama, tied"), so up to twice that from each other
+    assert close(scores, expected, 2e-5)
+    assert close(decoded(lm, PROMPTS, sequences), expected, 2e-5)
+    assert close(decoded(lm, PROMPTS, sequences), scores)
     assert np.abs(expected).max() > 5  # far from uniform: a wrong forward would show
 
 
