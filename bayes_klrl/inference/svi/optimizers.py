@@ -73,8 +73,8 @@ class KLSGD:
 class Natural:
     """The natural gradient of the ELBO in the space of the draws (minSR, with the momentum of SPRING); theory.md 2.16.
 
-    It reaches the posterior of a small problem in a tenth of Adam's steps. A step of 64 draws takes 1.6 to 1.9 times the CPU
-    of Adam's with replay=0, 2.8 to 2.9 times with replay=1, and 3.5 times (small models) to 10 times (2 million parameters)
+    It reaches the posterior of a small problem in a tenth of Adam's steps. A step of 64 draws takes 1.5 to 2.0 times the CPU
+    of Adam's with replay=0, 2.3 to 3.6 times with replay=1, and 3.5 times (small models) to 10 times (2 million parameters)
     with replay=3, since the products of all scores grow with the square of the number of draws. On a language model with few
     draws a step it overfits them.
 
