@@ -129,7 +129,7 @@ def test_full_and_cached_log_probs_equal_torchs(name: str) -> None:
     expected = reference_scores(model, PROMPTS, sequences).detach().numpy()
     scores = lm.token_log_probs(PROMPTS, sequences)
     assert scores.dtype == jnp.float32
-    # both compute in float32, up to 1e-5 from float64 (measured; the most in "llama, tied"), so up to twice that from each other
+    # each is up to 1e-5 from float64 (measured; the most in "llama, tied"), so they are up to twice that from each other
     assert close(scores, expected, 2e-5)
     assert close(decoded(lm, PROMPTS, sequences), expected, 2e-5)
     assert close(decoded(lm, PROMPTS, sequences), scores)
