@@ -2,11 +2,11 @@
 
 Both answer the same 8 conversations, 32 completions of at most 32 tokens each, from the full distribution, with the same EOS
 ids, in one process. `generate` gets the conversations as transformers renders and pads them. CPU seconds, interleaved, the
-best of the repetitions; a token is one of a completion, up to its EOS. SMC is given a twist, so that it resamples. Without one
-it first estimates a constant from 64 draws of its own, which counts as cost and not as tokens: the last line (--pilot).
+best of the repetitions; a token is one of a completion, up to its EOS. SMC runs with its default twist, and with a twist by which
+it resamples every few tokens.
 
     make smollm2, then
-    OMP_NUM_THREADS=1 python benchmarks/bench_chat.py [--prompts 8] [--particles 32] [--new 32] [--repetitions 2] [--pilot]
+    OMP_NUM_THREADS=1 python benchmarks/bench_chat.py [--prompts 8] [--particles 32] [--new 32] [--repetitions 2]
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def generated(lm: bk.TorchLM, conversations: list[Any], num: int, num_new: int, 
     return int(np.where(is_eos.any(axis=1), is_eos.argmax(axis=1) + 1, completions.shape[1]).sum())
 
 
-def samplers(num_prompts: int, num: int, num_new: int, pilot: bool) -> dict[str, Callable[[int], int]]:
+def samplers(num_prompts: int, num: int, num_new: int) -> dict[str, Callable[[int], int]]:
     """Return the samplers, functions of a seed that return the number of tokens."""
     lm = bk.TorchLM.from_pretrained("smollm2")
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS[:num_prompts]]
@@ -81,11 +81,11 @@ def samplers(num_prompts: int, num: int, num_new: int, pilot: bool) -> dict[str,
     def tokens_of(algorithm: bk.Algorithm) -> Callable[[int], int]:
         return lambda seed: int(algorithm.run(posterior, seed=seed).lengths.sum())
 
-    runs = {
+    return {
         "generate": lambda seed: generated(lm, conversations, num, num_new, seed),
-        "SMC": tokens_of(bk.SMC(num, twist=even_tokens)),
+        "SMC": tokens_of(bk.SMC(num)),
+        "SMC that resamples": tokens_of(bk.SMC(num, twist=even_tokens)),
     }
-    return {**runs, "SMC with its pilot": tokens_of(bk.SMC(num))} if pilot else runs
 
 
 def main() -> None:
@@ -95,10 +95,9 @@ def main() -> None:
     parser.add_argument("--particles", type=int, default=32)
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--pilot", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    runs = samplers(options.prompts, options.particles, options.new, options.pilot)
+    runs = samplers(options.prompts, options.particles, options.new)
     speed: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(options.repetitions):
         for name, run in runs.items():

@@ -56,10 +56,10 @@ def repeated(posterior: bk.Posterior, num_runs: int) -> bk.Posterior:
 
 
 def recipes(posterior: bk.Posterior, steps: int, draws: int, learning_rate: float) -> dict[str, Any]:
-    """Return the twists by name: recipes, the constant 0, and None, which is the constant log Z-hat of a pilot."""
+    """Return the twists by name: recipes, the constant 0, and None, a constant from the population."""
     found: dict[str, Any] = {
         "constant 0": 0.0,
-        "constant log Z": None,
+        "own constant": None,
         "partial reward": bk.PartialRewardTwist(),
         "CTL": bk.LearnedTwist(steps, num_draws=draws, learning_rate=learning_rate),
     }

@@ -156,10 +156,11 @@ def _(algorithm: RejectionSampling, setting: Setting) -> Work:
 @work_of.register
 def _(algorithm: SMC, setting: Setting) -> Work:
     posterior = setting.posterior
-    two = algorithm.proposal is not None and algorithm.proposal != "twisted"
-    work = setting.decoding(algorithm.num_particles, num_models=2 if two else 1, blocks=False, apart=False)
+    twisted = isinstance(algorithm.proposal, str) and algorithm.proposal == "twisted"
+    num_models = 1 if algorithm.proposal is None or twisted else 2
+    work = setting.decoding(algorithm.num_particles, num_models=num_models, blocks=False, apart=False)
     notes: tuple[str, ...] = ("all particles are in memory at once, since they are resampled together",)
-    if algorithm.twist is None and posterior.prior.eos_token_ids:  # without EOS any constant will do
+    if algorithm.twist is None and twisted and posterior.prior.eos_token_ids:  # without EOS any constant will do
         pilot = setting.decoding(PILOT_DRAWS, blocks=False)
         work = replace(work, tokens=_sum(work.tokens, pilot.tokens))
     elif hasattr(algorithm.twist, "fit"):

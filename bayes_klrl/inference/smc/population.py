@@ -10,6 +10,7 @@ import numpy as np
 
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, SupportError
+from bayes_klrl.inference.smc.level import most_even_level
 from bayes_klrl.models.decoding import Decoding, scoring_gap
 from bayes_klrl.models.memory import rows_that_fit
 from bayes_klrl.posterior import Posterior
@@ -49,7 +50,7 @@ class Prepared(Protocol):
 
     @property
     def twist(self) -> Any:
-        """A `Twist`, log psi of unfinished prefixes."""
+        """A `Twist`, log psi of unfinished prefixes; None: the constant at which the weights are most even."""
 
     @property
     def ess_threshold(self) -> float:
@@ -79,6 +80,9 @@ class EvidenceRuns:
 class Population:
     """The particles of all prompts with their weights: M independent runs per prompt, N particles per run, R = P * M * N rows.
 
+    Particle n stands for v_n = p0(x_1:t) / q(x_1:t) completions of the prior, and its weight is v_n psi_t(x_1:t). Resampling by
+    these weights leaves v_n = (mean weight) / psi_t, with the mean weight kept in `log_evidence`.
+
     Parameters
     ----------
     posterior
@@ -86,7 +90,7 @@ class Population:
     decoding
         A decoding of M * N rows per prompt by (proposal, prior), before its first step.
     twist
-        log psi of unfinished prefixes.
+        log psi of unfinished prefixes; None: one constant per run and step, see `most_even_level`.
     models
         The language models (proposal, prior).
     num_runs
@@ -99,7 +103,7 @@ class Population:
         self,
         posterior: Posterior,
         decoding: Decoding,
-        twist: Twist,
+        twist: Twist | None,
         models: tuple[LanguageModel, LanguageModel],
         num_runs: int = 1,
         retained: Sequences | None = None,
@@ -110,15 +114,22 @@ class Population:
         num_populations = posterior.num_prompts * num_runs
         self._shape = (num_populations, num_rows // num_populations)
         self.reward: FloatArray = np.full(num_rows, -np.inf)
-        self.log_psi = self._log_twist(np.arange(num_rows))
-        # the first increment divides by psi_0, so log Z-hat starts at log psi_0
-        self.log_evidence = self.log_psi.reshape(self._shape)[:, 0].copy()
-        self.log_weights: FloatArray = np.zeros(num_rows)
+        self._level: FloatArray = np.zeros(num_populations)
+        self.log_ratio: FloatArray = np.zeros(num_rows)
+        self.log_psi = self._log_twist(
+            np.arange(num_rows)
+        )  # of empty prefixes: a twist that is none is refused at once
+        self.log_evidence: FloatArray = np.zeros(num_populations)
         self.family: IntArray = np.tile(np.arange(self._shape[1]), self._shape[0])
         # counts multinomial resampling only: with a correction for noise that other schemes do not add the error would be 0
         self.num_resampled = np.zeros(self._shape[0], dtype=np.int64)
         self.step_ess = np.full((self._shape[0], width), np.nan)
         self.ancestors = np.tile(np.arange(self._shape[1]), (self._shape[0], width, 1))
+
+    @property
+    def log_weights(self) -> FloatArray:
+        """Log-weights of the particles since the last resampling, log v + log psi, (R,)."""
+        return self.log_ratio + self.log_psi
 
     def grow(self, uniforms: FloatArray, threshold: float, scheme: Scheme, rngs: Generators, advance: Advance) -> None:
         """Step and resample until every particle has finished.
@@ -143,25 +154,24 @@ class Population:
     def step(self, uniforms: FloatArray) -> None:
         """Draw one token for every unfinished particle, by uniform numbers (R,), and update its weight."""
         decoding = self._decoding
-        live = ~decoding.finished
         log_proposal, log_prior = decoding.log_probs.copy()
         ended = decoding.step(uniforms, self._forced_tokens())
-        log_psi = self.log_psi.copy()
         if ended.size:
             self.reward[ended] = self._posterior.reward_of_rows(
                 decoding.tokens[ended], decoding.lengths[ended], decoding.prompt_index[ended]
             )
-            log_psi[ended] = self._posterior.likelihood.log_likelihood(self.reward[ended])
+            self.log_psi[ended] = self._posterior.likelihood.log_likelihood(self.reward[ended])
+        with np.errstate(invalid="ignore"):  # -inf - -inf: a particle of prior probability 0 keeps weight 0
+            grown = self.log_ratio + (decoding.log_probs[1] - log_prior) - (decoding.log_probs[0] - log_proposal)
+        self.log_ratio = np.where(np.isneginf(self.log_ratio), -np.inf, grown)
         growing = np.flatnonzero(~decoding.finished)
+        if self._twist is None:
+            runs = (array.reshape(self._shape) for array in (self.log_ratio, self.log_psi, decoding.finished))
+            level = most_even_level(*runs)
+            self._level = np.where(np.isfinite(level), level, self._level)
         if growing.size:
-            log_psi[growing] = self._log_twist(growing)
-        with np.errstate(invalid="ignore"):  # -inf - -inf: a particle of weight 0 keeps weight 0
-            prior_term = decoding.log_probs[1] - log_prior
-            increment = prior_term - (decoding.log_probs[0] - log_proposal) + (log_psi - self.log_psi)
-            grown = np.where(live, self.log_weights + increment, self.log_weights)
-        dead = np.isneginf(self.log_weights) | np.isneginf(self.log_psi)
-        self.log_weights = np.where(dead, -np.inf, grown)
-        self.log_psi = log_psi
+            self.log_psi[growing] = self._log_twist(growing)
+            self.log_ratio[growing[np.isneginf(self.log_psi[growing])]] = -np.inf  # weight 0 for good
         self.step_ess[:, decoding.step_count - 1] = effective_sample_size(self.log_weights.reshape(self._shape))
 
     def resample_where_degenerate(self, threshold: float, scheme: Scheme, rngs: Generators) -> None:
@@ -177,12 +187,12 @@ class Population:
         for p in chosen:
             local[p] = scheme(normalised(log_weights[p]), rngs[int(p)])
             self.log_evidence[p] += logmeanexp(log_weights[p])
-            log_weights[p] = 0.0
         self.ancestors[:, self._decoding.step_count - 1] = local
         self.num_resampled[chosen] += scheme is multinomial
         ancestors = (local + num_particles * np.arange(num_populations)[:, None]).ravel()
         self.reward, self.log_psi = self.reward[ancestors], self.log_psi[ancestors]
         self.family = self.family[ancestors]
+        self.log_ratio.reshape(self._shape)[chosen] = -self.log_psi.reshape(self._shape)[chosen]
         self._decoding.reorder(ancestors)
 
     def log_evidences(self) -> FloatArray:
@@ -238,6 +248,8 @@ class Population:
     def _log_twist(self, rows: IntArray) -> FloatArray:
         """Return log psi of unfinished rows, with shape and values checked."""
         decoding = self._decoding
+        if self._twist is None:
+            return self._level[rows // self._shape[1]]
         prefixes = decoding.tokens[rows, : decoding.step_count]
         values = check_log_weights(self._twist(self._posterior, decoding.prompt_index[rows], prefixes))
         if values.shape != rows.shape:
@@ -262,7 +274,7 @@ def grown(
     With `retained` (P, M, T), particle 0 of every run follows these tokens, and resampling is conditional multinomial.
     `first_run` is the number of the first run, which selects its random numbers.
     """
-    assert callable(ready.twist), "this SMC is not prepared"
+    assert ready.twist is None or callable(ready.twist), "this SMC is not prepared"
     models = (cast("LanguageModel", ready.proposal), posterior.prior)
     num_rows = num_runs * ready.num_particles
     read_before = getattr(ready.twist, "model_tokens", 0)

@@ -10,8 +10,8 @@ scheme, adaptive or not; the mean of log Z-hat over runs is a lower bound on log
 
 With psi = 1 on unfinished prefixes but psi = likelihood on finished ones the scales would not match, and particles that end
 early would take over the population (a loss of about 1.2 nats on a problem of 1093 strings). The default twist is therefore
-the constant Z estimated by a small pilot. All particles of a prompt are resampled together, only while at least one of them
-is unfinished, and never at the end.
+the constant at which the weights of the population are most even; it costs no draws (`most_even_level`). All particles of a
+prompt are resampled together, only while at least one of them is unfinished, and never at the end.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class SMC:
         (`TwistedLM`).
     twist
         log psi of unfinished prefixes: a `Twist`; a recipe such as `LearnedTwist`, which is fitted first with the same seed;
-        a number, for a constant log psi; or None, for the constant log Z estimated by 64 prior draws with their own seed
-        (this pilot is omitted if no completion can end early).
+        a number, for a constant log psi; or None, for the constant at which the weights of a population are most even, found
+        anew at every step. A "twisted" proposal needs its twist beforehand; None is then the constant log Z estimated by 64
+        prior draws with their own seed.
     ess_threshold
         Resample when ESS < ess_threshold * N: 0 means never, 1 whenever weights differ.
     resampling
@@ -138,29 +139,22 @@ class SMC:
 
         Preparing a prepared sampler again costs nothing and changes nothing, so several runs can share one twist.
         """
-        proposal, training = None, Cost()
-        if not (isinstance(self.proposal, str) and self.proposal == "twisted"):
-            proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
+        twisted = isinstance(self.proposal, str) and self.proposal == "twisted"
+        proposal, training = (None, Cost()) if twisted else resolve_proposal(self.proposal, posterior, seed, progress)
         twist, twist_training = self._fitted_twist(posterior, seed, progress)
-        start = time.perf_counter()
-        ready_twist, pilot_tokens = self._resolved_twist(twist, posterior, seed)
-        pilot = Cost(seconds=time.perf_counter() - start, model_tokens=pilot_tokens)
-        proposal = TwistedLM(posterior, ready_twist) if proposal is None else proposal
-        return replace(self, proposal=proposal, twist=ready_twist), training + twist_training + pilot
+        if not twisted:
+            return replace(self, proposal=proposal, twist=twist), training + twist_training
+        start, pilot = time.perf_counter(), Cost()
+        if twist is None:
+            twist, tokens = pilot_twist(posterior, seed)
+            pilot = Cost(seconds=time.perf_counter() - start, model_tokens=tokens)
+        return replace(self, proposal=TwistedLM(posterior, twist), twist=twist), twist_training + pilot
 
-    def _fitted_twist(self, posterior: Posterior, seed: int, progress: bool) -> tuple[Twist | float | None, Cost]:
-        """Return the twist, fitted if it is a recipe, and the cost of fitting it."""
-        if callable(self.twist) or not isinstance(self.twist, TwistRecipe):
+    def _fitted_twist(self, posterior: Posterior, seed: int, progress: bool) -> tuple[Twist | None, Cost]:
+        """Return the twist as a function, fitted if it is a recipe, or None, and the cost of fitting it."""
+        if self.twist is None or callable(self.twist):
             return self.twist, Cost()
+        if not isinstance(self.twist, TwistRecipe):
+            return ConstantTwist(np.full(posterior.num_prompts, float(self.twist))), Cost()
         fitted = self.twist.fit(posterior, seed=seed, progress=progress)
         return fitted, getattr(fitted, "training", Cost())
-
-    def _resolved_twist(self, twist: Twist | float | None, posterior: Posterior, seed: int) -> tuple[Twist, int]:
-        """Return the twist as a function, and the number of model tokens that the pilot took."""
-        if callable(twist):
-            return twist, 0
-        if twist is not None:
-            return ConstantTwist(np.full(posterior.num_prompts, float(twist))), 0
-        if not posterior.prior.eos_token_ids:  # all particles end together: a constant changes nothing, so any will do
-            return ConstantTwist(np.zeros(posterior.num_prompts)), 0
-        return pilot_twist(posterior, seed)

@@ -58,7 +58,12 @@ class ConstantTwist:
 
 
 def pilot_twist(posterior: Posterior, seed: int) -> tuple[ConstantTwist, int]:
-    """Return the constant twist log Z-hat from a small prior sample with its own random stream, and its model tokens."""
+    """Return the constant twist log Z-hat from a small prior sample with its own random stream, and its model tokens.
+
+    Without EOS all completions end together, a constant changes nothing, and the sample is omitted.
+    """
+    if not posterior.prior.eos_token_ids:
+        return ConstantTwist(np.zeros(posterior.num_prompts)), 0
     pilot, log_likelihood = prior_pilot(posterior, PILOT_DRAWS, Streams.of(seed, PILOT_DRAWS))
     return ConstantTwist(log_evidence_of_pilot(log_likelihood)), pilot.model_tokens
 

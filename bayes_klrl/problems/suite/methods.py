@@ -41,7 +41,7 @@ Recipe = Callable[[Posterior, int], Algorithm]
 _LEAST_SIZE = 16
 _BEST_OF = 16
 _NUM_CHAINS = 8
-_NUM_PILOT = 64  # completions that SMC's twists and the annealing schedule are made from
+_NUM_PILOT = 64  # completions that SMC's partial-reward twist and the annealing schedule are made from
 _SVI_PARTICLES = 32
 _LEAST_STEPS = 20  # of gradient; with fewer, nothing has been learned that could be judged
 
@@ -142,7 +142,7 @@ METHODS: Mapping[str, Recipe] = MappingProxyType(
         "suffix-mh": _suffix_mh,
         "annealed-smc": _annealed,
         "smc-no-twist": partial(_smc, has_pilot=False, twist=0.0),
-        "smc": partial(_smc, has_pilot=True),
+        "smc": partial(_smc, has_pilot=False),
         "smc-partial": partial(_smc, has_pilot=True, twist=PartialRewardTwist()),
         "smc-exact-twist": _exact_twist,
         "svi-is": _svi_then_is,

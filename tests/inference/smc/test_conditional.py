@@ -39,7 +39,8 @@ def two_prompts() -> bk.Posterior:
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "pilot twist": {},
+    "own constant": {},
+    "always resampled, own constant": {"ess_threshold": 1.0},
     "always resampled, crude twist": {"ess_threshold": 1.0, "twist": crude_twist},
     "never resampled": {"ess_threshold": 0.0},
     "proposal": {"twist": crude_twist, "proposal": full_table(two_prompts().prior, 3, noise=0.5, seed=3)},
@@ -167,13 +168,14 @@ def test_runs_are_those_of_as_many_prompts(max_rows: int, monkeypatch: pytest.Mo
 
 def test_a_prepared_sampler_is_not_prepared_again() -> None:
     posterior = two_prompts()
-    ready, cost = bk.SMC(8).prepared(posterior, seed=0)
+    smc = bk.SMC(8, proposal="twisted")
+    ready, cost = smc.prepared(posterior, seed=0)
     again, nothing = ready.prepared(posterior, seed=1)
     assert cost.model_tokens > 0
     assert nothing.model_tokens == 0
     assert again == ready
     assert again.twist is ready.twist
-    direct, prepared = bk.SMC(8).run(posterior, seed=0), ready.run(posterior, seed=0)
+    direct, prepared = smc.run(posterior, seed=0), ready.run(posterior, seed=0)
     np.testing.assert_array_equal(direct.log_weights, prepared.log_weights)
     assert direct.model_tokens == prepared.model_tokens + cost.model_tokens
 
