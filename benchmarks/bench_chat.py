@@ -2,8 +2,8 @@
 
 Both answer the same 8 conversations, 32 completions of at most 32 tokens each, from the full distribution, with the same EOS
 ids, in one process. `generate` gets the conversations as transformers renders and pads them. CPU seconds, interleaved, the
-best of the repetitions; a token is one of a completion, up to its EOS. SMC runs with its default twist, and with a twist by which
-it resamples every few tokens.
+best of the repetitions; a token is one of a completion, up to its EOS. SMC runs with its default twist, and with a twist by
+which it resamples every few tokens.
 
     make smollm2, then
     OMP_NUM_THREADS=1 python benchmarks/bench_chat.py [--prompts 8] [--particles 32] [--new 32] [--repetitions 2]

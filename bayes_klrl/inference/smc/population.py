@@ -80,8 +80,8 @@ class EvidenceRuns:
 class Population:
     """The particles of all prompts with their weights: M independent runs per prompt, N particles per run, R = P * M * N rows.
 
-    Particle n stands for v_n = p0(x_1:t) / q(x_1:t) completions of the prior, and its weight is v_n psi_t(x_1:t). Resampling by
-    these weights leaves v_n = (mean weight) / psi_t, with the mean weight kept in `log_evidence`.
+    Particle n stands for v_n = p0(x_1:t) / q(x_1:t) completions of the prior, and its weight is v_n psi_t(x_1:t). Resampling
+    by these weights leaves v_n = (mean weight) / psi_t, with the mean weight kept in `log_evidence`.
 
     Parameters
     ----------
@@ -166,8 +166,10 @@ class Population:
         self.log_ratio = np.where(np.isneginf(self.log_ratio), -np.inf, grown)
         growing = np.flatnonzero(~decoding.finished)
         if self._twist is None:
-            runs = (array.reshape(self._shape) for array in (self.log_ratio, self.log_psi, decoding.finished))
-            level = most_even_level(*runs)
+            shape = self._shape
+            level = most_even_level(
+                self.log_ratio.reshape(shape), self.log_psi.reshape(shape), decoding.finished.reshape(shape)
+            )
             self._level = np.where(np.isfinite(level), level, self._level)
         if growing.size:
             self.log_psi[growing] = self._log_twist(growing)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -139,10 +139,9 @@ class SMC:
 
         Preparing a prepared sampler again costs nothing and changes nothing, so several runs can share one twist.
         """
-        twisted = isinstance(self.proposal, str) and self.proposal == "twisted"
-        proposal, training = (None, Cost()) if twisted else resolve_proposal(self.proposal, posterior, seed, progress)
         twist, twist_training = self._fitted_twist(posterior, seed, progress)
-        if not twisted:
+        if not (isinstance(self.proposal, str) and self.proposal == "twisted"):
+            proposal, training = resolve_proposal(cast("Proposal", self.proposal), posterior, seed, progress)
             return replace(self, proposal=proposal, twist=twist), training + twist_training
         start, pilot = time.perf_counter(), Cost()
         if twist is None:
