@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 
@@ -141,7 +141,7 @@ class SMC:
         """
         twist, twist_training = self._fitted_twist(posterior, seed, progress)
         if not (isinstance(self.proposal, str) and self.proposal == "twisted"):
-            proposal, training = resolve_proposal(cast("Proposal", self.proposal), posterior, seed, progress)
+            proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
             return replace(self, proposal=proposal, twist=twist), training + twist_training
         start, pilot = time.perf_counter(), Cost()
         if twist is None:
