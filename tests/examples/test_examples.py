@@ -12,7 +12,6 @@ import pytest
 from scipy.optimize import brentq
 
 import bayes_klrl as bk
-from tests.helpers.backends import quick_compilation
 from tests.helpers.joint import joint_kl, moment_tolerances
 from tests.helpers.truth import Truth
 
@@ -111,9 +110,8 @@ def test_a_joint_program_finds_the_same_in_numpyro(num_preferences: int) -> None
     """On JAX, the prior a transformer."""
     example = runpy.run_path(str(EXAMPLES / "joint_numpyro.py"))
     preferences = example["PREFERENCES"][:num_preferences]
-    with quick_compilation():
-        guide, params = example["fit"](preferences)
-        found = example["drawn"](guide, params)
+    guide, params = example["fit"](preferences)
+    found = example["drawn"](guide, params)
     truth = example["exact"](preferences)
     policy = example["PRIOR"].with_parameters(params["lm"])
     normal = [np.asarray(params[name], dtype=np.float64) for name in ("loc", "slope", "log_sd")]

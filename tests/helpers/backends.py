@@ -12,8 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,7 +31,6 @@ __all__ = [
     "on",
     "precision",
     "prior_on",
-    "quick_compilation",
 ]
 
 BACKENDS = ("ngram", "torch", "jax")
@@ -102,18 +100,6 @@ def crossed(**values: Iterable[Any]) -> pytest.MarkDecorator:
             name = "-".join([str(backend), *(getattr(value, "__name__", str(value)) for value in combination)])
             params.append(pytest.param(backend, *combination, id=name, marks=marks))
     return pytest.mark.parametrize(",".join(["backend", *values]), params, indirect=["backend"])
-
-
-@contextmanager
-def quick_compilation() -> Iterator[None]:
-    """The models are tiny: compiling them takes long, running them does not."""
-    import jax
-
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

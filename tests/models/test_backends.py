@@ -15,8 +15,6 @@ from tests.helpers.backends import as_jax
 from tests.helpers.tiny_models import tiny_llama
 from tests.helpers.truth import Truth
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 PROMPTS = [[1, 2, 3], [0]]
 
 

@@ -182,7 +182,6 @@ def test_alpha_leaves_room_for_rewards(alpha: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_jax")
 @pytest.mark.parametrize("size, callback", [(1e18, False), (-1e18, True), (1e30, False)])
 def test_rewards_traced_by_jax_are_refused_too(size: float, callback: bool) -> None:
     jnp = pytest.importorskip("jax.numpy")

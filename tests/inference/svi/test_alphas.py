@@ -200,7 +200,7 @@ def test_prompts_that_are_not_there_cannot_be_selected(indices: list[int], poste
         posterior.select(indices)
 
 
-def test_alphas_that_change_are_for_torch(quick_jax: None) -> None:
+def test_alphas_that_change_are_for_torch() -> None:
     from tests.helpers.jax_table import JaxTable
 
     coin = bk.NgramLM(np.log([0.5, 0.3, 0.2]), eos_token_id=2)

@@ -11,8 +11,6 @@ import bayes_klrl as bk
 from tests.helpers.truth import Truth, full_table, random_posterior, t_square_p, z_score
 from tests.inference.svi.engines import ENGINES, ESTIMATORS, Engine, enumerated, minus_elbo
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 COPIES = 8  # of one prompt: as many independent estimates, summed, at about the cost of one
 
 

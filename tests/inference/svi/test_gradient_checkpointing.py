@@ -208,7 +208,7 @@ def test_a_model_whose_blocks_all_get_a_cache_is_refused() -> None:
         bk.SVI(2, 4, gradient_checkpointing=True).fit(posterior(lm), seed=0)
 
 
-def test_jax_and_the_natural_gradient_are_refused(quick_jax: None) -> None:
+def test_jax_and_the_natural_gradient_are_refused() -> None:
     with pytest.raises(bk.BayesKLRLError, match=r"SVI\(gradient_checkpointing=.*on torch"):
         bk.SVI(2, 4, gradient_checkpointing=True).fit(posterior(prior_on("jax", COIN)), seed=0)
     with pytest.raises(bk.BayesKLRLError, match="gradient_checkpointing"):

@@ -14,8 +14,6 @@ from tests.helpers.truth import z_score
 from tests.inference.svi.joint import CASES, Problem, agrees, p_value
 from tests.inference.svi.ppl import PPLS, Ppl
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 
 @pytest.fixture(params=["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
 def ppl(request: pytest.FixtureRequest) -> Ppl:

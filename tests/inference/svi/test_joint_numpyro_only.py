@@ -39,7 +39,6 @@ from tests.inference.svi.joint import (
 )
 from tests.inference.svi.ppl import PPLS
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
 EXAMPLE = Path(__file__).parents[3] / "examples" / "joint_numpyro.py"
 NUMPYRO = PPLS["numpyro"]
 

@@ -13,8 +13,6 @@ from tests.helpers.truth import full_table, z_score
 from tests.inference.svi.joint import PROMPTS, Problem, coin_posterior, observed_theta, theta, with_sites
 from tests.inference.svi.ppl import PPLS, Ppl
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 
 @pytest.fixture(params=["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
 def ppl(request: pytest.FixtureRequest) -> Ppl:

@@ -236,7 +236,7 @@ def test_the_effective_sample_size_is_kishs_of_each_prompt() -> None:
 
 
 @pytest.mark.parametrize("prior", ["table", pytest.param("jax", marks=pytest.mark.slow)])
-def test_at_the_posterior_the_effective_sample_size_is_that_of_all_draws(prior: str, quick_jax: None) -> None:
+def test_at_the_posterior_the_effective_sample_size_is_that_of_all_draws(prior: str) -> None:
     lm = COIN if prior == "table" else prior_on("jax", COIN)
     nothing = bk.TokenReward(lambda tokens, lengths: 0.0 * lengths, alpha=1.0)
     fit = bk.SVI(1, 8).fit(bk.Posterior(lm, nothing, prompts=[[0]], max_new_tokens=4), seed=0)

@@ -106,7 +106,7 @@ def gradients(name: str, target: bk.Posterior, guide: Any, loss: Any, chosen: li
 
 @pytest.mark.parametrize("name", ["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("step", [0, 1])
-def test_the_gradient_of_a_step_is_unbiased(name: str, step: int, quick_jax: None) -> None:
+def test_the_gradient_of_a_step_is_unbiased(name: str, step: int) -> None:
     """Over seeds, the gradient of a step is that of the sum over all prompts; step 1 crosses the end of an epoch."""
     engine = ENGINES[name]
     base = random_posterior(10, vocab_size=3, eos=(2,), num_tokens=3, prompts=[[0], [1], [1, 0]])
@@ -178,9 +178,7 @@ def test_all_prompts_at_once_is_the_training_without_minibatches() -> None:
 
 
 @pytest.mark.parametrize("prior", ["table", pytest.param("jax", marks=pytest.mark.slow)])
-def test_a_training_that_goes_on_uses_the_prompts_it_would_have_used(
-    prior: str, tmp_path: Path, quick_jax: None
-) -> None:
+def test_a_training_that_goes_on_uses_the_prompts_it_would_have_used(prior: str, tmp_path: Path) -> None:
     lm = COIN if prior == "table" else prior_on("jax", COIN)
     svi = bk.SVI(6, 4, prompts_per_step=2)
 

@@ -23,8 +23,6 @@ from bayes_klrl.models.programs.numpyro_program import SequenceDistribution, num
 from tests.helpers.jax_table import JaxTable
 from tests.helpers.truth import Truth, full_table, random_posterior, t_square_p
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 ESTIMATORS = {"leave one out": LeaveOneOutELBO, "Rao-Blackwell": RaoBlackwellELBO}
 
 

@@ -53,8 +53,6 @@ DIVERGENCES: dict[str, tuple[Any, Any]] = {
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> Engine:
     """Pyro or NumPyro."""
-    if request.param == "numpyro":
-        request.getfixturevalue("quick_jax")
     return ENGINES[request.param]
 
 

@@ -23,8 +23,6 @@ HISTORY = {"elbo", "reward", "kl", "log_weight_sd", "gradient_norm", "learning_r
 @pytest.fixture(scope="module", params=["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest) -> str:
     """What trains: a table of logits is a torch module in Pyro, or a pytree in NumPyro."""
-    if request.param == "numpyro":
-        request.getfixturevalue("quick_jax")
     return str(request.param)
 
 

@@ -21,8 +21,6 @@ from bayes_klrl.inference.svi.objectives import JS
 from tests.helpers.jax_table import JaxTable
 from tests.helpers.truth import Truth, full_table, random_posterior
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 HISTORY = {"elbo", "reward", "kl", "log_weight_sd", "gradient_norm", "learning_rate", "step_kl", "seconds"}
 
 

@@ -13,7 +13,7 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl.models.programs.turns import NUMPYRO_TURN, PYRO_TURN
-from tests.helpers.backends import prior_on, quick_compilation
+from tests.helpers.backends import prior_on
 
 COIN = bk.NgramLM(np.log([0.5, 0.3, 0.2]), eos_token_id=2)
 
@@ -76,10 +76,9 @@ def test_so_are_bayesian_policies_beside_them() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("eager_switches")
 def test_two_trainings_on_numpyro_are_what_they_are_alone() -> None:
-    with quick_compilation():
-        lm = prior_on("jax", COIN)
-        recipe = bk.SVI(4, 8)
-        assert_as_in_turn([lambda seed=seed: recipe.fit(posterior(lm, seed), seed=seed) for seed in (0, 1)])
+    lm = prior_on("jax", COIN)
+    recipe = bk.SVI(4, 8)
+    assert_as_in_turn([lambda seed=seed: recipe.fit(posterior(lm, seed), seed=seed) for seed in (0, 1)])
 
 
 @pytest.mark.usefixtures("eager_switches")

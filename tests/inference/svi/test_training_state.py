@@ -94,7 +94,7 @@ def test_a_training_that_goes_on_ends_as_if_nothing_had_happened(recipe: str, pr
     [("transformer", {}), ("table", {"objective": "js", "prompts_per_step": 1})],
     ids=["elbo", "moving evidence"],
 )
-def test_so_does_one_on_jax(prior: str, recipe: dict[str, Any], tmp_path: Path, quick_jax: None) -> None:
+def test_so_does_one_on_jax(prior: str, recipe: dict[str, Any], tmp_path: Path) -> None:
     target = posterior(prior_on("jax", COIN) if prior == "transformer" else JaxTable(full_table(COIN, 2)))
     svi = bk.SVI(6, 8, **recipe)
     whole = svi.fit(target, seed=3)
@@ -290,7 +290,7 @@ def test_a_training_may_begin_from_another_guide() -> None:
     "options",
     [{"optimizer": "kl_sgd"}, {"optimizer": "natural"}, {"twist": bk.PartialRewardTwist()}, {"particles_per_pass": 2}],
 )
-def test_what_is_for_torch_alone_is_refused_on_jax(options: dict[str, Any], quick_jax: None) -> None:
+def test_what_is_for_torch_alone_is_refused_on_jax(options: dict[str, Any]) -> None:
     with pytest.raises(
         bk.BayesKLRLError, match=f"{next(iter(options))}=.* on torch.*Leave .* out, or use a bk.TorchLM"
     ):

@@ -19,8 +19,6 @@ from tests.helpers.truth import Truth, z_score
 from tests.models.jax_lm.test_lm import close, counted_compilations, jax_lm_of, scored, small_pair
 from tests.models.torch_lm.test_lm import random_completions
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 
 @pytest.mark.slow
 def test_ten_prompts_of_different_lengths_compile_once() -> None:

@@ -38,8 +38,6 @@ from tests.models.jax_lm.test_lm import (
 )
 from tests.models.torch_lm.test_lm import random_completions, reference_scores
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 
 @pytest.fixture(
     params=[pytest.param(name, marks=[pytest.mark.slow] * (name not in ("gpt2", "llama, untied"))) for name in MODELS]

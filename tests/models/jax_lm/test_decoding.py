@@ -31,8 +31,6 @@ from tests.models.jax_lm.test_lm import (
 )
 from tests.models.torch_lm.test_lm import all_completions, reference_scores
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 NAMES = [
     "gpt2",
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("mistral", "qwen3")),

@@ -28,8 +28,6 @@ from bayes_klrl.sequences import Sequences
 from tests.helpers.tiny_models import seeded, tiny_gpt2, tiny_llama
 from tests.models.torch_lm.test_lm import all_completions, random_completions, reference_scores
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 PROMPTS = [[1, 2, 3, 4], [4], [2, 2]]
 DEEP = {"vocab_size": 40, "eos_token_id": 0}
 

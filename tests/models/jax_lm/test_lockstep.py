@@ -24,9 +24,6 @@ from tests.models.jax_lm.test_lm import (
     small_pair,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
-
 # In lockstep: what `decode` takes instead of steps
 
 

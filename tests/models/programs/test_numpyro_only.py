@@ -23,8 +23,6 @@ from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_
 from tests.inference.svi.engines import enumerated
 from tests.models.programs.engines import NumpyroEngine, sequences_of, table_of, text_posterior
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 NUMPYRO = NumpyroEngine()
 
 

@@ -18,7 +18,7 @@ from bayes_klrl.inference.svi.numpyro_backend.elbo import LeaveOneOutELBO
 from tests.helpers.user_models import RecurrentLM
 from tests.models.programs.engines import sequences_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_jax")]
+pytestmark = pytest.mark.slow
 
 
 def test_a_users_own_model_and_a_torch_model_are_priors_too() -> None:

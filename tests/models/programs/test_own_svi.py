@@ -10,8 +10,6 @@ from tests.helpers.truth import Truth, full_table, random_posterior, t_square_p
 from tests.inference.svi.engines import ESTIMATORS, enumerated
 from tests.models.programs.engines import ENGINES, Engine, slow_on_jax, table_of, text_posterior
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 
 @pytest.fixture(params=["pyro", "numpyro"])
 def engine(request: pytest.FixtureRequest) -> Engine:

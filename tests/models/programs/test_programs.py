@@ -11,8 +11,6 @@ import bayes_klrl as bk
 from tests.helpers.truth import Truth, chi_square_p, counts, random_posterior
 from tests.models.programs.engines import ENGINES, Engine, sequences_of, slow_on_jax, table_of, text_posterior
 
-pytestmark = pytest.mark.usefixtures("quick_jax")
-
 SEVERAL = ["a", "ba", "", "b", "b"]  # of unequal lengths, and one of them twice
 
 
