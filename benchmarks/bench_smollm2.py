@@ -62,7 +62,13 @@ def algorithms(args: argparse.Namespace) -> dict[str, Any]:
         "sample": bk.ImportanceSampling(args.draws),
         "compare": bk.SMC(args.draws),
         "SVI": bk.SVI(
-            args.steps, args.draws, adapter=lora, num_draws=args.draws, prompts_per_step=min(8, args.prompts)
+            args.steps,
+            args.draws,
+            adapter=lora,
+            num_draws=args.draws,
+            prompts_per_step=min(8, args.prompts),
+            twist=args.twist,
+            optimizer=args.optimizer,
         ),
     }
 
@@ -71,6 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("prompts", 8), ("draws", 16), ("tokens", 16), ("steps", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--twist", choices=["none"], help="no critic, whose pilot is 384 completions of the prior")
+    parser.add_argument("--optimizer", choices=["adam"], help="not the default, whose pilot is the same")
     parser.add_argument("--only", nargs="*", choices=STEPS, default=STEPS)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--plan", action="store_true")

@@ -19,7 +19,7 @@ import numpy as np
 
 from bayes_klrl.typing import IntArray
 
-__all__ = ["Part", "free_memory", "length_groups", "parts", "rows_that_fit"]
+__all__ = ["Part", "free_memory", "length_groups", "parts", "prompt_blocks", "rows_that_fit"]
 
 SHARE = 0.6
 """The share of the free memory that one pass may take; the rest is for logits, for the reward, and for others."""
@@ -115,6 +115,33 @@ def rows_that_fit(models: Sequence[Any], lengths: Sequence[int], max_new_tokens:
     """Return the number of completions, over all prompts, whose states fit into the free memory; at least 1."""
     per_row = sum(_said(model, "row_bytes", max(lengths) + max_new_tokens) for model in _distinct(models))
     return max(1, _budget(models) // per_row) if per_row else _UNBOUNDED
+
+
+def prompt_blocks(
+    models: Sequence[Any], lengths: Sequence[int], rows_per_prompt: int, max_new_tokens: int, most_rows: int
+) -> list[IntArray]:
+    """Return indices of prompts whose completions depend on each other, in blocks that are decoded at once.
+
+    Prompts of like length are together, as many as give `most_rows` rows, fewer where memory or a model's
+    `particles_per_pass` says so, and at least one. One block if no model says what a row takes.
+
+    Parameters
+    ----------
+    models
+        The models that draw and score.
+    lengths
+        The number of tokens of each of P prompts.
+    rows_per_prompt, max_new_tokens
+        Completions per prompt, and T.
+    most_rows
+        The most rows of a block of more than one prompt.
+    """
+    fit = rows_that_fit(models, lengths, max_new_tokens)
+    if fit == _UNBOUNDED:
+        return [np.arange(len(lengths))]
+    named = [getattr(model, "particles_per_pass", None) or _UNBOUNDED for model in _distinct(models)]
+    size = max(1, min(most_rows, fit, *named) // rows_per_prompt)
+    return [block for group in length_groups(lengths) for block in np.array_split(group, -(-group.size // size))]
 
 
 def _budget(models: Sequence[Any]) -> int:

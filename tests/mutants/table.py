@@ -174,7 +174,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "weights kept after resampling",
         "inference/smc/population.py",
-        "            log_weights[p] = 0.0\n",
+        "        self.log_ratio.reshape(self._shape)[chosen] = -self.log_psi.reshape(self._shape)[chosen]\n",
         "",
         ("tests/inference/smc/test_smc.py::test_smc_is_the_plain_loop[0-0.9]",),
     ),
@@ -208,7 +208,7 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         "conditional SMC without the retained particle's ancestry",
-        "inference/smc/population.py",
+        "inference/smc/runs.py",
         "scheme = resampling_scheme(ready.resampling) if retained is None else conditional_multinomial",
         "scheme = resampling_scheme(ready.resampling)",
         (
@@ -218,7 +218,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "conditional SMC that draws particle 0, too",
         "inference/smc/population.py",
-        "forced[:, 0] = self._retained.tokens[:, :, self._decoding.step_count].ravel()",
+        "forced[:, 0] = self._retained[:, :, self._decoding.step_count].ravel()",
         "forced[:, 0] = -1",
         ("tests/inference/smc/test_conditional.py::test_the_inverse_evidence_is_unbiased[ngram-own constant-2]",),
     ),

@@ -19,7 +19,7 @@ import numpy as np
 
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.smc.population import EvidenceRuns, evidence_runs, grown
+from bayes_klrl.inference.smc.runs import EvidenceRuns, evidence_runs, grown
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import Streams
@@ -89,13 +89,13 @@ class ConditionalSMC:
             )
         ready, training = self.smc.prepared(posterior, seed, progress)
         start = time.perf_counter()
-        population, tokens = grown(ready, posterior, 1, given, Streams.of(seed), progress)
+        found = grown(ready, posterior, 1, given, Streams.of(seed), progress)
         cost = replace(
             training,
             seconds=training.seconds + time.perf_counter() - start,
-            model_tokens=training.model_tokens + tokens,
+            model_tokens=training.model_tokens + found.model_tokens,
         )
-        draws = population.draws(type(self).__name__, cost)
+        draws = found.outcome.draws(posterior, type(self).__name__, cost, found.info)
         # the standard error's formula assumes that every particle is drawn
         return replace(draws, log_evidence_se=np.full(posterior.num_prompts, np.nan))
 

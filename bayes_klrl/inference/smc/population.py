@@ -2,83 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
-
 import numpy as np
 
-from bayes_klrl.draws import Cost, Draws
-from bayes_klrl.errors import BayesKLRLError, SupportError
+from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.smc.level import most_even_level
-from bayes_klrl.models.decoding import Decoding, scoring_gap
-from bayes_klrl.models.memory import rows_that_fit
+from bayes_klrl.inference.smc.outcome import Outcome
+from bayes_klrl.models.decoding import Decoding
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.progress import Advance, track
-from bayes_klrl.prompts.words import prompt_words
-from bayes_klrl.randomness import Generators, Streams, prompt_keys
-from bayes_klrl.resampling import Scheme, conditional_multinomial, multinomial, resampling_scheme
-from bayes_klrl.sequences import Sequences
-from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, Twist
-from bayes_klrl.weights import (
-    check_log_weights,
-    effective_sample_size,
-    grouped_ess,
-    log_evidence_se,
-    logmeanexp,
-    normalised,
-)
+from bayes_klrl.progress import Advance
+from bayes_klrl.randomness import Generators
+from bayes_klrl.resampling import Scheme, multinomial
+from bayes_klrl.typing import FloatArray, IntArray, Twist
+from bayes_klrl.weights import check_log_weights, effective_sample_size, logmeanexp, normalised
 
-__all__ = ["RESAMPLING_STREAM", "EvidenceRuns", "Population", "evidence_runs", "grown"]
-
-RESAMPLING_STREAM = 3
-"""Number of the streams used for resampling; tokens use the same streams as in importance sampling."""
-
-_MAX_ROWS = 8192  # most particles decoded together, if runs can be split, and fewer where memory asks for it
-
-
-class Prepared(Protocol):
-    """The options of a run with proposal and twist fitted; `SMC.prepared` returns one."""
-
-    @property
-    def num_particles(self) -> int:
-        """Number of particles per prompt and run, N."""
-
-    @property
-    def proposal(self) -> Any:
-        """The language model that proposes tokens."""
-
-    @property
-    def twist(self) -> Any:
-        """A `Twist`, log psi of unfinished prefixes; None: the constant at which the weights are most even."""
-
-    @property
-    def ess_threshold(self) -> float:
-        """Resample when ESS < ess_threshold * N."""
-
-    @property
-    def resampling(self) -> str:
-        """Name of the resampling scheme."""
-
-
-@dataclass(frozen=True, eq=False)
-class EvidenceRuns:
-    """Estimates of the log evidence of P prompts by M independent runs.
-
-    Parameters
-    ----------
-    log_evidence
-        log Z-hat of each run, (P, M); -inf if all particles of a run have weight 0.
-    cost
-        The cost of all runs together.
-    """
-
-    log_evidence: FloatArray
-    cost: Cost
+__all__ = ["Population"]
 
 
 class Population:
-    """The particles of all prompts with their weights: M independent runs per prompt, N particles per run, R = P * M * N rows.
+    """The particles of P prompts with their weights: M independent runs per prompt, N particles per run, R = P * M * N rows.
 
     Particle n stands for v_n = p0(x_1:t) / q(x_1:t) completions of the prior, and its weight is v_n psi_t(x_1:t). Resampling
     by these weights leaves v_n = (mean weight) / psi_t, with the mean weight kept in `log_evidence`.
@@ -87,38 +28,37 @@ class Population:
     ----------
     posterior
         The posterior.
+    prompts
+        Indices of the P prompts among those of the posterior.
     decoding
         A decoding of M * N rows per prompt by (proposal, prior), before its first step.
     twist
         log psi of unfinished prefixes; None: one constant per run and step, see `most_even_level`.
-    models
-        The language models (proposal, prior).
     num_runs
         Number of runs per prompt, M. Each run has its own weights, resampling and evidence; all runs share the decoding.
     retained
-        Completions (P, M, T) that particle 0 of every run is forced to follow, for conditional SMC.
+        Tokens (P, M, T) that particle 0 of every run is forced to follow, for conditional SMC.
     """
 
     def __init__(
         self,
         posterior: Posterior,
+        prompts: IntArray,
         decoding: Decoding,
         twist: Twist | None,
-        models: tuple[LanguageModel, LanguageModel],
         num_runs: int = 1,
-        retained: Sequences | None = None,
+        retained: IntArray | None = None,
     ) -> None:
-        self._models, self._num_runs, self._retained = models, num_runs, retained
+        self._retained, self._prompt_index = retained, prompts[decoding.prompt_index]
         num_rows, width = decoding.finished.size, posterior.max_new_tokens
         self._posterior, self._decoding, self._twist = posterior, decoding, twist
-        num_populations = posterior.num_prompts * num_runs
+        num_populations = prompts.size * num_runs
         self._shape = (num_populations, num_rows // num_populations)
         self.reward: FloatArray = np.full(num_rows, -np.inf)
         self._level: FloatArray = np.zeros(num_populations)
         self.log_ratio: FloatArray = np.zeros(num_rows)
-        self.log_psi = self._log_twist(
-            np.arange(num_rows)
-        )  # of empty prefixes: a twist that is none is refused at once
+        # of empty prefixes, so that a twist that is none is refused at once
+        self.log_psi = self._log_twist(np.arange(num_rows))
         self.log_evidence: FloatArray = np.zeros(num_populations)
         self.family: IntArray = np.tile(np.arange(self._shape[1]), self._shape[0])
         # counts multinomial resampling only: with a correction for noise that other schemes do not add the error would be 0
@@ -158,7 +98,7 @@ class Population:
         ended = decoding.step(uniforms, self._forced_tokens())
         if ended.size:
             self.reward[ended] = self._posterior.reward_of_rows(
-                decoding.tokens[ended], decoding.lengths[ended], decoding.prompt_index[ended]
+                decoding.tokens[ended], decoding.lengths[ended], self._prompt_index[ended]
             )
             self.log_psi[ended] = self._posterior.likelihood.log_likelihood(self.reward[ended])
         with np.errstate(invalid="ignore"):  # -inf - -inf: a particle of prior probability 0 keeps weight 0
@@ -197,55 +137,30 @@ class Population:
         self.log_ratio.reshape(self._shape)[chosen] = -self.log_psi.reshape(self._shape)[chosen]
         self._decoding.reorder(ancestors)
 
-    def log_evidences(self) -> FloatArray:
-        """Return log Z-hat of every run, (P, M)."""
-        log_mean: FloatArray = logmeanexp(self.log_weights.reshape(self._shape)) + self.log_evidence
-        return log_mean.reshape(-1, self._num_runs)
-
-    def draws(self, method: str, cost: Cost) -> Draws:
-        """Return the particles of one run per prompt, their final weights including the accumulated log evidence."""
+    def outcome(self) -> Outcome:
+        """Return the particles as they are, with the last weights; no particle may be unfinished."""
         log_proposal, log_prior = self._decoding.log_probs.reshape(2, *self._shape)
-        log_weights = self.log_weights.reshape(self._shape)
-        draws = Draws.weighted(
-            self._posterior,
-            self._decoding.sequences(),
-            method=method,
+        return Outcome(
+            tokens=self._decoding.tokens.reshape(*self._shape, -1),
+            lengths=self._decoding.lengths.reshape(self._shape),
             reward=self.reward.reshape(self._shape),
             log_prior=log_prior,
             log_proposal=log_proposal,
-            cost=cost,
+            log_weights=self.log_weights.reshape(self._shape),
+            log_evidence=self.log_evidence,
+            family=self.family.reshape(self._shape),
+            num_resampled=self.num_resampled,
+            ancestors=self.ancestors,
+            step_ess=self.step_ess,
         )
-        families = self.family.reshape(self._shape)
-        ess = np.array([grouped_ess(row, family) for row, family in zip(log_weights, families, strict=True)])
-        log_weights = log_weights + self.log_evidence[:, None]
-        return replace(
-            draws,
-            log_weights=log_weights,
-            log_evidence=logmeanexp(log_weights),
-            log_evidence_se=log_evidence_se(ess, self._shape[1], self.num_resampled),
-            elbo=np.full(self._shape[0], np.nan),
-            ess=ess,
-            info={"ancestors": self.ancestors, "step_ess": self.step_ess, **self._decoding_gap()},
-        )
-
-    def retained_log_weights(self) -> FloatArray:
-        """Return the final log-weight of particle 0 of every run, (P, M)."""
-        return self.log_weights.reshape(self._shape)[:, 0].reshape(-1, self._num_runs)
 
     def _forced_tokens(self) -> IntArray | None:
         """Return the next token of retained particles and -1 for all others, (R,); None if no particle is retained."""
         if self._retained is None:
             return None
         forced = np.full(self._shape, -1)
-        forced[:, 0] = self._retained.tokens[:, :, self._decoding.step_count].ravel()
+        forced[:, 0] = self._retained[:, :, self._decoding.step_count].ravel()
         return forced.ravel()
-
-    def _decoding_gap(self) -> dict[str, FloatArray]:
-        """Return {"scoring_gap": (P,)} if a model has half precision, else an empty dict."""
-        models = self._models
-        if not any(getattr(model, "half_precision", False) for model in models):
-            return {}
-        return {"scoring_gap": scoring_gap(self._decoding, models, self._posterior.prompt_ids)}
 
     def _log_twist(self, rows: IntArray) -> FloatArray:
         """Return log psi of unfinished rows, with shape and values checked."""
@@ -253,87 +168,9 @@ class Population:
         if self._twist is None:
             return self._level[rows // self._shape[1]]
         prefixes = decoding.tokens[rows, : decoding.step_count]
-        values = check_log_weights(self._twist(self._posterior, decoding.prompt_index[rows], prefixes))
+        values = check_log_weights(self._twist(self._posterior, self._prompt_index[rows], prefixes))
         if values.shape != rows.shape:
             raise BayesKLRLError(
                 f"The twist returned shape {values.shape} for {rows.size} prefixes; it must return one log psi per prefix."
             )
         return values
-
-
-def grown(
-    ready: Prepared,
-    posterior: Posterior,
-    num_runs: int,
-    retained: Sequences | None,
-    streams: Streams,
-    progress: bool,
-    *,
-    first_run: int = 0,
-) -> tuple[Population, int]:
-    """Return the finished particles of M runs of a prepared `SMC`, and the number of model tokens they took.
-
-    With `retained` (P, M, T), particle 0 of every run follows these tokens, and resampling is conditional multinomial.
-    `first_run` is the number of the first run, which selects its random numbers.
-    """
-    assert ready.twist is None or callable(ready.twist), "this SMC is not prepared"
-    models = (cast("LanguageModel", ready.proposal), posterior.prior)
-    num_rows = num_runs * ready.num_particles
-    read_before = getattr(ready.twist, "model_tokens", 0)
-    decoding = Decoding(models, posterior.prompt_ids, num_rows, posterior.max_new_tokens)
-    scheme = resampling_scheme(ready.resampling) if retained is None else conditional_multinomial
-    runs = range(first_run, first_run + num_runs)
-    uniforms = streams.uniforms(
-        prompt_keys(posterior.prompt_ids), first_run * ready.num_particles, num_rows, posterior.max_new_tokens
-    )
-    rngs = streams.beside(RESAMPLING_STREAM).generators(posterior.prompt_ids, runs)
-    population = Population(posterior, decoding, ready.twist, models, num_runs, retained)
-    with track("SMC", posterior.max_new_tokens, progress) as advance:
-        population.grow(uniforms, ready.ess_threshold, scheme, rngs, advance)
-    if retained is not None:
-        _require_alive(population.retained_log_weights(), posterior)
-    read_by_twist = getattr(ready.twist, "model_tokens", 0) - read_before
-    return population, decoding.model_tokens + read_by_twist
-
-
-def evidence_runs(
-    ready: Prepared,
-    posterior: Posterior,
-    num_runs: int,
-    retained: Sequences | None,
-    streams: Streams,
-    training: Cost,
-    progress: bool,
-) -> EvidenceRuns:
-    """Return log Z-hat of M runs of a prepared `SMC`, run in blocks; conditional on `retained` (P, M, T) if given."""
-    start, tokens, first = time.perf_counter(), 0, 0
-    blocks = []
-    lengths = [len(ids) for ids in posterior.prompt_ids]
-    most = min(_MAX_ROWS, rows_that_fit((ready.proposal, posterior.prior), lengths, posterior.max_new_tokens))
-    for num in _runs_per_block(num_runs, posterior.num_prompts * ready.num_particles, most):
-        runs = slice(first, first + num)
-        part = None if retained is None else Sequences(retained.tokens[:, runs], retained.lengths[:, runs])
-        population, used = grown(ready, posterior, num, part, streams, progress, first_run=first)
-        blocks.append(population.log_evidences())
-        tokens, first = tokens + used, first + num
-    cost = replace(
-        training, seconds=training.seconds + time.perf_counter() - start, model_tokens=training.model_tokens + tokens
-    )
-    return EvidenceRuns(np.concatenate(blocks, axis=1), cost)
-
-
-def _require_alive(log_weights: FloatArray, posterior: Posterior) -> None:
-    """Raise a `SupportError` if a retained completion has weight 0 under posterior, proposal or twist."""
-    if np.isneginf(log_weights).any():
-        p, run = np.argwhere(np.isneginf(log_weights))[0]
-        raise SupportError(
-            f"Retained completion {run} of prompt {p} ({prompt_words(posterior.prompts[p])}) has weight 0: its likelihood "
-            "or prior is 0, so it is not a posterior draw, or the twist is -inf on one of its prefixes. Retain an exact "
-            "draw, for example from bk.RejectionSampling."
-        )
-
-
-def _runs_per_block(num_runs: int, num_rows: int, most_rows: int) -> list[int]:
-    """Return the number of runs in each block of at most so many rows; one run has `num_rows` particles over all prompts."""
-    most = max(1, most_rows // num_rows)
-    return [min(most, num_runs - start) for start in range(0, num_runs, most)]

@@ -26,7 +26,7 @@ from bayes_klrl.checks import check_count, check_finite, check_fraction
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.inference.sampling.importance import require_positive_weight
 from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
-from bayes_klrl.inference.smc.population import EvidenceRuns, evidence_runs, grown
+from bayes_klrl.inference.smc.runs import EvidenceRuns, evidence_runs, grown
 from bayes_klrl.models.twists.simple import ConstantTwist, pilot_twist
 from bayes_klrl.models.twists.twisted_lm import TwistedLM
 from bayes_klrl.posterior import Posterior
@@ -99,13 +99,13 @@ class SMC:
         """
         ready, training = self.prepared(posterior, seed, progress)
         start = time.perf_counter()
-        population, tokens = grown(ready, posterior, 1, None, Streams.of(seed), progress)
+        found = grown(ready, posterior, 1, None, Streams.of(seed), progress)
         cost = replace(
             training,
             seconds=training.seconds + time.perf_counter() - start,
-            model_tokens=training.model_tokens + tokens,
+            model_tokens=training.model_tokens + found.model_tokens,
         )
-        return require_positive_weight(population.draws(type(self).__name__, cost))
+        return require_positive_weight(found.outcome.draws(posterior, type(self).__name__, cost, found.info))
 
     def log_evidences(self, posterior: Posterior, num_runs: int, *, seed: int, progress: bool = False) -> EvidenceRuns:
         """Return log Z-hat of M independent runs, shape (P, M); all runs are decoded together.
