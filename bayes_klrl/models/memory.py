@@ -118,7 +118,12 @@ def rows_that_fit(models: Sequence[Any], lengths: Sequence[int], max_new_tokens:
 
 
 def prompt_blocks(
-    models: Sequence[Any], lengths: Sequence[int], rows_per_prompt: int, max_new_tokens: int, most_rows: int
+    models: Sequence[Any],
+    lengths: Sequence[int],
+    rows_per_prompt: int,
+    max_new_tokens: int,
+    most_rows: int,
+    budget: int | None = None,
 ) -> list[IntArray]:
     """Return indices of prompts whose completions depend on each other, in blocks that are decoded at once.
 
@@ -135,10 +140,13 @@ def prompt_blocks(
         Completions per prompt, and T.
     most_rows
         The most rows of a block of more than one prompt.
+    budget
+        Bytes that one pass may take; None: a share of the free memory.
     """
-    fit = rows_that_fit(models, lengths, max_new_tokens)
-    if fit == _UNBOUNDED:
+    per_row = sum(_said(model, "row_bytes", max(lengths) + max_new_tokens) for model in _distinct(models))
+    if not per_row:
         return [np.arange(len(lengths))]
+    fit = (_budget(models) if budget is None else budget) // per_row
     named = [getattr(model, "particles_per_pass", None) or _UNBOUNDED for model in _distinct(models)]
     size = max(1, min(most_rows, fit, *named) // rows_per_prompt)
     return [block for group in length_groups(lengths) for block in np.array_split(group, -(-group.size // size))]

@@ -27,7 +27,7 @@ from bayes_klrl.inference.sampling.rejection import RejectionSampling, largest_l
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.inference.svi.svi import SVI
 from bayes_klrl.models.decoding import ROWS_PER_BLOCK
-from bayes_klrl.models.memory import Part, parts
+from bayes_klrl.models.memory import Part, parts, prompt_blocks
 from bayes_klrl.models.twists.simple import PILOT_DRAWS
 from bayes_klrl.posterior import Posterior
 
@@ -62,8 +62,8 @@ class Setting:
         budget = None if self.budget is None else self.budget // num_models
         return parts((self.posterior.prior,), lengths, num_draws, self.posterior.max_new_tokens, budget)
 
-    def decoding(self, num_draws: int, *, num_models: int = 1, blocks: bool = True, apart: bool = True) -> Work:
-        """Return the work of drawing N completions per prompt, in blocks and in parts, or all together."""
+    def decoding(self, num_draws: int, *, num_models: int = 1, blocks: bool = True) -> Work:
+        """Return the work of drawing N independent completions per prompt, in blocks and in parts."""
         posterior, lengths = self.posterior, self.lengths
         block = max(1, ROWS_PER_BLOCK // len(lengths)) if blocks else num_draws
         read = rows = 0
@@ -71,10 +71,17 @@ class Setting:
             for part in self.parts(lengths, min(block, num_draws - first), num_models):
                 read += sum(lengths[p] for p in part.prompts)
                 rows = max(rows, part.prompts.size * (part.last - part.first))
-        if not apart:
-            read, rows = sum(lengths), len(lengths) * num_draws
         tokens = read + len(lengths) * num_draws * (posterior.max_new_tokens - 1)
         return Work(num_models * tokens, rows=rows, num_models=num_models, num_draws=num_draws)
+
+    def populations(self, num_particles: int, *, num_models: int) -> Work:
+        """Return the work of drawing N particles per prompt that are resampled together, in blocks of prompts."""
+        lengths, num_tokens = self.lengths, self.posterior.max_new_tokens
+        budget = None if self.budget is None else self.budget // num_models
+        blocks = prompt_blocks((self.posterior.prior,), lengths, num_particles, num_tokens, ROWS_PER_BLOCK, budget)
+        rows = max(block.size for block in blocks) * num_particles
+        tokens = sum(lengths) + len(lengths) * num_particles * (num_tokens - 1)
+        return Work(num_models * tokens, rows=rows, num_models=num_models, num_draws=num_particles)
 
 
 @dataclass(frozen=True)
@@ -158,8 +165,8 @@ def _(algorithm: SMC, setting: Setting) -> Work:
     posterior = setting.posterior
     twisted = isinstance(algorithm.proposal, str) and algorithm.proposal == "twisted"
     num_models = 1 if algorithm.proposal is None or twisted else 2
-    work = setting.decoding(algorithm.num_particles, num_models=num_models, blocks=False, apart=False)
-    notes: tuple[str, ...] = ("all particles are in memory at once, since they are resampled together",)
+    work = setting.populations(algorithm.num_particles, num_models=num_models)
+    notes: tuple[str, ...] = ("all particles of a prompt are in memory at once, since they are resampled together",)
     if algorithm.twist is None and twisted and posterior.prior.eos_token_ids:  # without EOS any constant will do
         pilot = setting.decoding(PILOT_DRAWS, blocks=False)
         work = replace(work, tokens=_sum(work.tokens, pilot.tokens))

@@ -191,6 +191,6 @@ def test_expected_proposals() -> None:
 def test_a_table_has_tokens_and_no_memory() -> None:
     coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
     planned = bk.plan(posterior_of(coin, prompts=((), ())), bk.SMC(8))
-    assert planned.model_tokens == 2 * (64 + 8) * 4
+    assert planned.model_tokens == 2 * 8 * 4
     assert planned.phases == {}
     assert "the memory of a NgramLM is not estimated" in planned.notes
