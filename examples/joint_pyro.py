@@ -1,4 +1,4 @@
-"""Completions and an uncertain reward in one Pyro program: `python examples/joint_pyro.py` (about twenty seconds).
+"""Completions and an uncertain reward in one Pyro program: `python examples/joint_pyro.py` (about ten seconds).
 
     theta ~ Normal(0, 1)^2                    weights of the reward r(x) = theta . f(x)
     winner over loser ~ Bernoulli(sigma(theta . (f(winner) - f(loser))))      a few observed preferences, if any
@@ -76,7 +76,7 @@ def programs(preferences: np.ndarray):
     return model, guide
 
 
-def fit(preferences: np.ndarray, num_steps: int = 1000, seed: int = 0):
+def fit(preferences: np.ndarray, num_steps: int = 500, seed: int = 0):
     """Return the trained guide as a function, and its model."""
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)

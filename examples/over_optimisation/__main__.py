@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from study import GoldStudy, gold_study
 
 
-def main(seeds: Sequence[int] = range(10), file: str | None = None) -> GoldStudy:
-    study = gold_study(30, seeds=seeds)
+def main(seeds: Sequence[int] = range(10), file: str | None = None, num_pairs: int = 30) -> GoldStudy:
+    study = gold_study(num_pairs, seeds=seeds)
     print(study)
     for target in ("cut", "conservative"):
         gain, se = study.gain(target, "plug-in", kl=1.0)

@@ -15,7 +15,7 @@ import bayes_klrl as bk
 
 letters = bk.NgramLM.fit(["a cat sat", "the cat ran", "a rat sat"], order=3)
 vowels = bk.Reward(lambda completions: [sum(map(text.count, "aeiou")) for text in completions], alpha=1.0)
-posterior = bk.Posterior(letters, vowels, prompts=["the c", "a r"], max_new_tokens=4)
+posterior = bk.Posterior(letters, vowels, prompts=["the c", "a r"], max_new_tokens=3)
 """
 
 
@@ -85,7 +85,7 @@ def test_amortise_trains_on_some_prompts_and_judges_on_others(small: Path, tmp_c
     alone = run(*words)
     assert alone.exit_code == 1
     assert "must also define `held_out`" in alone.output
-    small.write_text(SMALL + "held_out = bk.Posterior(letters, vowels, prompts=['the r', 'a c'], max_new_tokens=4)\n")
+    small.write_text(SMALL + "held_out = bk.Posterior(letters, vowels, prompts=['the r', 'a c'], max_new_tokens=3)\n")
     result = run(*words, "--steps", 3, "--prompts-per-step", 1)
     assert result.exit_code == 0, result.output
     assert "On 2 unseen prompts the guide is" in result.output

@@ -27,8 +27,8 @@ def test_another_trainers_policies_are_certified(tmp_path: Path, capsys: pytest.
     truth = Truth(posterior)
     reverse = {}
     for name, certificate in certificates.items():
-        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["checkpoint-200", "checkpoint-66"]
-        policy = bk.TorchLM.from_pretrained(tmp_path / name / "checkpoint-200")
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["checkpoint-100", "checkpoint-33"]
+        policy = bk.TorchLM.from_pretrained(tmp_path / name / "checkpoint-100")
         kl = reverse[name] = truth.kl(policy)
         log_q = log_probs(policy, truth)
         forward = (truth.p * (truth.log_posterior - log_q)).sum(axis=1)

@@ -26,8 +26,8 @@ def study() -> GoldStudy:
 
 @pytest.fixture(scope="module")
 def small() -> UncertainProxy:
-    """Its completions are few enough for the tests' own enumeration."""
-    return uncertain_proxy(30, max_new_tokens=5, seed=3)
+    """Its completions are few enough for the tests' own enumeration; as many pairs as in the study, compiled for once."""
+    return uncertain_proxy(15, max_new_tokens=5, seed=3)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -100,7 +100,7 @@ def test_a_target_has_a_name(small: UncertainProxy) -> None:
 @pytest.mark.slow
 def test_the_example_of_over_optimisation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(EXAMPLES / "over_optimisation"))
-    study = example["main"](range(3), str(tmp_path / "gold.png"))
+    study = example["main"](range(3), str(tmp_path / "gold.png"), num_pairs=15)
     printed = capsys.readouterr().out
     assert f"{study.gain('cut', 'plug-in', 1.0)[0]:+.2f}" in printed
     assert (tmp_path / "gold.png").stat().st_size > 10_000

@@ -41,9 +41,15 @@ IDS_POSTERIOR = bk.Posterior(
 ALGORITHMS = named(tuple(row for row in EVERY_REWARD if row.name != "Exact"), 80)  # too many texts to enumerate
 
 
-@pytest.fixture(params=ALGORITHMS)
+@pytest.fixture(params=ALGORITHMS, scope="module")
 def draws(request: pytest.FixtureRequest) -> Draws:
     return ALGORITHMS[request.param].run(POSTERIOR, seed=3)
+
+
+@pytest.fixture(scope="module")
+def file(draws: Draws, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of `draws`, written once for the tests that only read it."""
+    return save_draws(draws, tmp_path_factory.mktemp("saved") / "draws.nc")
 
 
 def assert_same(one: Draws, other: Draws) -> None:
@@ -68,8 +74,8 @@ def dead(draws: Draws, *prompts: int) -> Draws:
     return replace(draws, log_weights=log_weights)
 
 
-def test_a_file_holds_everything(draws: Draws, tmp_path: Path) -> None:
-    loaded = Draws.load(draws.save(tmp_path / "draws.nc"))
+def test_a_file_holds_everything(draws: Draws, file: Path) -> None:
+    loaded = Draws.load(file)
     assert_same(draws, loaded)
     assert loaded.texts() == draws.texts()
     np.testing.assert_array_equal(loaded.mean(loaded.reward), draws.mean(draws.reward))
@@ -101,8 +107,8 @@ def test_any_text_survives(text: str, tmp_path: Path) -> None:
     assert loaded.prompts == draws.prompts
 
 
-def test_loaded_draws_know_only_their_own_texts(draws: Draws, tmp_path: Path) -> None:
-    loaded = load_draws(save_draws(draws, tmp_path / "draws.nc"))
+def test_loaded_draws_know_only_their_own_texts(file: Path) -> None:
+    loaded = load_draws(file)
     assert loaded.decoder is not None
     with pytest.raises(bk.BayesKLRLError, match=r"\[999\] is not among these draws"):
         loaded.decoder([[999]])
@@ -122,7 +128,7 @@ def test_files_that_are_not_ours_are_named(tmp_path: Path) -> None:
 
 
 def test_saving_twice_overwrites(draws: Draws, tmp_path: Path) -> None:
-    path = save_draws(draws, tmp_path / "draws.nc")
+    path = draws.save(tmp_path / "draws.nc")
     first = load_draws(path)
     save_draws(draws.resample(3, seed=0), path)
     assert load_draws(path).shape == (2, 3)
@@ -289,14 +295,13 @@ def test_a_comparison_keeps_its_names(tmp_path: Path) -> None:
         comparison_to_datatree({"a/b": draws, "a-b": draws})
 
 
-def test_arviz_opens_the_file(draws: Draws, tmp_path: Path) -> None:
-    path = str(save_draws(draws, tmp_path / "draws.nc"))
+def test_arviz_opens_the_file(draws: Draws, file: Path) -> None:
     if ARVIZ_1:
-        opened = az.from_netcdf(path, engine="h5netcdf")
+        opened = az.from_netcdf(str(file), engine="h5netcdf")
     else:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*not defined in the InferenceData scheme", UserWarning)
-            opened = az.from_netcdf(path, engine="h5netcdf")
+            opened = az.from_netcdf(str(file), engine="h5netcdf")
     assert "reward[sch]" in az.summary(opened).index
     np.testing.assert_array_equal(opened["weighted"]["log_weights"].values, draws.log_weights)
     opened.close()

@@ -50,14 +50,15 @@ class JaxTable:
 
     def sample_tokens(self, contexts: Any, uniforms: Any) -> Any:
         table = jax.nn.log_softmax(self.parameters["logits"])
+        cumulated = jnp.cumsum(jnp.exp(table), axis=-1)
 
         def step(carry: Any, uniform: Any) -> Any:
             context, done = carry
-            rows = table[context @ self.place]
-            cumulative = jnp.cumsum(jnp.exp(rows), axis=-1)
+            row = (context * self.place).sum(-1)
+            cumulative = cumulated[row]
             drawn = (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(axis=-1)
             token = jnp.where(done, min(self.eos_token_ids, default=0), drawn)
-            score = jnp.where(done, 0.0, jnp.take_along_axis(rows, drawn[..., None], axis=-1)[..., 0])
+            score = jnp.where(done, 0.0, table[row, drawn])
             context = jnp.concatenate([context[..., 1:], token[..., None]], axis=-1)
             return (context, done | self._ends(token)), (token, score)
 
@@ -67,15 +68,24 @@ class JaxTable:
         return jnp.moveaxis(tokens, 0, 2).astype(jnp.int32), jnp.moveaxis(scores, 0, 2)
 
     def score_positions(self, contexts: Any, tokens: Any) -> Any:
+        rows, inside = self._read(contexts, tokens)
+        return jnp.where(inside[..., None], jax.nn.log_softmax(self.parameters["logits"])[rows], 0.0)
+
+    def score_tokens(self, contexts: Any, tokens: Any) -> Any:
+        rows, inside = self._read(contexts, tokens)
+        return jnp.where(inside, jax.nn.log_softmax(self.parameters["logits"])[rows, tokens], 0.0)
+
+    def _read(self, contexts: Any, tokens: Any) -> tuple[Any, Any]:
+        """The table's row at every position, and whether the completion has not ended before it; both (P, N, T)."""
         num_tokens, width = tokens.shape[2], contexts.shape[-1]
         before = jnp.broadcast_to(contexts[:, None], (*tokens.shape[:2], width))
         read = jnp.concatenate([before, tokens], axis=2)
-        index = jnp.stack([read[..., t : t + width] for t in range(num_tokens)], axis=2) @ self.place
-        inside = jnp.cumsum(self._ends(tokens), axis=2) - self._ends(tokens) == 0
-        return jnp.where(inside[..., None], jax.nn.log_softmax(self.parameters["logits"])[index], 0.0)
-
-    def score_tokens(self, contexts: Any, tokens: Any) -> Any:
-        return jnp.take_along_axis(self.score_positions(contexts, tokens), tokens[..., None], axis=3)[..., 0]
+        rows = sum(place * read[..., t : t + num_tokens] for t, place in enumerate(self.place.tolist()))
+        ends = self._ends(tokens)
+        return rows, jnp.cumsum(ends, axis=2) - ends == 0
 
     def _ends(self, tokens: Any) -> Any:
-        return jnp.isin(tokens, jnp.array(sorted(self.eos_token_ids), dtype=int))
+        ends = jnp.zeros(tokens.shape, dtype=bool)
+        for token in self.eos_token_ids:
+            ends |= tokens == token
+        return ends

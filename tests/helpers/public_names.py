@@ -1,6 +1,7 @@
 """Where each public name lives, read from the stub that is the one list of them."""
 
 import ast
+import functools
 from pathlib import Path
 
 import bayes_klrl
@@ -8,6 +9,7 @@ import bayes_klrl
 STUB = Path(bayes_klrl.__file__).with_suffix(".pyi")
 
 
+@functools.cache
 def homes() -> dict[str, str]:
     """{public name: its module}."""
     found = {}

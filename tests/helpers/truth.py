@@ -20,6 +20,7 @@ __all__ = [
     "full_table",
     "pooled",
     "random_posterior",
+    "repeated",
     "t_square_p",
     "z_score",
 ]
@@ -111,7 +112,10 @@ def random_posterior(
     eos_logit: float = 0.0,
     prompt_shift: float = 0.0,
 ) -> bk.Posterior:
-    """A random n-gram prior with a lopsided reward: token weights, a bonus for a pair, a slope in the length."""
+    """A random n-gram prior with a lopsided reward: token weights, a bonus for a pair, a slope in the length.
+
+    The reward takes prompts in turns: a posterior of the same likelihood whose prompts are these, k times over, is k copies.
+    """
     rng = np.random.default_rng(seed)
     logits = 1.2 * rng.standard_normal((vocab_size,) * order)
     logits[..., list(eos)] += eos_logit
@@ -122,7 +126,7 @@ def random_posterior(
         inside = np.arange(tokens.shape[1]) < lengths[:, None]
         total = (0.4 * weights[tokens] * inside).sum(axis=1) + slope * lengths
         pair = ((tokens[:, :-1] == 0) & (tokens[:, 1:] == 1) & inside[:, 1:]).any(axis=1)
-        return total + bonus * pair + prompt_shift * prompt_index
+        return total + bonus * pair + prompt_shift * (prompt_index % len(prompts))
 
     table = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return bk.Posterior(
@@ -131,6 +135,15 @@ def random_posterior(
         prompts=[list(prompt) for prompt in prompts],
         max_new_tokens=num_tokens,
     )
+
+
+def repeated(posterior: bk.Posterior, num_runs: int) -> bk.Posterior:
+    """The first prompt of a posterior, as often as there are runs.
+
+    Every prompt has random numbers of its own, so P equal prompts are P independent runs in one vectorised pass.
+    """
+    prompts = [list(posterior.prompt_ids[0])] * num_runs
+    return bk.Posterior(posterior.prior, posterior.likelihood, prompts=prompts, max_new_tokens=posterior.max_new_tokens)
 
 
 def full_table(lm: bk.LanguageModel, order: int | None = None, *, noise: float = 0.0, seed: int = 0) -> bk.NgramLM:

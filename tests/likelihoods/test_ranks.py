@@ -12,6 +12,7 @@ from scipy.integrate import quad
 import bayes_klrl as bk
 from bayes_klrl.inference.sampling.order_statistics import best_of_n_log_probs
 from bayes_klrl.likelihoods.prior_ranks import Cells
+from bayes_klrl.weights import logsumexp
 from tests.helpers.tiny_models import tiny_gpt2
 from tests.helpers.truth import Truth, z_score
 from tests.helpers.user_models import TextLM
@@ -71,9 +72,13 @@ def test_the_evidence_of_a_quantile_is_known_at_any_scale(alpha: float) -> None:
 
 def evidences(make: Any, num: int) -> np.ndarray:
     """log Z of the posterior that is sampled, for `num` sets of reference draws, by enumeration."""
-    return np.array(
-        [Truth(posterior_of(make(seed), BITS, max_new_tokens=6, prompts=[[0]])).log_evidence[0] for seed in range(num)]
-    )
+
+    def posterior(seed: int) -> bk.Posterior:
+        return posterior_of(make(seed), BITS, max_new_tokens=6, prompts=[[0]])
+
+    once = Truth(posterior(0))  # completions and their prior are the same for all
+    joint = [once.log_prior + posterior(seed).log_likelihood(once.sequences) for seed in range(num)]
+    return logsumexp(np.concatenate(joint))
 
 
 @pytest.mark.parametrize("fn", [NUMBER, bk.TokenReward(lambda tokens, lengths: tokens.sum(axis=1), alpha=1.0)])

@@ -51,8 +51,10 @@ def test_the_enumerated_posteriors_are_one(model: str) -> None:
     np.testing.assert_allclose(np.exp(second.log_prior).sum(axis=1), 1.0, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model, name",
+    [("gpt2", name) for name in ALGORITHMS] + [pytest.param("llama", "SMC, always", marks=pytest.mark.slow)],
+)
 def test_the_same_seed_gives_the_same_draws_on_both(model: str, name: str) -> None:
     """Uniforms come from the host, so that only a rounding at the edge of a token's interval could tell them apart."""
     on_torch, on_jax = both(model)

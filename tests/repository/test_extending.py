@@ -27,8 +27,10 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 from scipy.special import gammaln
+from typer.testing import CliRunner
 
 import bayes_klrl as bk
+from bayes_klrl.cli import app
 from tests.helpers.truth import Truth, chi_square_p, counts, random_posterior, z_score
 from tests.repository.test_readme import FENCE, Block
 
@@ -108,15 +110,19 @@ def evidences(table: Path) -> dict[str, float]:
         return {row["method"]: float(row["log_evidence"] or "nan") for row in csv.DictReader(file)}
 
 
-def test_command_lines_run(folder: Path) -> None:
+def test_command_lines_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, but without `folder` among the places where Python finds modules: the command line adds it."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place != str(folder)])
+    for name in MODULES:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     lines = [line for block in blocks() if block.info == "bash" for line in block.body.splitlines()]
     tables = []
     for line in lines:
         program, *arguments = shlex.split(line, comments=True)
         assert program == "bayes-klrl"
-        command = [sys.executable, "-m", "bayes_klrl.cli", *arguments, "--quiet"]
-        run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stderr
+        run = CliRunner().invoke(app, [*arguments, "--quiet"])
+        assert run.exit_code == 0, run.output
         assert (folder / "my-results" / "draws.nc").is_file()
         tables.append(evidences(folder / "my-results" / "table.csv"))
     assert [set(table) for table in tables] == [{"antithetic", "exact"}, {"exact", "SuffixMH(4, 200)"}]

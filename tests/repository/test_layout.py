@@ -149,6 +149,7 @@ class Import:
         return f"bayes_klrl/{self.file.replace('.', '/')}.py:{self.line} imports {self.module} ({self.place})"
 
 
+@functools.cache
 def files() -> dict[str, Path]:
     """Dotted name below the package of every source file; `__init__` for the package's own."""
     found = {}

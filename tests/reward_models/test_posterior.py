@@ -104,8 +104,9 @@ def test_an_inferred_prior_scale_is_that_of_quadrature() -> None:
     fit = model.fit(TOKENS, pairs, seed=2, accept_unconverged=True)
     theta, log_tau = np.meshgrid(np.linspace(-6, 6, 801), np.linspace(-7, 2, 601), indexing="ij")
     points = np.stack([theta.ravel(), np.exp(log_tau).ravel()], axis=1)
+    log_likelihood = -np.logaddexp(0, -np.outer(theta[:, 0], fit.design[:, 0])).sum(axis=1)  # does not depend on tau
     log_density = (
-        -np.logaddexp(0, -np.outer(points[:, 0], fit.design[:, 0])).sum(axis=1)
+        np.repeat(log_likelihood, log_tau.shape[1])
         - 0.5 * np.square(points[:, 0] / points[:, 1])
         - np.log(points[:, 1])
         - 0.5 * np.square(points[:, 1])
@@ -143,9 +144,9 @@ def test_noise_of_scores_is_inferred() -> None:
     centred = y - y.mean()
     theta, sigma = np.meshgrid(np.linspace(-2, 4, 601), np.linspace(0.2, 4, 761), indexing="ij")
     points = np.stack([theta.ravel(), sigma.ravel()], axis=1)
-    residual = np.square(centred - np.outer(points[:, 0], fit.design[:, 0])).sum(axis=1)
+    residual = np.square(centred - np.outer(theta[:, 0], fit.design[:, 0])).sum(axis=1)  # does not depend on sigma
     log_density = (
-        -0.5 * residual / points[:, 1] ** 2
+        -0.5 * np.repeat(residual, sigma.shape[1]) / points[:, 1] ** 2
         - 50 * np.log(points[:, 1])
         - 0.5 * np.square(points[:, 0])
         - 0.5 * np.square(points[:, 1] / centred.std())

@@ -197,9 +197,9 @@ class HuggingFaceModel:
 
     def _check_prompts(self, prompts: Sequence[TokenIds], num_new: int) -> None:
         check_prompts(prompts, self._vocab_size, self.bos_token_id)
+        limit, apart = self.context_length, self.prompt_apart  # once: they read the whole configuration
         for prompt in prompts:
-            num_tokens = max(len(prompt), num_new) if self.prompt_apart else len(prompt) + num_new
-            check_length(num_tokens, self.context_length)
+            check_length(max(len(prompt), num_new) if apart else len(prompt) + num_new, limit)
 
 
 def output_size(model: nn.Module) -> int:

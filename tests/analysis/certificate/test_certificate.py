@@ -190,7 +190,7 @@ def test_what_is_called_exact_draws_follows_the_posterior(backend: str, source: 
     """What conditional SMC retains: weighted or SMC draws that were resampled would not pass."""
     base = on(backend, random_posterior(1, prompts=((0,),), num_tokens=4))
     assert isinstance(base.likelihood, bk.TokenReward)
-    likelihood = bk.TokenReward(base.likelihood.fn, alpha=1.0, bounds=(-5, 5))
+    likelihood = bk.TokenReward(base.likelihood.fn, alpha=1.0, bounds=(-2, 2))
     posterior = bk.Posterior(base.prior, likelihood, prompts=[[0]], max_new_tokens=4)
     truth = Truth(posterior)
     most = {"enumeration": 1000, "rejection": 1}[source]

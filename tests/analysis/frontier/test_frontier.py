@@ -1,5 +1,6 @@
 """`bk.frontier`: the curve against enumerated truth, its inverse, constraints, extension, refusals, table and picture."""
 
+import functools
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +20,12 @@ GOLD = gold_posterior()
 TWO = random_posterior(1, prompts=((0,), (2,)), prompt_shift=0.4)
 CURVE = bk.frontier(GOLD, num_draws=4000, seed=0)
 
+truth_of = functools.cache(Truth)
+
 
 def exact(posterior: bk.Posterior, alpha: float) -> dict[str, float]:
     """The truth at an alpha, by enumeration, means over prompts; impossible completions have no weight."""
-    truth = Truth(posterior)
+    truth = truth_of(posterior)
     possible = np.isfinite(truth.reward)
     joint = truth.log_prior + np.where(possible, truth.reward, -np.inf) / alpha
     log_z = np.log(np.exp(joint).sum(axis=1))
@@ -37,7 +40,7 @@ def exact(posterior: bk.Posterior, alpha: float) -> dict[str, float]:
 
 def exact_points(posterior: bk.Posterior, inverse_alphas: np.ndarray) -> PathPoints:
     """What annealing would give without error: the enumerated truth of each prompt."""
-    truth = Truth(posterior)
+    truth = truth_of(posterior)
     joint = truth.log_prior[:, None] + inverse_alphas[:, None] * truth.reward[:, None]  # (P, M, X)
     log_z = np.log(np.exp(joint).sum(axis=2))
     reward = (np.exp(joint - log_z[..., None]) * truth.reward[:, None]).sum(axis=2)

@@ -14,8 +14,15 @@ from bayes_klrl.inference.sampling.order_statistics import (
     best_of_n_log_probs,
     best_of_n_win_rate,
 )
+from bayes_klrl.models import decoding as decoding_module
 from tests.helpers.backends import crossed, on, precision
-from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_posterior, z_score
+from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_posterior, repeated, z_score
+
+
+@pytest.fixture(autouse=True)
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws do not depend on their blocks, but many equal prompts would make many blocks of few draws each."""
+    monkeypatch.setattr(decoding_module, "ROWS_PER_BLOCK", 2**16)
 
 
 def bounded(posterior: bk.Posterior, slack: float = 0.0) -> bk.Posterior:
@@ -29,11 +36,6 @@ def bounded(posterior: bk.Posterior, slack: float = 0.0) -> bk.Posterior:
     )
     prompts = [list(ids) for ids in posterior.prompt_ids]
     return bk.Posterior(posterior.prior, likelihood, prompts=prompts, max_new_tokens=posterior.max_new_tokens)
-
-
-def repeated(posterior: bk.Posterior, num_runs: int) -> bk.Posterior:
-    prompts = [list(posterior.prompt_ids[0])] * num_runs
-    return bk.Posterior(posterior.prior, posterior.likelihood, prompts=prompts, max_new_tokens=posterior.max_new_tokens)
 
 
 # --- rejection -----------------------------------------------------------------------------------------------

@@ -11,15 +11,21 @@ from scipy import stats
 import bayes_klrl as bk
 from bayes_klrl import problems
 from bayes_klrl.arrays import to_host
-from bayes_klrl.inference.smc import population as population_module
+from bayes_klrl.inference.smc import runs as runs_module
 from bayes_klrl.inference.smc.smc import ConstantTwist
+from bayes_klrl.models import decoding as decoding_module
 from bayes_klrl.models.decoding import Decoding
 from bayes_klrl.resampling import conditional_multinomial
 from tests.helpers.backends import crossed, on, precision
-from tests.helpers.truth import Truth, chi_square_p, full_table, random_posterior, z_score
-from tests.inference.sampling.test_rejection import repeated
+from tests.helpers.truth import Truth, chi_square_p, full_table, random_posterior, repeated, z_score
 
 NUM_RUNS = 2000
+
+
+@pytest.fixture(autouse=True)
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws do not depend on their blocks, but many equal prompts would make many blocks of few draws each."""
+    monkeypatch.setattr(decoding_module, "ROWS_PER_BLOCK", 2**16)
 
 
 def exact_draws(truth: Truth, num_runs: int, seed: int) -> bk.Sequences:
@@ -151,7 +157,7 @@ def test_particle_0_is_the_retained_completion_with_the_weight_it_should_have(ba
 def test_runs_are_those_of_as_many_prompts(max_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """M runs of one prompt have the law of one run of M prompts, however they are decoded together."""
     posterior = random_posterior(11, num_tokens=4, prompts=((0,), (1,)))
-    monkeypatch.setattr(population_module, "_MAX_ROWS", max_rows)
+    monkeypatch.setattr(runs_module, "_MAX_ROWS", max_rows)
     truth = Truth(posterior)
     num_runs = 60 if max_rows == 1 else 1000
     smc = bk.SMC(5, ess_threshold=0.9, twist=0.5)

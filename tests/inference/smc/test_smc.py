@@ -1,7 +1,6 @@
 """SMC against enumeration: unbiased evidence, exactness with the optimal twist, and the traps of theory.md 3.
 
-Runs are repeated by giving the same prompt many times: every prompt has a population and random numbers of its
-own, so that P prompts are P independent runs in one vectorised pass.
+Runs are repeated by giving the same prompt many times; see `repeated`.
 """
 
 from __future__ import annotations
@@ -14,24 +13,16 @@ import pytest
 import bayes_klrl as bk
 from bayes_klrl import problems
 from bayes_klrl.inference.smc.level import most_even_level
-from bayes_klrl.inference.smc.population import RESAMPLING_STREAM
+from bayes_klrl.inference.smc.runs import RESAMPLING_STREAM, grown
+from bayes_klrl.models.memory import prompt_blocks
 from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.resampling import RESAMPLING
+from bayes_klrl.weights import effective_sample_size
 from tests.helpers.backends import crossed, on, precision
-from tests.helpers.truth import Truth, full_table, random_posterior, z_score
+from tests.helpers.truth import Truth, full_table, random_posterior, repeated, z_score
 
 SCHEMES = sorted(RESAMPLING, reverse=True)  # systematic, the default, is the one that is crossed with backends
 NUM_RUNS = 200
-
-
-def repeated(posterior: bk.Posterior, num_runs: int) -> bk.Posterior:
-    """The first prompt of a posterior, as often as there are runs."""
-    return bk.Posterior(
-        posterior.prior,
-        posterior.likelihood,
-        prompts=[list(posterior.prompt_ids[0])] * num_runs,
-        max_new_tokens=posterior.max_new_tokens,
-    )
 
 
 # --- the evidence is unbiased -------------------------------------------------------------------------------
@@ -55,16 +46,19 @@ def test_evidence_is_unbiased(backend: str, problem: str, scheme: str, threshold
 
 @crossed(scheme=SCHEMES)
 def test_evidence_is_unbiased_over_seeds(backend: str, scheme: str) -> None:
-    """One run a seed, two different prompts in it, a proposal that is not the prior, and a twist that is wrong."""
+    """Ten copies of two different prompts per seed, a proposal that is not the prior, and a twist that is wrong."""
     posterior = on(backend, random_posterior(13, num_tokens=4, prompts=((0,), (1, 2)), prompt_shift=0.7))
+    copies = 10
     truth = Truth(posterior).log_evidence
+    many = bk.Posterior(posterior.prior, posterior.likelihood, prompts=[[0], [1, 2]] * copies, max_new_tokens=4)
     proposal = full_table(posterior.prior, 3, noise=0.5, seed=3)
 
     def twist(posterior: bk.Posterior, prompt_index: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
-        return 0.8 * (prefixes == 1).sum(axis=1) - 0.3 * prefixes.shape[1] + 2.0 * prompt_index
+        return 0.8 * (prefixes == 1).sum(axis=1) - 0.3 * prefixes.shape[1] + 2.0 * (prompt_index % 2)
 
     smc = bk.SMC(6, proposal=proposal, twist=twist, resampling=scheme)
-    log_evidence = np.array([smc.run(posterior, seed=seed).log_evidence for seed in range(NUM_RUNS)])
+    runs = [smc.run(many, seed=seed).log_evidence.reshape(copies, 2) for seed in range(NUM_RUNS // copies)]
+    log_evidence = np.concatenate(runs)
     for p in range(2):
         assert abs(z_score(np.exp(log_evidence[:, p] - truth[p]), 1.0)) < 3
 
@@ -208,7 +202,7 @@ def test_the_default_constant_makes_weights_most_even_and_has_no_pilot() -> None
     level = most_even_level(log_ratio, np.where(finished, log_psi, np.nan), finished)
 
     def ess(constant: np.ndarray) -> np.ndarray:
-        return bk.effective_sample_size(log_ratio + np.where(finished, log_psi, constant[:, None]))
+        return effective_sample_size(log_ratio + np.where(finished, log_psi, constant[:, None]))
 
     others = np.stack([ess(np.full(50, constant)) for constant in np.linspace(-20, 20, 4001)])
     np.testing.assert_allclose(ess(level), others.max(axis=0), rtol=1e-4)
@@ -368,6 +362,33 @@ def test_a_prompt_that_has_ended_rests_while_another_goes_on() -> None:
     moved = (draws.info["ancestors"] != np.arange(32)).any(axis=2)
     np.testing.assert_array_equal(moved, [[False, False, False], [True, True, False]])
     np.testing.assert_allclose(draws.log_weights[0], 2.0 * draws.tokens[0, :, 0], rtol=0, atol=1e-12)
+
+
+def test_blocks_of_prompts_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of two lengths, decoded one by one, in pairs, and all at once; with and without a retained completion."""
+    bigram = random_posterior(10, num_tokens=4, alpha=0.3, eos_logit=0.5, prompts=((0,), (1,) * 80, (2,), (1, 2), (0,)))
+    posterior = on("torch", bigram)
+    retained = bk.Exact(3).run(bigram, seed=5).sequences
+    smc = bk.SMC(6, ess_threshold=0.9)
+    seen: list[list[list[int]]] = []
+
+    def runs(most: int) -> tuple[bk.Draws, np.ndarray, np.ndarray]:
+        monkeypatch.setattr(grown, "__kwdefaults__", {**grown.__kwdefaults__, "most_rows": most})
+        monkeypatch.setattr("bayes_klrl.inference.smc.runs._MAX_ROWS", most)
+        seen.append([block.tolist() for block in prompt_blocks((posterior.prior,), [1, 80, 1, 2, 1], 6, 4, most)])
+        above = bk.ConditionalSMC(smc).log_evidences(posterior, retained, seed=2)
+        return smc.run(posterior, seed=1), smc.log_evidences(posterior, 3, seed=1).log_evidence, above.log_evidence
+
+    whole, *evidences = runs(1000)
+    assert (whole.info["ancestors"] != np.arange(6)).any()
+    for most in (1, 12):
+        draws, *others = runs(most)
+        for name in ("tokens", "lengths", "reward"):
+            np.testing.assert_array_equal(getattr(draws, name), getattr(whole, name))
+        np.testing.assert_array_equal(draws.info["ancestors"], whole.info["ancestors"])
+        np.testing.assert_allclose(draws.log_weights, whole.log_weights, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(others, evidences, rtol=0, atol=1e-5)
+    assert seen == [[[1], [0, 2, 3, 4]], [[1], [0], [2], [3], [4]], [[1], [0, 2], [3, 4]]]
 
 
 def test_ancestors_lead_to_the_particles(backend: str) -> None:

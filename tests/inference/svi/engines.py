@@ -10,17 +10,13 @@ import numpy as np
 import bayes_klrl as bk
 from tests.helpers.truth import Truth
 
-__all__ = ["ENGINES", "ESTIMATORS", "Engine", "NumpyroEngine", "PyroEngine", "enumerated", "minus_elbo"]
+__all__ = ["ENGINES", "ESTIMATORS", "Engine", "NumpyroEngine", "PyroEngine", "enumerated", "minus_elbo", "of_each_key"]
 
 ESTIMATORS = ("LeaveOneOutELBO", "RaoBlackwellELBO")
 
 
 class Engine(Protocol):
     """Gradients are vectors of float64 over the logits of a table, in one order for both engines."""
-
-    @property
-    def xp(self) -> Any:
-        """The module of the engine's arrays."""
 
     def exactly(self, tolerance: float) -> float:
         """Return the tolerance: as given in float64, a few roundings in float32."""
@@ -45,6 +41,11 @@ class Engine(Protocol):
     def losses(self, posterior: bk.Posterior, guide: Any, loss: Any, num_runs: int, **options: Any) -> np.ndarray:
         """Return the values of -ELBO of independent steps, (runs,)."""
 
+    def losses_and_gradients(
+        self, posterior: bk.Posterior, guide: Any, loss: Any, num_runs: int, *, seed: int = 1, **options: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return both, of the same steps."""
+
     def step(
         self, posterior: bk.Posterior, guide: Any, num_particles: int, seed: int
     ) -> tuple[np.ndarray, bk.Sequences]:
@@ -58,12 +59,6 @@ class Engine(Protocol):
 
 class PyroEngine:
     """Tables of float64, gradients by torch."""
-
-    @property
-    def xp(self) -> Any:
-        import torch
-
-        return torch
 
     def exactly(self, tolerance: float) -> float:
         return tolerance
@@ -93,14 +88,19 @@ class PyroEngine:
     def gradients(
         self, posterior: bk.Posterior, guide: Any, loss: Any, num_runs: int, *, seed: int = 1, **options: Any
     ) -> np.ndarray:
-        def one(model: Any, program: Any) -> np.ndarray:
-            loss.loss_and_grads(model, program)
-            return _taken(guide)
-
-        return np.array(_on_pyro(posterior, guide, one, num_runs, seed, options))
+        return self.losses_and_gradients(posterior, guide, loss, num_runs, seed=seed, **options)[1]
 
     def losses(self, posterior: bk.Posterior, guide: Any, loss: Any, num_runs: int, **options: Any) -> np.ndarray:
         return np.array(_on_pyro(posterior, guide, loss.loss, num_runs, 0, options))
+
+    def losses_and_gradients(
+        self, posterior: bk.Posterior, guide: Any, loss: Any, num_runs: int, *, seed: int = 1, **options: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        def one(model: Any, program: Any) -> tuple[float, np.ndarray]:
+            return loss.loss_and_grads(model, program), _taken(guide)
+
+        values, found = zip(*_on_pyro(posterior, guide, one, num_runs, seed, options), strict=True)
+        return np.array(values), np.array(found)
 
     def step(
         self, posterior: bk.Posterior, guide: Any, num_particles: int, seed: int
@@ -156,13 +156,7 @@ def _taken(guide: Any) -> np.ndarray:
 
 
 class NumpyroEngine:
-    """Tables of float32, gradients by JAX, a step compiled once."""
-
-    @property
-    def xp(self) -> Any:
-        import jax.numpy
-
-        return jax.numpy
+    """Tables of float32, gradients by JAX, all steps in one compiled program."""
 
     def exactly(self, tolerance: float) -> float:
         return max(tolerance, 2e-5)
@@ -197,18 +191,20 @@ class NumpyroEngine:
     def gradients(
         self, posterior: bk.Posterior, guide: Any, loss: Any, num_runs: int, *, seed: int = 1, **options: Any
     ) -> np.ndarray:
-        import jax
-
-        value = _loss_of(posterior, guide, loss, options)
-        step = jax.jit(jax.grad(value))
-        keys = jax.random.split(jax.random.key(seed), num_runs)
-        return np.array([_flat(step(guide.parameters, key)) for key in keys])
+        return self.losses_and_gradients(posterior, guide, loss, num_runs, seed=seed, **options)[1]
 
     def losses(self, posterior: bk.Posterior, guide: Any, loss: Any, num_runs: int, **options: Any) -> np.ndarray:
+        value = _loss_of(posterior, guide, loss, options)
+        return np.asarray(of_each_key(value, guide.parameters, num_runs, 0), dtype=np.float64)
+
+    def losses_and_gradients(
+        self, posterior: bk.Posterior, guide: Any, loss: Any, num_runs: int, *, seed: int = 1, **options: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
         import jax
 
-        value = jax.jit(_loss_of(posterior, guide, loss, options))
-        return np.array([float(value(guide.parameters, key)) for key in jax.random.split(jax.random.key(0), num_runs)])
+        step = jax.value_and_grad(_loss_of(posterior, guide, loss, options))
+        values, found = of_each_key(step, guide.parameters, num_runs, seed)
+        return np.asarray(values, dtype=np.float64), _flat(found, num_runs)
 
     def step(
         self, posterior: bk.Posterior, guide: Any, num_particles: int, seed: int
@@ -251,11 +247,23 @@ def _loss_of(posterior: bk.Posterior, guide: Any, loss: Any, options: Any) -> Ca
     return lambda parameters, key: loss.loss(key, {"language_model": parameters, **carried}, model, program)
 
 
-def _flat(tree: Any) -> np.ndarray:
-    """The leaves of a tree of gradients as one vector."""
+def of_each_key(fn: Callable[[Any, Any], Any], parameters: Any, num_runs: int, seed: int) -> Any:
+    """fn(parameters, key) for as many keys of JAX, in one compiled program; its arrays get a first axis of runs."""
     import jax
 
-    return np.concatenate([np.asarray(leaf, dtype=np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+    def of_all(parameters: Any) -> Any:
+        keys = jax.random.split(jax.random.key(seed), num_runs)
+        return jax.lax.map(lambda key: fn(parameters, key), keys)
+
+    return jax.jit(of_all)(parameters)
+
+
+def _flat(tree: Any, *first: int) -> np.ndarray:
+    """The leaves of a tree of gradients as one vector, or as one per run with the number of runs as their first axis."""
+    import jax
+
+    leaves = [np.asarray(leaf, dtype=np.float64).reshape(*first, -1) for leaf in jax.tree.leaves(tree)]
+    return np.concatenate(leaves, axis=-1)
 
 
 ENGINES: dict[str, Engine] = {"pyro": PyroEngine(), "numpyro": NumpyroEngine()}
@@ -273,12 +281,18 @@ def enumerated(
     value: Callable[[Any, Any, Any, Any], Any] = minus_elbo,
     chosen: Sequence[bool] | np.ndarray | slice = slice(None),
 ) -> np.ndarray:
-    """The gradient of value(exp, log q, log p0, r / alpha) over all completions, or over the chosen ones alone."""
+    """The gradient of value(exp, log q, log p0, r / alpha) over all completions, or over the chosen ones alone.
+
+    It is computed by torch in float64 whatever the engine, so arrays are tensors; a table on JAX is copied.
+    """
+    import torch
+
     truth = Truth(posterior)
     sequences = bk.Sequences(truth.sequences.tokens[:, chosen], truth.sequences.lengths[:, chosen])
-    log_p, log_lik = truth.log_prior[:, chosen], truth.reward[:, chosen] / posterior.alpha
-    if isinstance(engine, PyroEngine):
-        import torch
-
-        log_p, log_lik = torch.as_tensor(log_p), torch.as_tensor(log_lik)
+    log_p, log_lik = (
+        torch.as_tensor(of_all[:, chosen]) for of_all in (truth.log_prior, truth.reward / posterior.alpha)
+    )
+    if not isinstance(engine, PyroEngine):
+        engine = ENGINES["pyro"]
+        guide = engine.guide(guide.to_ngram())
     return engine.gradient_of(posterior, guide, sequences, lambda exp, log_q: value(exp, log_q, log_p, log_lik))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import bayes_klrl as bk
-from tests.inference.svi.engines import ENGINES
+from tests.inference.svi.engines import ENGINES, of_each_key
 
 __all__ = ["PPLS", "Ppl", "Program", "flat_gradient"]
 
@@ -202,9 +202,8 @@ class NumpyroPpl(Ppl):
         import jax
 
         step = jax.value_and_grad(lambda params, key: loss.loss(key, params, model, guide))
-        keys = jax.random.split(jax.random.key(1), num_runs)
-        start = {name: self.array(value) for name, value in params.items()}
-        values, found = jax.jit(lambda params: jax.lax.map(lambda key: step(params, key), keys))(start)
+        start = {name: np.asarray(value, dtype=np.float32) for name, value in params.items()}
+        values, found = of_each_key(step, start, num_runs, seed=1)
         rows = [np.asarray(found[name], dtype=np.float64).reshape(num_runs, -1) for name in params]
         return np.asarray(values, dtype=np.float64), np.concatenate(rows, axis=1)
 

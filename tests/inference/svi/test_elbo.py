@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import bayes_klrl as bk
 from tests.helpers.truth import Truth, full_table, random_posterior, t_square_p, z_score
 from tests.inference.svi.engines import ENGINES, ESTIMATORS, Engine, enumerated, minus_elbo
 
-COPIES = 8  # of one prompt: as many independent estimates, summed, at about the cost of one
+COPIES = 16  # of one prompt: as many independent estimates, summed, at about the cost of one
 
 
 @pytest.fixture(params=["pyro", pytest.param("numpyro", marks=pytest.mark.slow)])
@@ -47,12 +48,23 @@ def posed(engine: Engine, base: bk.Posterior, reward: bk.TokenReward) -> bk.Post
 # --- unbiasedness -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_particles", [2, 8])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+def on_engines(names: str, on_pyro: list[tuple[Any, ...]], on_numpyro: list[tuple[Any, ...]]) -> pytest.MarkDecorator:
+    """Parametrise by engine and cases: all of them on Pyro, and on NumPyro, which compiles each, every value once."""
+    params = [pytest.param("pyro", *case, id=_id("pyro", *case)) for case in on_pyro]
+    params += [pytest.param("numpyro", *case, id=_id("numpyro", *case), marks=pytest.mark.slow) for case in on_numpyro]
+    return pytest.mark.parametrize(f"engine,{names}", params, indirect=["engine"])
+
+
+def _id(*values: Any) -> str:
+    return "-".join(map(str, values))
+
+
+# of 16 particles on NumPyro is `test_numpyro_elbo.py::test_gradients_are_unbiased`
+@on_engines("estimator,num_particles", [*product(ESTIMATORS, (2, 8))], [*product(ESTIMATORS, (2,))])
 def test_gradients_are_unbiased(engine: Engine, estimator: str, num_particles: int) -> None:
     posterior, guide = problem(engine)
     exact = enumerated(engine, posterior, guide)
-    runs = engine.gradients(posterior, guide, engine.elbo(estimator, num_particles), 120)
+    runs = engine.gradients(posterior, guide, engine.elbo(estimator, num_particles), 60)
     assert t_square_p(runs, exact) > 0.005
     # and so is every coordinate, of those that ever move
     spread = runs.std(axis=0, ddof=1) / np.sqrt(len(runs))
@@ -64,24 +76,25 @@ def test_gradients_are_unbiased(engine: Engine, estimator: str, num_particles: i
     assert num_particles == 2 or t_square_p(1.25 * runs, exact) < 0.005
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("eos", [(), (1, 2)], ids=str)
+@on_engines("eos,estimator", [*product([(), (1, 2)], ESTIMATORS)], [*zip([(), (1, 2)], ESTIMATORS, strict=True)])
 def test_gradients_are_unbiased_with_no_eos_and_with_two(engine: Engine, estimator: str, eos: tuple[int, ...]) -> None:
     posterior, guide = problem(engine, eos=eos, vocab_size=4, num_tokens=2)
-    runs = engine.gradients(posterior, guide, engine.elbo(estimator, 8), 80)
+    runs = engine.gradients(posterior, guide, engine.elbo(estimator, 8), 40)
     assert t_square_p(runs, enumerated(engine, posterior, guide), num_directions=5) > 0.005
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("prompts_per_step", [None, 1, 2])
+@on_engines(
+    "prompts_per_step,estimator",
+    [*product([None, 1, 2], ESTIMATORS)],
+    [(None, "LeaveOneOutELBO"), (1, "RaoBlackwellELBO"), (2, "LeaveOneOutELBO")],
+)
 def test_several_prompts_and_subsamples_of_them(engine: Engine, estimator: str, prompts_per_step: int | None) -> None:
     """The loss is the sum over prompts; a subsample is scaled up, once, and unbiased for it: gradient and value."""
     posterior, guide = problem(engine, prompts=((0,), (1,), (1, 0)), shift=0.8, alpha=1.0)
-    options = {"prompts_per_step": prompts_per_step}
-    runs = engine.gradients(posterior, guide, engine.elbo(estimator, 8), 120, **options)
+    loss = engine.elbo(estimator, 8)
+    losses, runs = engine.losses_and_gradients(posterior, guide, loss, 120, prompts_per_step=prompts_per_step)
     assert t_square_p(runs, enumerated(engine, posterior, guide)) > 0.005
     truth = Truth(posterior)
-    losses = engine.losses(posterior, guide, engine.elbo(estimator, 8), 100, **options)
     assert abs(z_score(losses, float((truth.kl(guide.to_ngram()) - truth.log_evidence).sum()))) < 3.5
 
 
@@ -93,7 +106,7 @@ def test_tokens_that_the_prior_cannot_draw_are_no_trouble(engine: Engine, estima
     reward = bk.TokenReward(lambda tokens, lengths: 1.0 * (tokens == 1).sum(axis=1), alpha=0.8)
     posterior = bk.Posterior(engine.prior(table), reward, prompts=[[]] * COPIES, max_new_tokens=3)
     guide = engine.guide(table)
-    runs = engine.gradients(posterior, guide, engine.elbo(estimator, 8), 80)
+    runs = engine.gradients(posterior, guide, engine.elbo(estimator, 8), 40)
     assert np.isfinite(runs).all()
     possible = np.isfinite(Truth(posterior).log_prior[0])
     exact = enumerated(engine, posterior, guide, minus_elbo, possible)
@@ -103,7 +116,7 @@ def test_tokens_that_the_prior_cannot_draw_are_no_trouble(engine: Engine, estima
 # --- what theory promises -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_particles", [2, 16])
+@on_engines("num_particles", [(2,), (16,)], [(16,)])
 def test_leave_one_out_is_minus_the_gradient_of_half_the_variance_of_log_weights(
     engine: Engine, num_particles: int
 ) -> None:
@@ -139,9 +152,9 @@ def test_leave_one_out_has_no_variance_at_the_posterior(engine: Engine) -> None:
     """All log-weights are log Z there; Rao-Blackwell keeps the reward's noise (theory.md 2.5)."""
     posterior, _ = problem(engine)
     guide = engine.guide(Truth(posterior).policy())
-    runs = engine.gradients(posterior, guide, engine.elbo("LeaveOneOutELBO", 4), 20)
+    runs = engine.gradients(posterior, guide, engine.elbo("LeaveOneOutELBO", 4), 10)
     np.testing.assert_allclose(runs, 0.0, rtol=0, atol=engine.exactly(1e-12))
-    noisy = engine.gradients(posterior, guide, engine.elbo("RaoBlackwellELBO", 4), 80)
+    noisy = engine.gradients(posterior, guide, engine.elbo("RaoBlackwellELBO", 4), 40)
     assert noisy.std(axis=0).max() > 0.01
     assert t_square_p(noisy, np.zeros(noisy.shape[1])) > 0.005
 
@@ -150,7 +163,7 @@ def test_rao_blackwell_has_the_lower_variance_far_from_the_posterior(engine: Eng
     """A reward that hardly varies and a guide away from the prior: all noise is the KL's, which is summed out."""
     posterior, guide = problem(engine, alpha=20.0)
     loo, rao_blackwell = (
-        engine.gradients(posterior, guide, engine.elbo(estimator, 8), 60).var(axis=0).sum() for estimator in ESTIMATORS
+        engine.gradients(posterior, guide, engine.elbo(estimator, 8), 30).var(axis=0).sum() for estimator in ESTIMATORS
     )
     assert rao_blackwell < 0.5 * loo
 
@@ -162,7 +175,7 @@ def test_rao_blackwell_makes_a_token_pay_for_the_kl_that_it_leads_to(engine: Eng
     lm = engine.prior(bk.NgramLM(np.log(prior), eos_token_id=None))
     posterior = bk.Posterior(lm, nothing, prompts=[[0]] * COPIES, max_new_tokens=2)
     guide = engine.guide(bk.NgramLM(np.log(table), eos_token_id=None))
-    runs = engine.gradients(posterior, guide, engine.elbo("RaoBlackwellELBO", 8), 50).reshape(-1, 2, 2)
+    runs = engine.gradients(posterior, guide, engine.elbo("RaoBlackwellELBO", 8), 25).reshape(-1, 2, 2)
     # d KL / d logit of token 1 in context 0, the prompt's own: q(1) (1 - q(1)) KL(guide || prior after 1)
     later = float((table[1] * np.log(table[1] / prior[1])).sum())
     assert runs[:, 0, 1].mean() > 0.8 * COPIES * 0.25 * later
@@ -177,7 +190,7 @@ def test_without_a_reward_it_is_the_reverse_kl_that_is_descended(engine: Engine,
     posterior = bk.Posterior(base.prior, nothing, prompts=[[0]] * COPIES, max_new_tokens=3)
     reverse = enumerated(engine, posterior, guide, lambda exp, q, p, lik: (exp(q) * (q - p)).sum())
     forward = enumerated(engine, posterior, guide, lambda exp, q, p, lik: (exp(p) * (p - q)).sum())
-    runs = engine.gradients(posterior, guide, engine.elbo(estimator, 8), 100)
+    runs = engine.gradients(posterior, guide, engine.elbo(estimator, 8), 50)
     assert t_square_p(runs, reverse) > 0.005
     for wrong in (0 * reverse, forward, reverse - forward):
         assert t_square_p(runs, wrong) < 1e-6
@@ -188,7 +201,7 @@ def test_the_kl_term_pulls_as_hard_as_alpha_says(engine: Engine) -> None:
     gradients = {}
     for alpha in (0.3, 0.6):
         posterior, guide = problem(engine, alpha=alpha)
-        gradients[alpha] = engine.gradients(posterior, guide, engine.elbo("LeaveOneOutELBO", 64), 50).mean(axis=0)
+        gradients[alpha] = engine.gradients(posterior, guide, engine.elbo("LeaveOneOutELBO", 64), 25).mean(axis=0)
     posterior, guide = problem(engine, alpha=1.0)
     of_reward = enumerated(engine, posterior, guide, lambda exp, q, p, lik: (exp(q) * lik).sum())
     found = (gradients[0.6] - gradients[0.3]) @ of_reward / (of_reward @ of_reward)

@@ -21,22 +21,21 @@ def ppl(request: pytest.FixtureRequest) -> Ppl:
     return PPLS[request.param]
 
 
-QUICK = [("independent", 2), ("x, then theta", 2)]  # of NumPyro, which compiles
+def on_numpyro(order: str) -> Any:
+    """A case of NumPyro, which compiles: of two prompts, and slow if it is none of the quick ones."""
+    return pytest.param(
+        "numpyro", order, 2, marks=() if order in ("independent", "x, then theta") else pytest.mark.slow
+    )
 
 
-def slow_numpyro(case: tuple[str, int]) -> Any:
-    """A case of NumPyro, slow if it is none of the quick ones."""
-    return pytest.param("numpyro", *case, marks=() if case in QUICK else pytest.mark.slow)
-
-
-BOTH = [*(("pyro", *case) for case in CASES), *map(slow_numpyro, CASES)]
+BOTH = [*(("pyro", *case) for case in CASES), *map(on_numpyro, dict(CASES))]
 
 
 @pytest.mark.parametrize("ppl,order,num_prompts", BOTH, indirect=["ppl"])
 def test_value_and_gradient_are_those_of_enumeration_times_quadrature(ppl: Ppl, order: str, num_prompts: int) -> None:
     problem = Problem(ppl, order, num_prompts)
     exact, gradient = problem.exact()
-    values, runs = problem.sampled(ppl.loss(32), 150)
+    values, runs = problem.sampled(ppl.loss(64), 75)
     assert agrees(runs, gradient)
     assert abs(z_score(values, exact)) < 3.5
     assert not agrees(1.25 * runs, gradient)  # the test bites
@@ -118,4 +117,4 @@ def test_the_gradient_tests_bite(ppl: Ppl, lost: str, monkeypatch: pytest.Monkey
         monkeypatch.setattr(module, "_parts", numpyro_without_others(module._parts))
     else:
         monkeypatch.setattr(module, "_any_outside_after", lambda *arguments: False)
-    assert p_value(problem.sampled(ppl.loss(64), 150)[1], gradient) < 1e-4
+    assert p_value(problem.sampled(ppl.loss(128), 75)[1], gradient) < 1e-4

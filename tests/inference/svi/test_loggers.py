@@ -12,8 +12,9 @@ from transformers import TrainerCallback
 
 import bayes_klrl as bk
 from bayes_klrl.inference.svi.callbacks.callbacks import StepRecord
-from tests.helpers.backends import prior_on
+from tests.helpers.jax_table import JaxTable
 from tests.helpers.tiny_models import tiny_gpt2
+from tests.helpers.truth import full_table
 
 COIN = bk.NgramLM(np.log([0.5, 0.3, 0.2]), eos_token_id=2)
 NAMES = {"elbo", "kl_to_prior", "log_weight_sd", "step_kl", "ess", "reward"}
@@ -237,7 +238,7 @@ def test_the_effective_sample_size_is_kishs_of_each_prompt() -> None:
 
 @pytest.mark.parametrize("prior", ["table", pytest.param("jax", marks=pytest.mark.slow)])
 def test_at_the_posterior_the_effective_sample_size_is_that_of_all_draws(prior: str) -> None:
-    lm = COIN if prior == "table" else prior_on("jax", COIN)
+    lm = COIN if prior == "table" else JaxTable(full_table(COIN, 2))
     nothing = bk.TokenReward(lambda tokens, lengths: 0.0 * lengths, alpha=1.0)
     fit = bk.SVI(1, 8).fit(bk.Posterior(lm, nothing, prompts=[[0]], max_new_tokens=4), seed=0)
     np.testing.assert_allclose(fit.history["ess"], 8, rtol=1e-5)

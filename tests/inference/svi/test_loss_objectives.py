@@ -66,7 +66,7 @@ def preferences(log_q: torch.Tensor, truth: Truth) -> torch.Tensor:
         h = posterior.alpha * (q - p)
         losses = -2 * torch.sigmoid(r[:, None] - r) * torch.nn.functional.logsigmoid(h[:, None] - h)
         total = total + (p.exp()[:, None] * p.exp() * losses).sum()
-    return total / posterior.alpha * (63 / 64)
+    return total / posterior.alpha * (127 / 128)
 
 
 LOSSES = {
@@ -78,24 +78,23 @@ LOSSES = {
 }
 
 
-@pytest.mark.parametrize("num_prompts", [1, 2])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name,num_prompts", [*((name, 2) for name in LOSSES), ("DPO, drawn from the prior", 1)])
 def test_a_loss_has_its_enumerated_gradient(name: str, num_prompts: int) -> None:
     loss, value = LOSSES[name]
     posterior, guide = problem(num_prompts)
     torch.manual_seed(0)
-    training = TorchTraining(bk.SVI(1, 64, objective=loss, initial_guide=guide), posterior, 0)
+    training = TorchTraining(bk.SVI(1, 128, objective=loss, initial_guide=guide), posterior, 0)
     exact = enumerated(posterior, training, value)
-    runs = gradients(training, 200)
+    runs = gradients(training, 100)
     assert t_square_p(runs, exact, num_directions=6) > 0.005
     assert t_square_p(1.2 * runs, exact, num_directions=6) < 0.005
 
 
-@pytest.mark.parametrize("loss,rate", [(mine, 0.05), (DPO(), 0.1)], ids=["a user's", "DPO"])
-def test_it_is_trained_to_the_posterior(loss: Any, rate: float) -> None:
+@pytest.mark.parametrize("loss,num_steps", [(mine, 150), (DPO(), 400)], ids=["a user's", "DPO"])
+def test_it_is_trained_to_the_posterior(loss: Any, num_steps: int) -> None:
     base = random_posterior(51, num_tokens=3)
     posterior = bk.Posterior(full_table(base.prior, 3), base.likelihood, prompts=[()], max_new_tokens=3)  # type: ignore[arg-type]
-    fit = bk.SVI(400, 64, objective=loss, learning_rate=rate).fit(posterior, seed=0)
+    fit = bk.SVI(num_steps, 64, objective=loss, learning_rate=0.1).fit(posterior, seed=0)
     assert kl_to_posterior(fit.guide, posterior) < 0.06 < kl_to_posterior(posterior.prior, posterior)
 
 
@@ -198,7 +197,7 @@ def test_a_sampler_is_an_algorithm() -> None:
 # --- forward KL on a sampler's draws, and likelihoods of 0 --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", [bk.SMC(512), bk.ImportanceSampling(512)], ids=["SMC", "importance sampling"])
+@pytest.mark.parametrize("sampler", [bk.SMC(1024), bk.ImportanceSampling(1024)], ids=["SMC", "importance sampling"])
 def test_draws_of_a_sampler_have_the_gradient_of_the_forward_kl(sampler: Any) -> None:
     posterior, guide = problem(2)
     torch.manual_seed(0)
@@ -206,7 +205,7 @@ def test_draws_of_a_sampler_have_the_gradient_of_the_forward_kl(sampler: Any) ->
     exact = enumerated(
         posterior, training, lambda log_q, truth: -(torch.as_tensor(truth.log_posterior).exp() * log_q).sum()
     )
-    runs = gradients(training, 100)
+    runs = gradients(training, 50)
     assert t_square_p(runs, exact, num_directions=6) > 0.005
     assert t_square_p(1.2 * runs, exact, num_directions=6) < 0.005
 
@@ -233,7 +232,7 @@ def sums_to_five() -> bk.Posterior:
 @pytest.mark.parametrize("objective", ["forward_kl", bk.ForwardKL(bk.SMC(64))], ids=["own draws", "SMC"])
 def test_a_hard_constraint_is_learned(objective: Any) -> None:
     posterior = sums_to_five()
-    fit = bk.SVI(300, 64, objective=objective, learning_rate=0.1).fit(posterior, seed=0)
+    fit = bk.SVI(120, 64, objective=objective, learning_rate=0.2).fit(posterior, seed=0)
     truth = Truth(posterior)
     log_q = completion_log_probs(fit.guide, posterior.prompt_ids, truth.sequences)
     alive = np.isfinite(truth.log_posterior)

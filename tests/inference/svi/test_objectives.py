@@ -35,17 +35,17 @@ def problem(prompts: Any = ((0,),)) -> tuple[bk.Posterior, TableLM]:
     return posterior, TableLM(full_table(posterior.prior, 4, noise=0.6, seed=1))  # type: ignore[arg-type]
 
 
-def js(xp: Any, q: Any, p: Any) -> Any:
-    middle = (xp.exp(q) + xp.exp(p)) / 2
-    return 0.5 * (xp.exp(q) * q + xp.exp(p) * p) - middle * xp.log(middle)
+def js(q: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    middle = (q.exp() + p.exp()) / 2
+    return 0.5 * (q.exp() * q + p.exp() * p) - middle * middle.log()
 
 
 DIVERGENCES: dict[str, tuple[Any, Any]] = {
-    "elbo": (ELBO(), lambda xp, q, p: xp.exp(q) * (q - p)),
-    "log_variance": (LogVariance(), lambda xp, q, p: xp.exp(q) * (q - p)),
-    "forward_kl": (ForwardKL(), lambda xp, q, p: xp.exp(p) * (p - q)),
+    "elbo": (ELBO(), lambda q, p: q.exp() * (q - p)),
+    "log_variance": (LogVariance(), lambda q, p: q.exp() * (q - p)),
+    "forward_kl": (ForwardKL(), lambda q, p: p.exp() * (p - q)),
     "js": (JS(), js),
-    "tv": (TV(), lambda xp, q, p: 0.5 * abs(xp.exp(q) - xp.exp(p))),
+    "tv": (TV(), lambda q, p: 0.5 * abs(q.exp() - p.exp())),
 }
 """Objectives, and what they minimise: functions of (log q, log p*), each (P, all completions)."""
 
@@ -71,7 +71,7 @@ def on_engine(engine: Engine, posterior: bk.Posterior) -> bk.Posterior:
 def sampled(
     engine: Engine, name: str, num_particles: int, prompts: Any = ((0,),), **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A hundred gradients of an objective whose log Z-hat is log Z, and the enumerated gradient of what it minimises."""
+    """Fifty gradients of an objective whose log Z-hat is log Z, and the enumerated gradient of what it minimises."""
     base, _ = problem(prompts)
     posterior = on_engine(engine, base)
     guide = engine.guide(full_table(base.prior, 4, noise=0.6, seed=1))  # type: ignore[arg-type]
@@ -79,17 +79,17 @@ def sampled(
     objective, divergence = DIVERGENCES[name]
 
     def value(exp: Any, log_q: Any, log_p: Any, log_lik: Any) -> Any:
-        return divergence(engine.xp, log_q, log_p + log_lik - engine.xp.asarray(log_evidence[:, None])).sum()
+        return divergence(log_q, log_p + log_lik - torch.as_tensor(log_evidence[:, None])).sum()
 
     exact = engines.enumerated(engine, posterior, guide, value)
     return engine.gradients(
-        posterior, guide, engine.scores(num_particles, objective, log_evidence), 100, **options
+        posterior, guide, engine.scores(num_particles, objective, log_evidence), 50, **options
     ), exact
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_each_objective_has_its_enumerated_gradient(name: str, engine: Engine) -> None:
-    num_particles = 2000 if name == "forward_kl" else 100  # its bias is of order 1 / N
+    num_particles = 4000 if name == "forward_kl" else 200  # its bias is of order 1 / N
     runs, exact = sampled(engine, name, num_particles)
     assert t_square_p(runs, exact, num_directions=6) > 0.005
     assert t_square_p(1.25 * runs, exact, num_directions=6) < 0.005
@@ -98,7 +98,7 @@ def test_each_objective_has_its_enumerated_gradient(name: str, engine: Engine) -
 
 @AT_LEISURE
 def test_a_subsample_of_prompts_is_scaled_up_and_has_the_evidence_of_its_own_prompts(engine: Engine) -> None:
-    runs, exact = sampled(engine, "js", 200, prompts=((0,), (1,), (1, 0)), prompts_per_step=2)
+    runs, exact = sampled(engine, "js", 400, prompts=((0,), (1,), (1, 0)), prompts_per_step=2)
     assert t_square_p(runs, exact, num_directions=6) > 0.005
     assert t_square_p(1.25 * runs, exact, num_directions=6) < 0.005
 
@@ -111,8 +111,9 @@ def enumerable(engine: Engine) -> bk.Posterior:
 
 
 @AT_LEISURE
-@pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"tv"}))
+@pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"elbo", "tv"}))
 def test_each_objective_ends_at_the_posterior(name: str, engine: Engine) -> None:
+    """The ELBO's does in `test_svi.py`."""
     posterior = enumerable(engine)
     truth = Truth(posterior)
     fit = bk.SVI(150, 128, learning_rate=0.1, objective=name).fit(posterior, seed=0)
@@ -207,7 +208,7 @@ def test_with_lambda_1_the_gradient_is_the_elbos_whatever_the_critic(kind: str) 
     posterior, guide = problem()
     exact = engines.enumerated(ENGINE, posterior, guide)
     critic: Any = TwistCritic(any_value, posterior) if kind == "any twist" else PrefixRewardCritic(posterior, 0)
-    runs = ENGINE.gradients(posterior, guide, ScoreELBO(50, ELBO(), critic, 1.0), 200)
+    runs = ENGINE.gradients(posterior, guide, ScoreELBO(200, ELBO(), critic, 1.0), 50)
     assert t_square_p(runs, exact, num_directions=6) > 0.005
     assert t_square_p(1.25 * runs, exact, num_directions=6) < 0.005
 
@@ -230,9 +231,9 @@ def test_the_soft_value_of_the_guide_makes_every_lambda_unbiased() -> None:
         return np.array(values)
 
     exact = engines.enumerated(ENGINE, posterior, guide)
-    runs = ENGINE.gradients(posterior, guide, ScoreELBO(50, ELBO(), TwistCritic(soft_value, posterior), 0.5), 200)
+    runs = ENGINE.gradients(posterior, guide, ScoreELBO(200, ELBO(), TwistCritic(soft_value, posterior), 0.5), 50)
     assert t_square_p(runs, exact, num_directions=6) > 0.005
-    wrong = ENGINE.gradients(posterior, guide, ScoreELBO(50, ELBO(), TwistCritic(any_value, posterior), 0.5), 200)
+    wrong = ENGINE.gradients(posterior, guide, ScoreELBO(200, ELBO(), TwistCritic(any_value, posterior), 0.5), 50)
     assert t_square_p(wrong, exact, num_directions=6) < 0.001
 
 

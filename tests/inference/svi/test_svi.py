@@ -118,7 +118,7 @@ def test_draws_of_a_fit_follow_its_guide(engine: str, tabular_fit: bk.Fit) -> No
     assert corrected.log_evidence[0] == pytest.approx(truth.log_evidence[0], abs=2e-3)
 
 
-@pytest.mark.parametrize("options", [{"estimator": "rao_blackwell"}, {"prompts_per_step": 1}, {}], ids=str)
+@pytest.mark.parametrize("options", [{"estimator": "rao_blackwell"}, {"prompts_per_step": 1}], ids=str)
 def test_other_ways_to_the_same_posterior(engine: str, options: dict[str, Any]) -> None:
     posterior = tabular_problem(engine, prompts=((0,), (1,)))
     truth = Truth(posterior)
@@ -132,7 +132,7 @@ def test_a_transformer_reaches_the_posterior() -> None:
     """A small version of the tasks in benchmarks/, which run at full length there."""
     posterior = small_task()
     truth = Truth(posterior)
-    fit = bk.SVI(150, num_particles=64, learning_rate=5e-3).fit(posterior, seed=0)
+    fit = bk.SVI(90, num_particles=64, learning_rate=1e-2).fit(posterior, seed=0)
     assert truth.kl(posterior.prior)[0] > 1
     assert 0 <= truth.kl(fit.guide)[0] < 0.03
     corrected = bk.ImportanceSampling(500, proposal=fit.guide).run(posterior, seed=2)

@@ -57,9 +57,10 @@ def test_the_optimiser_is_torchs() -> None:
     gradients = np.random.default_rng(0).normal(size=(30, 7)) * np.geomspace(0.01, 10, 30)[:, None]
     ours, theirs = jnp.ones(7), torch.nn.Parameter(torch.ones(7))
     chain = svi_numpyro.optimiser(rates)
+    update = jax.jit(chain.update)
     state, adam = chain.init(ours), torch.optim.Adam([theirs], lr=1.0)
     for rate, gradient in zip(rates, gradients, strict=True):
-        updates, state = chain.update(jnp.asarray(gradient), state, ours)
+        updates, state = update(gradient.astype(np.float32), state, ours)
         ours = ours + updates
         assert float(state[0]) == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
         theirs.grad = torch.tensor(gradient, dtype=torch.float32)
@@ -347,6 +348,9 @@ def ones(tokens: Any, lengths: Any) -> Any:
     return 1.0 * (tokens == 1).sum(axis=1) - 0.3 * lengths
 
 
+RECIPE = bk.SVI(90, num_particles=64, learning_rate=2e-2, num_draws=100)
+
+
 @pytest.fixture(scope="module")
 def transformers() -> tuple[bk.Posterior, bk.Posterior]:
     """One posterior on both backends."""
@@ -363,7 +367,7 @@ def transformers() -> tuple[bk.Posterior, bk.Posterior]:
 
 @pytest.fixture(scope="module")
 def transformer_fit(transformers: tuple[bk.Posterior, bk.Posterior]) -> bk.Fit:
-    return bk.SVI(150, num_particles=64, learning_rate=1e-2).fit(transformers[0], seed=0)
+    return RECIPE.fit(transformers[0], seed=0)
 
 
 @pytest.mark.slow
@@ -373,7 +377,7 @@ def test_a_transformer_reaches_the_posterior_as_on_torch(
     on_jax, on_torch = transformers
     truth = Truth(on_jax)
     np.testing.assert_allclose(truth.log_evidence, Truth(on_torch).log_evidence, atol=1e-5)
-    theirs = bk.SVI(150, num_particles=64, learning_rate=1e-2).fit(on_torch, seed=0)
+    theirs = RECIPE.fit(on_torch, seed=0)
     assert (truth.kl(on_jax.prior) > 0.3).all()
     assert (truth.kl(transformer_fit.guide) < 0.02).all()
     assert (truth.kl(theirs.guide) < 0.02).all()
@@ -394,8 +398,7 @@ def test_a_saved_fit_is_a_hugging_face_folder(transformer_fit: bk.Fit, tmp_path:
 def test_it_takes_part_in_comparisons_and_certificates(transformer_fit: bk.Fit) -> None:
     posterior = transformer_fit.posterior
     truth = Truth(posterior)
-    svi = bk.SVI(20, num_particles=16, learning_rate=1e-2, num_draws=100)
-    methods = {"IS": bk.ImportanceSampling(200), "SVI": svi, "both": bk.ImportanceSampling(200, proposal=svi)}
+    methods = {"IS": bk.ImportanceSampling(200), "SVI": RECIPE, "both": bk.ImportanceSampling(200, proposal=RECIPE)}
     result = bk.compare(posterior, methods, seed=0)
     table = str(result.table())
     assert all(name in table for name in methods), table

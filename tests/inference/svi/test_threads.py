@@ -13,7 +13,8 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl.models.programs.turns import NUMPYRO_TURN, PYRO_TURN
-from tests.helpers.backends import prior_on
+from tests.helpers.jax_table import JaxTable
+from tests.helpers.truth import full_table
 
 COIN = bk.NgramLM(np.log([0.5, 0.3, 0.2]), eos_token_id=2)
 
@@ -76,7 +77,7 @@ def test_so_are_bayesian_policies_beside_them() -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("eager_switches")
 def test_two_trainings_on_numpyro_are_what_they_are_alone() -> None:
-    lm = prior_on("jax", COIN)
+    lm = JaxTable(full_table(COIN, 2))
     recipe = bk.SVI(4, 8)
     assert_as_in_turn([lambda seed=seed: recipe.fit(posterior(lm, seed), seed=seed) for seed in (0, 1)])
 

@@ -14,9 +14,8 @@ from bayes_klrl.inference.exact.messages import backward_messages
 from bayes_klrl.inference.twists.losses import ctl_loss
 from bayes_klrl.models.twists.neural import LMFeatures, RecurrentFeatures
 from tests.helpers.tiny_models import tiny_gpt2, tiny_other
-from tests.helpers.truth import Truth, full_table, random_posterior, z_score
+from tests.helpers.truth import Truth, full_table, random_posterior, repeated, z_score
 from tests.helpers.user_models import RecurrentLM
-from tests.inference.smc.test_smc import repeated
 from tests.models.twists.test_twists import counter_posterior
 
 
@@ -132,7 +131,7 @@ def test_learned_twists_tighten_the_bound_where_nothing_else_sees_the_end() -> N
     posterior = counter_posterior(3, 8)
     many = counter_posterior(3, 8, num_runs=200)
     exact = backward_messages(posterior).log_evidence[0]
-    twist = bk.LearnedTwist(150, learning_rate=5e-3).fit(posterior, seed=0)
+    twist = bk.LearnedTwist(80, num_draws=128, learning_rate=1e-2).fit(posterior, seed=0)
     plain = bk.SMC(8).run(many, seed=1).log_evidence - exact
     steered = bk.SMC(8, twist=twist, proposal="twisted").run(many, seed=1).log_evidence - exact
     assert abs(z_score(np.exp(steered), 1.0)) < 3
@@ -145,7 +144,7 @@ def test_learned_twists_tighten_the_bound_where_nothing_else_sees_the_end() -> N
 def test_learned_twists_tighten_the_bound_on_p5() -> None:
     """P5 of theory.md 8.5, m = 5 and T = 20, K = 8: log Z = 6.324288."""
     many = counter_posterior(5, 20, num_runs=200)
-    twist = bk.LearnedTwist(400, learning_rate=5e-3).fit(counter_posterior(5, 20), seed=0)
+    twist = bk.LearnedTwist(100, num_draws=256, learning_rate=1e-2).fit(counter_posterior(5, 20), seed=0)
     plain = bk.SMC(8).run(many, seed=1).log_evidence - 6.324288
     steered = bk.SMC(8, twist=twist, proposal="twisted").run(many, seed=1).log_evidence - 6.324288
     assert plain.mean() < -0.5

@@ -217,9 +217,9 @@ COMPUTED: dict[str, Callable[[], Any]] = {
         layer_types=["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
     ),
     "qwen3, biases": lambda: relative("Qwen3", attention_bias=True),
+    "llama, relu": lambda: tiny_llama(hidden_act="relu", **DEEP),
 } | {
-    f"{build.__name__}, {activation}": functools.partial(build, **{key: activation}, **DEEP)
-    for build, key in ((tiny_gpt2, "activation_function"), (tiny_llama, "hidden_act"))
+    f"gpt2, {activation}": functools.partial(tiny_gpt2, activation_function=activation, **DEEP)
     for activation in ACTIVATIONS
 }
 

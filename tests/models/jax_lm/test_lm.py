@@ -143,7 +143,7 @@ def test_all_logits_equal_torchs_after_prompts_of_any_length(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama, untied", "mistral", "qwen2", "qwen3"))],
+    ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama, untied", "qwen2", "qwen3"))],
 )
 def test_gradients_equal_torchs(name: str) -> None:
     lm, model = cached_lm(name), torch_model(name)
@@ -191,8 +191,8 @@ def test_logits_of_twelve_layers_are_as_exact_as_torchs(name: str) -> None:
     error = float((single.double() - double).abs().max())
     allowed = max(3 * error, 1e-5)
     empty, none = empty_cache(lm._architecture, 4), np.zeros(4, dtype=np.int32)
-    hidden, _ = hidden_states(lm._architecture, lm.parameters, jnp.asarray(tokens), none, empty, 0)
-    assert close(logits(lm._architecture, lm.parameters, hidden), single, allowed)
+    whole = jax.jit(lambda *inputs: logits(*inputs[:2], hidden_states(*inputs)[0]), static_argnums=0)
+    assert close(whole(lm._architecture, lm.parameters, jnp.asarray(tokens), none, empty, 0), single, allowed)
     state = lm.prefill(tokens[:, :40].tolist())
     for step in range(40, 48):
         assert close(logits(lm._architecture, lm.parameters, state.features)[:4], single[:, step - 1], allowed)

@@ -42,12 +42,12 @@ def guide_of(lm: JaxLM) -> JaxLM:
 
 
 LOCKSTEP: dict[str, dict[str, Any]] = {
-    "all end early": {"eos": "several", "num_draws": 40, "num_tokens": 12},
+    "all end early": {"eos": "several", "num_draws": 20, "num_tokens": 12},
     "none ends": {"eos": "none", "num_draws": 5, "num_tokens": 12},
     "a single row": {"eos": "one", "num_draws": 1, "num_tokens": 9, "prompts": [[4]]},
     "one token": {"eos": "one", "num_draws": 7, "num_tokens": 1},
-    "short buffers": {"eos": "one", "num_draws": 30, "num_tokens": 20, "growth": 8},
-    "tempered": {"eos": "one", "num_draws": 30, "num_tokens": 6, "temperature": 1.7},
+    "short buffers": {"eos": "one", "num_draws": 10, "num_tokens": 20, "growth": 8},
+    "tempered": {"eos": "one", "num_draws": 10, "num_tokens": 12, "temperature": 1.7},
 }
 
 
@@ -122,7 +122,7 @@ def test_a_copy_of_the_prior_as_proposal_weighs_by_the_likelihood_alone() -> Non
     longer = bk.TokenReward(lambda tokens, lengths: lengths.astype(float), alpha=0.5)
     posterior = bk.Posterior(lm, longer, prompts=PROMPTS, max_new_tokens=5)
     for proposal in (None, lm, lm.copy()):
-        draws = bk.ImportanceSampling(50, proposal=proposal).run(posterior, seed=0)
+        draws = bk.ImportanceSampling(5, proposal=proposal).run(posterior, seed=0)
         assert np.array_equal(draws.log_weights, draws.log_likelihood)
         assert np.array_equal(draws.log_prior, draws.log_proposal)
 

@@ -54,8 +54,11 @@ def test_trace_graph_elbo_sees_a_text_reward(engine: Engine) -> None:
     assert t_square_p(runs, exact) > 0.005
 
 
-@pytest.mark.parametrize("num_particles", [16, 5])
-@trained_by_each
+@pytest.mark.parametrize(
+    "engine, num_particles",
+    [("pyro", 16), ("pyro", 5), pytest.param("numpyro", 5, marks=pytest.mark.slow)],
+    indirect=["engine"],
+)
 def test_a_users_svi_with_trace_graph_elbo_trains(engine: Engine, num_particles: int) -> None:
     posterior = text_posterior(engine)
     truth, prior = Truth(posterior), table_of(posterior)

@@ -16,7 +16,7 @@ import torch
 import bayes_klrl as bk
 from tests.models.torch_lm.architectures import CAUSAL, CAUSAL_SWITCH, NOT_BUILT, SEQ2SEQ, tiny
 
-__all__ = ["CASES", "NETWORKS", "TABLE", "case_names", "check_case", "table"]
+__all__ = ["CASES", "CERTIFIED", "NETWORKS", "TABLE", "case_names", "check_case", "table"]
 
 TABLE = Path(__file__).parents[3] / "docs" / "architectures.md"
 NETWORKS = {
@@ -26,6 +26,9 @@ NETWORKS = {
     "PlainNetwork": "its forward, without a cache",
     "PlainEncoderDecoderNetwork": "its forward, without a cache",
 }
+
+CERTIFIED = ("llama", "gemma3_text", "bamba", "t5 (encoder-decoder)", "fsmt (encoder-decoder)")
+"""One architecture per kind of network. A certificate draws and scores, and both are compared for every architecture."""
 
 FULL = ("big_bird", "bigbird_pegasus")
 CASES: dict[str, dict[str, Any]] = {
@@ -60,10 +63,10 @@ def as_built(case: str) -> Any:
 
 
 @torch.no_grad()
-def own_scores(module: Any, prompts: list[list[int]], completions: np.ndarray) -> np.ndarray:
-    """Return the log-prob of each token of completions (P, N, T), each by one forward of its prefix alone."""
-    scores = np.empty(completions.shape)
-    for p, n, t in np.ndindex(*completions.shape):
+def own_scores(module: Any, prompts: list[list[int]], completions: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """Return the log-prob of each token that is asked for, of completions (P, N, T), by one forward of its prefix alone."""
+    scores = np.zeros(completions.shape)
+    for p, n, t in np.argwhere(asked):
         read = completions[p, n, :t].tolist()
         if module.config.is_encoder_decoder:
             ids = torch.tensor([[module.config.decoder_start_token_id, *read]])
@@ -129,14 +132,18 @@ def check_numbers(module: Any, lm: bk.TorchLM) -> None:
     """Scoring, decoding with rows permuted at every step, and the mass of two last tokens, against prefixes one by one."""
     prompts, tokens = prompts_for(lm), completions(lm)
     tokens = tokens[..., : (lm.context_length or 64) - max(map(len, prompts))]
-    own = own_scores(module, prompts, tokens)
+    asked = np.ones(tokens.shape, dtype=bool)
+    asked[:, 1:, :-1] = False  # of second completions only the last token, which depends on those before it
+    own = own_scores(module, prompts, tokens, asked)
     tolerance = 3e-5 * max(1.0, np.abs(own).max())
     lengths = np.full(tokens.shape[:2], tokens.shape[2])
     with torch.no_grad():
         scored = lm.token_log_probs(prompts, bk.Sequences(tokens, lengths)).numpy()
-    assert np.abs(scored - own).max() < tolerance
-    assert np.abs(decoded(lm, prompts, tokens) - own).max() < tolerance
-    assert two_last_tokens(lm, prompts[0][:2]) == pytest.approx(np.ones(4), abs=1e-4)
+    by_steps = decoded(lm, prompts, tokens)
+    assert np.abs(scored - own)[asked].max() < tolerance
+    assert np.abs(by_steps - own)[asked].max() < tolerance
+    assert np.abs(by_steps - scored).max() < 2 * tolerance
+    assert two_last_tokens(lm, prompts[0][:2]) == pytest.approx(np.ones(2), abs=1e-4)
 
 
 def decoded(lm: bk.TorchLM, prompts: list[list[int]], tokens: np.ndarray) -> np.ndarray:
@@ -154,18 +161,18 @@ def decoded(lm: bk.TorchLM, prompts: list[list[int]], tokens: np.ndarray) -> np.
 
 
 def two_last_tokens(lm: bk.TorchLM, prompt: list[int]) -> np.ndarray:
-    """Return p(a)^-1 sum_b p(a, b) by scored completions of two tokens, for four tokens a: 1 for a distribution."""
-    first = np.arange(3, 7)
-    pairs = np.stack([np.repeat(first, lm.vocab_size), np.tile(np.arange(lm.vocab_size), 4)], axis=1)[None]
+    """Return p(a)^-1 sum_b p(a, b) by scored completions of two tokens, for two tokens a: 1 for a distribution."""
+    first = np.arange(3, 5)
+    pairs = np.stack([np.repeat(first, lm.vocab_size), np.tile(np.arange(lm.vocab_size), 2)], axis=1)[None]
     with torch.no_grad():
         scored = lm.token_log_probs([prompt], bk.Sequences(pairs, np.full(pairs.shape[:2], 2))).double().numpy()[0]
         alone = np.asarray(lm.next_log_probs(lm.prefill([prompt])).double())[0, first]
-    mass: np.ndarray = np.exp(scored.sum(axis=1)).reshape(4, -1).sum(axis=1) / np.exp(alone)
+    mass: np.ndarray = np.exp(scored.sum(axis=1)).reshape(2, -1).sum(axis=1) / np.exp(alone)
     return mass
 
 
 def check_runs(case: str, lm: bk.TorchLM, folder: Path) -> None:
-    """SMC, SVI, a certificate, and a policy that is the same after saving."""
+    """SMC, SVI, a policy that is the same after saving, and a certificate of one architecture per kind of network."""
     odd = bk.TokenReward(lambda tokens, lengths: (tokens % 2).mean(axis=1), alpha=0.5, bounds=(0, 1))
     posterior = bk.Posterior(lm, odd, prompts=[prompts_for(lm)[0][:2]], max_new_tokens=2)
     draws = bk.SMC(4).run(posterior, seed=0)
@@ -176,11 +183,19 @@ def check_runs(case: str, lm: bk.TorchLM, folder: Path) -> None:
             bk.SVI(num_steps=1, num_particles=2).fit(posterior, seed=0)
         return
     fit = bk.SVI(num_steps=1, num_particles=2).fit(posterior, seed=0)
-    certificate = bk.certify(
-        posterior, fit.guide, seed=0, num_draws=32, num_particles=2, num_runs=4, sampling_only=True, max_proposals=64
-    )
-    assert (certificate.reverse_kl[:, 1] >= certificate.reverse_kl[:, 0]).all()
-    assert "checked against its own plain forward" in str(certificate)
+    if case in CERTIFIED:
+        certificate = bk.certify(
+            posterior,
+            fit.guide,
+            seed=0,
+            num_draws=32,
+            num_particles=2,
+            num_runs=4,
+            sampling_only=True,
+            max_proposals=64,
+        )
+        assert (certificate.reverse_kl[:, 1] >= certificate.reverse_kl[:, 0]).all()
+        assert "checked against its own plain forward" in str(certificate)
     if case in LOST_BY_TRANSFORMERS:
         with pytest.raises(bk.CheckpointError):
             fit.save(folder)

@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.models.torch_lm.sweep import case_names, check_case
+from tests.models.torch_lm.sweep import CERTIFIED, NETWORKS, as_built, case_names, check_case, tried
 
 pytestmark = pytest.mark.slow
+
+
+def test_an_architecture_of_each_kind_is_certified() -> None:
+    found = [type(tried(as_built(case)).prefill([[4]]).network).__name__ for case in CERTIFIED]  # type: ignore[union-attr]
+    assert sorted(found) == sorted(NETWORKS)
 
 
 @pytest.mark.parametrize("case", [case for case in case_names() if case < "m"])
