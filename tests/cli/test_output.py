@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.test_cli import SMALL, run
 
-HELD_OUT = SMALL + "held_out = bk.Posterior(letters, vowels, prompts=['the r'], max_new_tokens=4)\n"
+HELD_OUT = SMALL + "held_out = bk.Posterior(letters, vowels, prompts=['the r'], max_new_tokens=3)\n"
 COMMANDS = {
     "compare": ["compare", "small.py", "--method", "prior-is"],
     "amortise": ["amortise", "small.py", "--draws", "32", "--steps", "2"],

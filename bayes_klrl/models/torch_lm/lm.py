@@ -326,9 +326,8 @@ class TorchLM(HuggingFaceModel):
         precision = next((each.dtype for each in self._module.parameters()), torch.float32)
         own: dict[str, Any] = {"eos_token_id": self._eos_token_ids, "temperature": self.temperature, "dtype": precision}
         written = TorchLM.from_pretrained(folder, device=self.device, check=False, **own)
-        written._network = rebuilt(
-            self._ready_network(), written.module, written.vocab_size
-        )  # else chosen by a new check
+        # a network of the same kind, which need not be chosen by another check; None: it is chosen where it is needed
+        written._network = rebuilt(self._ready_network(), written.module, written.vocab_size)
         if (gap := self._scoring_gap(written)) > 0:
             kept = keep_adapter(self._module, Path(folder))
             where = "" if kept is None else f" The adapter itself is in {str(kept)!r}: use it with its base model."
