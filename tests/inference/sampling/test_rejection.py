@@ -19,7 +19,7 @@ from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_posterior, repeated, z_score
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Draws do not depend on their blocks, but many equal prompts would make many blocks of few draws each."""
     monkeypatch.setattr(decoding_module, "ROWS_PER_BLOCK", 2**16)
@@ -57,6 +57,7 @@ def test_several_prompts_and_early_ends_follow_their_posteriors(backend: str) ->
     assert np.isnan(draws.log_proposal).all()
 
 
+@pytest.mark.usefixtures("large_blocks")
 def test_stopping_at_the_last_acceptance_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the blocks, the first and the last accepted draw of many runs both follow the posterior."""
     base = bounded(random_posterior(32, num_tokens=3, prompts=((1,),), alpha=1.0))
@@ -68,6 +69,7 @@ def test_stopping_at_the_last_acceptance_leaves_no_trace(monkeypatch: pytest.Mon
             assert chi_square_p(counts(truth, draws.tokens[:, place]), truth.p[0]) > 0.001
 
 
+@pytest.mark.usefixtures("large_blocks")
 @crossed(slack=[0.3, 0.0])
 def test_the_cost_and_the_evidence_are_what_they_should_be(backend: str, slack: float) -> None:
     """E[proposals] = N exp(r_max / alpha) / Z, and (N - 1) / (proposals - 1) is unbiased; N / proposals is not."""
