@@ -105,7 +105,7 @@ def main() -> None:
         fit = measured("SVI, LoRA of rank 8", lambda: chosen["SVI"].fit(posterior, seed=0), trained)
         guide = fit.guide
     if "certify" in args.only:
-        options = {"num_draws": args.draws, "num_particles": args.draws, "num_runs": 4}
+        options = {"num_draws": max(32, args.draws), "num_particles": args.draws, "num_runs": 4}
         measured("certify", lambda: bk.certify(posterior, guide, seed=0, **options), certified)
     if "frontier" in args.only:
         measured(
