@@ -405,6 +405,9 @@ def test_an_adapter_may_stay_an_adapter(tmp_path: Path) -> None:
     with quiet_peft():
         again = bk.TorchLM(peft.PeftModel.from_pretrained(base, tmp_path / "adapter"))
     np.testing.assert_allclose(scores(again), scores(fit.guide), atol=1e-5)
+    with pytest.raises(bk.CheckpointError, match="holds a whole model"):
+        fit.save(tmp_path / "base", merged=False)
+    assert not (tmp_path / "base" / "adapter_config.json").exists()
     with pytest.raises(bk.CheckpointError, match="no adapter"):
         bk.SVI(1, 4).fit(posterior, seed=0).save(tmp_path / "other", merged=False)
     unnamed = bk.SVI(1, 4, adapter="lora").fit(posterior_of(bk.TorchLM(tiny_llama(VOCAB))), seed=0)
