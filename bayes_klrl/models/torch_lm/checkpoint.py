@@ -297,8 +297,8 @@ def save_adapter(module: Any, folder: Path, tokenizer: Any | None) -> None:
         raise CheckpointError("This model has no adapter that could be saved apart. Save the whole model.")
     if (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{str(folder)!r} holds a whole model, and would then hold an adapter of another one beside it, so that nothing could "
-            "load it. Save the adapter into an empty folder."
+            f"{str(folder)!r} holds a whole model, and would then hold an adapter of another one beside it, so that nothing "
+            "could load it. Save the adapter into an empty folder."
         )
     for config in module.peft_config.values():
         if not config.base_model_name_or_path:
