@@ -66,6 +66,12 @@ def forget_compiled_programs() -> Iterator[None]:
 
 
 @pytest.fixture
+def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws do not depend on their blocks, but many equal prompts would make many blocks of few draws each."""
+    monkeypatch.setattr("bayes_klrl.models.decoding.ROWS_PER_BLOCK", 2**16)
+
+
+@pytest.fixture
 def tmp_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)

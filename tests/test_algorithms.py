@@ -11,19 +11,14 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
-from bayes_klrl.models import decoding as decoding_module
 from tests.algorithms import ROWS, Row
 from tests.helpers.tiny_models import tiny_gpt2
 from tests.helpers.truth import Truth, chi_square_p, counts, random_posterior
 
+pytestmark = pytest.mark.usefixtures("large_blocks")
+
 PER_DRAW = ("reward", "log_prior", "log_likelihood", "log_weights")
 PER_PROMPT = ("log_evidence", "log_evidence_se", "elbo", "ess", "pareto_k")
-
-
-@pytest.fixture(autouse=True)
-def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws do not depend on their blocks, but many equal prompts would make many blocks of few draws each."""
-    monkeypatch.setattr(decoding_module, "ROWS_PER_BLOCK", 2**16)
 
 
 def by_name(row: Row) -> str:

@@ -38,6 +38,7 @@ import xarray as xr
 import bayes_klrl
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.export.installed_arviz import installed_arviz
 from bayes_klrl.export.output_folder import check_group_name
 from bayes_klrl.export.sealed_files import check_sealed, write_sealed
 from bayes_klrl.prompts.chat import is_messages, rendering_of, stored_conversation
@@ -77,9 +78,7 @@ def draws_to_arviz(draws: Draws) -> Any:
 
 def as_installed(tree: xr.DataTree) -> Any:
     """Return a tree as what the installed ArviZ takes: an InferenceData in 0.x, itself in 1.x."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "\nArviZ is undergoing a major refactor", FutureWarning)
-        import arviz
+    arviz = installed_arviz()
     if not arviz.__version__.startswith("0."):
         return tree
     with warnings.catch_warnings():  # groups of our own are legal

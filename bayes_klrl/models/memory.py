@@ -95,7 +95,7 @@ def parts(
     for group in length_groups(lengths):
         longest = max(lengths[p] for p in group)
         per_prompt = sum(_said(model, "prompt_bytes", longest) for model in _distinct(models))
-        per_row = sum(_said(model, "row_bytes", longest + max_new_tokens) for model in _distinct(models))
+        per_row = _row_bytes(models, longest + max_new_tokens)
         bytes_ = _UNBOUNDED if not per_prompt + per_row else _budget(models) if budget is None else budget
         most = min([getattr(model, "particles_per_pass", None) or _UNBOUNDED for model in _distinct(models)])
         size = min(most // num_draws, bytes_ // max(1, per_prompt + num_draws * per_row))  # prompts at once
@@ -113,7 +113,7 @@ def parts(
 
 def rows_that_fit(models: Sequence[Any], lengths: Sequence[int], max_new_tokens: int) -> int:
     """Return the number of completions, over all prompts, whose states fit into the free memory; at least 1."""
-    per_row = sum(_said(model, "row_bytes", max(lengths) + max_new_tokens) for model in _distinct(models))
+    per_row = _row_bytes(models, max(lengths) + max_new_tokens)
     return max(1, _budget(models) // per_row) if per_row else _UNBOUNDED
 
 
@@ -143,7 +143,7 @@ def prompt_blocks(
     budget
         Bytes that one pass may take; None: a share of the free memory.
     """
-    per_row = sum(_said(model, "row_bytes", max(lengths) + max_new_tokens) for model in _distinct(models))
+    per_row = _row_bytes(models, max(lengths) + max_new_tokens)
     if not per_row:
         return [np.arange(len(lengths))]
     fit = (_budget(models) if budget is None else budget) // per_row
@@ -156,6 +156,11 @@ def _budget(models: Sequence[Any]) -> int:
     """Return the bytes that one pass may take."""
     known = [_said(model, "free_bytes") for model in _distinct(models)]
     return min([int(SHARE * bytes_) for bytes_ in known if bytes_], default=_UNBOUNDED)
+
+
+def _row_bytes(models: Sequence[Any], num_tokens: int) -> int:
+    """Return the bytes of one row of so many tokens, over all models that say what they take; 0 if none does."""
+    return sum(_said(model, "row_bytes", num_tokens) for model in _distinct(models))
 
 
 def _said(model: Any, name: str, *arguments: int) -> int:

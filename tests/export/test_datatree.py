@@ -22,11 +22,10 @@ from bayes_klrl.export.datatree import (
     load_draws,
     save_draws,
 )
+from bayes_klrl.export.installed_arviz import installed_arviz
 from tests.algorithms import EVERY_REWARD, named
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    import arviz as az
+az = installed_arviz()
 
 ARVIZ_1 = not az.__version__.startswith("0.")
 LM = bk.NgramLM.fit(["schön", "schöne Tage", "日本語 text", 'a\nb \\ "c"', "nö"], order=2)

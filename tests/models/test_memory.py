@@ -10,7 +10,7 @@ import torch
 
 import bayes_klrl as bk
 from bayes_klrl.models import memory
-from bayes_klrl.models.memory import free_memory, length_groups, parts
+from bayes_klrl.models.memory import free_memory, length_groups, parts, prompt_blocks
 from tests.helpers.tiny_models import tiny_gpt2, tiny_llama, tiny_other
 from tests.helpers.truth import random_posterior
 
@@ -53,6 +53,21 @@ def test_parts_hold_every_draw_once_and_fit(free: int) -> None:
         assert rows == 1 or taken <= memory.SHARE * free * 1.2  # array_split may exceed by the longest of a group
     assert (seen == 1).all()
     assert (len(found) == 1) == (free == 10**9 or free == 40_000)
+
+
+def test_prompts_in_blocks() -> None:
+    """A row takes 10 (10 + 4) bytes at most; a long prompt is apart; a block has a prompt at least."""
+    lengths, model = [3, 10, 5, 200], Bounded(10**9)
+
+    def blocks(most_rows: int, budget: int | None = None) -> list[list[int]]:
+        return [block.tolist() for block in prompt_blocks([model], lengths, 6, 4, most_rows, budget)]
+
+    assert blocks(512) == [[3], [0, 1, 2]]
+    assert blocks(12) == [[3], [0, 1], [2]]
+    assert blocks(1) == [[3], [0], [1], [2]]
+    assert blocks(512, budget=12 * 10 * 204) == [[3], [0, 1], [2]]
+    assert blocks(512, budget=1) == [[3], [0], [1], [2]]
+    assert [block.tolist() for block in prompt_blocks([object()], lengths, 6, 4, 1)] == [[0, 1, 2, 3]]
 
 
 def test_two_models_share_the_memory() -> None:

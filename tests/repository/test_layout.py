@@ -71,6 +71,7 @@ LAZY = {
     ("analysis.comparison.compare", "export.pictures"): "matplotlib, for pictures only",
     ("analysis.comparison.compare", "export.sealed_files"): "xarray, for exports only",
     ("analysis.frontier.frontier", "analysis.frontier.picture"): "matplotlib, for pictures only",
+    ("inference.mcmc.diagnostics", "export.installed_arviz"): "ArviZ, for chains only",
     ("inference.svi.fit", "analysis.certificate.quoted"): "Fit.save: upward, to refuse a certificate of something else",
     ("inference.svi.fit", "export.html"): "for notebooks only: files of NumPy alone know no room that presents",
     ("inference.policies", "models.torch_lm.checkpoint"): "torch, for policies in folders only",

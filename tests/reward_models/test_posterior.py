@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 import bayes_klrl as bk
+from bayes_klrl.export.installed_arviz import installed_arviz
 from bayes_klrl.problems.preferences import bradley_terry
 from bayes_klrl.reward_models import posterior as reward_posterior
 from bayes_klrl.reward_models.features import FeatureMap
@@ -252,9 +253,8 @@ def test_the_seed_decides(fit: bk.RewardPosterior) -> None:
 
 
 def test_arviz_reads_it(fit: bk.RewardPosterior) -> None:
-    import arviz as az
-
     data = fit.to_arviz()
+    az = installed_arviz()
     summary = az.summary(data)
     assert [str(name) for name in summary.index] == ["theta[0]", "theta[1]"]
     assert np.allclose(summary["mean"].astype(float), fit.mean, atol=2e-3)

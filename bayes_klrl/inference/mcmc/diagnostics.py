@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import numpy as np
 
 from bayes_klrl.typing import FloatArray
@@ -40,11 +38,11 @@ def _by_arviz(name: str, values: FloatArray, **options: str) -> FloatArray:
     varied = np.flatnonzero(np.ptp(values, axis=(1, 2)) > 0)
     if values.shape[2] < _FEWEST_DRAWS or not varied.size:
         return result
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "\nArviZ is undergoing a major refactor", FutureWarning)
-        import arviz
-        import xarray as xr
+    import xarray as xr
 
+    from bayes_klrl.export.installed_arviz import installed_arviz
+
+    arviz = installed_arviz()
     dataset = xr.Dataset({"value": (("chain", "draw", "prompt"), values[varied].transpose(1, 2, 0))})
     with np.errstate(all="ignore"):  # if each chain is constant, R-hat is infinite or undefined; not an error
         result[varied] = getattr(arviz, name)(dataset, **options)["value"].values

@@ -17,7 +17,7 @@ from bayes_klrl.inference.sampling.drawing import Drawn
 from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
-from bayes_klrl.prompts.words import prompt_words
+from bayes_klrl.prompts.part import named_prompt
 from bayes_klrl.randomness import Streams
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, LanguageModel
@@ -84,6 +84,11 @@ class SuffixMH:
         check_count("num_warmup", self.num_warmup, least=0)
         check_count("thinning", self.thinning)
         check_cut(self.cut)
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """Completions per prompt that are decoded at once; a prompt's draws do not depend on the others (`runners.blocks`)."""
+        return self.num_chains
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`; `log_proposal` is NaN, because draws of a chain have no proposal density.
@@ -166,7 +171,7 @@ def starting_states(
     if not found.num_accepted.all():
         p = int(found.num_accepted.argmin())
         raise BudgetError(
-            f"None of {found.num_proposals[p]} prior draws of prompt {p} ({prompt_words(posterior.prompts[p])}) has "
+            f"None of {found.num_proposals[p]} prior draws of {named_prompt(posterior, p)} has "
             "positive likelihood, so that chains have nowhere to start. Use bk.SMC with a twist that knows the "
             "constraint, or relax it to log(eps)."
         )

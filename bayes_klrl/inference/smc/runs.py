@@ -21,7 +21,7 @@ from bayes_klrl.models.decoding import ROWS_PER_BLOCK, Decoding, scoring_gap
 from bayes_klrl.models.memory import prompt_blocks, rows_that_fit
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
-from bayes_klrl.prompts.words import prompt_words
+from bayes_klrl.prompts.part import named_prompt
 from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.resampling import conditional_multinomial, resampling_scheme
 from bayes_klrl.sequences import Sequences
@@ -103,19 +103,20 @@ def grown(
     progress: bool,
     *,
     first_run: int = 0,
-    most_rows: int = ROWS_PER_BLOCK,
+    most_rows: int | None = None,
 ) -> Grown:
     """Return the finished particles of M runs of a prepared `SMC`.
 
     With `retained` (P, M, T), particle 0 of every run follows these tokens, and resampling is conditional multinomial.
     `first_run` is the number of the first run, which selects its random numbers; `most_rows` is how many particles are
-    decoded at once, if there are several prompts.
+    decoded at once, if there are several prompts; None: as many as sampling decodes at once.
     """
     assert ready.twist is None or callable(ready.twist), "this SMC is not prepared"
     models = (cast("LanguageModel", ready.proposal), posterior.prior)
     scheme = resampling_scheme(ready.resampling) if retained is None else conditional_multinomial
     num_rows, width, keys = num_runs * ready.num_particles, posterior.max_new_tokens, prompt_keys(posterior.prompt_ids)
-    blocks = prompt_blocks(models, list(map(len, posterior.prompt_ids)), num_rows, width, most_rows)
+    most = ROWS_PER_BLOCK if most_rows is None else most_rows
+    blocks = prompt_blocks(models, list(map(len, posterior.prompt_ids)), num_rows, width, most)
     read_before = getattr(ready.twist, "model_tokens", 0)
     outcomes, gaps, model_tokens = [], [], 0
     with track("SMC", width * len(blocks), progress) as advance:
@@ -173,7 +174,7 @@ def _require_alive(log_weights: FloatArray, posterior: Posterior) -> None:
     if np.isneginf(log_weights).any():
         p, run = np.argwhere(np.isneginf(log_weights))[0]
         raise SupportError(
-            f"Retained completion {run} of prompt {p} ({prompt_words(posterior.prompts[p])}) has weight 0: its likelihood "
+            f"Retained completion {run} of {named_prompt(posterior, p)} has weight 0: its likelihood "
             "or prior is 0, so it is not a posterior draw, or the twist is -inf on one of its prefixes. Retain an exact "
             "draw, for example from bk.RejectionSampling."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,14 @@ import bayes_klrl as bk
 from bayes_klrl import problems
 from bayes_klrl.arrays import to_host
 from bayes_klrl.export.datatree import draws_to_datatree
+from bayes_klrl.export.installed_arviz import installed_arviz
 from bayes_klrl.inference.mcmc.diagnostics import ess_bulk, r_hat
 from bayes_klrl.inference.mcmc.suffix_moves import CUTS, States, draw_cuts, log_acceptance, suffix_move, tempered
 from tests.export.test_datatree import assert_same
 from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_posterior
 
-with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    import arviz as az
+az = installed_arviz()
 
 
 def small() -> bk.Posterior:

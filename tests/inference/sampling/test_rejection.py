@@ -14,15 +14,8 @@ from bayes_klrl.inference.sampling.order_statistics import (
     best_of_n_log_probs,
     best_of_n_win_rate,
 )
-from bayes_klrl.models import decoding as decoding_module
 from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_posterior, repeated, z_score
-
-
-@pytest.fixture
-def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws do not depend on their blocks, but many equal prompts would make many blocks of few draws each."""
-    monkeypatch.setattr(decoding_module, "ROWS_PER_BLOCK", 2**16)
 
 
 def bounded(posterior: bk.Posterior, slack: float = 0.0) -> bk.Posterior:

@@ -16,14 +16,10 @@ from bayes_klrl.models.decoding import Decoding
 from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_posterior, repeated
 
+pytestmark = pytest.mark.usefixtures("large_blocks")
+
 NUM_RUNS = 30
 NUM_RUNS_ON_NETWORKS = 15
-
-
-@pytest.fixture(autouse=True)
-def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws do not depend on their blocks, but many equal prompts would make many blocks of few draws each."""
-    monkeypatch.setattr(decoding_module, "ROWS_PER_BLOCK", 2**16)
 
 
 @pytest.fixture(scope="module")

@@ -12,19 +12,14 @@ import bayes_klrl as bk
 from bayes_klrl import problems
 from bayes_klrl.inference.smc import annealing as annealing_module
 from bayes_klrl.inference.smc.swarm import Swarm, next_powers
-from bayes_klrl.models import decoding as decoding_module
 from bayes_klrl.randomness import Streams
 from tests.export.test_datatree import assert_same
 from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, chi_square_p, counts, full_table, random_posterior, repeated, z_score
 
+pytestmark = pytest.mark.usefixtures("large_blocks")
+
 NUM_RUNS = 400
-
-
-@pytest.fixture(autouse=True)
-def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws do not depend on their blocks, but many equal prompts would make many blocks of few draws each."""
-    monkeypatch.setattr(decoding_module, "ROWS_PER_BLOCK", 2**16)
 
 
 def lopsided() -> bk.Posterior:

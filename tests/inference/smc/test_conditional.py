@@ -13,19 +13,14 @@ from bayes_klrl import problems
 from bayes_klrl.arrays import to_host
 from bayes_klrl.inference.smc import runs as runs_module
 from bayes_klrl.inference.smc.smc import ConstantTwist
-from bayes_klrl.models import decoding as decoding_module
 from bayes_klrl.models.decoding import Decoding
 from bayes_klrl.resampling import conditional_multinomial
 from tests.helpers.backends import crossed, on, precision
 from tests.helpers.truth import Truth, chi_square_p, full_table, random_posterior, repeated, z_score
 
+pytestmark = pytest.mark.usefixtures("large_blocks")
+
 NUM_RUNS = 2000
-
-
-@pytest.fixture(autouse=True)
-def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draws do not depend on their blocks, but many equal prompts would make many blocks of few draws each."""
-    monkeypatch.setattr(decoding_module, "ROWS_PER_BLOCK", 2**16)
 
 
 def exact_draws(truth: Truth, num_runs: int, seed: int) -> bk.Sequences:

@@ -5,6 +5,7 @@ Runs are repeated by giving the same prompt many times; see `repeated`.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import bayes_klrl as bk
 from bayes_klrl import problems
 from bayes_klrl.inference.smc.level import most_even_level
-from bayes_klrl.inference.smc.runs import RESAMPLING_STREAM, grown
+from bayes_klrl.inference.smc.runs import RESAMPLING_STREAM
 from bayes_klrl.models.memory import prompt_blocks
 from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.resampling import RESAMPLING
@@ -364,17 +365,21 @@ def test_a_prompt_that_has_ended_rests_while_another_goes_on() -> None:
     np.testing.assert_allclose(draws.log_weights[0], 2.0 * draws.tokens[0, :, 0], rtol=0, atol=1e-12)
 
 
-def test_blocks_of_prompts_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of two lengths, decoded one by one, in pairs, and all at once; with and without a retained completion."""
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_blocks_of_prompts_leave_no_trace(monkeypatch: pytest.MonkeyPatch, is_learned: bool) -> None:
+    """Prompts of two lengths, two of them equal, decoded one by one, in pairs, and all at once; with retained completions."""
     bigram = random_posterior(10, num_tokens=4, alpha=0.3, eos_logit=0.5, prompts=((0,), (1,) * 80, (2,), (1, 2), (0,)))
     posterior = on("torch", bigram)
     retained = bk.Exact(3).run(bigram, seed=5).sequences
     smc = bk.SMC(6, ess_threshold=0.9)
+    if is_learned:
+        twist = bk.LearnedTwist(num_steps=5, num_draws=32)
+        smc = dataclasses.replace(smc, twist=twist, proposal="twisted")
     seen: list[list[list[int]]] = []
 
     def runs(most: int) -> tuple[bk.Draws, np.ndarray, np.ndarray]:
-        monkeypatch.setattr(grown, "__kwdefaults__", {**grown.__kwdefaults__, "most_rows": most})
-        monkeypatch.setattr("bayes_klrl.inference.smc.runs._MAX_ROWS", most)
+        for limit in ("ROWS_PER_BLOCK", "_MAX_ROWS"):
+            monkeypatch.setattr(f"bayes_klrl.inference.smc.runs.{limit}", most)
         seen.append([block.tolist() for block in prompt_blocks((posterior.prior,), [1, 80, 1, 2, 1], 6, 4, most)])
         above = bk.ConditionalSMC(smc).log_evidences(posterior, retained, seed=2)
         return smc.run(posterior, seed=1), smc.log_evidences(posterior, 3, seed=1).log_evidence, above.log_evidence
