@@ -128,6 +128,7 @@ def test_same_seed_same_draws(row: Row, make: Callable[[], bk.Posterior]) -> Non
     assert not np.array_equal(first.tokens, other.tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=by_name)
 def test_draws_are_saved_and_exported(row: Row, tmp_path: Path) -> None:
     draws = row.make(12).run(small(), seed=2)
@@ -152,6 +153,7 @@ def test_draws_follow_the_posterior(row: Row) -> None:
     assert chi_square_p(counts(truth, drawn.tokens[:, 0]), np.exp(truth.log_prior[0])) < 1e-6  # it could fail
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", [row for row in ROWS if row.law != "posterior"], ids=by_name)
 def test_the_others_are_nearer_to_it_than_the_prior_or_say_why_not(row: Row) -> None:
     """Best-of-n has a law of its own with more reward than the prior; a guide after a few steps has a higher ELBO."""

@@ -30,6 +30,7 @@ def small(tmp_cwd: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_compare_writes_its_folder(small: Path, tmp_cwd: Path) -> None:
     result = run("compare", small, "--method", "prior-is", "--method", "exact", "--out", tmp_cwd / "out", "--quiet")
     assert result.exit_code == 0, result.output
@@ -37,6 +38,7 @@ def test_compare_writes_its_folder(small: Path, tmp_cwd: Path) -> None:
     assert {"draws.nc", "table.csv", "comparison.png"} <= {path.name for path in (tmp_cwd / "out").iterdir()}
 
 
+@pytest.mark.slow
 def test_a_file_may_bring_its_own_algorithms_and_import_its_neighbours(small: Path, tmp_cwd: Path) -> None:
     (tmp_cwd / "sizes.py").write_text("num_draws = 50\n")
     small.write_text(SMALL + "import sizes\nalgorithms = {'mine': bk.ImportanceSampling(sizes.num_draws)}\n")
@@ -65,6 +67,7 @@ def test_sample_shows_one_completion_per_line_with_the_whitespace_that_matters(t
     assert result.stdout.splitlines() == ["b␣", "␣a↵", "␣a↵", "a", "␣a↵", "␣a↵"]
 
 
+@pytest.mark.slow
 def test_certify_says_how_far_a_policy_is_and_writes_it_down(small: Path, tmp_cwd: Path) -> None:
     small.write_text(SMALL + "feature = lambda texts: ['a' in text for text in texts]\n")
     tuned = run("tune", small, "--steps", 3, "--particles", 8, "--out", tmp_cwd / "tuned", "--quiet")
@@ -80,6 +83,7 @@ def test_certify_says_how_far_a_policy_is_and_writes_it_down(small: Path, tmp_cw
     assert "the prior" in itself.output
 
 
+@pytest.mark.slow
 def test_amortise_trains_on_some_prompts_and_judges_on_others(small: Path, tmp_cwd: Path) -> None:
     words = ["amortise", small, "--draws", 32, "--out", tmp_cwd / "out", "--quiet"]
     alone = run(*words)
@@ -100,6 +104,7 @@ def test_amortise_trains_on_some_prompts_and_judges_on_others(small: Path, tmp_c
     assert run(*words).exit_code == 0
 
 
+@pytest.mark.slow
 def test_frontier_shows_the_curve_and_answers_for_alpha(small: Path, tmp_cwd: Path) -> None:
     words = ["frontier", small, "--num-draws", 500, "--kl", 0.2, "--out", tmp_cwd / "out", "--quiet"]
     result = run(*words)
@@ -119,12 +124,14 @@ def test_help_lists_the_commands_in_the_order_of_the_work() -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.slow
 def test_tune_writes_a_policy(small: Path, tmp_cwd: Path) -> None:
     result = run("tune", small, "--steps", 3, "--particles", 8, "--out", tmp_cwd / "out", "--quiet")
     assert result.exit_code == 0, result.output
     assert bk.NgramLM.from_pretrained(tmp_cwd / "out" / "policy").order == 3
 
 
+@pytest.mark.slow
 def test_tune_keeps_what_was_learned_before_an_interrupt(small: Path, tmp_cwd: Path) -> None:
     small.write_text(
         SMALL.replace("sum(map(text.count", "interrupting() or sum(map(text.count").replace("letters =", CALLS)
@@ -199,6 +206,7 @@ def test_a_policy_in_the_output_folder_is_not_overwritten(small: Path, tmp_cwd: 
     assert "would be overwritten" in " ".join(result.output.split())
 
 
+@pytest.mark.slow
 def test_tune_goes_on_where_it_was_stopped(small: Path, tmp_cwd: Path) -> None:
     """The policy is that of a run that was not stopped, to the bit."""
     whole = run("tune", small, "--steps", 14, "--particles", 8, "--out", tmp_cwd / "whole", "--quiet")

@@ -71,6 +71,7 @@ def test_a_name_of_a_row_never_holds_a_slash() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_algorithm_of_a_new_file_is_reachable_without_a_change_here(
     monkeypatch: pytest.MonkeyPatch, small: Path, tmp_cwd: Path
 ) -> None:

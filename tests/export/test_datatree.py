@@ -81,6 +81,7 @@ def test_a_file_holds_everything(draws: Draws, file: Path) -> None:
     assert loaded.resample(5, seed=0).texts() == draws.resample(5, seed=0).texts()
 
 
+@pytest.mark.slow
 def test_a_file_holds_draws_of_token_ids(tmp_path: Path) -> None:
     for algorithm in (bk.Exact(), bk.Exact(num_draws=7), bk.ImportanceSampling(1)):
         draws = algorithm.run(IDS_POSTERIOR, seed=0)
@@ -113,6 +114,7 @@ def test_loaded_draws_know_only_their_own_texts(file: Path) -> None:
         loaded.decoder([[999]])
 
 
+@pytest.mark.slow
 def test_files_that_are_not_ours_are_named(tmp_path: Path) -> None:
     draws = bk.ImportanceSampling(8).run(POSTERIOR, seed=3)
     text, other, comparison = tmp_path / "text.nc", tmp_path / "other.nc", tmp_path / "comparison.nc"
@@ -126,6 +128,7 @@ def test_files_that_are_not_ours_are_named(tmp_path: Path) -> None:
         load_draws(comparison)
 
 
+@pytest.mark.slow
 def test_saving_twice_overwrites(draws: Draws, tmp_path: Path) -> None:
     path = draws.save(tmp_path / "draws.nc")
     first = load_draws(path)
@@ -279,6 +282,7 @@ def test_power_scaling_finds_its_groups() -> None:
     assert {"prior", "likelihood"} <= set(sensitivity.columns)
 
 
+@pytest.mark.slow
 def test_a_comparison_keeps_its_names(tmp_path: Path) -> None:
     draws = bk.ImportanceSampling(20).run(POSTERIOR, seed=0)
     names = ["SVI, then IS", "a/b", "SMC (N = 256) #2", "β=½", "100%", "Exact"]

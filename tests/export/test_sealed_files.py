@@ -138,6 +138,7 @@ def test_files_of_earlier_versions_are_read_with_a_warning(tmp_path: Path) -> No
     assert_same(loaded, DRAWS)
 
 
+@pytest.mark.slow
 def test_an_old_file_that_is_cut_is_refused(tmp_path: Path) -> None:
     file = unsealed(tmp_path / "old.nc")
     file.write_bytes(file.read_bytes()[:-5000])

@@ -58,6 +58,7 @@ def test_algorithms_take_them(make: Callable[[], bk.Likelihood], backend: str) -
         assert (np.abs(z) < 4.5).all()
 
 
+@pytest.mark.slow
 @every_likelihood
 def test_svi_climbs_and_certify_bounds_the_truth(make: Callable[[], bk.Likelihood]) -> None:
     posterior = posterior_of(make(), max_new_tokens=3)

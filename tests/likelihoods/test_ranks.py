@@ -88,6 +88,7 @@ def test_the_mean_evidence_of_best_of_is_one_over_n_for_any_number_of_draws(fn: 
         assert abs(z_score(np.exp(log_z), 0.25)) < 4
 
 
+@pytest.mark.slow
 def test_the_error_of_f_is_the_one_that_is_stated() -> None:
     makers: tuple[Any, ...] = (
         lambda seed: bk.BestOf(4, NUMBER, num_reference=200, seed=seed),

@@ -43,6 +43,7 @@ def both(name: str) -> tuple[bk.Posterior, bk.Posterior]:
     return on_torch, on_jax
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_the_enumerated_posteriors_are_one(model: str) -> None:
     first, second = (Truth(posterior) for posterior in both(model))
@@ -51,6 +52,7 @@ def test_the_enumerated_posteriors_are_one(model: str) -> None:
     np.testing.assert_allclose(np.exp(second.log_prior).sum(axis=1), 1.0, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model, name",
     [("gpt2", name) for name in ALGORITHMS] + [pytest.param("llama", "SMC, always", marks=pytest.mark.slow)],
@@ -94,6 +96,7 @@ def test_certificate_frontier_and_comparison_agree() -> None:
     assert not result.failures
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_hidden_states_as_features_agree(model: str) -> None:
     """What a reward model reads: the state after the last token, EOS left out."""

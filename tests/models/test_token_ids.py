@@ -200,6 +200,7 @@ def test_two_completions_of_two_texts_are_two_for_a_reward(spaced: dict[str, bk.
         assert seen == [" world", "world"]
 
 
+@pytest.mark.slow
 def test_draws_show_the_texts_that_rewards_saw_also_from_a_file(tmp_path: Path) -> None:
     lm = language_models(sentencepiece())["ngram"]
     seen: list[list[str]] = []

@@ -169,6 +169,7 @@ def small_text(max_new_tokens: int = 5) -> bk.Posterior:
     )
 
 
+@pytest.mark.slow
 def test_rules_by_brute_force() -> None:
     posterior = small_text(7)  # room for a word that is too long, and all that is asked for after it
     plain, messages = Truth(posterior), backward_messages(posterior)

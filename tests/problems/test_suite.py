@@ -61,6 +61,7 @@ def test_a_cell_depends_on_its_own_name_only() -> None:
     assert [cell.log_evidence_error for cell in alone.cells] == [cell.log_evidence_error for cell in found]
 
 
+@pytest.mark.slow
 def test_budgets_are_matched_where_nothing_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a larger vocabulary hardly a prefix is shared, so that the tokens counted are the tokens asked for."""
     rng = np.random.default_rng(0)
@@ -116,6 +117,7 @@ def test_a_method_that_dies_has_no_evidence() -> None:
     assert abs(table.loc[("P4-long", "smc-exact-twist"), "log_evidence_error"]) < 1e-9
 
 
+@pytest.mark.slow
 def test_svi_drops_a_mode_and_its_evidence_says_so() -> None:
     row = run_suite(["P6"], ["svi-is"], budget=100_000, repeats=2).table().loc[("P6", "svi-is")]
     assert row["log_evidence_error"] == pytest.approx(-np.log(2), abs=0.05)

@@ -33,6 +33,7 @@ def test_whitespace_is_visible_where_it_matters(text: str, seen: str) -> None:
     assert visible(text) == seen
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_what_is_visible_is_one_line_that_commands_no_terminal(text: str) -> None:
     seen = visible(text)

@@ -88,6 +88,7 @@ def test_the_page_has_its_parts() -> None:
     assert {block.info for block in blocks()} == {"python", "bash", "text output"}
 
 
+@pytest.mark.slow
 def test_blocks_run_and_print_what_they_say(
     folder: Path, tmp_cwd: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,6 +111,7 @@ def evidences(table: Path) -> dict[str, float]:
         return {row["method"]: float(row["log_evidence"] or "nan") for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_command_lines_run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, but without `folder` among the places where Python finds modules: the command line adds it."""
     monkeypatch.chdir(folder)
@@ -192,6 +194,7 @@ def test_the_files_and_folders_that_a_page_names_are_there(page: Path) -> None:
 # Into the package
 
 
+@pytest.mark.slow
 def test_one_file_and_one_line_make_it_part_of_the_package(folder: Path, tmp_path: Path) -> None:
     """In a copy of the package: the public name is there, and the command line takes it."""
     copy = tmp_path / "bayes_klrl"
@@ -217,6 +220,7 @@ def test_one_file_and_one_line_make_it_part_of_the_package(folder: Path, tmp_pat
 # The algorithm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_antithetic_evidence_is_unbiased(mine: Any, seed: int) -> None:
     posterior = random_posterior(seed, prompts=[(0,), (1, 2)])
@@ -236,6 +240,7 @@ def test_both_halves_of_a_pair_have_the_law_of_the_prior(mine: Any) -> None:
         assert chi_square_p(counts(truth, draws.tokens[0, half::2]), prior) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_standard_error_is_that_of_pairs(mine: Any) -> None:
     """Against the spread of many runs, where pairs help and where they do not."""
     posterior = random_posterior(3, alpha=1.0)
@@ -246,6 +251,7 @@ def test_the_standard_error_is_that_of_pairs(mine: Any) -> None:
     assert claimed == pytest.approx(spread, rel=0.15)  # the error of a standard deviation of 400 is 3.5 %
 
 
+@pytest.mark.slow
 def test_pairs_pay_where_the_reward_grows_with_the_token_ids(mine: Any) -> None:
     prior = bk.NgramLM(np.log(np.full(5, 0.2)), eos_token_id=None)
     growing = bk.TokenReward(lambda tokens, lengths: tokens.sum(axis=1), alpha=8.0)
@@ -279,6 +285,7 @@ def test_antithetic_keeps_the_rules_of_algorithms(mine: Any) -> None:
     assert caught.value.draws is not None
 
 
+@pytest.mark.slow
 def test_compare_and_files_take_the_algorithm(mine: Any, tmp_path: Path) -> None:
     posterior = urn_posterior(mine, prompts=["ab", "c"])
     algorithms = {"antithetic": mine.antithetic.AntitheticSampling(2000), "exact": bk.Exact()}

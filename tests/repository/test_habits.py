@@ -100,6 +100,7 @@ def test_what_security_promises() -> None:
         assert not re.search(r"\btorch\.load\(|^import pickle|\bpickle\.load", text, re.M), path
 
 
+@pytest.mark.slow
 def test_transformers_is_always_told_to_trust_no_code() -> None:
     """Left out, it would ask the user, who may say yes."""
     loads = {}

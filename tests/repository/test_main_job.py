@@ -19,6 +19,7 @@ def posterior_of(model: torch.nn.Module, **options: object) -> bk.Posterior:
     return bk.Posterior(lm, LONGER, prompts=[[1, 2, 3], [2]], max_new_tokens=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama, tiny_t5])
 def test_every_method_answers_with_another_default_device(build) -> None:
     """No GPU here: a tensor made without a device would land on meta, and mix with nothing."""

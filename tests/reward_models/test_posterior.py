@@ -80,6 +80,7 @@ def by_quadrature(fit: bk.RewardPosterior, prior_scale: float) -> tuple[np.ndarr
     return on_a_grid(log_prior - np.logaddexp(0, -(points @ fit.design.T)).sum(axis=1), points)
 
 
+@pytest.mark.slow
 def test_two_weights_are_those_of_quadrature(fit: bk.RewardPosterior) -> None:
     assert np.abs(z_scores(fit, *by_quadrature(fit, 1.0))).max() < 4
     # the standardised features are the raw ones' own: a pair's difference by hand
@@ -88,6 +89,7 @@ def test_two_weights_are_those_of_quadrature(fit: bk.RewardPosterior) -> None:
     np.testing.assert_allclose((raw[0] - raw[1]) / fit.features.scale, fit.design[0])
 
 
+@pytest.mark.slow
 def test_the_prior_scale_is_the_prior_scale() -> None:
     """A wrong one, or its square, is far off quadrature; of as many pairs as above, compiled for already."""
     pairs = simulated(60, 3, (1.0, 0.0))[0]

@@ -97,6 +97,7 @@ def exact_reward(lm: bk.LanguageModel, features: Any, *, components: int | None 
     return model.fit(lm, pairs, seed=0, accept_unconverged=True)
 
 
+@pytest.mark.slow
 def test_the_uncertainty_of_draws_of_another_likelihood_is_refused() -> None:
     known = exact_reward(COIN, TokenFeatures(lambda tokens, lengths: np.stack([lengths, tokens[:, 0]], axis=1)))
     cut, plug_in = (

@@ -39,6 +39,7 @@ def holds(truth: np.ndarray, interval: np.ndarray) -> bool:
     return bool(((interval[..., 0] <= truth) & (truth <= interval[..., 1])).all())
 
 
+@pytest.mark.slow
 def test_distances_are_the_enumerated_ones(result: bk.Amortisation) -> None:
     for judged, posterior in ((result.training, SEEN), (result.unseen, UNSEEN)):
         for name, policy in (("prior", LETTERS), ("guide", result.guide)):
@@ -54,6 +55,7 @@ def test_distances_are_the_enumerated_ones(result: bk.Amortisation) -> None:
     assert table.loc[("unseen", "guide"), "kl_posterior"] < 0.3 * table.loc[("unseen", "prior"), "kl_posterior"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["enumeration", "rejection"])
 def test_bounds_by_sampling_contain_the_truth(way: str, result: bk.Amortisation) -> None:
     """Six runs, each of whose intervals may miss with probability 0.05 and in fact miss far more rarely."""
@@ -72,6 +74,7 @@ def test_bounds_by_sampling_contain_the_truth(way: str, result: bk.Amortisation)
         assert many.kl[name] == pytest.approx(kl, abs=0.1)
 
 
+@pytest.mark.slow
 def test_groups_are_unbiased_estimates() -> None:
     """E[Z-hat] = Z and, with an exact draw in each group, E[1 / Z-hat] = 1 / Z."""
     exact = bk.Exact(num_draws=4000).run(SEEN, seed=1)
@@ -153,6 +156,7 @@ def test_a_guide_that_cannot_draw_everything_is_no_proposal_for_bounds() -> None
     assert judged.pooled["guide"].log_evidence_bounds[1] >= bk.Exact().run(UNSEEN, seed=0).log_evidence.mean()
 
 
+@pytest.mark.slow
 def test_everything_is_saved(result: bk.Amortisation, tmp_path: Path) -> None:
     folder = result.save(tmp_path / "out")
     names = {path.name for path in folder.iterdir()}

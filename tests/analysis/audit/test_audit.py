@@ -325,6 +325,7 @@ def test_an_ngram_prior_of_a_longer_order_is_the_same_problem() -> None:
     np.testing.assert_allclose(bk.myopic_policy(longer).log_probs, bk.myopic_policy(posterior).log_probs, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_trls_own_words_for_scaling_are_taken_and_others_refused() -> None:
     """A string that is merely truthy would switch scaling on without a word."""
     scaled, unscaled = (bk.audit(GRPO(scale_rewards=word)).verdict for word in ("group", "none"))

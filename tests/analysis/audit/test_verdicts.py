@@ -83,6 +83,7 @@ def test_verdicts(verdict: str, loss: Loss) -> None:
         assert scale == pytest.approx(1, abs=1e-12) or getattr(loss, "normalize_advantages", False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["random", "two EOS"])
 def test_verdicts_on_other_problems(name: str) -> None:
     posterior = PROBLEMS[name]()
@@ -115,6 +116,7 @@ def test_scaled_binary_rewards_at_a_large_alpha_have_an_interior_solution() -> N
     assert audit.implied_alpha == pytest.approx(3 * (audit.reward_sd + 1e-4), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_dpo_has_the_posterior_as_its_optimum() -> None:
     audit = bk.audit(DPO(), num_steps=1500)
     assert audit.settled
@@ -140,6 +142,7 @@ def test_a_loss_on_draws_in_groups() -> None:
     assert audit.gradient_cosine > 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "loss", [LeaveOneOut(), GRPO(scale_rewards=False), KLPenalty("token_k3", "loss"), KLPenalty("k1", "loss")]
 )
@@ -151,6 +154,7 @@ def test_draws_and_expectations_agree(loss: Loss) -> None:
         assert drawn.policy.kl_to(exact.policy.log_probs)[0] < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_size", [2, 8])
 def test_a_group_mean_as_baseline_is_a_hidden_alpha_when_the_kl_is_in_the_loss(group_size: int) -> None:
     """A = r - mean r shrinks the reward's gradient by (G - 1) / G and leaves the KL's: alpha becomes alpha G / (G - 1)."""
@@ -216,6 +220,7 @@ def ascending(batch: LossInputs) -> Tensor:
     return ((batch.rewards - batch.rewards.mean()) * batch.log_probs.sum(1)).mean()
 
 
+@pytest.mark.slow
 def test_mutations() -> None:
     assert bk.audit(without_eos).verdict == "nothing"
     wrong_sign = bk.audit(turned_round)

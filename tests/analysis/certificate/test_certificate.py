@@ -90,6 +90,7 @@ def contains(interval: np.ndarray, values: np.ndarray) -> np.ndarray:
 # Bounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [0.1, 1.0, 2.5])
 def test_the_bounds_fail_no_more_often_than_said_and_bite(spread: float) -> None:
     """Log-normal estimates of mean 1, and their inverses; a failure rate of delta is within what 4000 trials can show."""
@@ -154,6 +155,7 @@ def test_enumerated_certificates_are_exact(backend: str) -> None:
         assert certificate.pooled.reverse_kl[0] <= reverse.mean() <= certificate.pooled["reverse_kl"][1]
 
 
+@pytest.mark.slow
 def test_sampled_certificates_hold_as_often_as_promised() -> None:
     """40 random problems x 3 policies, with the oracle twist: both KLs, all in one, fail with probability <= delta each."""
     widths, held, exposed = [], [], []
@@ -202,6 +204,7 @@ def test_what_is_called_exact_draws_follows_the_posterior(backend: str, source: 
     assert chi_square_p(counts(truth, resampled.tokens[0]), truth.p[0]) < 1e-6  # the test bites
 
 
+@pytest.mark.slow
 def test_a_sampler_conditioned_on_other_than_exact_draws_would_be_found_out() -> None:
     """The mutant of theory.md 9.1: with prior draws retained as if they were exact, upper ends fall below log Z."""
     missed = 0
@@ -241,6 +244,7 @@ def test_a_certificate_by_messages_at_a_length_nobody_can_enumerate() -> None:
     assert np.ptp(sampled.log_evidence_bounds) < 1.0
 
 
+@pytest.mark.slow
 def test_implied_alpha_and_frontier_gap_are_pythagoras(backend: str) -> None:
     """The posterior at another alpha lies on the frontier, at that alpha; one with noise in it pays what enumeration says."""
     truth = Truth(on(backend, random_posterior(1, prompts=((0,),), alpha=0.5, num_tokens=4)))
@@ -366,6 +370,7 @@ def test_the_same_seed_gives_the_same_certificate(backend: str) -> None:
     assert not np.array_equal(first.reverse_kl, other.reverse_kl)
 
 
+@pytest.mark.slow
 def test_table_and_text_show_every_prompt(tmp_path: Path) -> None:
     posterior = random_posterior(0, prompts=((0,), (1,)), num_tokens=3)
     certificate = bk.certify(posterior, posterior.prior, seed=0, feature=lambda tokens, lengths: lengths)

@@ -79,6 +79,7 @@ def test_divergences_of_methods_that_have_no_evidence() -> None:
     assert np.isnan(alone.loc["rejection", "kl_prior"])  # nobody knows log Z
 
 
+@pytest.mark.slow
 def test_chains_that_have_not_mixed_say_so() -> None:
     rows = {
         "exact": bk.Exact(),
@@ -185,6 +186,7 @@ def test_what_no_run_could_make_right_is_refused_first(algorithms: object) -> No
         bk.compare(POSTERIOR, algorithms, seed=0)
 
 
+@pytest.mark.slow
 def test_everything_is_saved_and_only_over_what_is_ours(tmp_path) -> None:
     result = bk.compare(POSTERIOR, {**METHODS, "SVI": bk.SVI(3, 8, num_draws=50)}, seed=0)
     folder = result.save(tmp_path / "out")
@@ -224,6 +226,7 @@ def test_a_name_that_cannot_be_saved_is_refused_before_anything_runs(name: Any) 
         bk.compare(NAMED, {"fine": Never(), name: Never()}, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names, repeats",
     [([" ", "...", ".a", "a.", "\n", "ä", "name", "posterior"], 1), (["a", "a #3"], 2)],

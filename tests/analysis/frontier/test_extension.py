@@ -50,6 +50,7 @@ def test_an_algorithm_that_reports_its_path_extends_the_frontier(mixed: bool) ->
             assert getattr(curve, name)[a] == pytest.approx(truth[name], rel=0.01, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("posterior", [GOLD, TWO], ids=["gold", "two prompts"])
 def test_annealed_smc_extends_the_frontier(backend: str, posterior: bk.Posterior) -> None:
     """600 prior draws end above alpha 0.2; what annealing adds below is judged by its own errors."""
@@ -66,6 +67,7 @@ def test_annealed_smc_extends_the_frontier(backend: str, posterior: bk.Posterior
     assert curve.alpha_for(kl=float(curve.kl[2])) == pytest.approx(0.1, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(8))
 def test_alphas_are_found_up_to_the_end_of_an_extension(seed: int) -> None:
     """Past that end the draws' own extrapolation may lie far below it, and does not hide what the extension knows."""

@@ -295,6 +295,7 @@ def png_size(file: Path) -> tuple[int, int]:
     return width, height
 
 
+@pytest.mark.slow
 def test_the_picture(tmp_path: Path) -> None:
     draws = bk.ImportanceSampling(200).run(GOLD, seed=0)
     guide = replace(
@@ -364,6 +365,7 @@ def test_a_step_too_large_to_interpolate_shows_in_the_intervals() -> None:
         assert curve.lower["kl"][a] <= kl <= curve.upper["kl"][a]
 
 
+@pytest.mark.slow
 def test_one_alpha_for_the_mean_kl_of_32_prompts() -> None:
     """The exact mean KL at the alpha that draws give, over eight sets of draws."""
     rng = np.random.default_rng(0)

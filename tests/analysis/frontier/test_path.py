@@ -135,6 +135,7 @@ def test_the_gap_is_the_kl_to_the_nearest_posterior_on_the_path() -> None:
 
 # 4000 pools: a coverage of 0.95 is seen as 0.95 +- 0.0034. A cell counts where nine pools in ten are called valid: where
 # few are, it is those whose tail came out short, and being called valid is itself evidence against them.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "law, num",
     [(Gaussian(), 2000), (GOLD, 1000), *[(law, 1000) for law in RANDOM]],
@@ -182,6 +183,7 @@ def test_many_prompts_make_the_bias_count() -> None:
         assert bool(ratio < 0.25) is expected
 
 
+@pytest.mark.slow
 def test_the_bias_that_the_rule_goes_by_is_the_bias() -> None:
     rng, b, num = np.random.default_rng(10), 0.5, 200
     sums = _sums_at(Gaussian().pools(rng, (40_000, num)), b)
@@ -285,6 +287,7 @@ def test_what_is_no_pool(log_weights: np.ndarray, reward: np.ndarray, match: str
         RewardPool(log_weights, reward)
 
 
+@pytest.mark.slow
 def test_the_error_of_the_implied_alpha_and_of_the_gap() -> None:
     """Over pools, for a policy whose reward and KL are known, then for one that is sampled as well."""
     law, rng = GOLD, np.random.default_rng(8)

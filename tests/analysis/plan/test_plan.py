@@ -80,6 +80,7 @@ def test_parts_are_counted_as_they_will_be_read() -> None:
 # --- a model that is not loaded -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_seven_billion_parameters(large: bk.TorchLM) -> None:
     posterior = posterior_of(large)
     sampling = bk.plan(posterior, bk.ImportanceSampling(4096), memory=24 * GIB)
@@ -103,6 +104,7 @@ def test_seven_billion_parameters(large: bk.TorchLM) -> None:
     assert again.training_tokens == adapter.training_tokens
 
 
+@pytest.mark.slow
 def test_less_memory_means_fewer_at_once(large: bk.TorchLM) -> None:
     posterior = posterior_of(large, prompts=[[1] * 500] * 8, num_tokens=64)
     found = [bk.plan(posterior, bk.SVI(1, adapter="lora"), memory=size * GIB) for size in (24, 40, 80)]

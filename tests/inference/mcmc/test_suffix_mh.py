@@ -246,6 +246,7 @@ def test_what_arviz_says_of_the_export_is_in_info() -> None:
     np.testing.assert_array_equal(draws.ess, smallest)
 
 
+@pytest.mark.slow
 def test_r_hat_sees_chains_that_disagree() -> None:
     """Two modes that suffix moves cannot join, for the first token decides and is hardly ever accepted to change."""
     prior = bk.NgramLM(np.log(np.full((2, 2), 0.5)), eos_token_id=None)

@@ -34,6 +34,7 @@ def bounded(posterior: bk.Posterior, slack: float = 0.0) -> bk.Posterior:
 # --- rejection -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_prompts_and_early_ends_follow_their_posteriors(backend: str) -> None:
     base = on(
         backend, random_posterior(31, num_tokens=4, eos_logit=1.0, prompts=((0,), (1, 2)), prompt_shift=-1.0, alpha=0.8)
@@ -50,6 +51,7 @@ def test_several_prompts_and_early_ends_follow_their_posteriors(backend: str) ->
     assert np.isnan(draws.log_proposal).all()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("large_blocks")
 def test_stopping_at_the_last_acceptance_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the blocks, the first and the last accepted draw of many runs both follow the posterior."""
@@ -273,6 +275,7 @@ def test_without_ties_the_bound_is_exact() -> None:
         np.testing.assert_allclose(best_of_n_win_rate(rewards, n), n / (n + 1), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_estimates_from_candidates_reach_the_truth_and_never_exceed_the_bound() -> None:
     """The error of the estimate that a run reports falls with the number of draws, as 1 / sqrt(N)."""
     posterior = binned_posterior()

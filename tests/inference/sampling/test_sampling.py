@@ -74,6 +74,7 @@ def assert_follows(law: np.ndarray, observed: np.ndarray) -> None:
     assert chi_square_p(observed.sum(axis=0), law) > 0.001
 
 
+@pytest.mark.slow
 @crossed(name=SAMPLERS)
 def test_draws_follow_the_posterior(backend: str, name: str, truth: Truth) -> None:
     posterior = on(backend, problems.gold_posterior())
@@ -90,6 +91,7 @@ def test_the_chi_square_bites(truth: Truth) -> None:
     assert chi_square_p(prior_draws, np.exp(truth.log_prior[0])) > 0.001
 
 
+@pytest.mark.slow
 def test_one_draw_of_each_of_many_runs_follows_the_posterior() -> None:
     """Small populations, two different prompts, EOS early: one draw a run, each prompt a run of its own."""
     base = random_posterior(31, num_tokens=4, eos_logit=0.5, prompts=((0,), (1,)), alpha=0.8)

@@ -77,6 +77,7 @@ def test_with_one_step_it_is_importance_sampling(backend: str) -> None:
     assert (draws.tokens != plain.tokens).any()  # the weights are from before the last move
 
 
+@pytest.mark.slow
 def test_draws_of_two_prompts_with_early_ends_follow_their_posteriors() -> None:
     base = random_posterior(31, num_tokens=4, eos_logit=0.7, prompts=((0,), (1,)), prompt_shift=1.0, alpha=0.5)
     many = bk.Posterior(base.prior, base.likelihood, prompts=[[0]] * 800, max_new_tokens=4)
@@ -162,6 +163,7 @@ def test_the_pilot_has_a_stream_of_its_own() -> None:
 # --- constraints -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_constraints_are_part_of_the_base_measure() -> None:
     def holds(completion_ids: list[list[int]]) -> list[bool]:
         return [ids[0] != 0 and len(ids) > 1 for ids in completion_ids]

@@ -49,6 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @crossed(name=OPTIONS, num_particles=[2, 6])
 def test_the_inverse_evidence_is_unbiased(backend: str, name: str, num_particles: int) -> None:
     """And E log Z-hat >= log Z, by which the lower bound of plain SMC with the same twist becomes a bracket."""
@@ -93,6 +94,7 @@ def test_the_product_of_runs_gives_the_bounds_that_certificates_use() -> None:
         assert (high - low).mean() < 2
 
 
+@pytest.mark.slow
 def test_conditioned_on_the_output_of_smc_it_is_no_bound() -> None:
     """theory.md 3.10: K = 2, particle 0 from a population of 2: log Z-hat falls below log Z on average."""
     base = problems.gold_posterior(alpha=0.25)

@@ -35,6 +35,7 @@ def exactly(guide: Any, posterior: bk.Posterior) -> dict[str, float]:
     return {name: float((np.exp(log_q) * values).sum(axis=1).mean()) for name, values in means.items()}
 
 
+@pytest.mark.slow
 def test_annealing_goes_by_one_factor_per_step_and_ends_at_the_posterior(posterior: bk.Posterior) -> None:
     fit = bk.SVI(200, 64).fit(posterior, seed=0, callbacks=[bk.AnnealedAlpha(start=5.0, share=0.5)])
     alphas = fit.history["alpha"]
@@ -61,6 +62,7 @@ def test_each_step_aims_at_its_own_alpha(posterior: bk.Posterior) -> None:
     np.testing.assert_allclose(fit.history["elbo"] - fit.history["reward"] / 1e9, -fit.history["kl"], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target,optimizer", [({"kl": 0.4}, "kl_sgd"), ({"kl": 1.2}, "adam"), ({"reward": 1.5}, "kl_sgd")], ids=str
 )
@@ -78,6 +80,7 @@ def test_the_target_is_held_and_the_posterior_is_the_one_that_is_said(
     assert exactly(fit.guide, other)["to posterior"] > 2 * found["to posterior"]
 
 
+@pytest.mark.slow
 def test_the_search_moves_alpha_where_the_frontier_was_wrong(posterior: bk.Posterior) -> None:
     """Rare completions have a high reward, so that a thousand draws give an alpha with a fifth less KL than asked for."""
     fits = [
@@ -211,6 +214,7 @@ def test_alphas_that_change_are_for_torch() -> None:
         bk.SVI(5, 8).fit(on_jax, seed=0, callbacks=[bk.AnnealedAlpha(start=2.0)])
 
 
+@pytest.mark.slow
 def test_a_fixed_twist_is_no_critic_of_other_alphas(posterior: bk.Posterior) -> None:
     def zero(posterior: bk.Posterior, prompt_index: np.ndarray, prefixes: np.ndarray) -> np.ndarray:
         return np.zeros(len(prefixes))
@@ -222,6 +226,7 @@ def test_a_fixed_twist_is_no_critic_of_other_alphas(posterior: bk.Posterior) -> 
     assert exactly(fit.guide, posterior)["to posterior"] < 0.1
 
 
+@pytest.mark.slow
 def test_early_stopping_waits_until_alpha_has_settled(posterior: bk.Posterior) -> None:
     stopping = bk.EarlyStopping(gap=0.02)
     annealed = bk.SVI(200, 64).fit(posterior, seed=0, callbacks=[bk.AnnealedAlpha(start=50.0), stopping])
@@ -246,6 +251,7 @@ def test_annealing_over_all_steps_ends_at_the_posteriors_alpha(posterior: bk.Pos
     assert fit.posterior is posterior
 
 
+@pytest.mark.slow
 def test_certificates_of_other_alphas_are_not_compared(posterior: bk.Posterior) -> None:
     every = bk.CertifyEvery(10)
     bk.SVI(60, 64).fit(posterior, seed=0, callbacks=[bk.AnnealedAlpha(start=50.0), every])

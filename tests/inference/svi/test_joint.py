@@ -31,6 +31,7 @@ def on_numpyro(order: str) -> Any:
 BOTH = [*(("pyro", *case) for case in CASES), *map(on_numpyro, dict(CASES))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ppl,order,num_prompts", BOTH, indirect=["ppl"])
 def test_value_and_gradient_are_those_of_enumeration_times_quadrature(ppl: Ppl, order: str, num_prompts: int) -> None:
     problem = Problem(ppl, order, num_prompts)
@@ -49,6 +50,7 @@ def test_the_quadrature_has_nodes_enough(order: str, num_prompts: int) -> None:
     np.testing.assert_allclose(of_coarse, gradient, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["independent", "x, then theta", "z of each prompt"])
 def test_subsampled_prompts_are_scaled_up(ppl: Ppl, order: str) -> None:
     """For q(theta | x) the guide itself depends on the subsample: its theta sees one prompt, not two."""
@@ -59,6 +61,7 @@ def test_subsampled_prompts_are_scaled_up(ppl: Ppl, order: str) -> None:
     assert agrees(problem.sampled(ppl.loss(64), 120)[1], Problem(ppl, order, 2).exact()[1])
 
 
+@pytest.mark.slow
 def test_subsampled_data_are_scaled_up(ppl: Ppl) -> None:
     problem = Problem(ppl, "x, then theta")
     _, gradient = problem.exact()
@@ -70,6 +73,7 @@ def test_subsampled_data_are_scaled_up(ppl: Ppl) -> None:
     assert of_all.var(axis=0).sum() < runs.var(axis=0).sum()  # they are there
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["independent", "x, then theta", "theta, then x"])
 def test_trace_graph_elbo_agrees_on_the_same_program(ppl: Ppl, order: str) -> None:
     """The languages' own loss sees what depends on x; in Pyro features keep the provenance for it (theory.md 9.7)."""
@@ -105,6 +109,7 @@ def numpyro_without_others(parts: Callable[..., Any]) -> Callable[..., Any]:
     return broken
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [OTHERS, COUPLING])
 def test_the_gradient_tests_bite(ppl: Ppl, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a term of the score's weight left out the same comparison fails."""

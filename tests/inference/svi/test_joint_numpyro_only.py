@@ -88,11 +88,13 @@ def check(problem: Problem) -> None:
     assert not agrees(1.25 * runs, gradient)  # the test bites
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_prompts", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_language_model_that_theta_tilts(num_prompts: int) -> None:
     check(Tilted(NUMPYRO, "theta, then x", num_prompts))
 
 
+@pytest.mark.slow
 def test_masked_completions_still_have_a_score() -> None:
     check(Masked(NUMPYRO, "x, then theta"))
 

@@ -52,6 +52,7 @@ def forgetful(self: SequenceDistribution, fn: Any, value: Tensor) -> Tensor:
     return torch.tensor(fn(sequences.tokens[0], sequences.lengths[0]).tolist(), dtype=torch.float64)[:, None]
 
 
+@pytest.mark.slow
 def test_features_without_provenance_lose_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison with `TraceGraph_ELBO` bites, and our own loss does not need the trail."""
     problem = Problem(PYRO, "independent")
@@ -128,6 +129,7 @@ def test_the_models_own_parameters_are_learned_too() -> None:
     assert float(strength.grad) == pytest.approx(-2 * 1.75, abs=0.1)  # E[length] is 1/2 + 2/4 + 3/4
 
 
+@pytest.mark.slow
 def test_a_transformer_in_a_joint_program_trains() -> None:
     """An uncertain price of length on top of a reward; both losses say the same of one program, before and after."""
     from bayes_klrl import problems

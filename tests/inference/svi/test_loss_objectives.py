@@ -90,6 +90,7 @@ def test_a_loss_has_its_enumerated_gradient(name: str, num_prompts: int) -> None
     assert t_square_p(1.2 * runs, exact, num_directions=6) < 0.005
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss,num_steps", [(mine, 150), (DPO(), 400)], ids=["a user's", "DPO"])
 def test_it_is_trained_to_the_posterior(loss: Any, num_steps: int) -> None:
     base = random_posterior(51, num_tokens=3)

@@ -104,6 +104,7 @@ def gradients(name: str, target: bk.Posterior, guide: Any, loss: Any, chosen: li
     return np.array([np.concatenate([np.asarray(leaf, dtype=float).ravel() for leaf in each]) for each in leaves])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,step", [("pyro", 0), ("pyro", 1), pytest.param("numpyro", 1, marks=pytest.mark.slow)]
 )  # the host chooses the prompts, so that what JAX compiles is the same at every step

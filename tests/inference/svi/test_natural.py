@@ -296,6 +296,7 @@ def test_infinite_log_weights_are_refused() -> None:
         natural.step(samples.scores(PROMPTS, sequences), log_weights)
 
 
+@pytest.mark.slow
 def test_svi_with_the_natural_gradient_needs_a_tenth_of_adams_steps() -> None:
     """On an enumerable task with a transformer."""
     from bayes_klrl import problems

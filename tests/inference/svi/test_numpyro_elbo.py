@@ -101,6 +101,7 @@ def check_unbiased(runs: np.ndarray, exact: np.ndarray, num_directions: int = 8)
 # --- a posterior's own programs -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mapped", [False, True], ids=["in a plate", "mapped"])
 def test_gradients_are_unbiased(estimator: Any, mapped: bool) -> None:
     posterior, guide = problem()
@@ -314,6 +315,7 @@ def test_sites_without_a_partner_are_refused() -> None:
             traced(RaoBlackwellELBO(4), *programs)
 
 
+@pytest.mark.slow
 def test_rao_blackwell_is_for_completions_alone() -> None:
     posterior, guide = problem()
     on_host = bk.Posterior(posterior.prior.start, posterior.likelihood, prompts=[[0]], max_new_tokens=3)  # type: ignore[attr-defined]

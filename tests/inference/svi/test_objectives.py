@@ -87,6 +87,7 @@ def sampled(
     ), exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_each_objective_has_its_enumerated_gradient(name: str, engine: Engine) -> None:
     num_particles = 4000 if name == "forward_kl" else 200  # its bias is of order 1 / N
@@ -110,6 +111,7 @@ def enumerable(engine: Engine) -> bk.Posterior:
     return on_engine(engine, table)
 
 
+@pytest.mark.slow
 @AT_LEISURE
 @pytest.mark.parametrize("name", sorted(set(DIVERGENCES) - {"elbo", "tv"}))
 def test_each_objective_ends_at_the_posterior(name: str, engine: Engine) -> None:
@@ -120,6 +122,7 @@ def test_each_objective_ends_at_the_posterior(name: str, engine: Engine) -> None
     assert truth.kl(fit.guide)[0] < 0.03 * truth.kl(posterior.prior)[0]
 
 
+@pytest.mark.slow
 @AT_LEISURE
 def test_total_variation_falls(engine: Engine) -> None:
     posterior = enumerable(engine)
@@ -213,6 +216,7 @@ def test_with_lambda_1_the_gradient_is_the_elbos_whatever_the_critic(kind: str) 
     assert t_square_p(1.25 * runs, exact, num_directions=6) < 0.005
 
 
+@pytest.mark.slow
 def test_the_soft_value_of_the_guide_makes_every_lambda_unbiased() -> None:
     """V = E_q[log w | prefix] by enumeration; and another V is biased at lambda = 0.5, so the test bites."""
     posterior, guide = problem()
@@ -265,6 +269,7 @@ def test_rewards_of_prefixes_are_those_of_completions_cut_there() -> None:
             assert found[n, t] == posterior.likelihood.log_likelihood(reward)[0]
 
 
+@pytest.mark.slow
 def test_a_critic_lowers_the_variance_where_the_reward_accrues_token_by_token() -> None:
     prior = full_table(bk.NgramLM(np.log(np.full((4, 4), 0.25)), eos_token_id=3), 2)
     ones = bk.TokenReward(lambda tokens, lengths: (tokens == 1).sum(axis=1) * 1.0, alpha=0.5)
@@ -393,6 +398,7 @@ def parameter_gradients(guide: bk.TorchLM) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 def test_a_head_on_hidden_states_leaves_the_gradient_unbiased_and_lowers_its_variance() -> None:
     posterior = tiny_target()
     truth, guide = Truth(posterior), posterior.prior.copy()  # type: ignore[attr-defined]

@@ -71,6 +71,7 @@ def tabular_fit(engine: str) -> bk.Fit:
     return bk.SVI(500, num_particles=32, learning_rate=0.1).fit(tabular_problem(engine), seed=0)
 
 
+@pytest.mark.slow
 def test_a_table_reaches_the_posterior(engine: str, tabular_fit: bk.Fit) -> None:
     """As theory.md 2.5 asks for: 500 steps are enough."""
     truth = Truth(tabular_fit.posterior)
@@ -118,6 +119,7 @@ def test_draws_of_a_fit_follow_its_guide(engine: str, tabular_fit: bk.Fit) -> No
     assert corrected.log_evidence[0] == pytest.approx(truth.log_evidence[0], abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"estimator": "rao_blackwell"}, {"prompts_per_step": 1}], ids=str)
 def test_other_ways_to_the_same_posterior(engine: str, options: dict[str, Any]) -> None:
     posterior = tabular_problem(engine, prompts=((0,), (1,)))
@@ -128,6 +130,7 @@ def test_other_ways_to_the_same_posterior(engine: str, options: dict[str, Any]) 
     assert (after < 0.03).all()
 
 
+@pytest.mark.slow
 def test_a_transformer_reaches_the_posterior() -> None:
     """A small version of the tasks in benchmarks/, which run at full length there."""
     posterior = small_task()
@@ -139,6 +142,7 @@ def test_a_transformer_reaches_the_posterior() -> None:
     assert corrected.ess[0] > 450
 
 
+@pytest.mark.slow
 def test_it_gets_stuck_where_the_optimum_is_outside_the_family() -> None:
     """A bigram guide cannot hold the posterior of a reward with a memory: it ends near the best bigram, not at p*."""
     posterior = problems.gold_posterior(max_new_tokens=4)
@@ -176,6 +180,7 @@ def test_the_same_seed_gives_the_same_fit_and_nothing_global_moves() -> None:
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.slow
 def test_lora_trains_its_adapters_and_nothing_else() -> None:
     pytest.importorskip("peft")
     posterior = small_task()
@@ -234,6 +239,7 @@ def test_a_saved_table_is_read_again(tmp_path: Path) -> None:
 # --- what can go wrong ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_constraint_is_refused_with_the_completion_and_the_cure(engine: str) -> None:
     prior = bk.NgramLM.fit(["abba", "baab", "aab"], order=2)
     no_bb = bk.Constraint(lambda completions: ["bb" not in c for c in completions])

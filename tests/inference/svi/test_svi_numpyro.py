@@ -126,6 +126,7 @@ def test_the_evidence_of_each_prompt_moves_when_it_has_draws() -> None:
     assert np.ptp(expected) > 0.05
 
 
+@pytest.mark.slow
 def test_an_objective_of_ones_own() -> None:
     class Twice:
         def weights(self, log_weights: Any, log_evidence: Any, xp: Any) -> Any:
@@ -179,6 +180,7 @@ def test_scores_are_for_a_posteriors_own_programs() -> None:
         ScoreELBO(4, JS()).loss(jax.random.key(0), {}, model.__call__, guide)
 
 
+@pytest.mark.slow
 def test_a_training_may_begin_from_another_guide() -> None:
     """A step of no length from a guide of its own; and a longer training, which leaves the guide that was given as it was."""
     posterior = tabular_problem()
@@ -235,6 +237,7 @@ def test_a_text_reward_trains_through_the_callback() -> None:
     assert (truth.kl(policy(fit.guide)) < 0.1 * truth.kl(posterior.prior)).all()
 
 
+@pytest.mark.slow
 def test_products_train_each_factor_its_own_way() -> None:
     on_host = bk.TokenReward(lambda tokens, lengths: np.where(tokens[:, 0] == 1, 1.0, 0.0), alpha=1.0, callback=True)
     posterior = tabular_problem(likelihood=bk.TokenReward(pairs, alpha=0.3) * on_host)

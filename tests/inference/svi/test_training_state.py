@@ -73,6 +73,7 @@ RESUMED += [(recipe, "transformer") for recipe in ("adam", "rao-blackwell", "kl_
 RESUMED += [(recipe, "lora") for recipe in ("adam", "natural")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe,prior", RESUMED)
 def test_a_training_that_goes_on_ends_as_if_nothing_had_happened(recipe: str, prior: str, tmp_path: Path) -> None:
     lm = COIN if prior == "table" else bk.TorchLM(tiny_gpt2(6))
@@ -364,6 +365,7 @@ def test_options_of_certificates_are_checked_first(options: dict[str, int]) -> N
         bk.CertifyEvery(5, options=options)
 
 
+@pytest.mark.slow
 def test_under_a_constraint_the_forward_kl_selects() -> None:
     no_ones = bk.Constraint(lambda completion_ids: [1 not in ids for ids in completion_ids])
     target = bk.Posterior(COIN, no_ones, prompts=[[0]], max_new_tokens=3)

@@ -103,6 +103,7 @@ def test_draws_of_likelihood_zero_leave_the_contrast_finite() -> None:
 # --- training ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_learned_is_near_the_optimal_twist() -> None:
     """Early EOS, so that the scale matters too: log psi of unfinished prefixes, weighted by how often they are met."""
     posterior = random_posterior(11, num_tokens=4, order=2)
@@ -126,6 +127,7 @@ def test_what_is_learned_is_near_the_optimal_twist() -> None:
         assert abs(np.log(ratio)) < 0.3
 
 
+@pytest.mark.slow
 def test_learned_twists_tighten_the_bound_where_nothing_else_sees_the_end() -> None:
     """A counter modulo 3 over 8 tokens (P5, shorter): unbiased, and most of the gap to log Z is gone."""
     posterior = counter_posterior(3, 8)
@@ -151,6 +153,7 @@ def test_learned_twists_tighten_the_bound_on_p5() -> None:
     assert steered.mean() > 0.5 * plain.mean()
 
 
+@pytest.mark.slow
 def test_training_is_reproducible_and_leaves_torch_alone() -> None:
     posterior = counter_posterior(3, 5)
     torch.manual_seed(7)
@@ -178,6 +181,7 @@ def neural_posterior(prior: Any = None, eos: int = 0) -> bk.Posterior:
     return bk.Posterior(prior, reward, prompts=[[1, 2], [3]], max_new_tokens=5)
 
 
+@pytest.mark.slow
 def test_hidden_states_of_a_transformer() -> None:
     posterior = neural_posterior()
     truth = Truth(posterior).log_evidence
@@ -213,6 +217,7 @@ def test_features_step_by_step_are_features_all_at_once() -> None:
         assert everywhere.shape == (2, 2, 3, features.width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["transformer", "recurrent network"])
 def test_what_a_twist_remembers_does_not_change_what_it_says(kind: str) -> None:
     """In lockstep, out of order, with the prior's state, from the start: the same log psi."""
@@ -237,6 +242,7 @@ def test_what_a_twist_remembers_does_not_change_what_it_says(kind: str) -> None:
         state = prior.append(state, tokens[:, t])
 
 
+@pytest.mark.slow
 def test_a_twisted_transformer_is_read_once() -> None:
     """With the prior's own state at hand, the twist reads nothing; without, every prefix once."""
     posterior = neural_posterior()
@@ -250,6 +256,7 @@ def test_a_twisted_transformer_is_read_once() -> None:
     assert alone.cost.model_tokens > draws.cost.model_tokens
 
 
+@pytest.mark.slow
 def test_priors_that_only_step_are_twisted_too() -> None:
     prior = RecurrentLM(4, (3,), seed=2)
     reward = bk.TokenReward(lambda tokens, lengths: 1.0 * (tokens == 0).sum(axis=1), alpha=0.5, bounds=(0, 4))
@@ -263,6 +270,7 @@ def test_priors_that_only_step_are_twisted_too() -> None:
 # --- refusals ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_refusals_name_the_cure() -> None:
     posterior = random_posterior(11, num_tokens=3)
     hard = bk.Posterior(

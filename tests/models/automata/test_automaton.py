@@ -142,6 +142,7 @@ PATTERNS = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(PATTERNS)
 def test_any_regex_against_re(pattern: str) -> None:

@@ -54,6 +54,7 @@ def small() -> JaxLM:
 # Folders
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_the_same_model_on_torch(name: str, tmp_path: Path) -> None:
     loaded = cached_lm(name)
     changed = jax.tree.map(lambda array: array * 0.75, loaded.parameters)
@@ -305,6 +306,7 @@ def test_folders_and_names_that_are_no_models(tmp_path: Path) -> None:
         JaxLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_other_refusals(small: JaxLM) -> None:
     parameters, config = small.parameters, small._config
     with pytest.raises(bk.BayesKLRLError, match="temperature"):

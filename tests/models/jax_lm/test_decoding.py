@@ -78,12 +78,14 @@ def assert_one_distribution(lm: JaxLM, uniforms: np.ndarray) -> Sequences:
     return sequences
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("qwen3", marks=pytest.mark.slow)])
 def test_draws_and_scores_are_those_of_the_host(name: str) -> None:
     sequences = assert_one_distribution(cached_lm(name), uniforms_of(len(PROMPTS), 8, 12))
     assert len(np.unique(sequences.lengths)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "eos, temperature", [("several", 1.7), *(pytest.param(eos, 1.0, marks=pytest.mark.slow) for eos in ("one", "none"))]
 )
@@ -98,6 +100,7 @@ def test_one_token_is_the_shortest_completion() -> None:
     assert_one_distribution(small(), uniforms_of(len(PROMPTS), 6, 1))
 
 
+@pytest.mark.slow
 def test_frequencies_are_probabilities() -> None:
     """Chi-square over all completions of a prompt beside a longer one, by enumeration."""
     lm, prompts, num_draws = small(), [[1, 2, 3, 4], [4]], 20_000
@@ -320,6 +323,7 @@ def test_a_copy_is_independent() -> None:
     assert np.isfinite(lm.next_log_probs(lm.prefill([[1]]))).all()
 
 
+@pytest.mark.slow
 def test_refusals() -> None:
     lm = small()
     padded = lm.pad_prompts(PROMPTS, 28)

@@ -121,6 +121,7 @@ def close(left: Any, right: Any, tolerance: float = 1e-5) -> bool:
 # The same numbers as torch
 
 
+@pytest.mark.slow
 def test_full_and_cached_log_probs_equal_torchs(name: str) -> None:
     lm, model = cached_lm(name), torch_model(name)
     sequences = random_completions(lm, len(PROMPTS), 5, 12)  # type: ignore[arg-type]
@@ -141,6 +142,7 @@ def test_all_logits_equal_torchs_after_prompts_of_any_length(name: str) -> None:
     assert close(lm.next_log_probs(lm.prefill(PROMPTS)), np.stack(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama, untied", "qwen2", "qwen3"))],
@@ -264,6 +266,7 @@ def test_total_probability_is_one_and_decoding_agrees(small: JaxLM, temperature:
     assert close(lm.next_log_probs(lm.prefill(PROMPTS)), jax.nn.log_softmax(cold / temperature))
 
 
+@pytest.mark.slow
 def test_a_prompt_scores_the_same_alone_and_among_others(small: JaxLM) -> None:
     sequences = random_completions(small, len(PROMPTS), 4, 5)  # type: ignore[arg-type]
     together = scored(small, PROMPTS, sequences)

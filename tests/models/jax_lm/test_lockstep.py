@@ -117,6 +117,7 @@ def test_it_is_faster_unless_many_rows_share_their_prefixes() -> None:
     assert not lockstep.is_faster(4_000_000, 900_000)
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_prior_as_proposal_weighs_by_the_likelihood_alone() -> None:
     lm = small()
     longer = bk.TokenReward(lambda tokens, lengths: lengths.astype(float), alpha=0.5)

@@ -168,6 +168,7 @@ def test_log_probs_are_float64_where_that_is_on(engine: NumpyroEngine) -> None:
         np.testing.assert_allclose(found[:, 0], truth.log_prior[0], atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_distribution_is_a_pytree() -> None:
     """It may cross jit and vmap as an argument, parameters and prompts traced."""
     posterior = text_posterior(NUMPYRO, ["a", "b"])

@@ -271,6 +271,7 @@ def test_no_draws_are_no_scores(tight_lm: TorchLM) -> None:
     assert tight_lm.token_log_probs([[1], [2]], empty).shape == (2, 0, 3)
 
 
+@pytest.mark.slow
 def test_nothing_is_kept_alive_by_a_dropped_model() -> None:
     import weakref
 

@@ -66,6 +66,7 @@ TIED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("family,targets", TIED)
 def test_lora_on_a_tied_layer_is_saved_as_it_was_fitted(
@@ -84,6 +85,7 @@ def test_lora_on_a_tied_layer_is_saved_as_it_was_fitted(
     np.testing.assert_allclose(of_folder, of_guide, atol=3e-4)
 
 
+@pytest.mark.slow
 def test_a_fit_with_lora_on_the_head_survives_saving(tmp_path: Path) -> None:
     posterior = posterior_of(bk.TorchLM(tiny_gpt2(VOCAB)))
     svi = bk.SVI(num_steps=20, num_particles=16, adapter=peft.LoraConfig(r=4, target_modules=["lm_head"]))
@@ -372,6 +374,7 @@ def test_half_precision_that_diverges_stops_the_training() -> None:
         bk.SVI(12, 16, learning_rate=10.0, max_step_kl=np.inf).fit(posterior, seed=0)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_a_tied_head_says_what_merging_would_do(tmp_path: Path) -> None:
     """It is read here and merged by us as it was trained; the embedding is not in its files."""
     tiny_gpt2(VOCAB).save_pretrained(tmp_path / "base")
@@ -393,6 +396,7 @@ def test_an_adapter_of_a_tied_head_says_what_merging_would_do(tmp_path: Path) ->
         np.testing.assert_allclose(scores(bk.TorchLM.from_pretrained(tmp_path / folder)), scores(fit.guide), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapter_may_stay_an_adapter(tmp_path: Path) -> None:
     """The folder loads in peft and here, and is a few files."""
     tiny_llama(VOCAB).save_pretrained(tmp_path / "base")

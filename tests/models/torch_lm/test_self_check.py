@@ -58,6 +58,7 @@ def scored(lm: bk.TorchLM, prompt: list[int], completion: list[int]) -> np.ndarr
 # --- something else is read than we think -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", VIRTUAL)
 def test_virtual_tokens_are_read_as_peft_reads_them(kind: str) -> None:
     """Decoding and scoring used to share an error of up to 3.7 nats, and a certificate of grade A was wrong by 1.6."""

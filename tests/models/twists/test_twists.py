@@ -118,6 +118,7 @@ PROPOSALS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @crossed(problem=["lopsided", "early EOS"], options=PROPOSALS)
 def test_wrong_twists_leave_the_evidence_unbiased(backend: str, problem: str, options: str) -> None:
     posterior = on(backend, random_posterior(**PROBLEMS[problem]))
@@ -266,6 +267,7 @@ def test_partial_reward_is_exact_arithmetic() -> None:
     assert abs(ratio.mean() - 1) < 0.2
 
 
+@pytest.mark.slow
 def test_partial_reward_keeps_alive_what_does_not_fulfil_a_constraint_yet() -> None:
     prior = bk.NgramLM(problems.gold_table(-0.5), eos_token_id=3)
     has_2 = bk.Constraint(lambda completion_ids: [2 in ids for ids in completion_ids])

@@ -130,6 +130,7 @@ def gradients(
     return np.array(rows), torch.cat([mean_field.mu.grad, mean_field.log_sigma.grad]).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompts", [((0,),), ((0,), (1,))], ids=["one prompt", "two"])
 def test_the_gradient_is_that_of_enumeration_times_quadrature(prompts: Any) -> None:
     runs, exact = gradients(tiny(prompts), PolicyELBO(2), 200, weight=2.5)
@@ -160,6 +161,7 @@ def test_trace_graph_elbo_agrees_on_the_same_programs() -> None:
     assert t_square_p(runs[:, :5], exact[:5], 5) > 0.005
 
 
+@pytest.mark.slow
 def test_the_value_is_the_elbo() -> None:
     posterior = tiny()
     family, mean_field, svi = started(posterior, evidence_weight=2.5)
@@ -336,6 +338,7 @@ def test_the_predictive_is_the_mixture_of_drawn_policies(tiny_fit: bk.BayesianFi
     assert np.abs(z.std(axis=0) - 1).max() * np.sqrt(48) < 3.5
 
 
+@pytest.mark.slow
 def test_a_fits_programs_go_on_from_where_it_ended(tiny_fit: bk.BayesianFit) -> None:
     model, guide = tiny_fit.programs()
     with pyro.get_param_store().scope(), torch.random.fork_rng(devices=[]):
@@ -351,6 +354,7 @@ def test_a_fits_programs_go_on_from_where_it_ended(tiny_fit: bk.BayesianFit) -> 
     assert np.abs(z.std(axis=0) - 1).max() * np.sqrt(300) < 3.5
 
 
+@pytest.mark.slow
 def test_uncertainty_is_what_enumeration_says(tiny_fit: bk.BayesianFit) -> None:
     truth = Truth(tiny_fit.posterior)
     found = tiny_fit.uncertainty(3000, seed=1)

@@ -23,6 +23,7 @@ def small_task() -> bk.Posterior:
     return problems.random_gpt2_task(4, vocab_size=5, max_new_tokens=3, hidden=16, layers=1, target_kl=1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameters", ["lora", "bias", "all"])
 def test_transformers_are_tuned_and_left_alone(parameters: str) -> None:
     if parameters == "lora":
@@ -62,6 +63,7 @@ def test_transformers_are_tuned_and_left_alone(parameters: str) -> None:
     assert fit.training_tokens > 30 * 2 * 32
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_policies() -> None:
     posterior, recipe = small_task(), bk.BayesianSVI(3, 8, 2, parameters="bias", num_predictive=2)
     first, again, other = recipe.fit(posterior, seed=3), recipe.fit(posterior, seed=3), recipe.fit(posterior, seed=4)
@@ -73,6 +75,7 @@ def test_the_same_seed_gives_the_same_policies() -> None:
     assert not np.array_equal(log_probs[0], log_probs[2])
 
 
+@pytest.mark.slow
 def test_a_table_is_tuned_with_all_its_logits() -> None:
     base = random_posterior(51, num_tokens=2)
     posterior = bk.Posterior(full_table(base.prior, 2), base.likelihood, max_new_tokens=2)  # type: ignore[arg-type]
@@ -239,6 +242,7 @@ def test_ctrl_c_keeps_what_was_learned() -> None:
     assert np.isfinite(fit.run(10, seed=0).elbo).all()
 
 
+@pytest.mark.slow
 def test_a_bayesian_policy_is_a_proposal_and_is_fitted_once_in_a_comparison() -> None:
     base = random_posterior(51, num_tokens=3)
     posterior = bk.Posterior(full_table(base.prior, 3), base.likelihood, max_new_tokens=3)
