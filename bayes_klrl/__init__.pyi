@@ -17,13 +17,16 @@ from .analysis.frontier.frontier import Frontier as Frontier
 from .analysis.frontier.frontier import frontier as frontier
 from .analysis.plan.plan import plan as plan
 from .analysis.plan.record import Plan as Plan
+from .analysis.report.report import report as report
 from .draws import Draws as Draws
 from .errors import BayesKLRLError as BayesKLRLError
 from .errors import BudgetError as BudgetError
 from .errors import CheckpointError as CheckpointError
 from .errors import ConvergenceError as ConvergenceError
+from .errors import DeviceMemoryError as DeviceMemoryError
 from .errors import OutputError as OutputError
 from .errors import RewardError as RewardError
+from .errors import RunnerError as RunnerError
 from .errors import SupportError as SupportError
 from .errors import TextRewardError as TextRewardError
 from .errors import UnboundedLossError as UnboundedLossError
@@ -88,6 +91,10 @@ from .reward_models.preferences import Preferences as Preferences
 from .reward_models.preferences import Scores as Scores
 from .reward_models.uncertainty import RewardUncertainty as RewardUncertainty
 from .reward_models.uncertainty import reward_uncertainty as reward_uncertainty
+from .runners.cluster import RayRunner as RayRunner
+from .runners.processes import ProcessRunner as ProcessRunner
+from .runners.runner import Runner as Runner
+from .runners.serial import SerialRunner as SerialRunner
 from .sequences import Sequences as Sequences
 from .typing import Algorithm as Algorithm
 from .typing import LanguageModel as LanguageModel

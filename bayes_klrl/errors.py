@@ -9,7 +9,9 @@ ValueError
     ├── ConvergenceError      Markov chains did not converge; carries what was drawn
     ├── SupportError          a distribution has mass where another has none, or no mass at all
     ├── CheckpointError       a folder, file or tokenizer is not what it should be
-    └── OutputError           a file or folder cannot be written, as on a full disk; nothing half-written is left
+    ├── DeviceMemoryError     the memory of a card does not hold even the smallest part of the work
+    ├── OutputError           a file or folder cannot be written, as on a full disk; nothing half-written is left
+    └── RunnerError           a worker died, cannot be reached, or cannot be sent what it needs
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "ConvergenceError",
+    "DeviceMemoryError",
     "OutputError",
     "RewardError",
+    "RunnerError",
     "SupportError",
     "TextRewardError",
     "UnboundedLossError",
@@ -192,6 +196,23 @@ class CheckpointError(BayesKLRLError):
     """
 
 
+class DeviceMemoryError(BayesKLRLError):
+    """The memory of a device ran out, and the work cannot be divided any further.
+
+    Completions that are independent are decoded and scored in smaller parts first, with a warning. Particles of one SMC
+    population depend on each other and are in memory together.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> try:
+    ...     raise bk.DeviceMemoryError("The memory of the device ran out while a single completion was decoded.")
+    ... except bk.BayesKLRLError as error:
+    ...     print("ran out" in str(error))
+    True
+    """
+
+
 class OutputError(BayesKLRLError):
     """A file or folder cannot be written: the disk is full, the place is not there, or one may not write to it.
 
@@ -221,6 +242,27 @@ class OutputError(BayesKLRLError):
         super().__init__(message)
         self.file = file
         self.written = tuple(written)
+
+
+class RunnerError(BayesKLRLError):
+    """Work could not be done elsewhere: a worker died, cannot be reached, or cannot be sent what it needs.
+
+    Examples
+    --------
+    A reward that holds an open file cannot go to another process. This is said before anything is run:
+
+    >>> import tempfile
+    >>> import numpy as np, bayes_klrl as bk
+    >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+    >>> with tempfile.TemporaryFile("w") as log:
+    ...     logged = bk.TokenReward(lambda tokens, lengths: lengths + 0 * log.fileno(), alpha=1.0, name="logged")
+    ...     posterior = bk.Posterior(coin, logged, max_new_tokens=3)
+    ...     try:
+    ...         bk.compare(posterior, {"SMC": bk.SMC(64)}, seed=0, runner=bk.ProcessRunner(1))
+    ...     except bk.RunnerError as error:
+    ...         print(str(error).split(":")[0])
+    The reward 'logged' cannot be sent to another process
+    """
 
 
 @contextmanager

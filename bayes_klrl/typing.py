@@ -43,7 +43,10 @@ State: TypeAlias = Any
 
 
 class Lockstep(Protocol):
-    """A function that draws completions from the first of several models and scores them under all models, in one call."""
+    """A function that draws completions from the first of several models and scores them under all models, in one call.
+
+    With an attribute `bounds_tables` that is true it bounds the memory of tables (R, V) itself, and gets all rows at once.
+    """
 
     def is_faster(self, num_rows: int, num_prefixes: int) -> bool:
         """Return whether one call is faster than steps, which compute a prefix that several rows share only once."""

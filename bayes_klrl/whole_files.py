@@ -27,6 +27,7 @@ UNFINISHED = ".unfinished-"
 """How the names of files and folders begin that are not yet written whole."""
 
 _MARKS = ("config.json", "adapter_config.json")
+_MOST_TRIES = 20
 _SYSTEM_ERROR = re.compile(r"\b(?:os error |errno = |Errno )(\d+)")  # Rust's libraries, HDF5, and Python
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _FULL_CURE = "Free some space, or save to another disk."
@@ -169,10 +170,17 @@ def check_folder(folder: str | Path) -> None:
     new = [each for each in (path, *path.parents) if not os.path.lexists(each)]
     with _output_errors(path):
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / _new_name(path)
-            probe.touch()
-            probe.unlink()
+            for tries_left in reversed(range(_MOST_TRIES)):
+                probe = path / _new_name(path)
+                try:
+                    path.mkdir(parents=True, exist_ok=True)
+                    probe.touch()
+                except FileNotFoundError:  # another process has checked it too, and left nothing
+                    if not tries_left:
+                        raise
+                    continue
+                probe.unlink()
+                break
         finally:
             for each in new:
                 with suppress(OSError):  # not made, or somebody has put something into it since

@@ -55,15 +55,15 @@ def even_tokens(_posterior: bk.Posterior, _prompt_index: np.ndarray, prefixes: n
     return 0.5 * (prefixes % 2 == 0).sum(axis=1).astype(np.float64)
 
 
-def sample_generate(model: Any, prompt: list[int], num_rows: int, num_new: int, seed: int) -> np.ndarray:
-    """Return num_rows completions, shape (R, T), from Hugging Face's own sampler."""
+def sample_generate(model: Any, prompts: list[list[int]], num_rows: int, num_new: int, seed: int) -> np.ndarray:
+    """Return num_rows completions of each prompt of one length, shape (P R, T), from Hugging Face's own sampler."""
     torch.manual_seed(seed)
-    tokens = torch.tensor([prompt]).repeat(num_rows, 1)
+    tokens = torch.tensor(prompts).repeat_interleave(num_rows, dim=0)
     settings = hf.GenerationConfig(
         do_sample=True, top_k=0, top_p=1.0, max_new_tokens=num_new, min_new_tokens=num_new, pad_token_id=0
     )
     output = model.generate(tokens, attention_mask=torch.ones_like(tokens), generation_config=settings)
-    return np.asarray(output[:, len(prompt) :])
+    return np.asarray(output[:, tokens.shape[1] :])
 
 
 def samplers(size: str, num_new: int) -> dict[str, Callable[[int], np.ndarray]]:
@@ -75,7 +75,7 @@ def samplers(size: str, num_new: int) -> dict[str, Callable[[int], np.ndarray]]:
     posterior = bk.Posterior(lm, reward, prompts=prompt, max_new_tokens=num_new)
     smc = bk.SMC(num_rows, twist=even_tokens)
     return {
-        "generate": lambda seed: sample_generate(model, prompt, num_rows, num_new, seed),
+        "generate": lambda seed: sample_generate(model, [prompt], num_rows, num_new, seed),
         "sampling": lambda seed: decode((lm,), [prompt], num_rows, num_new, np.random.default_rng(seed)).tokens,
         "SMC": lambda seed: smc.run(posterior, seed=seed).tokens[0],
     }

@@ -19,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,15 @@ def text_posterior(base: bk.Posterior) -> bk.Posterior:
 
 
 def word_tokenizer(vocab_size: int, eos: int) -> Any:
-    """Return a tokenizer whose words are the token ids."""
+    """Return a tokenizer whose words are the token ids. Its pieces are those of SentencePiece, from which peers get bytes."""
     import tokenizers
     import transformers
 
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(vocab_size)}, str(eos)))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=str(eos))
+    words = {f"▁{token}": token for token in range(vocab_size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, f"▁{eos}"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=f"▁{eos}", eos_token=f"▁{eos}")
 
 
 def import_trl() -> tuple[Any, Any]:
@@ -81,8 +84,9 @@ def trl_train(
     lora: bool,
     batch: int = BATCH,
     learning_rate: float = LEARNING_RATE,
+    clock: AbstractContextManager[Any] | None = None,
 ) -> float:
-    """Train with one of TRL's trainers from the prior's folder, and return CPU seconds."""
+    """Train with one of TRL's trainers from the prior's folder, inside `clock` if given, and return CPU seconds."""
     datasets, trl = import_trl()
     prior_folder = folder.parent / "prior"
     posterior.prior.save_pretrained(prior_folder)  # type: ignore[attr-defined]
@@ -129,7 +133,8 @@ def trl_train(
         peft_config=adapter,
     )
     start = time.process_time()
-    trainer.train()
+    with clock or nullcontext():
+        trainer.train()
     return time.process_time() - start
 
 

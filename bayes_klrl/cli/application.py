@@ -23,6 +23,7 @@ __all__ = [
     "Chat",
     "PosteriorFile",
     "Quiet",
+    "RunnerOption",
     "Seed",
     "app",
     "err",
@@ -33,7 +34,7 @@ __all__ = [
     "out_option",
 ]
 
-_ORDER = ("compare", "amortise", "sample", "tune", "certify", "frontier", "suite")
+_ORDER = ("compare", "amortise", "sample", "tune", "certify", "frontier", "suite", "report")
 
 
 class _Commands(typer.core.TyperGroup):
@@ -48,7 +49,8 @@ app = typer.Typer(
     cls=_Commands,
     help=(
         "KL-regularised RL of language models as Bayesian inference: posterior = prior x exp(reward / alpha) / evidence. "
-        "Every command but suite takes a Python file that defines the posterior; without a file, it runs a shipped example."
+        "Every command but suite and report takes a Python file that defines the posterior; without a file, it runs a shipped "
+        "example."
     ),
     no_args_is_help=True,
     add_completion=False,
@@ -67,6 +69,37 @@ Chat = Annotated[
         "--chat",
         help="Give every text prompt to the model as a message of the user, by the tokenizer's chat template. Reward "
         "functions then get completions as lists of messages. Prompts that are messages in the file need no --chat.",
+    ),
+]
+
+
+def _runner(text: str) -> Any:
+    """Return the runner that a value of `--runner` stands for."""
+    from bayes_klrl.runners.cluster import RayRunner
+    from bayes_klrl.runners.processes import ProcessRunner
+    from bayes_klrl.runners.serial import SerialRunner
+
+    kind, colon, rest = text.strip().partition(":")
+    if kind == "serial" and not colon:
+        return SerialRunner()
+    if kind == "processes" and ((rest.isascii() and rest.isdigit() and int(rest) > 0) or not colon):
+        return ProcessRunner(int(rest) if rest else None)
+    if kind == "ray" and (rest or not colon):
+        try:
+            return RayRunner(rest or None)
+        except (BayesKLRLError, ImportError) as error:
+            raise typer.BadParameter(str(error)) from None
+    raise typer.BadParameter(f"cannot use {text!r}. Write serial, processes, processes:2, ray or ray:host:6379")
+
+
+RunnerOption = Annotated[
+    Any,
+    typer.Option(
+        "--runner",
+        parser=_runner,
+        metavar="RUNNER",
+        help="Where the work is done, with the same results: serial, here; processes:2, in two processes (processes: one for "
+        "each core); ray, on this machine, or ray:host:6379, on a cluster.",
     ),
 ]
 

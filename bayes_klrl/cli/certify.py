@@ -11,6 +11,7 @@ from bayes_klrl.cli.application import (
     Chat,
     PosteriorFile,
     Quiet,
+    RunnerOption,
     Seed,
     app,
     errors_as_messages,
@@ -54,6 +55,7 @@ def certify(
     ] = _OUT,
     chat: Chat = False,
     seed: Seed = 0,
+    runner: RunnerOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Bound a policy's distance to the posterior, in both directions.
@@ -82,6 +84,7 @@ def certify(
         "num_runs": runs,
         "feature": defined.get("feature"),
         "progress": not quiet,
+        "runner": runner,
     }
     if all_checkpoints and policy:
         curve = bk.certify_checkpoints(posterior, policy[0], **options)

@@ -12,6 +12,7 @@ from bayes_klrl.cli.application import (
     Chat,
     PosteriorFile,
     Quiet,
+    RunnerOption,
     Seed,
     app,
     errors_as_messages,
@@ -54,6 +55,7 @@ def compare(
     ),
     chat: Chat = False,
     seed: Seed = 0,
+    runner: RunnerOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Run several inference methods on one posterior, side by side.
@@ -76,7 +78,7 @@ def compare(
     if rows is None:
         rows = algorithms_of(DEFAULT_METHODS, steps)
     algorithms = {**rows, **_proposals(policy or [], posterior)}
-    comparison = bk.compare(posterior, algorithms, seed=seed, progress=not quiet)
+    comparison = bk.compare(posterior, algorithms, seed=seed, progress=not quiet, runner=runner)
     _show(comparison)
     folder = comparison.save(out)
     written = ", ".join(sorted(path.name for path in folder.iterdir() if path.name[0] != "."))

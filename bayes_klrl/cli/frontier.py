@@ -11,6 +11,7 @@ from bayes_klrl.cli.application import (
     Chat,
     PosteriorFile,
     Quiet,
+    RunnerOption,
     Seed,
     app,
     errors_as_messages,
@@ -41,6 +42,7 @@ def frontier(
     out: Annotated[Path, out_option("Folder for frontier.csv and frontier.png.")] = _OUT,
     chat: Chat = False,
     seed: Seed = 0,
+    runner: RunnerOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Show reward against KL over all alphas, before any training.
@@ -62,7 +64,7 @@ def frontier(
 
     posterior, _ = load(file, quiet, chat=chat)
     policies = {str(folder): as_policy(folder, posterior) for folder in policy or []}
-    curve = bk.frontier(posterior, num_draws=num_draws, seed=seed, progress=not quiet)
+    curve = bk.frontier(posterior, num_draws=num_draws, seed=seed, progress=not quiet, runner=runner)
     out_console().print(str(curve), markup=False, highlight=False, soft_wrap=True)
     points = {
         name: policy_draws(posterior, lm, 512, Streams.of(seed, 1 + number), progress=not quiet)

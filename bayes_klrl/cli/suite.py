@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bayes_klrl.cli.application import Quiet, Seed, app, errors_as_messages, out_console, out_option
+from bayes_klrl.cli.application import Quiet, RunnerOption, Seed, app, errors_as_messages, out_console, out_option
 
 __all__ = ["suite"]
 
@@ -31,6 +31,7 @@ def suite(
     repeats: Annotated[int, typer.Option(help="Runs of each method on each problem.", min=1)] = 3,
     out: Annotated[Path, out_option("Folder for table.csv and suite.png.")] = Path("bayes-klrl-suite"),
     seed: Seed = 0,
+    runner: RunnerOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Run methods on problems with known truth.
@@ -43,7 +44,7 @@ def suite(
     from bayes_klrl.problems.suite.run import run_suite
 
     chosen = "all" if names == ["all"] else names
-    result = run_suite(chosen, method, budget=budget, seed=seed, repeats=repeats, progress=not quiet)
+    result = run_suite(chosen, method, budget=budget, seed=seed, repeats=repeats, progress=not quiet, runner=runner)
     out_console().print(str(result), markup=False, highlight=False, soft_wrap=True)
     folder = result.save(out)
     out_console().print(f"\nWrote {folder}: suite.png, table.csv")

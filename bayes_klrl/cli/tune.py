@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +23,10 @@ from bayes_klrl.cli.application import (
 )
 from bayes_klrl.cli.methods import DEFAULT_STEPS
 from bayes_klrl.errors import BayesKLRLError, OutputError
+
+if TYPE_CHECKING:
+    from bayes_klrl.inference.svi.ranks.group import Ranks
+    from bayes_klrl.inference.svi.svi import SVI
 
 __all__ = ["tune"]
 
@@ -55,30 +60,58 @@ def tune(
     """Tune a policy by SVI and write it as a Hugging Face folder.
 
     Ctrl-C ends the training early and keeps what was learned. The state of the training is written every ten steps, so
-    that --resume goes on after any end, to the policy that it would have been.
+    that --resume goes on after any end, to the policy that it would have been. Under `accelerate launch` the processes
+    train one policy together, and the first one writes.
     """
-    from bayes_klrl.export.output_folder import check_output, naming_what_is_safe, prepare_output
+    from bayes_klrl.export.output_folder import check_output
+    from bayes_klrl.inference.svi.ranks.group import launched_ranks
 
-    check_output(out)
+    ranks = launched_ranks()  # before the file is run: the device "cuda" is then this rank's own
+    with ranks.together():
+        if ranks.is_first:
+            check_output(out)
     if adapter not in (None, "lora"):
         raise typer.BadParameter(f'must be "lora" or left out; got {adapter!r}', param_hint="--adapter")
     import bayes_klrl as bk
-    from bayes_klrl.export.pictures import plot_history
 
     svi = bk.SVI(steps, particles, learning_rate=learning_rate, adapter=adapter)
+    try:
+        if not ranks.is_first:
+            warnings.simplefilter("ignore")
+        _tune(svi, file, out, ranks, resume=resume, chat=chat, seed=seed, quiet=quiet or not ranks.is_first)
+    except BayesKLRLError as error:
+        if not ranks.is_first and getattr(error, "known_to_first", False):
+            raise typer.Exit(1) from None  # rank 0 says it
+        raise
+
+
+def _tune(
+    svi: SVI, file: Path | None, out: Path, ranks: Ranks, *, resume: bool, chat: bool, seed: int, quiet: bool
+) -> None:
+    """Train, and on rank 0 write the policy and say how good it is."""
+    import bayes_klrl as bk
+    from bayes_klrl.export.output_folder import check_output, naming_what_is_safe, prepare_output
+    from bayes_klrl.export.pictures import plot_history
+
     state = out / "training"
-    posterior, _ = load(file, quiet, chat=chat)
-    if not hasattr(posterior.prior, "save_pretrained"):
-        raise BayesKLRLError(
-            f"A {type(posterior.prior).__name__} has no save_pretrained, so its policy could not be saved."
-        )
-    folder = check_output(out) if resume else prepare_output(out)
+    with ranks.together():
+        posterior, _ = load(file, quiet, chat=chat)
+        if not hasattr(posterior.prior, "save_pretrained"):
+            raise BayesKLRLError(
+                f"A {type(posterior.prior).__name__} has no save_pretrained, so its policy could not be saved."
+            )
+    folder = out
+    with ranks.together():
+        if ranks.is_first:
+            folder = check_output(out) if resume else prepare_output(out)
     try:
         fit = svi.fit(posterior, seed=seed, progress=not quiet, checkpoint=state, resume=state if resume else None)
     except BayesKLRLError as error:
-        if error.fit is not None:
+        if error.fit is not None and ranks.is_first:
             err().print(f"The policy, as far as it was trained, is in {error.fit.save(folder / 'policy')}.")
         raise
+    if not ranks.is_first:
+        return
     trouble: OutputError | None = None
     try:
         with naming_what_is_safe(folder):

@@ -51,6 +51,7 @@ __all__ = [
     "comparison_to_datatree",
     "draws_to_arviz",
     "draws_to_datatree",
+    "load_comparison",
     "load_draws",
     "numbered",
     "save_draws",
@@ -178,6 +179,28 @@ def load_draws(file: str | Path) -> Draws:
             stacklevel=3,
         )
     return draws
+
+
+def load_comparison(file: str | Path) -> dict[str, Draws]:
+    """Read the draws.nc of a comparison, as `Comparison.save` wrote it: the draws by method. Other draws have one name.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file, it is damaged, or it is not one of ours.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {str(path)!r}.")
+    check_sealed(path)
+    try:
+        with xr.open_datatree(path, engine="h5netcdf") as tree:
+            if _holds_methods(tree):
+                return {str(name): _draws_of(child) for name, child in tree.children.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"{str(path)!r} is no file of draws, as Comparison.save writes it: {error}") from error
+    draws = load_draws(path)
+    return {draws.method: draws}
 
 
 @dataclass(frozen=True, eq=False)

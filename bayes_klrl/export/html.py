@@ -45,9 +45,10 @@ class HtmlTable:
 
     def _cells(self, tag: str, texts: Sequence[str]) -> str:
         """Return the cells of a row."""
+        scope = ' scope="col"' if tag == "th" else ""
         styles = (_WORDS if column in self.words else _NUMBER for column in range(len(texts)))
         return "".join(
-            f'<{tag} style="{style}">{_escaped(text)}</{tag}>' for text, style in zip(texts, styles, strict=True)
+            f'<{tag}{scope} style="{style}">{_escaped(text)}</{tag}>' for text, style in zip(texts, styles, strict=True)
         )
 
 

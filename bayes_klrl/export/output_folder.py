@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +13,17 @@ from pathlib import Path
 from bayes_klrl.errors import BayesKLRLError, OutputError
 from bayes_klrl.whole_files import UNFINISHED, check_folder, named_path, write_whole
 
-__all__ = ["check_group_name", "check_output", "naming_what_is_safe", "prepare_output"]
+__all__ = [
+    "check_group_name",
+    "check_output",
+    "command_line",
+    "command_of",
+    "naming_what_is_safe",
+    "prepare_output",
+]
 
 _MARK = ".bayes-klrl"
+_COMMAND = "Command: "
 _OURS = (
     "training",
     "draws.nc",
@@ -30,6 +40,7 @@ _OURS = (
     "frontier.csv",
     "frontier.png",
     "suite.png",
+    "report*.html",
     f"{UNFINISHED}*",
 )
 
@@ -76,8 +87,22 @@ def prepare_output(folder: str | Path) -> Path:
     for pattern in _OURS:
         for old in path.glob(pattern):
             shutil.rmtree(old) if old.is_dir() else old.unlink()
-    write_whole(path / _MARK, "Written by bayes-klrl; files in here may be overwritten by it.\n")
+    write_whole(
+        path / _MARK, f"Written by bayes-klrl; files in here may be overwritten by it.\n{_COMMAND}{command_line()}\n"
+    )
     return path
+
+
+def command_line() -> str:
+    """Return the command line of this process, as it is typed into a shell."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv and sys.argv[0] else ""
+
+
+def command_of(folder: Path) -> str:
+    """Return the command that wrote a folder; "" if it is not known."""
+    mark = folder / _MARK
+    lines = mark.read_text(encoding="utf-8").splitlines() if mark.is_file() else []
+    return next((line.removeprefix(_COMMAND) for line in lines if line.startswith(_COMMAND)), "")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from bayes_klrl.posterior import Posterior, check_context, check_language_model
 from bayes_klrl.randomness import Streams
 from bayes_klrl.typing import GuideRecipe, LanguageModel
 
-__all__ = ["as_policy", "check_of", "covers_prior", "policy_draws", "policy_folder"]
+__all__ = ["PolicyDraws", "as_policy", "check_of", "covers_prior", "policy_draws", "policy_folder"]
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _MOST_ENTRIES = 10_000_000  # largest n-gram tables whose zeros are compared
@@ -94,6 +94,23 @@ def policy_draws(
         cost=Cost(0.0, drawn.model_tokens),
     )
     return replace(draws, info=drawn.info)
+
+
+@dataclass(frozen=True)
+class PolicyDraws:
+    """`policy_draws` as an algorithm, so that its prompts can be spread over workers."""
+
+    policy: LanguageModel
+    num_draws: int
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """Completions per prompt; see `runners.blocks`."""
+        return self.num_draws
+
+    def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
+        """See `Algorithm.run`."""
+        return policy_draws(posterior, self.policy, self.num_draws, Streams.of(seed), progress=progress)
 
 
 def covers_prior(policy: LanguageModel, prior: LanguageModel) -> bool:

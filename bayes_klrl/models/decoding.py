@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from bayes_klrl.arrays import draw_tokens, is_identity, take_tokens
+from bayes_klrl.arrays import drawn_tokens, is_identity, overridden, take_tokens, to_host_together
 from bayes_klrl.errors import CheckpointError, SupportError
 from bayes_klrl.models.completions import Completions, joined
-from bayes_klrl.models.memory import parts
+from bayes_klrl.models.memory import Part, parts
+from bayes_klrl.models.out_of_memory import by_halves
 from bayes_klrl.models.passes import fits, next_log_probs_of, passes
 from bayes_klrl.posterior import check_language_model, completion_log_probs
 from bayes_klrl.randomness import PromptKey, Streams, prompt_keys
@@ -190,19 +191,19 @@ class Decoding(Completions):
         """Add one token to some rows, and its log-prob under every model; `state_rows` are those of the rows, None for all."""
         owners = self._state_row[rows]
         owners = owners if state_rows is None else np.searchsorted(state_rows, owners)
-        tokens: IntArray | None = None
-        taken: dict[int, FloatArray] = {}
+        tokens: Array = None
+        taken: dict[int, Array] = {}
         for model, state in zip(self._distinct, self._states, strict=True):
             log_probs = self._next_log_probs(model, state, state_rows)
             if tokens is None:
-                tokens = draw_tokens(log_probs[self._keys[0]], owners, uniforms[rows])
-                tokens = tokens if forced is None else np.where(forced[rows] >= 0, forced[rows], tokens)
+                tokens = drawn_tokens(log_probs[self._keys[0]], owners, uniforms[rows])
+                tokens = tokens if forced is None else overridden(tokens, forced[rows])
             taken |= {key: take_tokens(array, owners, tokens) for key, array in log_probs.items()}
             log_probs.clear()  # before the next model makes a table as large
+        # tokens and log-probs come to the host together: on an accelerator it waits once per token
+        self.tokens[rows, self.step_count], *scores = to_host_together([tokens, *taken.values()])
         for k, key in enumerate(self._keys):
-            self.log_probs[k, rows] += taken[key]
-        assert tokens is not None
-        self.tokens[rows, self.step_count] = tokens
+            self.log_probs[k, rows] += scores[list(taken).index(key)]
 
     def _next_log_probs(self, model: LanguageModel, state: State, state_rows: IntArray | None) -> dict[int, Array]:
         """Return the next-token log-probs of a model, and of the one that it wraps, by their identities."""
@@ -253,8 +254,9 @@ class Decoding(Completions):
 
     def finish(self, lockstep: Lockstep, uniforms: FloatArray) -> None:
         """Draw all missing tokens in one call, by the uniforms (T, R) that single steps would have used."""
-        done = self.step_count
-        for rows in passes(np.flatnonzero(~self.finished), self._vocab_size):
+        done, unfinished = self.step_count, np.flatnonzero(~self.finished)
+        whole = getattr(lockstep, "bounds_tables", False)  # it makes tables of log-probs in passes itself
+        for rows in [unfinished] if whole else passes(unfinished, self._vocab_size):
             newest = self.tokens[rows, done - 1]
             tokens, log_probs, model_tokens = lockstep(
                 self._states, self._state_row[rows], newest, uniforms[done:, rows]
@@ -322,7 +324,8 @@ def decode(
 def decode_by(models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds], uniforms: FloatArray) -> Completions:
     """Return N completions per prompt, drawn independently from `models[0]` and scored by all.
 
-    They are decoded at once, or in as many parts as the free memory and the lengths of the prompts ask for (`memory`).
+    They are decoded at once, or in as many parts as the free memory and the lengths of the prompts ask for (`memory`). If
+    memory runs out all the same, a part is decoded as two halves (`out_of_memory`).
 
     Parameters
     ----------
@@ -332,17 +335,20 @@ def decode_by(models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds], u
         Uniform random numbers in [0, 1), shape (T, P * N), prompt by prompt.
     """
     max_new_tokens, num_rows = uniforms.shape
-    num_prompts, num_draws = len(prompt_ids), num_rows // len(prompt_ids)
-    split = parts(models, [len(ids) for ids in prompt_ids], num_draws, max_new_tokens)
-    if len(split) == 1:
-        return _decoded(models, prompt_ids, uniforms)
+    num_prompts, num_draws, lengths = len(prompt_ids), num_rows // len(prompt_ids), list(map(len, prompt_ids))
     index = np.arange(num_rows).reshape(num_prompts, num_draws)
-    rows = [index[part.prompts, part.first : part.last].ravel() for part in split]
-    decoded = [
-        _decoded(models, [prompt_ids[p] for p in part.prompts], uniforms[:, own])
-        for part, own in zip(split, rows, strict=True)
-    ]
-    return joined(decoded, rows, np.repeat(np.arange(num_prompts), num_draws))
+
+    def decoded(part: Part) -> Decoding:
+        own = uniforms if part.size() == num_rows else uniforms[:, part.of(index)]
+        return _decoded(models, [prompt_ids[p] for p in part.prompts], own)
+
+    planned, longest = parts(models, lengths, num_draws, max_new_tokens), max(lengths) + max_new_tokens
+    halving = by_halves(decoded, planned, Part.size, Part.halves, doing="decoded", models=models, num_tokens=longest)
+    found = list(halving)
+    if len(found) == 1:
+        return found[0][1]
+    rows = [part.of(index) for part, _ in found]
+    return joined([decoding for _, decoding in found], rows, np.repeat(np.arange(num_prompts), num_draws))
 
 
 def _decoded(models: Sequence[LanguageModel], prompt_ids: Sequence[TokenIds], uniforms: FloatArray) -> Decoding:

@@ -37,6 +37,21 @@ class Part(NamedTuple):
     last: int
     """The draws first, ..., last - 1 of each of them."""
 
+    def size(self) -> int:
+        """Return the number of completions."""
+        return int(self.prompts.size) * (self.last - self.first)
+
+    def of(self, index: IntArray) -> IntArray:
+        """Return the rows of the part, where `index` (P, N) has those of all draws."""
+        return index[self.prompts, self.first : self.last].ravel()
+
+    def halves(self) -> list[Part]:
+        """Return two parts of half of the prompts, or if there is one prompt, of half of its draws; none of one completion."""
+        if self.prompts.size > 1:
+            return [self._replace(prompts=prompts) for prompts in np.array_split(self.prompts, 2)]
+        middle = (self.first + self.last) // 2
+        return [] if self.size() <= 1 else [self._replace(last=middle), self._replace(first=middle)]
+
 
 def free_memory() -> int | None:
     """Return the bytes of main memory that are available to this process; None if the system does not say.

@@ -71,7 +71,7 @@ LATER: tuple[Mutant, ...] = (
     Mutant(
         "a loss of the prior's draws gets the guide's",
         "inference/svi/pyro_backend/training.py",
-        'posterior.prior if getattr(self.elbo, "from_prior", False) else None',
+        'self._target.prior if getattr(self.elbo, "from_prior", False) else None',
         "None",
         (f"{_LOSSES}::test_a_loss_has_its_enumerated_gradient[DPO, drawn from the prior-1]",),
     ),
@@ -85,7 +85,7 @@ LATER: tuple[Mutant, ...] = (
     Mutant(
         "a step at another alpha keeps the old posterior",
         "inference/svi/pyro_backend/training.py",
-        "            self.model = pyro_model(posterior, self._prompts_per_step)\n            self.steps",
+        "            self.model = pyro_model(self._target, self._prompts_per_step)\n            self.steps",
         "            self.steps",
         ("tests/inference/svi/test_alphas.py::test_each_step_aims_at_its_own_alpha",),
     ),

@@ -428,4 +428,22 @@ MUTANTS: tuple[Mutant, ...] = (
         "first = 0",
         ("tests/inference/test_seeds.py::test_many_draws_begin_with_few[RejectionSampling]",),
     ),
+    # --- ranks
+    Mutant(
+        "gradients of ranks that are not summed",
+        "inference/svi/ranks/group.py",
+        "total = self.summed(_cat(own))",
+        "total = _cat(own)",
+        (
+            "tests/inference/svi/ranks/test_group.py::test_gradients_are_summed_and_none_stays_none",
+            "tests/inference/svi/ranks/test_rows.py::test_the_baseline_is_of_all_completions_of_a_prompt[2]",
+        ),
+    ),
+    Mutant(
+        "padding of a rank with fewer rows, taken for rows",
+        "inference/svi/ranks/group.py",
+        "found[longest * k : longest * k + share.stop - share.start]",
+        "found[longest * k : longest * (k + 1)]",
+        ("tests/inference/svi/ranks/test_group.py::test_nothing_is_dropped_where_shares_differ[7]",),
+    ),
 )

@@ -176,6 +176,21 @@ def test_folders_that_can_be_made_are_not_left_behind(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_two_processes_may_check_one_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them takes the folder away again just before the other writes into it."""
+    real, taken = Path.touch, []
+
+    def touch(self: Path, *args: Any, **options: Any) -> None:
+        if not taken:
+            taken.append(self.parent.rmdir())
+        real(self, *args, **options)
+
+    monkeypatch.setattr(Path, "touch", touch)
+    check_folder(tmp_path / "a" / "b")
+    assert taken == [None]
+    assert not (tmp_path / "a").exists()
+
+
 def test_folders_that_cannot_be_made_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_whole(tmp_path / "file", "1")
     for folder, why in ((tmp_path / "file" / "a", "Not a directory"), ("", "is empty"), (" ", "is empty")):

@@ -36,11 +36,13 @@ from bayes_klrl.analysis.certificate.training_runs.trainer_log import log_of
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.exact.message_lm import MessageLM
-from bayes_klrl.inference.policies import as_policy, check_of, covers_prior, policy_draws, policy_folder
+from bayes_klrl.inference.policies import PolicyDraws, as_policy, check_of, covers_prior, policy_folder
 from bayes_klrl.inference.smc.conditional import retainable
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.randomness import Streams
+from bayes_klrl.runners.blocks import run_in_blocks
+from bayes_klrl.runners.runner import Runner
+from bayes_klrl.runners.serial import chosen_runner
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import LanguageModel, Twist, TwistRecipe
 
@@ -143,6 +145,7 @@ def certify(
     max_proposals: int = 20_000,
     sampling_only: bool = False,
     progress: bool = False,
+    runner: Runner | None = None,
 ) -> Certificate:
     """Return bounds on a policy's distance to the posterior, in both directions, and its gap to the reward-KL frontier.
 
@@ -177,6 +180,9 @@ def certify(
         Bound log Z by sampling even where it is known exactly: to test the bounds themselves.
     progress
         Show a live display on standard error.
+    runner
+        Where the work is done: None, here; or a `ProcessRunner` or `RayRunner`, over whose workers prompts and SMC runs are
+        spread. The certificate is the same to the bit.
 
     Raises
     ------
@@ -209,6 +215,7 @@ def certify(
             max_proposals=max_proposals,
             sampling_only=sampling_only,
             progress=progress,
+            runner=chosen_runner(runner),
         ),
         twist=twist,
         exact=exact,
@@ -237,8 +244,14 @@ def certified(ground: Groundwork, policy: Any, feature: Feature | None) -> Certi
     folder = policy_folder(policy)  # once: a trainer may write another checkpoint in the meantime
     log = None if folder is None else log_of(folder)
     lm = as_policy(policy if folder is None else folder, posterior)
-    ours = policy_draws(
-        posterior, lm, settings.num_draws, Streams.of(settings.stream("policy")), progress=settings.progress
+    ours = run_in_blocks(
+        settings.runner,
+        PolicyDraws(lm, settings.num_draws),
+        posterior,
+        seed=settings.stream("policy"),
+        progress=settings.progress,
+        name="policy draws",
+        shared=(lm,),
     )
     if feature is not None:
         labels_of(feature, ours)  # a feature that does not work is refused before the long part

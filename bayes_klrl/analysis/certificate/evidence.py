@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import numpy as np
@@ -20,6 +20,8 @@ from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.models.twists.twisted_lm import TwistedLM
 from bayes_klrl.posterior import Posterior, completion_log_probs
 from bayes_klrl.randomness import stream_seed
+from bayes_klrl.runners.runner import Runner
+from bayes_klrl.runners.serial import SerialRunner
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, LanguageModel, Twist
 
@@ -51,6 +53,7 @@ class Settings:
     max_proposals: int
     sampling_only: bool
     progress: bool
+    runner: Runner = field(default_factory=SerialRunner)
 
     def __post_init__(self) -> None:
         check_count("seed", self.seed, least=0)
@@ -130,6 +133,7 @@ def exact_or_given(posterior: Posterior, given: Sequences | None, settings: Sett
             max_sequences=settings.max_sequences,
             max_proposals=settings.max_proposals,
             progress=settings.progress,
+            runner=settings.runner,
         )
     reward = posterior.reward(given)
     draws = Draws.equally_weighted(
@@ -219,13 +223,21 @@ def prior_runs(posterior: Posterior, exact: ExactDraws, smc: SMC, settings: Sett
     if hasattr(ready.twist, "next_log_psi"):  # then the locally optimal proposal costs no more, and weights vary least
         ready = replace(ready, proposal=TwistedLM(posterior, cast("Twist", ready.twist)))
     below = ready.log_evidences(
-        posterior, settings.num_runs, seed=settings.stream("lower bound"), progress=settings.progress
+        posterior,
+        settings.num_runs,
+        seed=settings.stream("lower bound"),
+        progress=settings.progress,
+        runner=settings.runner,
     )
     upper, total = None, made + below.cost
     if exact.draws is not None:
         retained = Sequences(exact.draws.tokens[:, : settings.num_runs], exact.draws.lengths[:, : settings.num_runs])
         above = ConditionalSMC(ready).log_evidences(
-            posterior, retained, seed=settings.stream("upper bound"), progress=settings.progress
+            posterior,
+            retained,
+            seed=settings.stream("upper bound"),
+            progress=settings.progress,
+            runner=settings.runner,
         )
         upper = above.log_evidence
         total += above.cost

@@ -19,6 +19,7 @@ from bayes_klrl.inference.exact.exact_draws import ExactDraws
 from bayes_klrl.inference.sampling.importance import ImportanceSampling
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.runners.blocks import run_in_blocks
 from bayes_klrl.sequences import Sequences
 
 __all__ = ["Groundwork"]
@@ -71,8 +72,13 @@ class Groundwork:
         """Weighted draws of the prior; all of weight 0 where it met nothing possible, which is no reason to stop."""
         settings = self.settings
         try:
-            return ImportanceSampling(settings.num_draws).run(
-                self.posterior, seed=settings.stream("frontier"), progress=settings.progress
+            return run_in_blocks(
+                settings.runner,
+                ImportanceSampling(settings.num_draws),
+                self.posterior,
+                seed=settings.stream("frontier"),
+                progress=settings.progress,
+                name="prior draws",
             )
         except BudgetError as error:
             if error.draws is None:

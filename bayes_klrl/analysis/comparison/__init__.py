@@ -1,4 +1,4 @@
 """Several algorithms on one posterior, side by side.
 
-Read `compare` first, then `table` (the numbers) and `picture`.
+Read `compare` first, then `rows` (the work as tasks for a runner), `table` (the numbers) and `picture`.
 """

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bayes_klrl.analysis.comparison.rows import answers
 from bayes_klrl.analysis.comparison.table import ComparisonTable, comparison_verdict, method_row, reference_log_evidence
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Draws
-from bayes_klrl.errors import BayesKLRLError, BudgetError
+from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.export.html import HtmlTable, html_page
 from bayes_klrl.export.output_folder import check_group_name, naming_what_is_safe, prepare_output
 from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.posterior import Posterior
-from bayes_klrl.progress import progress_display, track
+from bayes_klrl.progress import progress_display
 from bayes_klrl.prompts.words import visible
 from bayes_klrl.randomness import stream_seed
+from bayes_klrl.runners.runner import Runner
+from bayes_klrl.runners.serial import chosen_runner
 from bayes_klrl.typing import Algorithm, GuideRecipe, is_algorithm
 from bayes_klrl.whole_files import whole_file
 
@@ -177,6 +180,7 @@ def compare(
     seed: int,
     repeats: int = 1,
     progress: bool = False,
+    runner: Runner | None = None,
 ) -> Comparison:
     """Run several algorithms on one posterior and return their answers, side by side.
 
@@ -196,11 +200,15 @@ def compare(
         How often each method is run; the table then shows averages, evidences averaged on the natural scale.
     progress
         Show a live display on standard error.
+    runner
+        Where the work is done: None, here; `ProcessRunner(2)`, in two processes; or a `RayRunner`. Prompts, rows and repeats
+        are spread over its workers, and the draws are the same to the bit. `Draws.seconds` is then the work of all workers.
 
     Raises
     ------
     BayesKLRLError
         If an argument or a proposal cannot be right, before anything is run; the first error, if every method failed.
+        A `RunnerError` if something cannot be sent to the workers.
 
     Examples
     --------
@@ -217,96 +225,18 @@ def compare(
     stream_seed(seed, 0, "")
     _check_algorithms(algorithms, posterior)
     _check_numbered(algorithms, repeats)
-    draws: dict[str, list[Draws]] = {}
-    fits: dict[str, Fit] = {}
-    failures: dict[str, BayesKLRLError] = {}
-    with progress_display(progress), track("all methods", len(algorithms) * repeats, progress) as advance:
-        for repeat in range(repeats):
-            shared: list[tuple[GuideRecipe, Fit | BayesKLRLError]] = []
-            for name, algorithm in algorithms.items():
-                try:
-                    ready, trained = _with_fit(algorithm, posterior, shared, stream_seed(seed, repeat, "SVI"), progress)
-                    if trained is not None and repeat == 0:
-                        fits[name] = trained
-                    outcome = ready.run(posterior, seed=stream_seed(seed, repeat, name), progress=progress)
-                    draws.setdefault(name, []).append(outcome)
-                except BudgetError as error:
-                    failures[name] = error
-                    if error.draws is not None:
-                        draws.setdefault(name, []).append(error.draws)
-                except BayesKLRLError as error:
-                    failures[name] = error
-                advance(status=name)
-    if not draws:
-        raise next(iter(failures.values()))
+    runner = chosen_runner(runner)
+    with progress_display(progress):
+        found = answers(posterior, algorithms, seed=seed, repeats=repeats, runner=runner, progress=progress)
+    if not found.draws:
+        raise next(iter(found.failures.values()))
     return Comparison(
         posterior,
         dict(algorithms),
-        {name: tuple(draws[name]) for name in algorithms if name in draws},
-        fits,
-        {name: str(error) for name, error in failures.items()},
+        {name: tuple(found.draws[name]) for name in algorithms if name in found.draws},
+        found.fits,
+        {name: str(error) for name, error in found.failures.items()},
     )
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """An algorithm that draws from a guide which is already trained."""
-
-    fit: Fit
-    num_draws: int
-
-    def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
-        """See `Algorithm.run`."""
-        return self.fit.run(self.num_draws, seed, progress=progress)
-
-
-@dataclass(frozen=True)
-class _Amortised:
-    """An algorithm with a trained guide as its proposal; the cost of the training is added to its own."""
-
-    algorithm: Algorithm
-    fit: Fit
-
-    def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
-        """See `Algorithm.run`."""
-        draws = self.algorithm.run(posterior, seed=seed, progress=progress)
-        cost = replace(self.fit.training, seconds=draws.seconds, model_tokens=draws.model_tokens)
-        return replace(draws, cost=cost)
-
-
-def _with_fit(
-    algorithm: Algorithm,
-    posterior: Posterior,
-    shared: list[tuple[GuideRecipe, Fit | BayesKLRLError]],
-    seed: int,
-    progress: bool,
-) -> tuple[Algorithm, Fit | None]:
-    """Return the algorithm with its SVI replaced by a trained guide, and the fit if it was made just now.
-
-    A training that failed is not tried again for the next row: its error is raised there, too.
-    """
-    proposal: Any = getattr(algorithm, "proposal", None)
-    svi = algorithm if isinstance(algorithm, GuideRecipe) else proposal
-    if not isinstance(svi, GuideRecipe):
-        return algorithm, None
-    known = next((outcome for other, outcome in shared if svi.trains_like(other)), None)
-    outcome = known or _fit_or_error(svi, posterior, seed, progress)
-    if known is None:
-        shared.append((svi, outcome))
-    if isinstance(outcome, BayesKLRLError):
-        raise outcome
-    trained = outcome if known is None else None
-    if isinstance(algorithm, GuideRecipe):
-        return _Fitted(outcome, algorithm.num_draws), trained
-    return _Amortised(replace(algorithm, proposal=outcome.guide), outcome), trained  # type: ignore[type-var]
-
-
-def _fit_or_error(svi: GuideRecipe, posterior: Posterior, seed: int, progress: bool) -> Fit | BayesKLRLError:
-    """Return the trained guide, or the error that ended its training."""
-    try:
-        return svi.fit(posterior, seed=seed, progress=progress)
-    except BayesKLRLError as error:
-        return error
 
 
 def _numbered(name: str, repeat: int) -> str:
@@ -339,5 +269,6 @@ def _check_algorithms(algorithms: Mapping[str, Algorithm], posterior: Posterior)
             )
             raise BayesKLRLError(f"{name!r} is not an algorithm: {algorithm!r} has no run(posterior, seed=...).{cure}")
         proposal = getattr(algorithm, "proposal", None)
-        if proposal is not None and not isinstance(proposal, GuideRecipe):
+        is_twisted = isinstance(proposal, str) and proposal == "twisted"  # of SMC, which makes it itself
+        if not (proposal is None or is_twisted or isinstance(proposal, GuideRecipe)):
             check_proposal(proposal, posterior.prior)

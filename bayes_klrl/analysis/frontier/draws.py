@@ -10,6 +10,8 @@ from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.sampling.importance import ImportanceSampling
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.runners.blocks import run_in_blocks
+from bayes_klrl.runners.runner import Runner
 from bayes_klrl.sequences import Sequences
 
 __all__ = ["drawn_or_given", "pool_of"]
@@ -18,7 +20,12 @@ _RECOMPUTED = 8  # draws of each prompt that are scored again, to know that they
 
 
 def drawn_or_given(
-    posterior: Posterior, draws: Draws | None, num_draws: int | None, seed: int | None, progress: bool
+    posterior: Posterior,
+    draws: Draws | None,
+    num_draws: int | None,
+    seed: int | None,
+    progress: bool,
+    runner: Runner,
 ) -> Draws:
     """Return new draws from the prior, or the user's if they are independent draws of a known density, weighted by it.
 
@@ -31,7 +38,8 @@ def drawn_or_given(
         if num_draws is None or seed is None:
             raise BayesKLRLError("frontier needs num_draws= and seed= (or draws= of importance sampling).")
         check_count("num_draws", num_draws, least=2)
-        return ImportanceSampling(num_draws).run(posterior, seed=seed, progress=progress)
+        prior = ImportanceSampling(num_draws)
+        return run_in_blocks(runner, prior, posterior, seed=seed, progress=progress, name="prior draws")
     if num_draws is not None or seed is not None:
         raise BayesKLRLError("Give frontier either draws=, or num_draws= and seed=; not both.")
     if not isinstance(draws, Draws):

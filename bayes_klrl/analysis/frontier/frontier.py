@@ -28,6 +28,8 @@ from bayes_klrl.checks import check_finite
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.runners.runner import Runner
+from bayes_klrl.runners.serial import chosen_runner
 from bayes_klrl.typing import Algorithm
 
 if TYPE_CHECKING:
@@ -243,6 +245,7 @@ def frontier(
     extend: PathPoints | Algorithm | None = None,
     draws: Draws | None = None,
     progress: bool = False,
+    runner: Runner | None = None,
 ) -> Frontier:
     """Return the reward-KL frontier of a posterior over alpha, from draws of its prior.
 
@@ -267,6 +270,9 @@ def frontier(
         (leave out `num_draws` and `seed`).
     progress
         Show a progress bar.
+    runner
+        Where the prior is drawn from: None, here; or a `ProcessRunner` or `RayRunner`, over whose workers the prompts are
+        spread. The curves are the same to the bit.
 
     Raises
     ------
@@ -297,9 +303,10 @@ def frontier(
             "log Z_theta, so that no frontier is of one reward. Take bk.frontier of the plug-in or conservative target, or "
             "make a posterior at each alpha and ask its draws."
         )
+    runner = chosen_runner(runner)
     if alphas is not None:
         checked_alphas(alphas, np.zeros(0))  # before anything is drawn
-    used = drawn_or_given(posterior, draws, num_draws, seed, progress)
+    used = drawn_or_given(posterior, draws, num_draws, seed, progress, runner)
     pool = pool_of(used)
     grid = None if alphas is None else np.unique(checked_alphas(alphas, pool.reward))[::-1]
     cut = pool_cut(pool, posterior.alpha)

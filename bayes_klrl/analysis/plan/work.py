@@ -165,8 +165,12 @@ def _(algorithm: SMC, setting: Setting) -> Work:
     posterior = setting.posterior
     twisted = isinstance(algorithm.proposal, str) and algorithm.proposal == "twisted"
     num_models = 1 if algorithm.proposal is None or twisted else 2
-    work = setting.populations(algorithm.num_particles, num_models=num_models)
+    work = setting.populations(algorithm.num_particles * algorithm.num_islands, num_models=num_models)
     notes: tuple[str, ...] = ("all particles of a prompt are in memory at once, since they are resampled together",)
+    if algorithm.num_islands > 1:
+        notes = (
+            "all islands of a prompt are counted as if they were in memory at once, where about 1,024 particles are",
+        )
     if algorithm.twist is None and twisted and posterior.prior.eos_token_ids:  # without EOS any constant will do
         pilot = setting.decoding(PILOT_DRAWS, blocks=False)
         work = replace(work, tokens=_sum(work.tokens, pilot.tokens))

@@ -17,6 +17,9 @@ from bayes_klrl.inference.exact.exact import Exact
 from bayes_klrl.inference.exact.messages import why_no_messages
 from bayes_klrl.inference.sampling.rejection import RejectionSampling
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.runners.blocks import run_in_blocks
+from bayes_klrl.runners.runner import Runner
+from bayes_klrl.runners.serial import chosen_runner
 from bayes_klrl.typing import FloatArray
 
 __all__ = ["ExactDraws", "exact_draws"]
@@ -53,6 +56,7 @@ def exact_draws(
     max_sequences: int,
     max_proposals: int,
     progress: bool = False,
+    runner: Runner | None = None,
 ) -> ExactDraws:
     """Return exact posterior draws, if a method for them is possible.
 
@@ -70,6 +74,8 @@ def exact_draws(
         The largest number of completions to enumerate, over all prompts, and to propose, per prompt.
     progress
         Show a progress bar.
+    runner
+        Where proposals are drawn, prompt by prompt; None: here.
     """
     prior = posterior.prior
     by_messages = why_no_messages(posterior) is None
@@ -81,8 +87,9 @@ def exact_draws(
     if bounds is None or not np.isfinite(bounds[1]):
         return ExactDraws(None, None, "the reward declares no upper bound (`bounds=`) to reject under")
     try:
-        draws = RejectionSampling(num_rejection_draws, max_proposals=max_proposals).run(
-            posterior, seed=seed, progress=progress
+        rejection = RejectionSampling(num_rejection_draws, max_proposals=max_proposals)
+        draws = run_in_blocks(
+            chosen_runner(runner), rejection, posterior, seed=seed, progress=progress, name="exact draws"
         )
     except BudgetError as error:  # draws accepted within a fixed number of proposals are exact and independent, too
         if error.draws is None or error.draws.shape[1] == 0:

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.models.completions import Completions, joined
 from bayes_klrl.models.decoding import Decoding
+from bayes_klrl.models.memory import Part
+from bayes_klrl.models.out_of_memory import by_halves
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import Generators
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
@@ -162,10 +165,20 @@ def suffix_move(
     each = [rng.random((width + 2, num_draws)) for rng in rngs]
     uniforms = np.concatenate(each, axis=1)  # (T + 2, R)
     cuts = draw_cuts(states.lengths, width, cut, uniforms[width])
-    decoding = Decoding(models, posterior.prompt_ids, num_draws, posterior.max_new_tokens)
-    while not decoding.done:
-        t = decoding.step_count
-        decoding.step(uniforms[t], np.where(t < cuts, states.tokens[:, t], -1))
+    index = np.arange(num_rows).reshape(-1, num_draws)
+
+    def decoded(part: Part) -> Completions:
+        own, ids = part.of(index), [posterior.prompt_ids[p] for p in part.prompts]
+        decoding = Decoding(models, ids, part.last - part.first, width)
+        while not decoding.done:
+            t = decoding.step_count
+            decoding.step(uniforms[t, own], np.where(t < cuts[own], states.tokens[own, t], -1))
+        return decoding
+
+    whole = Part(np.arange(posterior.num_prompts), 0, num_draws)
+    found = list(by_halves(decoded, [whole], Part.size, Part.halves, doing="moved", models=models, num_tokens=width))
+    rows = [part.of(index) for part, _ in found]
+    decoding = joined([each for _, each in found], rows, np.repeat(np.arange(posterior.num_prompts), num_draws))
     reward = posterior.reward_of_rows(decoding.tokens, decoding.lengths, decoding.prompt_index)
     new = States(decoding.tokens, decoding.lengths, reward, decoding.log_probs)
     log_accept = log_acceptance(

@@ -20,7 +20,7 @@ from bayes_klrl.errors import BayesKLRLError, BudgetError
 from bayes_klrl.inference.sampling.drawing import Drawn, draw
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
-from bayes_klrl.prompts.words import prompt_words
+from bayes_klrl.prompts.part import named_prompt
 from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
@@ -151,8 +151,8 @@ class Accepted:
         if draws is None or least < num_draws:
             p = int(self.num_accepted.argmin())
             raise BudgetError(
-                f"{method}: {self.num_accepted[p]} of num_draws = {num_draws} draws of prompt {p} "
-                f"({prompt_words(posterior.prompts[p])}) were accepted in {self.num_proposals[p]} proposals. Raise "
+                f"{method}: {self.num_accepted[p]} of num_draws = {num_draws} draws of "
+                f"{named_prompt(posterior, p)} were accepted in {self.num_proposals[p]} proposals. Raise "
                 "max_proposals, use a larger alpha, or use bk.SMC, which has no acceptance step.",
                 draws,
             )

@@ -59,6 +59,11 @@ class BestOfN:
         check_count("n", self.n)
         check_count("num_draws", self.num_draws)
 
+    @property
+    def rows_per_prompt(self) -> int:
+        """Completions per prompt that are decoded at once; a prompt's draws do not depend on the others (`runners.blocks`)."""
+        return self.n * self.num_draws
+
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`; `log_proposal` is NaN, because the density of best-of-n cannot be evaluated."""
         start = time.perf_counter()

@@ -19,6 +19,7 @@ from bayes_klrl.errors import BudgetError
 from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.prompts.part import named_prompt
 from bayes_klrl.prompts.words import prompt_words
 from bayes_klrl.randomness import Streams
 
@@ -55,6 +56,11 @@ class ImportanceSampling:
     def __post_init__(self) -> None:
         check_count("num_draws", self.num_draws)
 
+    @property
+    def rows_per_prompt(self) -> int:
+        """Completions per prompt that are decoded at once; a prompt's draws do not depend on the others (`runners.blocks`)."""
+        return self.num_draws
+
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`.
 
@@ -83,15 +89,19 @@ class ImportanceSampling:
             log_proposal=log_proposal,
             cost=replace(training, seconds=time.perf_counter() - start, model_tokens=drawn.model_tokens),
         )
-        return require_positive_weight(replace(draws, info=drawn.info))
+        return require_positive_weight(replace(draws, info=drawn.info), posterior)
 
 
-def require_positive_weight(draws: Draws) -> Draws:
-    """Return the draws, or raise a `BudgetError` that carries them if some prompt has no positive weight."""
+def require_positive_weight(draws: Draws, posterior: Posterior | None = None) -> Draws:
+    """Return the draws, or raise a `BudgetError` that carries them if some prompt has no positive weight.
+
+    The error calls the prompt by its number in `posterior`, which may be a part of another one; None: among the draws'.
+    """
     if np.isneginf(draws.log_evidence).any():
         p = int(np.isneginf(draws.log_evidence).argmax())
+        name = f"prompt {p} ({prompt_words(draws.prompts[p])})" if posterior is None else named_prompt(posterior, p)
         raise BudgetError(
-            f"None of the {draws.shape[1]} draws of prompt {p} ({prompt_words(draws.prompts[p])}) has positive likelihood. "
+            f"None of the {draws.shape[1]} draws of {name} has positive likelihood. "
             "Draw more, use a proposal that knows the constraint, or relax it to log(eps). This error's `draws` "
             "holds the draws.",
             draws,

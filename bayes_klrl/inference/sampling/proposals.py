@@ -5,6 +5,7 @@ from __future__ import annotations
 from bayes_klrl.draws import Cost
 from bayes_klrl.models.decoding import check_proposal
 from bayes_klrl.posterior import Posterior, check_context
+from bayes_klrl.prompts.part import whole_of
 from bayes_klrl.typing import GuideRecipe, LanguageModel
 
 __all__ = ["Proposal", "resolve_proposal"]
@@ -22,7 +23,7 @@ def resolve_proposal(proposal: Proposal, posterior: Posterior, seed: int, progre
         return fit.guide, fit.training
     lm = posterior.prior if proposal is None else proposal
     # a solved posterior gives probability 0 only where the posterior does: as its own proposal it misses nothing
-    covers = getattr(lm, "posterior", None) is posterior
+    covers = getattr(lm, "posterior", None) is whole_of(posterior)
     check_proposal(lm, posterior.prior, covers=covers)
     check_context(posterior.prompt_ids, posterior.max_new_tokens, lm)
     return lm, Cost()

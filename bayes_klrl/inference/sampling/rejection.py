@@ -66,6 +66,11 @@ class RejectionSampling:
         check_count("num_draws", self.num_draws)
         check_max_proposals(self.max_proposals, self.num_draws)
 
+    @property
+    def rows_per_prompt(self) -> int:
+        """Completions per prompt that are decoded at once; a prompt's draws do not depend on the others (`runners.blocks`)."""
+        return self.num_draws
+
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`; `log_proposal` is NaN, because the density of an exact draw contains the unknown log Z.
 

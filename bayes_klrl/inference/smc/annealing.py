@@ -105,6 +105,11 @@ class AnnealedSMC:
         if self.schedule is not None:
             object.__setattr__(self, "schedule", _checked_schedule(self.schedule))
 
+    @property
+    def rows_per_prompt(self) -> int | None:
+        """Completions per prompt that are decoded at once, if a schedule is given; prompts wait for each other otherwise."""
+        return None if self.schedule is None else self.num_particles
+
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`.
 
@@ -129,7 +134,7 @@ class AnnealedSMC:
                 advance()
         seconds = time.perf_counter() - start
         cost = replace(training, seconds=seconds, model_tokens=swarm.model_tokens + pilot_tokens)
-        return require_positive_weight(self._draws(posterior, swarm, cost))
+        return require_positive_weight(self._draws(posterior, swarm, cost), posterior)
 
     def _resolved_schedule(
         self, posterior: Posterior, models: tuple[LanguageModel, LanguageModel], seed: int

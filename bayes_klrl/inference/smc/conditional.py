@@ -19,10 +19,13 @@ import numpy as np
 
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
-from bayes_klrl.inference.smc.runs import EvidenceRuns, evidence_runs, grown
+from bayes_klrl.inference.smc.runs import EvidenceRuns, grown
 from bayes_klrl.inference.smc.smc import SMC
+from bayes_klrl.inference.smc.spread import spread_evidence_runs
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import Streams
+from bayes_klrl.runners.runner import Runner
+from bayes_klrl.runners.serial import chosen_runner
 from bayes_klrl.sequences import Sequences
 
 __all__ = ["ConditionalSMC", "retainable"]
@@ -64,6 +67,11 @@ class ConditionalSMC:
             raise BayesKLRLError(
                 f"ConditionalSMC takes a bk.SMC, such as bk.ConditionalSMC(bk.SMC(64)); got {self.smc!r}."
             )
+        if self.smc.num_islands > 1:
+            raise BayesKLRLError(
+                f"A conditional run is one population; got num_islands = {self.smc.num_islands}. Use num_islands=1 and more "
+                "runs (more retained draws)."
+            )
 
     def run(self, posterior: Posterior, retained: Sequences | Draws, *, seed: int, progress: bool = False) -> Draws:
         """Return the particles, the retained one first, with log Z-hat as `log_evidence`.
@@ -100,9 +108,15 @@ class ConditionalSMC:
         return replace(draws, log_evidence_se=np.full(posterior.num_prompts, np.nan))
 
     def log_evidences(
-        self, posterior: Posterior, retained: Sequences | Draws, *, seed: int, progress: bool = False
+        self,
+        posterior: Posterior,
+        retained: Sequences | Draws,
+        *,
+        seed: int,
+        progress: bool = False,
+        runner: Runner | None = None,
     ) -> EvidenceRuns:
-        """Return log Z-hat of M independent runs, shape (P, M); all runs are decoded together.
+        """Return log Z-hat of M independent runs, shape (P, M); many runs are decoded together.
 
         Parameters
         ----------
@@ -110,10 +124,15 @@ class ConditionalSMC:
             The posterior, seed for all random numbers, and whether to show a progress bar; see `Algorithm.run`.
         retained
             M independent exact posterior draws per prompt, (P, M, T), one for each run.
+        runner
+            Where the runs are done; None: here, one after the other.
         """
+        runner = chosen_runner(runner)
         given = retainable(posterior, retained)
         ready, training = self.smc.prepared(posterior, seed, progress)
-        return evidence_runs(ready, posterior, given.lengths.shape[1], given, Streams.of(seed), training, progress)
+        return spread_evidence_runs(
+            runner, ready, posterior, given.lengths.shape[1], given, Streams.of(seed), training, progress
+        )
 
 
 def retainable(posterior: Posterior, retained: Sequences | Draws) -> Sequences:

@@ -83,17 +83,15 @@ class Outcome:
         )
 
 
-def in_prompt_order(outcomes: Sequence[Outcome], prompts: Sequence[IntArray], num_runs: int) -> Outcome:
-    """Return the outcomes of blocks of prompts as one, with the prompts in ascending order.
+def in_prompt_order(outcomes: Sequence[Outcome], populations: Sequence[IntArray]) -> Outcome:
+    """Return the outcomes of several pieces of work as one, prompt by prompt and run by run.
 
     Parameters
     ----------
-    outcomes, prompts
-        The outcome of each block, and the indices of its prompts.
-    num_runs
-        Number of runs per prompt, M.
+    outcomes, populations
+        The outcome of each piece, and the numbers of its populations: p * M + m is run m of M of prompt p.
     """
-    order = np.argsort(np.repeat(np.concatenate(prompts), num_runs), kind="stable")
+    order = np.argsort(np.concatenate(populations))
     arrays = {
         field.name: np.concatenate([getattr(outcome, field.name) for outcome in outcomes])[order]
         for field in fields(Outcome)

@@ -10,6 +10,7 @@ from bayes_klrl.inference.smc.outcome import Outcome
 from bayes_klrl.models.decoding import Decoding
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import Advance
+from bayes_klrl.prompts.part import in_whole
 from bayes_klrl.randomness import Generators
 from bayes_klrl.resampling import Scheme, multinomial
 from bayes_klrl.typing import FloatArray, IntArray, Twist
@@ -50,6 +51,7 @@ class Population:
         retained: IntArray | None = None,
     ) -> None:
         self._retained, self._prompt_index = retained, prompts[decoding.prompt_index]
+        self._whole, self._index_in_whole = in_whole(posterior, self._prompt_index)
         num_rows, width = decoding.finished.size, posterior.max_new_tokens
         self._posterior, self._decoding, self._twist = posterior, decoding, twist
         num_populations = prompts.size * num_runs
@@ -168,7 +170,7 @@ class Population:
         if self._twist is None:
             return self._level[rows // self._shape[1]]
         prefixes = decoding.tokens[rows, : decoding.step_count]
-        values = check_log_weights(self._twist(self._posterior, self._prompt_index[rows], prefixes))
+        values = check_log_weights(self._twist(self._whole, self._index_in_whole[rows], prefixes))
         if values.shape != rows.shape:
             raise BayesKLRLError(
                 f"The twist returned shape {values.shape} for {rows.size} prefixes; it must return one log psi per prefix."

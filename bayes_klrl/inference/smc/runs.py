@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
 
@@ -19,13 +19,14 @@ from bayes_klrl.inference.smc.outcome import Outcome, in_prompt_order
 from bayes_klrl.inference.smc.population import Population
 from bayes_klrl.models.decoding import ROWS_PER_BLOCK, Decoding, scoring_gap
 from bayes_klrl.models.memory import prompt_blocks, rows_that_fit
+from bayes_klrl.models.out_of_memory import by_halves
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
 from bayes_klrl.prompts.part import named_prompt
 from bayes_klrl.randomness import Streams, prompt_keys
 from bayes_klrl.resampling import conditional_multinomial, resampling_scheme
 from bayes_klrl.sequences import Sequences
-from bayes_klrl.typing import FloatArray, LanguageModel
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel
 
 __all__ = ["RESAMPLING_STREAM", "EvidenceRuns", "Grown", "evidence_runs", "grown"]
 
@@ -94,6 +95,35 @@ class Grown:
     info: dict[str, FloatArray]
 
 
+class Piece(NamedTuple):
+    """Runs first, ..., last - 1 of some prompts, whose particles are in memory together."""
+
+    prompts: IntArray
+    first: int
+    last: int
+
+    @property
+    def num_runs(self) -> int:
+        """The number of runs of each prompt."""
+        return self.last - self.first
+
+    @property
+    def num_populations(self) -> int:
+        """The number of populations."""
+        return int(self.prompts.size) * self.num_runs
+
+    def of(self, num_runs: int) -> IntArray:
+        """Return the numbers of the populations, where each prompt has so many runs in all."""
+        return (self.prompts[:, None] * num_runs + np.arange(self.first, self.last)).ravel()
+
+    def halves(self) -> list[Piece]:
+        """Return two pieces of half of the prompts, or if there is one prompt, of half of its runs; none of one population."""
+        if self.prompts.size > 1:
+            return [self._replace(prompts=prompts) for prompts in np.array_split(self.prompts, 2)]
+        middle = (self.first + self.last) // 2
+        return [] if self.num_runs <= 1 else [self._replace(last=middle), self._replace(first=middle)]
+
+
 def grown(
     ready: Prepared,
     posterior: Posterior,
@@ -118,28 +148,48 @@ def grown(
     most = ROWS_PER_BLOCK if most_rows is None else most_rows
     blocks = prompt_blocks(models, list(map(len, posterior.prompt_ids)), num_rows, width, most)
     read_before = getattr(ready.twist, "model_tokens", 0)
-    outcomes, gaps, model_tokens = [], [], 0
+    in_half_precision = any(getattr(model, "half_precision", False) for model in models)
+
+    def finished(piece: Piece) -> tuple[Outcome, int, FloatArray | None]:
+        """Return the particles of some runs of some prompts, the tokens they took, and their scoring gap (P,)."""
+        ids, start, num = [posterior.prompt_ids[p] for p in piece.prompts], first_run + piece.first, piece.num_runs
+        num_draws = num * ready.num_particles
+        uniforms = streams.uniforms([keys[p] for p in piece.prompts], start * ready.num_particles, num_draws, width)
+        rngs = [
+            streams.beside(RESAMPLING_STREAM).generator(keys[p], run)
+            for p in piece.prompts
+            for run in range(start, start + num)
+        ]
+        decoding = Decoding(models, ids, num_draws, width)
+        forced = None if retained is None else retained.tokens[piece.prompts, piece.first : piece.last]
+        population = Population(posterior, piece.prompts, decoding, ready.twist, num, forced)
+        population.grow(uniforms, ready.ess_threshold, scheme, rngs, advance)
+        gap = scoring_gap(decoding, models, ids) if in_half_precision else None
+        return population.outcome(), decoding.model_tokens, gap
+
     with track("SMC", width * len(blocks), progress) as advance:
-        for prompts in blocks:
-            ids = [posterior.prompt_ids[p] for p in prompts]
-            uniforms = streams.uniforms([keys[p] for p in prompts], first_run * ready.num_particles, num_rows, width)
-            rngs = [
-                streams.beside(RESAMPLING_STREAM).generator(keys[p], run)
-                for p in prompts
-                for run in range(first_run, first_run + num_runs)
-            ]
-            decoding = Decoding(models, ids, num_rows, width)
-            forced = None if retained is None else retained.tokens[prompts]
-            population = Population(posterior, prompts, decoding, ready.twist, num_runs, forced)
-            population.grow(uniforms, ready.ess_threshold, scheme, rngs, advance)
-            outcomes.append(population.outcome())
-            model_tokens += decoding.model_tokens
-            if any(getattr(model, "half_precision", False) for model in models):
-                gaps.append(scoring_gap(decoding, models, ids))
-    outcome = in_prompt_order(outcomes, blocks, num_runs)
+        pieces = [Piece(prompts, 0, num_runs) for prompts in blocks]
+        done = list(
+            by_halves(
+                finished,
+                pieces,
+                lambda piece: piece.num_populations * ready.num_particles,
+                Piece.halves,
+                doing="grown",
+                models=models,
+                num_tokens=width,
+                cure=_too_many(ready.num_particles),
+            )
+        )
+    outcome = in_prompt_order([found[0] for _, found in done], [piece.of(num_runs) for piece, _ in done])
+    model_tokens = sum(found[1] for _, found in done)
+    gaps = np.zeros(posterior.num_prompts)
+    for piece, (_, _, gap) in done:
+        if gap is not None:
+            gaps[piece.prompts] = np.maximum(gaps[piece.prompts], gap)
     if retained is not None:
         _require_alive(outcome.log_weights[:, 0].reshape(-1, num_runs), posterior)
-    info = {"scoring_gap": np.concatenate(gaps)[np.argsort(np.concatenate(blocks))]} if gaps else {}
+    info = {"scoring_gap": gaps} if in_half_precision else {}
     return Grown(outcome, model_tokens + getattr(ready.twist, "model_tokens", 0) - read_before, info)
 
 
@@ -151,8 +201,13 @@ def evidence_runs(
     streams: Streams,
     training: Cost,
     progress: bool,
+    *,
+    first_run: int = 0,
 ) -> EvidenceRuns:
-    """Return log Z-hat of M runs of a prepared `SMC`, run in blocks; conditional on `retained` (P, M, T) if given."""
+    """Return log Z-hat of M runs of a prepared `SMC`, run in blocks; conditional on `retained` (P, M, T) if given.
+
+    The runs have the numbers `first_run`, `first_run` + 1, ..., which select their random numbers.
+    """
     start, tokens, first = time.perf_counter(), 0, 0
     blocks = []
     lengths = [len(ids) for ids in posterior.prompt_ids]
@@ -160,13 +215,22 @@ def evidence_runs(
     for num in _runs_per_block(num_runs, posterior.num_prompts * ready.num_particles, most):
         runs = slice(first, first + num)
         part = None if retained is None else Sequences(retained.tokens[:, runs], retained.lengths[:, runs])
-        found = grown(ready, posterior, num, part, streams, progress, first_run=first, most_rows=most)
+        found = grown(ready, posterior, num, part, streams, progress, first_run=first_run + first, most_rows=most)
         blocks.append(found.outcome.log_evidences(num))
         tokens, first = tokens + found.model_tokens, first + num
     cost = replace(
         training, seconds=training.seconds + time.perf_counter() - start, model_tokens=training.model_tokens + tokens
     )
     return EvidenceRuns(np.concatenate(blocks, axis=1), cost)
+
+
+def _too_many(num_particles: int) -> str:
+    """Return what to do about a population that does not fit into memory."""
+    fewer = max(1, num_particles // 2)
+    return (
+        f"All {num_particles} particles of a population are resampled together, so they are in memory together. Take "
+        f"bk.SMC({fewer}), or bk.SMC({fewer}, num_islands=2) for as many particles in populations that never meet."
+    )
 
 
 def _require_alive(log_weights: FloatArray, posterior: Posterior) -> None:

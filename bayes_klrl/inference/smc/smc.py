@@ -17,7 +17,7 @@ prompt are resampled together, only while at least one of them is unfinished, an
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -26,13 +26,18 @@ from bayes_klrl.checks import check_count, check_finite, check_fraction
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.inference.sampling.importance import require_positive_weight
 from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
-from bayes_klrl.inference.smc.runs import EvidenceRuns, evidence_runs, grown
+from bayes_klrl.inference.smc.runs import EvidenceRuns
+from bayes_klrl.inference.smc.spread import grown_islands, spread_evidence_runs
 from bayes_klrl.models.twists.simple import ConstantTwist, pilot_twist
 from bayes_klrl.models.twists.twisted_lm import TwistedLM
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.prompts.part import whole_of
 from bayes_klrl.randomness import Streams
 from bayes_klrl.resampling import resampling_scheme
-from bayes_klrl.typing import Algorithm, LanguageModel, Twist, TwistRecipe
+from bayes_klrl.runners.runner import Runner
+from bayes_klrl.runners.serial import chosen_runner
+from bayes_klrl.typing import Algorithm, GuideRecipe, LanguageModel, Twist, TwistRecipe
+from bayes_klrl.weights import logmeanexp
 
 __all__ = ["SMC"]
 
@@ -57,11 +62,18 @@ class SMC:
         Resample when ESS < ess_threshold * N: 0 means never, 1 whenever weights differ.
     resampling
         "systematic", "stratified", "residual" or "multinomial".
+    num_islands
+        Number of independent populations of N particles per prompt, M, merged into one answer of M * N draws: islands can be
+        grown by several workers (`run(..., runner=...)`), and not all of them are in memory at once.
 
     Notes
     -----
     `Draws.ess` counts families by first ancestor, so that it does not return to N right after resampling. The usual ESS of
     every step is in `Draws.info["step_ess"]` (P, T), the ancestors are in `Draws.info["ancestors"]` (P, T, N).
+
+    Islands never meet (Verge et al. 2015; theory.md 3.13). Their particles keep the evidence of their own island in their
+    weights, so that Z-hat is the mean of the islands' Z-hats, unbiased as each of them is, and
+    `Draws.info["island_log_evidence"]` (P, M) has the log Z-hat of each. `step_ess` is then the sum over islands.
 
     Examples
     --------
@@ -80,35 +92,59 @@ class SMC:
     twist: Twist | TwistRecipe | float | None = None
     ess_threshold: float = 0.5
     resampling: str = "systematic"
+    num_islands: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         check_count("num_particles", self.num_particles)
         check_fraction("ess_threshold", self.ess_threshold)
+        check_count("num_islands", self.num_islands)
         resampling_scheme(self.resampling)
         is_recipe = isinstance(self.twist, TwistRecipe) and not isinstance(self.twist, Algorithm | LanguageModel)
         if self.twist is not None and not callable(self.twist) and not is_recipe:
             check_finite("A twist that is neither None nor a function", self.twist)
 
-    def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
-        """See `Algorithm.run`.
+    @property
+    def rows_per_prompt(self) -> int:
+        """Completions per prompt that are decoded at once; a prompt's draws do not depend on the others (`runners.blocks`)."""
+        return self.num_particles * self.num_islands
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether proposal and twist are what they will be in every run, so that `prepared` would fit nothing."""
+        made = self.twist is None or callable(self.twist) or not isinstance(self.twist, TwistRecipe)
+        return made and not isinstance(self.proposal, str | GuideRecipe)
+
+    def run(self, posterior: Posterior, *, seed: int, progress: bool = False, runner: Runner | None = None) -> Draws:
+        """See `Algorithm.run`; the islands are spread over the workers of `runner`.
 
         Raises
         ------
         BudgetError
             If all particles of some prompt have likelihood 0. The error carries the draws.
         """
+        runner = chosen_runner(runner)
         ready, training = self.prepared(posterior, seed, progress)
         start = time.perf_counter()
-        found = grown(ready, posterior, 1, None, Streams.of(seed), progress)
+        islands = grown_islands(runner, ready, posterior, self.num_islands, Streams.of(seed), progress)
+        found = islands.grown
         cost = replace(
             training,
             seconds=training.seconds + time.perf_counter() - start,
             model_tokens=training.model_tokens + found.model_tokens,
         )
-        return require_positive_weight(found.outcome.draws(posterior, type(self).__name__, cost, found.info))
+        info = found.info if self.num_islands == 1 else {**found.info, "island_log_evidence": islands.log_evidence}
+        return require_positive_weight(found.outcome.draws(posterior, type(self).__name__, cost, info), posterior)
 
-    def log_evidences(self, posterior: Posterior, num_runs: int, *, seed: int, progress: bool = False) -> EvidenceRuns:
-        """Return log Z-hat of M independent runs, shape (P, M); all runs are decoded together.
+    def log_evidences(
+        self,
+        posterior: Posterior,
+        num_runs: int,
+        *,
+        seed: int,
+        progress: bool = False,
+        runner: Runner | None = None,
+    ) -> EvidenceRuns:
+        """Return log Z-hat of M independent runs, shape (P, M), each the mean over its islands; many are decoded together.
 
         The mean of each Z-hat is Z, so the mean of log Z-hat is at most log Z: with probability 1 - delta, whatever the
         number of particles, log Z >= mean log Z-hat - log(1 / delta) / M (theory.md 3.11). Proposal and twist are fitted once,
@@ -120,6 +156,8 @@ class SMC:
             The posterior, seed for all random numbers, and whether to show a progress bar; see `Algorithm.run`.
         num_runs
             Number of runs, M.
+        runner
+            Where the runs are done; None: here, one after the other.
 
         Examples
         --------
@@ -131,14 +169,23 @@ class SMC:
         (1, 20)
         """
         check_count("num_runs", num_runs)
+        runner = chosen_runner(runner)
         ready, training = self.prepared(posterior, seed, progress)
-        return evidence_runs(ready, posterior, num_runs, None, Streams.of(seed), training, progress)
+        num_populations = num_runs * self.num_islands
+        found = spread_evidence_runs(
+            runner, ready, posterior, num_populations, None, Streams.of(seed), training, progress
+        )
+        if self.num_islands == 1:
+            return found
+        of_islands = found.log_evidence.reshape(posterior.num_prompts, num_runs, self.num_islands)
+        return replace(found, log_evidence=logmeanexp(of_islands))
 
     def prepared(self, posterior: Posterior, seed: int, progress: bool = False) -> tuple[SMC, Cost]:
         """Return the same sampler with proposal and twist fitted, and the cost of fitting them.
 
         Preparing a prepared sampler again costs nothing and changes nothing, so several runs can share one twist.
         """
+        posterior = whole_of(posterior)  # a twist is made for all prompts
         twist, twist_training = self._fitted_twist(posterior, seed, progress)
         if not (isinstance(self.proposal, str) and self.proposal == "twisted"):
             proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)

@@ -23,7 +23,7 @@ from bayes_klrl.randomness import generator
 from bayes_klrl.sequences import Sequences, completion_lengths
 from bayes_klrl.whole_files import UNFINISHED, write_whole
 
-__all__ = ["FILE", "fingerprint", "lasting_name", "read_checkpoint", "write_checkpoint"]
+__all__ = ["FILE", "differences_of", "fingerprint", "lasting_name", "read_checkpoint", "write_checkpoint"]
 
 FILE = "training.safetensors"
 _FORMAT = "bayes_klrl training 1"
@@ -53,16 +53,17 @@ def lasting_name(value: object) -> str:
     """Return the text by which a checkpoint knows a setting: the same in another process.
 
     Functions are known by their module and name, since their addresses change, and lambdas and functions inside of others by
-    their code too.
+    their code too. Sets are written in order: the order of strings in a set is another one in every process.
 
     Examples
     --------
-    >>> lasting_name(len), lasting_name(0.5), lasting_name(object())
-    ('builtins.len', '0.5', '<object object>')
+    >>> lasting_name(len), lasting_name(0.5), lasting_name(object()), lasting_name({"b", "a"})
+    ('builtins.len', '0.5', '<object object>', "{'a', 'b'}")
     """
     name = getattr(value, "__qualname__", None)
     if name is None:
-        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+        text = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(value))
+        return re.sub(r"\{([^{}:]*)\}", lambda found: f"{{{', '.join(sorted(found[1].split(', ')))}}}", text)
     code = getattr(value, "__code__", None)
     if code is None or "<" not in name:
         return f"{value.__module__}.{name}"
@@ -149,11 +150,8 @@ def read_checkpoint(folder: str | Path, expected: Mapping[str, Any], framework: 
         raise CheckpointError(f"The checkpoint {str(file)!r} cannot be read: {error}") from error
     if metadata.get("format") != _FORMAT:
         raise CheckpointError(f"{str(file)!r} is no checkpoint of a training by this version of bayes_klrl.")
-    differences = [
-        name for name, value in expected.items() if not _same(found.get(name), json.loads(json.dumps(value)))
-    ]
-    if differences:
-        shown = "; ".join(_difference(name, found.get(name), expected[name]) for name in differences)
+    shown = differences_of(found, expected, "there", "here")
+    if shown:
         raise CheckpointError(
             f"The checkpoint in {str(folder)!r} belongs to another training ({shown}). Go on with the posterior, the recipe "
             "and the seed that it was begun with, or leave out resume= to start anew."
@@ -161,14 +159,34 @@ def read_checkpoint(folder: str | Path, expected: Mapping[str, Any], framework: 
     return arrays, int(found["step"])
 
 
-def _difference(name: str, there: Any, here: Any) -> str:
+def differences_of(first: Mapping[str, Any], second: Mapping[str, Any], there: str, here: str) -> str:
+    """Return the words that name how the first of two fingerprints differs from the second, numbers up to rounding; "" if not.
+
+    Parameters
+    ----------
+    first, second
+        What two trainings belong to, as `fingerprint` returns it.
+    there, here
+        The words for where the first and the second are.
+
+    Examples
+    --------
+    >>> differences_of({"seed": 0, "alpha": 0.5}, {"seed": 1, "alpha": 0.5}, "there", "here")
+    'seed: 0 there, 1 here'
+    """
+    plain = json.loads(json.dumps(dict(second)))
+    names = [name for name, value in plain.items() if not _same(first.get(name), value)]
+    return "; ".join(_difference(name, first.get(name), plain[name], there, here) for name in names)
+
+
+def _difference(name: str, first: Any, second: Any, there: str, here: str) -> str:
     """Return the words that name a difference; of a recipe, its fields that differ."""
-    if isinstance(there, dict) and isinstance(here, Mapping):
-        fields = [field for field in {**there, **here} if there.get(field) != here.get(field)]
+    if isinstance(first, dict) and isinstance(second, Mapping):
+        fields = [field for field in {**first, **second} if first.get(field) != second.get(field)]
         return ", ".join(
-            f"{name} {each}: {_short(there.get(each))} there, {_short(here.get(each))} here" for each in fields
+            f"{name} {each}: {_short(first.get(each))} {there}, {_short(second.get(each))} {here}" for each in fields
         )
-    return f"{name}: {_short(there)} there, {_short(here)} here"
+    return f"{name}: {_short(first)} {there}, {_short(second)} {here}"
 
 
 def _same(first: Any, second: Any) -> bool:

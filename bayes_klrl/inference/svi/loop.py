@@ -21,6 +21,8 @@ from bayes_klrl.inference.svi.callbacks import Callback, Checkpoint, StepRecord,
 from bayes_klrl.inference.svi.callbacks.alphas import alpha_schedule, has_settled
 from bayes_klrl.inference.svi.checkpoint import read_checkpoint, write_checkpoint
 from bayes_klrl.inference.svi.fit import Fit
+from bayes_klrl.inference.svi.ranks.group import ALONE, Ranks
+from bayes_klrl.inference.svi.ranks.interruption import Interruption
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.progress import track
 from bayes_klrl.typing import FloatArray, LanguageModel
@@ -131,6 +133,8 @@ class Habits:
         What checkpoints belong to, see `checkpoint.fingerprint`.
     framework
         "pt" or "np", the arrays of the state.
+    ranks
+        The group of processes that train together. Rank 0 calls the callbacks and writes; all do as it decides.
     """
 
     callbacks: Sequence[Callback] = ()
@@ -138,6 +142,7 @@ class Habits:
     resume: str | Path | None = None
     belongs_to: Mapping[str, Any] = field(default_factory=dict)
     framework: str = "pt"
+    ranks: Ranks = ALONE
 
 
 def trained(
@@ -157,9 +162,10 @@ def trained(
         See `run_training`.
     """
     history: dict[str, list[float]] = defaultdict(list)
-    first = 0
+    first, ranks = 0, habits.ranks
     if habits.resume is not None:
-        arrays, first = read_checkpoint(habits.resume, habits.belongs_to, habits.framework)
+        with ranks.together():
+            arrays, first = read_checkpoint(habits.resume, habits.belongs_to, habits.framework)
         training.restore({name: array for name, array in arrays.items() if not name.startswith(_HISTORY)})
         for name, array in arrays.items():
             if name.startswith(_HISTORY):
@@ -179,8 +185,22 @@ def trained(
 
     def write(number: int) -> None:
         assert habits.checkpoint is not None
-        kept = {f"{_HISTORY}{name}": _array(values, habits.framework) for name, values in history.items()}
-        write_checkpoint(habits.checkpoint.folder, {**training.saved(), **kept}, {**habits.belongs_to, "step": number})
+        state = training.saved()  # on all ranks: some may have to give their part
+        with ranks.together():
+            if ranks.is_first:
+                kept = {f"{_HISTORY}{name}": _array(values, habits.framework) for name, values in history.items()}
+                write_checkpoint(habits.checkpoint.folder, {**state, **kept}, {**habits.belongs_to, "step": number})
+
+    def look(number: int, values: Mapping[str, float]) -> bool:
+        """Call the callbacks, on rank 0, and return whether one of them ends the training."""
+        ended = False
+        guide = training.guide_so_far() if ranks.size > 1 and habits.callbacks else None  # which may take all ranks
+        with ranks.together():
+            if ranks.is_first:
+                settled = has_settled(schedule, number, plan.num_steps, history, posterior)
+                record = StepRecord(number, plan.num_steps, values, history, aim(history), plan, settled)
+                ended = call_all(habits.callbacks, record, training.guide_so_far if guide is None else lambda: guide)
+        return ranks.of_first(ended)
 
     def is_due(number: int, ended: bool) -> bool:
         every = None if habits.checkpoint is None else habits.checkpoint.every
@@ -190,26 +210,16 @@ def trained(
         for number in range(first, plan.num_steps):
             alpha = {}
             if schedule is not None:
-                alpha["alpha"] = schedule.next_alpha(number, plan.num_steps, history, posterior)
+                with ranks.together():
+                    found = schedule.next_alpha(number, plan.num_steps, history, posterior) if ranks.is_first else 0.0
+                alpha["alpha"] = ranks.of_first(found)
                 training.aim_at(posterior.at_alpha(alpha["alpha"]))
             values = {**training.step(number), **alpha}
             if number == 0:  # what the schedule has read to begin with
                 values["tokens"] += getattr(schedule, "model_tokens", 0)
             yield values  # the history has them from here on
             try:
-                ended = call_all(
-                    habits.callbacks,
-                    StepRecord(
-                        number,
-                        plan.num_steps,
-                        values,
-                        history,
-                        aim(history),
-                        plan,
-                        has_settled(schedule, number, plan.num_steps, history, posterior),
-                    ),
-                    training.guide_so_far,
-                )
+                ended = look(number, values)
             except BaseException:
                 if habits.checkpoint is not None:
                     write(number + 1)
@@ -218,20 +228,23 @@ def trained(
                 write(number + 1)
             if ended:
                 return
+            interruption.check()
 
     try:
-        return run_training(
-            "SVI",
-            plan.num_steps - first,
-            steps(),
-            fit_so_far,
-            status,
-            start=start - before,
-            progress=progress,
-            history=history,
-        )
+        with Interruption(ranks) as interruption:
+            return run_training(
+                "SVI",
+                plan.num_steps - first,
+                steps(),
+                fit_so_far,
+                status,
+                start=start - before,
+                progress=progress and ranks.is_first,
+                history=history,
+            )
     finally:
-        close_all(habits.callbacks)
+        if ranks.is_first:
+            close_all(habits.callbacks)
 
 
 def _array(values: list[float], framework: str) -> Any:

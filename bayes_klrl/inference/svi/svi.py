@@ -26,6 +26,8 @@ from bayes_klrl.inference.svi.fit import Fit
 from bayes_klrl.inference.svi.loop import Habits
 from bayes_klrl.inference.svi.objectives import ELBO, LogVariance, LossObjective, objective_of
 from bayes_klrl.inference.svi.optimizers import Natural, optimizer_of
+from bayes_klrl.inference.svi.ranks.group import launched_ranks
+from bayes_klrl.inference.svi.ranks.start import check_can_share, check_same_training
 from bayes_klrl.inference.svi.refusals import no_other_alpha
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import JaxModel
@@ -204,6 +206,9 @@ class SVI:
         that you run yourself meanwhile, under handlers of your own, are not kept apart from it: use processes for these, and
         for trainings that run at the same time.
 
+        In processes that `accelerate launch` has started they train one guide together: each draws and scores some of the
+        completions of every step, rank 0 calls the callbacks and writes, and all return the same guide (docs/ranks.md).
+
         Raises
         ------
         UnboundedLossError
@@ -211,6 +216,9 @@ class SVI:
             other error that ends the training after its first step, one of a callback too, holds what was learned.
         """
         check_prompts_per_step(self.prompts_per_step, posterior.num_prompts)
+        ranks = launched_ranks()
+        with ranks.together():
+            check_can_share(self, posterior.prior, ranks)
         if isinstance(posterior.prior, JaxModel):
             with needs_jax("SVI on a model on JAX"):
                 from bayes_klrl.inference.svi.numpyro_backend.training import fit_guide
@@ -224,9 +232,12 @@ class SVI:
             if isinstance(posterior.prior, JaxModel):
                 raise no_other_alpha()
         written = checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-        is_needed = written is not None or resume is not None
-        belonging = self._belonging(posterior, seed, alpha_schedule(callbacks), needed=is_needed)
-        habits = Habits(tuple(callbacks), written, resume, *belonging)
+        is_needed = written is not None or resume is not None or ranks.size > 1
+        with ranks.together():
+            belonging = self._belonging(posterior, seed, alpha_schedule(callbacks), needed=is_needed)
+        with ranks.together():
+            check_same_training(belonging[0], ranks)
+        habits = Habits(tuple(callbacks), written, resume, *belonging, ranks)
         return fit_guide(self, posterior, habits, seed=seed, progress=progress)
 
     def _belonging(

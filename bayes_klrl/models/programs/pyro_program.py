@@ -29,9 +29,9 @@ from pyro.distributions import TorchDistribution, constraints
 from pyro.ops.provenance import detach_provenance, get_provenance, track_provenance
 from torch import Tensor
 
-from bayes_klrl.arrays import to_host
+from bayes_klrl.arrays import to_device, to_host
 from bayes_klrl.checks import check_prompts_per_step
-from bayes_klrl.models.decoding import check_shares_vocabulary, decode
+from bayes_klrl.models.decoding import check_shares_vocabulary, decode_by
 from bayes_klrl.models.programs.completion_features import host_features
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.sequences import Sequences, completion_lengths
@@ -126,9 +126,13 @@ class SequenceDistribution(TorchDistribution):
         num_prompts = len(self.prompt_ids)
         num_draws = int(np.prod(shape[:-2], dtype=np.int64))
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
-        decoding = decode((self.drawn_by,), self.prompt_ids, num_draws, shape[-1], np.random.default_rng(seed))
-        by_prompt = decoding.tokens.reshape(num_prompts, num_draws, shape[-1])
-        tokens = torch.as_tensor(by_prompt.swapaxes(0, 1).copy(), device=model_device(self.lm))
+        uniforms = np.random.default_rng(seed).random((shape[-1], num_prompts * num_draws))
+        if hasattr(self.drawn_by, "drawn_tokens"):  # a model that several processes share
+            drawn = self.drawn_by.drawn_tokens(self.prompt_ids, uniforms)
+        else:
+            drawn = decode_by((self.drawn_by,), self.prompt_ids, uniforms).tokens
+        by_prompt = drawn.reshape(num_prompts, num_draws, shape[-1])
+        tokens: Tensor = to_device(by_prompt.swapaxes(0, 1).copy(), model_device(self.lm))
         return tokens.reshape(shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -141,7 +145,7 @@ class SequenceDistribution(TorchDistribution):
             log_probs = torch.as_tensor(
                 self.lm.token_log_probs(self.prompt_ids, distinct), device=model_device(self.lm)
             )
-            total = log_probs.sum(dim=2, dtype=torch.float64).gather(1, torch.as_tensor(index, device=log_probs.device))
+            total = log_probs.sum(dim=2, dtype=torch.float64).gather(1, to_device(index, log_probs.device))
             total = total.T.reshape(batch_shape)
         return track_provenance(total, provenance)  # type: ignore[no-any-return]
 
@@ -301,7 +305,7 @@ def _reward(posterior: Posterior, x: Tensor, chosen: Tensor) -> Tensor:
     padded = np.where(inside, to_host(tokens), posterior.pad_token).reshape(-1, tokens.shape[-1])
     prompt_index = np.broadcast_to(to_host(chosen), tokens.shape[:-1]).ravel()
     reward = posterior.reward_of_rows(padded, lengths.ravel(), prompt_index)
-    on_device = torch.as_tensor(reward, dtype=torch.float64, device=tokens.device).reshape(tokens.shape[:-1])
+    on_device = to_device(reward, tokens.device, torch.float64).reshape(tokens.shape[:-1])
     return track_provenance(on_device, provenance)  # type: ignore[no-any-return]
 
 

@@ -35,11 +35,13 @@ from bayes_klrl.models.torch_lm.adapters import (
     quiet_peft,
 )
 from bayes_klrl.models.torch_lm.network import decoder_start
+from bayes_klrl.models.torch_lm.probes import random_text
+from bayes_klrl.models.torch_lm.self_check import apart, tolerance
 from bayes_klrl.models.torch_lm.sources.gguf_cache import dequantised_folder
 from bayes_klrl.models.torch_lm.sources.located import gguf_file, load_tokenizer, located, precision_of, quiet
 from bayes_klrl.whole_files import whole_folder
 
-__all__ = ["keep_adapter", "load", "save", "save_adapter"]
+__all__ = ["check_written", "keep_adapter", "load", "save", "save_adapter"]
 
 _CARD = "README.md"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -358,3 +360,22 @@ def keep_adapter(module: Any, folder: Path) -> Path | None:
     with quiet(), quiet_peft(), whole_folder(folder / "adapter") as unfinished:
         module.save_pretrained(unfinished)
     return folder / "adapter"
+
+
+def check_written(lm: Any, folder: str | os.PathLike[str]) -> None:
+    """Load what was written of a `TorchLM`, and refuse it if it gives other log-probs than this model."""
+    precision = next((each.dtype for each in lm.module.parameters()), torch.float32)
+    own: dict[str, Any] = {"eos_token_id": lm.eos_token_ids, "temperature": lm.temperature, "dtype": precision}
+    written = type(lm).from_pretrained(folder, device=lm.device, check=False, **own)
+    written.rebuild(lm._ready_network())
+    text = random_text(lm.vocab_size, lm.context_length)
+    with torch.no_grad():
+        scores, others = (each.token_log_probs(*text) for each in (lm, written))
+    gap = float(apart(scores, others).max())
+    if gap > tolerance(lm.module, scores):
+        kept = keep_adapter(lm.module, Path(folder))
+        where = "" if kept is None else f" The adapter itself is in {str(kept)!r}: use it with its base model."
+        raise CheckpointError(
+            f"The model in {str(folder)!r} is not the one that was saved: log-probs of single tokens differ by up to "
+            f"{gap:.2g} nats after loading it again. Do not use this folder.{where}"
+        )

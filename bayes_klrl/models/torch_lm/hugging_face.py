@@ -7,6 +7,7 @@ the prior of a plan (`bk.plan`).
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.models.checkpoint_files import eos_union
 from bayes_klrl.models.memory import SHARE, free_memory
+from bayes_klrl.models.out_of_memory import halving
 from bayes_klrl.models.token_ids import (
     check_length,
     check_prompts,
@@ -56,6 +58,7 @@ class HuggingFaceModel:
         self._tokenizer = tokenizer
         self._config: Any = base_model(model).config
         self.particles_per_pass = particles_per_pass
+        self._most_scored: dict[bool, int] = {}  # with a gradient or without: rows that are known to fit
         check_tokenizer_fits(tokenizer, self._vocab_size)
         configured = eos_union(*(getattr(source, "eos_token_id", None) for source in self._configurations()))
         self._eos_token_ids = resolved_eos(eos_token_id, configured, tokenizer, self._vocab_size)
@@ -96,12 +99,12 @@ class HuggingFaceModel:
         sources = (self._tokenizer, self._config, self._config.get_text_config())
         return first_token([getattr(source, "bos_token_id", None) for source in sources], self._vocab_size)
 
-    @property
+    @cached_property
     def context_length(self) -> int | None:
         """Largest number of tokens of prompt and completion together; None if the model has no limit.
 
         Where a longer text has other log-probs for its first tokens, it is the length up to which it has not: the original
-        length of rotary embeddings of the type "longrope", for instance.
+        length of rotary embeddings of the type "longrope", for instance. It is read once, since every token asks for it.
         """
         return context_limit(self._module)
 
@@ -166,12 +169,32 @@ class HuggingFaceModel:
         More than these are scored one chunk after the other. If a gradient is needed, each chunk is computed again in the
         backward pass, so that the activations of one chunk alone are stored.
         """
+        gradient = torch.is_grad_enabled()
+        found = [rows for rows in (self.particles_per_pass, self._most_scored.get(gradient)) if rows is not None]
         sizes, free = self.sizes, self.free_bytes()
-        if self.particles_per_pass is not None or sizes is None or free is None:
-            return self.particles_per_pass
-        longest = max((len(prompt) for prompt in prompts), default=0)
-        each = sizes.scoring_bytes(longest, num_tokens, gradient=torch.is_grad_enabled(), recompute=recompute)
-        return max(1, int(SHARE * free) // each)
+        if self.particles_per_pass is None and sizes is not None and free is not None:
+            longest = max((len(prompt) for prompt in prompts), default=0)
+            each = sizes.scoring_bytes(longest, num_tokens, gradient=gradient, recompute=recompute)
+            found.append(max(1, int(SHARE * free) // each))
+        return min(found, default=None)
+
+    def halve_scored(self, num_rows: int, *, gradient: bool) -> None:
+        """Score from here on at most half as many completions at once as now, because memory ran out.
+
+        Parameters
+        ----------
+        num_rows
+            The number of completions that were to be scored.
+        gradient
+            Whether it ran out with a gradient; the number without one is another.
+
+        Raises
+        ------
+        DeviceMemoryError
+            If they were scored one by one already.
+        """
+        now = min(num_rows, self.particles_per_pass or num_rows, self._most_scored.get(gradient, num_rows))
+        self._most_scored[gradient] = halving(now, "differentiated" if gradient else "scored")
 
     def require_weights(self, doing: str = "run") -> None:
         """Refuse to do something with a model that is not loaded."""
@@ -197,7 +220,7 @@ class HuggingFaceModel:
 
     def _check_prompts(self, prompts: Sequence[TokenIds], num_new: int) -> None:
         check_prompts(prompts, self._vocab_size, self.bos_token_id)
-        limit, apart = self.context_length, self.prompt_apart  # once: they read the whole configuration
+        limit, apart = self.context_length, self.prompt_apart
         for prompt in prompts:
             check_length(max(len(prompt), num_new) if apart else len(prompt) + num_new, limit)
 

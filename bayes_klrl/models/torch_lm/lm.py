@@ -7,24 +7,25 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bayes_klrl.arrays import to_device
 from bayes_klrl.checks import check_positive
-from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.checkpoint_files import OWN_ENTRY, own_options
 from bayes_klrl.models.memory import length_groups
+from bayes_klrl.models.out_of_memory import attempted
 from bayes_klrl.models.token_ids import check_ids, check_length
 from bayes_klrl.models.torch_lm.general.blocks import RecomputingNetwork, blocks_of
 from bayes_klrl.models.torch_lm.hugging_face import HuggingFaceModel, output_size
 from bayes_klrl.models.torch_lm.network import Network, base_model
-from bayes_klrl.models.torch_lm.probes import random_text
+from bayes_klrl.models.torch_lm.on_device import TorchLockstep, lockstep_of
 from bayes_klrl.models.torch_lm.scoring import full_features, full_log_probs, sequence_log_probs, tempered
-from bayes_klrl.models.torch_lm.self_check import SelfCheck, apart, choose_network, rebuilt, tolerance
+from bayes_klrl.models.torch_lm.self_check import SelfCheck, choose_network, rebuilt
 from bayes_klrl.models.torch_lm.tight import TightNetwork, tight_network
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import IntArray, TokenIds
@@ -174,7 +175,7 @@ class TorchLM(HuggingFaceModel):
 
     def next_log_probs_of(self, state: TorchState, rows: IntArray) -> Tensor:
         """Return `next_log_probs` of some rows, (len(rows), V), without a copy of their caches."""
-        features = state.features[torch.as_tensor(rows, device=state.features.device)]
+        features = state.features[to_device(rows, state.features.device)]
         return self.next_log_probs(replace(state, features=features, cache=None, num_tokens=state.num_tokens[rows]))
 
     def log_probs_from(self, features: Tensor) -> Tensor:
@@ -190,7 +191,7 @@ class TorchLM(HuggingFaceModel):
             check_length(int(num_tokens.max(initial=0)), self.context_length)
         if self._module.training:
             self._module.eval()
-        on_device = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
+        on_device = to_device(tokens, self.device, torch.long)
         features, cache = state.network.step(state.cache, on_device)
         return TorchState(state.network, features, cache, num_tokens)
 
@@ -199,14 +200,29 @@ class TorchLM(HuggingFaceModel):
         rows = np.asarray(rows)
         if np.array_equal(rows, np.arange(len(state.num_tokens))):
             return state
-        on_device = torch.as_tensor(rows, dtype=torch.long, device=self.device)
+        on_device = to_device(rows, self.device, torch.long)
         cache = state.network.select(state.cache, on_device)
         return TorchState(state.network, state.features[on_device], cache, state.num_tokens[rows])
 
+    def lockstep(self, models: Sequence[Any]) -> TorchLockstep | None:
+        """See `LanguageModel`: for models on an accelerator, where the host would wait for every token."""
+        return lockstep_of(models, TorchLM)
+
     def token_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
-        """See `LanguageModel`. Shape (P, N, T), float32, differentiable in the parameters."""
-        most = self.rows_per_chunk(prompts, sequences.tokens.shape[2], recompute=self._recomputes)
-        return self._scored(partial(sequence_log_probs, most=most), prompts, sequences)
+        """See `LanguageModel`. Shape (P, N, T), float32, differentiable in the parameters.
+
+        If the memory of the device runs out, half as many completions are scored at once, with a warning.
+        """
+
+        def scored(most: int | None) -> Tensor:
+            return self._scored(partial(sequence_log_probs, most=most), prompts, sequences)
+
+        def most() -> int | None:
+            return self.rows_per_chunk(prompts, sequences.tokens.shape[2], recompute=self._recomputes)
+
+        while not (found := attempted(scored, most())):
+            self.halve_scored(sequences.lengths.size, gradient=torch.is_grad_enabled())
+        return found[0]
 
     def position_log_probs(self, prompts: Sequence[TokenIds], sequences: Sequences) -> Tensor:
         """Return log p(. | c, x_<t) at every position, shape (P, N, T, V), 0 past each completion's length.
@@ -265,8 +281,8 @@ class TorchLM(HuggingFaceModel):
 
         duplicate = self._with_module(trainable_copy(self._module), check=False)
         # the same numbers, so the check need not be repeated
-        duplicate.self_check, network = self.self_check, self._network
-        duplicate._network = None if network is None else rebuilt(network, duplicate.module, self._vocab_size)
+        duplicate.self_check = self.self_check
+        duplicate.rebuild(self._network)
         return duplicate
 
     def with_adapter(self, config: Any = "lora") -> TorchLM:
@@ -300,11 +316,11 @@ class TorchLM(HuggingFaceModel):
         OutputError
             If it cannot be written. A new folder is then not there; one that held a model is as it was.
         """
-        from bayes_klrl.models.torch_lm.checkpoint import save
+        from bayes_klrl.models.torch_lm.checkpoint import check_written, save
 
         self.require_weights("saved")
         save(self._module, self._tokenizer, named_path(folder), self._eos_token_ids, self.temperature, max_shard_size)
-        self._check_written(folder)
+        check_written(self, folder)
 
     def save_adapter(self, folder: str | os.PathLike[str]) -> None:
         """Write this model's adapter as `peft` does, without its base, and compare what was written as `save_pretrained` does.
@@ -314,35 +330,10 @@ class TorchLM(HuggingFaceModel):
         CheckpointError
             If the model has no adapter, or the adapter does not say which folder or name its base has.
         """
-        from bayes_klrl.models.torch_lm.checkpoint import save_adapter
+        from bayes_klrl.models.torch_lm.checkpoint import check_written, save_adapter
 
         save_adapter(self._module, named_path(folder), self._tokenizer)
-        self._check_written(folder)
-
-    def _check_written(self, folder: str | os.PathLike[str]) -> None:
-        """Load what was written, and refuse it if it gives other log-probs than this model."""
-        from bayes_klrl.models.torch_lm.checkpoint import keep_adapter
-
-        precision = next((each.dtype for each in self._module.parameters()), torch.float32)
-        own: dict[str, Any] = {"eos_token_id": self._eos_token_ids, "temperature": self.temperature, "dtype": precision}
-        written = TorchLM.from_pretrained(folder, device=self.device, check=False, **own)
-        # a network of the same kind, which need not be chosen by another check; None: it is chosen where it is needed
-        written._network = rebuilt(self._ready_network(), written.module, written.vocab_size)
-        if (gap := self._scoring_gap(written)) > 0:
-            kept = keep_adapter(self._module, Path(folder))
-            where = "" if kept is None else f" The adapter itself is in {str(kept)!r}: use it with its base model."
-            raise CheckpointError(
-                f"The model in {str(folder)!r} is not the one that was saved: log-probs of single tokens differ by up to "
-                f"{gap:.2g} nats after loading it again. Do not use this folder.{where}"
-            )
-
-    def _scoring_gap(self, other: TorchLM) -> float:
-        """Return the largest difference between the log-probs of eight completions, in nats; 0 if it is rounding."""
-        text = random_text(self._vocab_size, self.context_length)
-        with torch.no_grad():
-            own, others = (lm.token_log_probs(*text) for lm in (self, other))
-        gap = float(apart(own, others).max())
-        return gap if gap > tolerance(self._module, own) else 0.0
+        check_written(self, folder)
 
     def _with_module(self, module: nn.Module, *, check: bool = True) -> TorchLM:
         return TorchLM(
@@ -371,16 +362,20 @@ class TorchLM(HuggingFaceModel):
                 )
                 for group in groups
             ]
-            return torch.cat(found)[torch.as_tensor(np.concatenate(groups).argsort(), device=self.device)]
+            return torch.cat(found)[to_device(np.concatenate(groups).argsort(), self.device)]
         self._check_prompts(prompts, num_new=longest)
         check_ids(sequences.tokens[sequences.mask], self._vocab_size)
         network, device = self._scoring_network(), self.device
         owners = torch.arange(num_prompts, device=device).repeat_interleave(num_draws)
-        tokens = torch.as_tensor(sequences.tokens[..., :longest], device=device).flatten(0, 1)
-        lengths = torch.as_tensor(sequences.lengths, device=device).flatten()
+        tokens = to_device(sequences.tokens[..., :longest], device).flatten(0, 1)
+        lengths = to_device(sequences.lengths, device).flatten()
         scores: Tensor = score(network, prompts, owners, tokens, lengths, self.temperature)
         padding = scores.new_zeros((len(owners), num_tokens - longest, *scores.shape[2:]))
         return torch.cat([scores, padding], dim=1).view(num_prompts, num_draws, num_tokens, *scores.shape[2:])
+
+    def rebuild(self, network: Network | None) -> None:
+        """Compute with a network of the same kind as another model's, which need not be chosen by a check; None: with any."""
+        self._network = None if network is None else rebuilt(network, self._module, self._vocab_size)
 
     def _ready_network(self) -> Network:
         """Return the network: the chosen one, or if it is tight, the same of the present layers, which may be others."""

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from bayes_klrl.arrays import to_device
 from bayes_klrl.typing import TokenIds
 
 __all__ = [
@@ -93,7 +94,7 @@ def left_padded(prompts: Sequence[TokenIds], device: torch.device) -> tuple[Tens
     length = max(map(len, prompts))
     padding = [length - len(prompt) for prompt in prompts]
     rows = [[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]
-    return torch.tensor(rows, dtype=torch.long, device=device), torch.tensor(padding, device=device)
+    return to_device(rows, device, torch.long), to_device(padding, device, torch.long)
 
 
 def decoder_start(module: nn.Module) -> int:

@@ -57,12 +57,14 @@ def sequence_log_probs(
     def score(first: int, last: int) -> Tensor:
         chunk = slice(first, last)
         own, inside = owners[chunk], positions_inside(lengths[chunk], tokens.shape[1])
-        low, high = int(own[0]), int(own[-1]) + 1
+        all_rows = last - first == len(tokens)
+        low, high = (0, len(prompts)) if all_rows else (int(own[0]), int(own[-1]) + 1)
         # numbers past a length are replaced by a legal token; by causality they do not affect the others
         legal = tokens[chunk].masked_fill(~inside, 0)
-        features = network.features(prompts[low:high], own - low, legal)[inside]
-        drawn = drawn_log_probs(network, features, legal[inside], temperature)
-        return drawn.new_zeros(inside.shape).masked_scatter(inside, drawn)
+        places = inside.flatten().nonzero()[:, 0]  # once, for on an accelerator the host waits for their number
+        features = network.features(prompts[low:high], own - low, legal).flatten(0, 1)[places]
+        drawn = drawn_log_probs(network, features, legal.flatten()[places], temperature)
+        return drawn.new_zeros(inside.numel()).index_copy(0, places, drawn).view(inside.shape)
 
     size = max(1, min(BUDGET // (tokens.shape[1] * network.width), len(tokens) if most is None else most))
     return torch.cat(in_chunks(score, len(tokens), size))

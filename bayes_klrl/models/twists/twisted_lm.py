@@ -8,6 +8,7 @@ posterior: every weight is the evidence, and one particle is enough.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -239,15 +240,25 @@ class TwistedLM:
         own, given = self._posterior.prompt_ids, [tuple(int(i) for i in prompt) for prompt in prompts]
         if given == list(own):
             return np.arange(len(own))
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, prompt in enumerate(own):
+            places.setdefault(prompt, []).append(place)
+        copies = Counter(given)
         for prompt in given:
-            if prompt not in own:
+            if prompt not in places:
                 raise BayesKLRLError(
                     f"A TwistedLM continues only the prompts of its own posterior; got the ids {list(prompt)}. Make a "
                     "TwistedLM for a posterior that has this prompt."
                 )
-            if own.count(prompt) > 1 and self._posterior.columns:
+            if len(places[prompt]) not in (1, copies[prompt]) and self._posterior.columns:
                 raise BayesKLRLError(
                     f"The prompt of ids {list(prompt)} occurs more than once in the posterior, with different columns, so it "
-                    "is not clear which one is meant. Give all prompts, in the posterior's order."
+                    "is not clear which one is meant. Give all copies of it, in the posterior's order."
                 )
-        return np.array([own.index(prompt) for prompt in given], dtype=np.int64)
+        seen: Counter[tuple[int, ...]] = Counter()
+        index = []
+        for prompt in given:  # the k-th copy here is the k-th there, if all are here
+            all_here = len(places[prompt]) == copies[prompt]
+            index.append(places[prompt][seen[prompt] if all_here else 0])
+            seen[prompt] += 1
+        return np.array(index, dtype=np.int64)

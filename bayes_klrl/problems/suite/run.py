@@ -25,6 +25,8 @@ from bayes_klrl.problems.suite.methods import METHODS, Recipe, run_or_partial, t
 from bayes_klrl.problems.suite.table import SuiteTable, suite_table
 from bayes_klrl.progress import progress_display, track
 from bayes_klrl.randomness import check_seed, stream_seed
+from bayes_klrl.runners.runner import Runner, Task, outcomes_of
+from bayes_klrl.runners.serial import chosen_runner
 from bayes_klrl.typing import Algorithm
 from bayes_klrl.whole_files import whole_file
 
@@ -120,6 +122,7 @@ def run_suite(
     seed: int = 0,
     repeats: int = 3,
     progress: bool = False,
+    runner: Runner | None = None,
 ) -> SuiteResult:
     """Run methods on problems with known truth, each at the same number of model tokens.
 
@@ -140,6 +143,9 @@ def run_suite(
         Runs of each method on each problem.
     progress
         Show a live display on standard error.
+    runner
+        Where the work is done: None, here; or a `ProcessRunner` or `RayRunner`, over whose workers problems and methods are
+        spread. The answers are the same to the bit.
 
     Raises
     ------
@@ -160,16 +166,22 @@ def run_suite(
     problems = [SUITE[name] for name in chosen]
     for problem in problems:
         _check_budget(problem, budget)
+    runner = chosen_runner(runner)
     cells: list[SuiteCell] = []
-    total = len(problems) * len(recipes)
-    with progress_display(progress), track("suite", total, progress) as advance:
+    with progress_display(progress), track("suite", len(problems) * len(recipes), progress) as advance:
+        tasks = []
         for problem in problems:
             advance(0, status=f"{problem.name}: {problem.purpose}")
             per_completion = tokens_per_completion(problem.posterior, seed)
             for method, recipe in recipes.items():
-                advance(0, status=f"{problem.name}: {method}")
-                cells += _answers(problem, method, recipe, budget, seed, repeats, per_completion)
-                advance()
+                arguments = (problem, method, recipe, budget, seed, repeats, per_completion)
+                tasks.append(Task(f"{problem.name}: {method}", _answers, arguments))
+        for task, outcome in zip(tasks, outcomes_of(runner, tasks, advance=advance), strict=True):
+            if outcome.error is None:
+                cells += outcome.value
+            else:
+                names = (task.arguments[0].name, task.arguments[1])
+                cells += [SuiteCell(*names, repeat, note=_described(outcome.error)) for repeat in range(repeats)]
     return SuiteResult(tuple(cells), {each.name: each.purpose for each in problems}, budget, repeats, seed)
 
 
@@ -209,7 +221,15 @@ def _check_budget(problem: Problem, budget: int) -> None:
 
 
 def _answers(
-    problem: Problem, method: str, recipe: Recipe, budget: int, seed: int, repeats: int, per_completion: float
+    problem: Problem,
+    method: str,
+    recipe: Recipe,
+    budget: int,
+    seed: int,
+    repeats: int,
+    per_completion: float,
+    *,
+    progress: bool,  # noqa: ARG001  (of tasks; these runs are short)
 ) -> list[SuiteCell]:
     """Return a method's cells for one problem; an error becomes a note, so that the other methods keep their answers."""
     posterior, stream = problem.posterior, f"{problem.name} {method}"

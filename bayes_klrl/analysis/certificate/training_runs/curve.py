@@ -29,6 +29,8 @@ from bayes_klrl.errors import CheckpointError
 from bayes_klrl.export.html import HtmlTable, html_page
 from bayes_klrl.export.output_folder import naming_what_is_safe, prepare_output
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.runners.runner import Runner
+from bayes_klrl.runners.serial import chosen_runner
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import IntArray, Twist, TwistRecipe
 from bayes_klrl.whole_files import whole_file, write_whole
@@ -235,6 +237,7 @@ def certify_checkpoints(
     max_proposals: int = 20_000,
     sampling_only: bool = False,
     progress: bool = False,
+    runner: Runner | None = None,
 ) -> CertificateCurve:
     """Return a certificate of each `checkpoint-N` in a trainer's folder, beside what the trainer logged.
 
@@ -253,7 +256,7 @@ def certify_checkpoints(
         with this seed; what depends on the posterior alone is computed once.
     failure_probability
         Of each certificate by itself, as for `certify`.
-    num_draws, num_particles, num_runs, twist, exact, feature, max_sequences, max_proposals, sampling_only, progress
+    num_draws, num_particles, num_runs, twist, exact, feature, max_sequences, max_proposals, sampling_only, progress, runner
         See `certify`.
 
     Raises
@@ -291,6 +294,7 @@ def certify_checkpoints(
         max_proposals=max_proposals,
         sampling_only=sampling_only,
         progress=progress,
+        runner=chosen_runner(runner),
     )
     ground = groundwork(posterior, settings, twist=twist, exact=exact)
     found = checkpoints_in(Path(folder))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bayes_klrl.inference.svi.optimizers import KLSGD, StepLength
 from bayes_klrl.inference.svi.pyro_backend.elbo import spread
+from bayes_klrl.inference.svi.pyro_backend.over_ranks.spread import spread_like, whole_tensor
 from bayes_klrl.inference.svi.pyro_backend.trust_region import TrustRegion
 from bayes_klrl.inference.svi.steps import MAX_GRADIENT_NORM, learning_rate_schedule
 
@@ -74,7 +75,11 @@ class AdamSteps:
         rate = float(self._schedule.get_last_lr()[0])
         self._trust_region.step(self._optimiser)
         self._schedule.step()
-        return {"gradient_norm": float(norm), "learning_rate": rate, "step_kl": self._trust_region.limit.last_kl}
+        return {
+            "gradient_norm": float(whole_tensor(norm)),
+            "learning_rate": rate,
+            "step_kl": self._trust_region.limit.last_kl,
+        }
 
     def forget_draws(self) -> None:
         """See `Steps.forget_draws`; there are none."""
@@ -84,7 +89,7 @@ class AdamSteps:
         found = {}
         for i, parameter in enumerate(self._parameters):
             for name, value in self._optimiser.state[parameter].items():
-                found[f"{i}.{name}"] = torch.as_tensor(value).clone()
+                found[f"{i}.{name}"] = whole_tensor(torch.as_tensor(value)).clone()
         found["numbers"] = torch.tensor(
             [self._schedule.last_epoch, self._trust_region.limit.unmeasured], dtype=torch.float64, device="cpu"
         )
@@ -95,7 +100,9 @@ class AdamSteps:
         for key, value in state.items():
             if key != "numbers":
                 i, name = key.split(".", 1)
-                self._optimiser.state[self._parameters[int(i)]][name] = value.clone()
+                parameter = self._parameters[int(i)]
+                is_like_it = value.shape == parameter.shape
+                self._optimiser.state[parameter][name] = spread_like(value, parameter) if is_like_it else value.clone()
         epoch, unmeasured = (int(number) for number in state["numbers"].tolist())
         self._schedule.last_epoch = epoch
         for group, base, factor in zip(
@@ -153,7 +160,7 @@ class MomentumSteps:
         squared = 0.0
         for momentum, parameter, scale in zip(self._momentum, self._parameters, self._scales, strict=True):
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            squared += float(gradient.square().sum())
+            squared += float(whole_tensor(gradient.square().sum()))
             momentum.mul_(self._recipe.momentum).add_(gradient if scale is None else gradient * scale)
         kl = self._move(epsilon)
         self._count += 1
@@ -162,7 +169,7 @@ class MomentumSteps:
     def _move(self, epsilon: float) -> float:
         """Move by `epsilon` nats against the momentum, and return the KL as far as it is known."""
         directions = [m if scale is None else m * scale for m, scale in zip(self._momentum, self._scales, strict=True)]
-        norm = float(sum(direction.square().sum() for direction in directions)) ** 0.5
+        norm = float(sum(whole_tensor(direction.square().sum()) for direction in directions)) ** 0.5
         if norm == 0 or not epsilon > 0:
             return 0.0
         known = np.isfinite(self._curvature)
@@ -204,13 +211,13 @@ class MomentumSteps:
         """See `Steps.state`."""
         variance = self._length.variance
         numbers = [self._count, self._curvature, np.nan if variance is None else variance]
-        found = {f"{i}.momentum": momentum.clone() for i, momentum in enumerate(self._momentum)}
+        found = {f"{i}.momentum": whole_tensor(momentum).clone() for i, momentum in enumerate(self._momentum)}
         return found | {"numbers": torch.tensor(numbers, dtype=torch.float64, device="cpu")}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """See `Steps.load_state`."""
         for i, momentum in enumerate(self._momentum):
-            momentum.copy_(state[f"{i}.momentum"])
+            momentum.copy_(spread_like(state[f"{i}.momentum"], momentum))
         count, self._curvature, variance = state["numbers"].tolist()
         self._count, self._length.variance = int(count), None if np.isnan(variance) else variance
 
@@ -230,4 +237,8 @@ def embedding_rows(guide: Any, parameters: Sequence[Tensor], uses: Tensor) -> li
     layers = [getattr(base, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings")]
     rows = {id(getattr(layer, "weight", None)) for layer in layers if layer is not None}
     factors = (uses + _RARE).pow(-0.25)[:, None]
-    return [factors.to(p) if id(p) in rows and p.dim() == 2 and len(p) == len(uses) else None for p in parameters]
+    found: list[Tensor | None] = []
+    for p in parameters:
+        scaled = id(p) in rows and p.dim() == 2 and len(p) == len(uses)
+        found.append(spread_like(factors.to(p.dtype).to(p.device), p) if scaled else None)
+    return found

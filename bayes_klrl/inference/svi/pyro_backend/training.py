@@ -26,8 +26,17 @@ from bayes_klrl.inference.svi.pyro_backend.elbo import ElboTerms, LeaveOneOutELB
 from bayes_klrl.inference.svi.pyro_backend.loss_elbo import LossELBO
 from bayes_klrl.inference.svi.pyro_backend.natural_gradient.steps import NaturalSteps
 from bayes_klrl.inference.svi.pyro_backend.optimizers import AdamSteps, MomentumSteps, embedding_rows
+from bayes_klrl.inference.svi.pyro_backend.over_ranks.rows import SharedLM, SharedPosterior
+from bayes_klrl.inference.svi.pyro_backend.over_ranks.spread import (
+    SpreadLM,
+    spread_like,
+    whole_tensor,
+    write_whole_guide,
+)
 from bayes_klrl.inference.svi.pyro_backend.sampled import SampledForwardKL
 from bayes_klrl.inference.svi.pyro_backend.scores import ScoreELBO
+from bayes_klrl.inference.svi.pyro_backend.within_memory import gradient_within_memory, optimizer_within_memory
+from bayes_klrl.inference.svi.ranks.group import ALONE, Ranks
 from bayes_klrl.inference.svi.refusals import no_adapter
 from bayes_klrl.inference.svi.steps.minibatches import prompts_of_step
 from bayes_klrl.models.decoding import check_shares_vocabulary
@@ -64,7 +73,7 @@ def fit_guide(plan: TrainingPlan, posterior: Posterior, habits: Habits, *, seed:
         on_model_device(posterior.prior),
     ):
         torch.manual_seed(check_seed(seed))
-        training = TorchTraining(plan, posterior, seed)
+        training = TorchTraining(plan, posterior, seed, habits.ranks)
         return trained(plan, posterior, training, habits, start=start, progress=progress)
 
 
@@ -77,26 +86,39 @@ class TorchTraining:
         The numbers of the training, and the posterior that the guide approximates.
     seed
         Seed for the critic's own draws and for the prompts of each step. All other random numbers come from torch's generator.
+    ranks
+        The group of processes that train together; `over_ranks.rows` says who computes which completions.
     """
 
-    def __init__(self, plan: TrainingPlan, posterior: Posterior, seed: int) -> None:
-        self.posterior, self.seed = posterior, seed
+    def __init__(self, plan: TrainingPlan, posterior: Posterior, seed: int, ranks: Ranks = ALONE) -> None:
+        self.posterior, self.seed, self.ranks = posterior, seed, ranks
         self._prompts_per_step, self._discount = plan.prompts_per_step, plan.discount
+        self._num_particles = plan.num_particles
         self.guide = starting_guide(plan, posterior)
-        self._recomputing = recomputation_of(plan, self.guide, posterior.prior)
-        self.model = pyro_model(posterior, plan.prompts_per_step)
-        self.parameters = [parameter for parameter in self.guide.parameters() if parameter.requires_grad]
+        ranks.follow_first(parameters_of(self.guide))
+        self._policy = shared_lm(self.guide, ranks)
+        self._prior = shared_lm(posterior.prior, ranks)
+        # the guide, or its copy that is spread over the ranks
+        self._trained: Any = self._policy.whole if isinstance(self._policy, SharedLM) else self.guide
+        self.parameters = parameters_of(self._trained)
+        self._target = self._shared(posterior)
+        self._recomputing = recomputation_of(plan, self._trained, posterior.prior)
+        self.model = pyro_model(self._target, plan.prompts_per_step)
         optimizer = optimizer_of(plan.optimizer or default_optimizer(plan, self.guide))
-        self.critic = critic_for(plan, optimizer, posterior, seed)
+        self.critic = critic_for(plan, optimizer, self._target, seed, ranks)
         self.objective = objective_of(plan.objective)
         self.elbo = self._loss(plan)
-        drawn_by = posterior.prior if getattr(self.elbo, "from_prior", False) else None
-        self.program = pyro_guide(posterior, self.guide, plan.prompts_per_step, drawn_by)
-        self.steps = steps_of(plan, optimizer, self.guide, self.parameters, self.elbo, posterior)
+        drawn_by = self._target.prior if getattr(self.elbo, "from_prior", False) else None
+        self.program = pyro_guide(self._target, self._policy, plan.prompts_per_step, drawn_by)
+        self.steps = steps_of(plan, optimizer, self._trained, self.parameters, self.elbo, self._target)
         # what critic and optimizer have read before the first step
         self._tokens_before = sum(
             int(getattr(part, "model_tokens", 0)) for part in (self.critic, self.steps, self.elbo)
         )
+
+    def _shared(self, posterior: Posterior) -> Posterior:
+        """Return a posterior whose rows the ranks compute together; in a group of one, the posterior itself."""
+        return posterior if self.ranks.size == 1 else SharedPosterior(posterior, self.ranks, self._prior)
 
     def _loss(self, plan: TrainingPlan) -> Any:
         """Return the loss of a step: a trainer's own, one on a sampler's draws, or one on the guide's."""
@@ -105,27 +127,30 @@ class TorchTraining:
         sampler = getattr(self.objective, "sampler", None)
         if sampler is not None:
             in_parts = plan.prompts_per_step is not None
-            return SampledForwardKL(sampler, self.guide, lambda: self.posterior, seed=self.seed, in_parts=in_parts)
-        loss = loss_of(plan, self.critic, lambda: self.posterior.alpha)
+            return SampledForwardKL(sampler, self._policy, lambda: self._target, seed=self.seed, in_parts=in_parts)
+        loss = loss_of(plan, self.critic, lambda: self.posterior.alpha, self.ranks)
         if isinstance(getattr(self.objective, "replay", 0), Draws):
-            loss.replay.fill(self.posterior, self.objective.replay)
+            loss.replay.fill(self._target, self.objective.replay)
         return loss
 
     def step(self, number: int) -> dict[str, float]:
         """See `Training.step`."""
         prompts = self.prompts_of(number)
+        if self.ranks.size > 1:  # a callback on rank 0 may have drawn from it
+            torch.set_rng_state(self.ranks.of_first(torch.get_rng_state()))
         for parameter in self.parameters:
             parameter.grad = None
         if self.steps.needs_gradient:
-            with self._recomputing():
-                self.elbo.loss_and_grads(self.model, self.program, *prompts)
+            self._add_gradient(prompts)
+            self.ranks.sum_gradients(self.parameters)
         else:
             self.elbo.loss(self.model, self.program, *prompts)
         terms = self.elbo.last
         check_finite_weights(
             terms.log_weights, self.posterior, zero=bool(getattr(self.objective, "zero_likelihood", False))
         )
-        taken = self.steps.step(terms.log_weights)
+        with optimizer_within_memory():
+            taken = self.steps.step(terms.log_weights)
         tokens = terms.model_tokens + self._tokens_before
         self._tokens_before = 0
         return {
@@ -137,6 +162,19 @@ class TorchTraining:
             **taken,
             "tokens": tokens,
         }
+
+    def _add_gradient(self, prompts: tuple[torch.Tensor, ...]) -> None:
+        """Draw, and add the gradient of the loss; in smaller chunks if the memory of the device runs out."""
+
+        def compute() -> None:
+            with self._recomputing():
+                self.elbo.loss_and_grads(self.model, self.program, *prompts)
+
+        if self.ranks.size > 1:  # the others would wait for this rank's second try
+            compute()
+            return
+        num_rows = self._num_particles * (self._prompts_per_step or self.posterior.num_prompts)
+        gradient_within_memory(compute, self.guide, self.parameters, (self.critic, self.elbo), num_rows)
 
     def prompts_of(self, number: int) -> tuple[torch.Tensor, ...]:
         """Return the argument of the programs that chooses a step's prompts; none where all are used."""
@@ -153,17 +191,19 @@ class TorchTraining:
                     "A fixed twist is the critic of one alpha, and alpha is to change: with discount < 1 its guide would be "
                     "of no posterior. Take discount=1, or a critic that learns, such as twist=bk.PartialRewardTwist()."
                 )
-            self.posterior = posterior
-            self.model = pyro_model(posterior, self._prompts_per_step)
+            self.posterior, self._target = posterior, self._shared(posterior)
+            self.model = pyro_model(self._target, self._prompts_per_step)
             self.steps.forget_draws()
 
     def guide_so_far(self) -> LanguageModel:
-        """See `Training.guide_so_far`."""
+        """See `Training.guide_so_far`. All ranks call it together where parameters are spread."""
+        if self.ranks.spreads:
+            write_whole_guide(self.parameters, parameters_of(self.guide))
         return self.guide.to_ngram() if isinstance(self.guide, TableLM) else self.guide
 
     def saved(self) -> dict[str, torch.Tensor]:
         """See `Training.saved`."""
-        found = {f"guide.{i}": parameter for i, parameter in enumerate(self.parameters)}
+        found = {f"guide.{i}": whole_tensor(parameter.detach()) for i, parameter in enumerate(self.parameters)}
         found |= {f"optimizer.{name}": value for name, value in self.steps.state().items()}
         for owner, name in ((self.critic, "critic"), (self.elbo, "loss")):
             if hasattr(owner, "state"):
@@ -179,13 +219,25 @@ class TorchTraining:
             )
         with torch.no_grad():
             for i, parameter in enumerate(self.parameters):
-                parameter.copy_(arrays[f"guide.{i}"])
+                parameter.copy_(spread_like(arrays[f"guide.{i}"], parameter))
         self.steps.load_state(_part(arrays, "optimizer."))
         for owner, name in ((self.critic, "critic."), (self.elbo, "loss.")):
             if hasattr(owner, "load_state"):
                 owner.load_state({key: value.cpu().numpy() for key, value in _part(arrays, name).items()})
         self._tokens_before = 0
         torch.set_rng_state(arrays["random"].cpu())
+
+
+def parameters_of(guide: Any) -> list[torch.Tensor]:
+    """Return the parameters of a guide that are trained."""
+    return [parameter for parameter in guide.parameters() if parameter.requires_grad]
+
+
+def shared_lm(lm: Any, ranks: Ranks) -> Any:
+    """Return a model as the ranks share it, each with a copy or with a part of it; in a group of one, the model itself."""
+    if ranks.size == 1:
+        return lm
+    return SpreadLM(lm, ranks) if ranks.spreads else SharedLM(lm, ranks)
 
 
 def effective_size(terms: ElboTerms) -> float:
@@ -201,12 +253,14 @@ def _part(state: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Ten
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-def loss_of(plan: TrainingPlan, critic: Any, alpha: Callable[[], float] = lambda: 1.0) -> Any:
+def loss_of(plan: TrainingPlan, critic: Any, alpha: Callable[[], float] = lambda: 1.0, ranks: Ranks = ALONE) -> Any:
     """Return the loss of the guide's own draws: those of whole completions for the plain ELBO, else the one of scores."""
     objective = objective_of(plan.objective)
     if isinstance(objective, ELBO) and critic is None and plan.particles_per_pass is None:
         return _ELBOS[plan.estimator](plan.num_particles)
-    return ScoreELBO(plan.num_particles, objective, critic, plan.discount, plan.particles_per_pass, alpha)
+    # a pass is shared by the ranks, and the bound is one for each of them
+    per_pass = None if plan.particles_per_pass is None else plan.particles_per_pass * ranks.size
+    return ScoreELBO(plan.num_particles, objective, critic, plan.discount, per_pass, alpha)
 
 
 def default_optimizer(plan: TrainingPlan, guide: Any) -> str:
@@ -217,7 +271,7 @@ def default_optimizer(plan: TrainingPlan, guide: Any) -> str:
     return "kl_sgd" if plain and is_large and plan.learning_rate is None else "adam"
 
 
-def critic_for(plan: TrainingPlan, optimizer: Any, posterior: Posterior, seed: int) -> Any:
+def critic_for(plan: TrainingPlan, optimizer: Any, posterior: Posterior, seed: int, ranks: Ranks = ALONE) -> Any:
     """Return the critic that is asked for, or by default the one of rewards of prefixes; None for none.
 
     Where these rewards would take much longer than the draws, there is none: a head on hidden states is measured to be no
@@ -230,7 +284,7 @@ def critic_for(plan: TrainingPlan, optimizer: Any, posterior: Posterior, seed: i
     critic = PrefixRewardCritic(posterior, seed, forgiving=True)  # it was not asked for
     seconds = critic.seconds_of_prefixes
     share = seconds / max(critic.seconds_of_draws, 1e-9)
-    if share > _MOST_OF_PREFIXES and seconds > _NO_MATTER:
+    if ranks.of_first(share > _MOST_OF_PREFIXES and seconds > _NO_MATTER):  # times differ, and ranks must agree
         warnings.warn(
             f"Rewards of prefixes would take {share:.0f} times as long as drawing the completions, so there is no critic. "
             "SVI(twist=bk.PartialRewardTwist()) has one all the same; twist='hidden_states' or 'none' says what is wanted.",

@@ -65,9 +65,9 @@ def with_room(stored: Tensor) -> Tensor:
     return copy
 
 
-def picked(stored: Tensor, length: int, rows: Tensor) -> Tensor:
-    """Return a copy of some rows of one layer's first `length` positions, with free positions at the end."""
-    copy = empty_layer(stored, len(rows), length + GROWTH)
+def picked(stored: Tensor, length: int, rows: Tensor, room: int = GROWTH) -> Tensor:
+    """Return a copy of some rows of one layer's first `length` positions, with `room` free positions at the end."""
+    copy = empty_layer(stored, len(rows), length + room)
     # in the order (position, row, head, size) of short buffers, so that whole positions are copied at once
     for source, target in zip(stored.permute(0, 3, 1, 2, 4), copy.permute(0, 3, 1, 2, 4), strict=True):
         torch.index_select(source[:length], 1, rows, out=target[:length])
@@ -206,7 +206,11 @@ class TightNetwork:
 
     def select(self, cache: Cache, rows: Tensor) -> Cache:
         """See `Network.select`."""
-        layers = [picked(stored, cache.length, rows) for stored in cache.buffer.layers]
+        return self.select_with_room(cache, rows, GROWTH)
+
+    def select_with_room(self, cache: Cache, rows: Tensor, room: int) -> Cache:
+        """Return the cache of the given rows, with room for so many more tokens."""
+        layers = [picked(stored, cache.length, rows, room) for stored in cache.buffer.layers]
         padding = None if cache.padding is None else cache.padding[rows]
         return Cache(Buffer(layers, cache.length), cache.length, padding)
 

@@ -1,0 +1,109 @@
+"""What an output folder of `bayes-klrl` contributes to a report: its tables, pictures and certificates, without the models."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+import pandas as pd
+
+from bayes_klrl.analysis.report.page import Section, interactive, picture_of_file
+from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.export.datatree import load_comparison
+from bayes_klrl.export.html import HtmlTable
+from bayes_klrl.prompts.words import visible
+from bayes_klrl.weights import normalised
+
+__all__ = ["folder_sections"]
+
+_HEADINGS = {
+    "table": "Methods",
+    "comparison": "Methods, in a picture",
+    "prompts": "Prompts",
+    "amortisation": "One guide for many prompts",
+    "certificate": "Certificate",
+    "frontier": "Frontier",
+    "suite": "Suite",
+    "training": "Training",
+}
+_NUM_SAMPLES, _MOST_PROMPTS = 8, 4
+
+
+def folder_sections(folder: str | Path) -> tuple[list[str], list[Section]]:
+    """Return the verdicts, and the sections about each of the files in a folder.
+
+    Raises
+    ------
+    BayesKLRLError
+        If there is no such folder, or it holds nothing that can be shown.
+    CheckpointError
+        If draws.nc is damaged.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise BayesKLRLError(
+            f"There is no folder {str(path)!r}. Give the one that `bayes-klrl ... --out FOLDER` wrote."
+        )
+    verdicts, sections = [], []
+    for file in sorted(path.iterdir(), key=_order):
+        heading = _heading(file.stem)
+        if file.suffix == ".txt" and heading.startswith("Certificate"):
+            text = file.read_text(encoding="utf-8")
+            verdicts.append(text.splitlines()[1] if len(text.splitlines()) > 1 else text)
+            sections.append(Section(heading, f"<pre>{escape(text)}</pre>"))
+        elif file.suffix == ".csv":
+            sections.append(Section(f"{heading}: numbers", interactive(_table(file), f"{heading.lower()}")))
+        elif file.suffix == ".png":
+            sections.append(Section(heading, picture_of_file(file, f"{heading}: the picture of {file.name}.")))
+        elif file.name == "draws.nc":
+            sections.append(Section("Samples", interactive(_samples(file), "completions")))
+    if not sections:
+        raise BayesKLRLError(
+            f"{str(path)!r} holds no table, picture, certificate or draws. Give the folder that `bayes-klrl ... --out FOLDER` "
+            "wrote."
+        )
+    return verdicts, sections
+
+
+def _order(file: Path) -> tuple[int, str]:
+    """Return the place of a file in the page."""
+    names = list(_HEADINGS)
+    stem = file.stem.split("-")[0]
+    return (names.index(stem) if stem in names else len(names), file.name)
+
+
+def _heading(stem: str) -> str:
+    """Return the heading of a file: that of its kind, with its number if there are several."""
+    kind, _, number = stem.partition("-")
+    words = _HEADINGS.get(kind, kind)
+    return f"{words} {number}".strip()
+
+
+def _table(file: Path) -> HtmlTable:
+    """Return a CSV file as a table; numbers to four digits."""
+    table = pd.read_csv(file, keep_default_na=False)
+    rows = [[_cell(value) for value in row] for row in table.itertuples(index=False)]
+    words = [column for column, name in enumerate(table.columns) if not pd.api.types.is_numeric_dtype(table[name])]
+    return HtmlTable([str(name) for name in table.columns], rows, words=words)
+
+
+def _cell(value: object) -> str:
+    """Return a cell's text."""
+    try:
+        return f"{float(str(value)):.4g}"
+    except ValueError:
+        return str(value)
+
+
+def _samples(file: Path) -> HtmlTable:
+    """Return the completions of most weight of each method and prompt."""
+    rows = []
+    for name, draws in load_comparison(file).items():
+        texts, weights = draws.texts() if draws.decoder is not None else None, normalised(draws.log_weights)
+        words = draws.prompt_words()
+        for p in range(min(draws.shape[0], _MOST_PROMPTS)):
+            for n in (-weights[p]).argsort(kind="stable")[:_NUM_SAMPLES]:
+                ids = draws.tokens[p, n, : draws.lengths[p, n]].tolist()
+                text = " ".join(map(str, ids)) if texts is None else visible(texts[p][n])
+                rows.append([name, words[p], text, f"{draws.reward[p, n]:.4g}", f"{weights[p, n]:.3g}"])
+    return HtmlTable(("method", "prompt", "completion", "reward", "weight"), rows, words=(0, 1, 2))
