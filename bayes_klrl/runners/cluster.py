@@ -36,6 +36,9 @@ class RayRunner:
         which this process is connected, that of the environment variable RAY_ADDRESS, or a new ray of this machine.
     num_cpus_per_task
         Cores that each task reserves: `num_cpus` of ray's.
+    num_gpus_per_task
+        Cards that each task reserves: `num_gpus` of ray's. ray hides the cards from a task that reserves none, so give 1 if
+        the prior is on a card.
     threads_per_process
         torch's threads in each worker; None: as many as in this process.
 
@@ -54,13 +57,19 @@ class RayRunner:
     """
 
     def __init__(
-        self, address: str | None = None, *, num_cpus_per_task: float = 1, threads_per_process: int | None = None
+        self,
+        address: str | None = None,
+        *,
+        num_cpus_per_task: float = 1,
+        num_gpus_per_task: float = 0,
+        threads_per_process: int | None = None,
     ) -> None:
         try:
             import ray
         except ImportError as error:
             raise ImportError("bk.RayRunner needs the ray package: pip install 'bayes_klrl[ray]'") from error
-        self.address, self.num_cpus_per_task, self.threads_per_process = address, num_cpus_per_task, threads_per_process
+        self.address, self.threads_per_process = address, threads_per_process
+        self.num_cpus_per_task, self.num_gpus_per_task = num_cpus_per_task, num_gpus_per_task
         if not ray.is_initialized():
             _connect(ray, address)
 
@@ -69,10 +78,14 @@ class RayRunner:
 
     @property
     def num_workers(self) -> int:
-        """Tasks that the cluster's cores take at a time."""
+        """Tasks that the cluster's cores and cards take at a time."""
         import ray
 
-        return max(1, int(ray.cluster_resources().get("CPU", 1) / self.num_cpus_per_task))
+        found = ray.cluster_resources()
+        places = [found.get("CPU", 1) / self.num_cpus_per_task]
+        if self.num_gpus_per_task:
+            places.append(found.get("GPU", 0) / self.num_gpus_per_task)
+        return max(1, int(min(places)))
 
     def map(self, tasks: Sequence[Task], *, progress: bool = False) -> Iterator[Outcome]:
         """See `Runner.map`; the tasks themselves show no progress.
@@ -88,7 +101,9 @@ class RayRunner:
         arrays = [np.frombuffer(each, dtype=np.uint8) for each in sent.buffers]
         run = ray.put((sent.data, arrays))
         settings = Settings.of_this_process(self.threads_per_process)
-        remote = ray.remote(_work).options(num_cpus=self.num_cpus_per_task, max_retries=1)
+        remote = ray.remote(_work).options(
+            num_cpus=self.num_cpus_per_task, num_gpus=self.num_gpus_per_task, max_retries=1
+        )
         name = run.hex()
         waiting = {remote.remote(run, name, index, settings): index for index in range(len(tasks))}
         warned: set[str] = set()
