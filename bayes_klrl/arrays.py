@@ -60,7 +60,7 @@ def to_device(array: Any, device: Any, dtype: Any = None) -> Any:
     `torch.as_tensor(array, device=device)` waits. A copy from ordinary memory is staged before `to` returns, so that the array
     may be changed at once; on Apple's devices it is not.
     """
-    tensor = sys.modules["torch"].as_tensor(array, dtype=dtype)
+    tensor = sys.modules["torch"].as_tensor(array, dtype=dtype, device="cpu")  # whatever torch's default device is
     return tensor if device.type == "cpu" else tensor.to(device, non_blocking=device.type != "mps")
 
 

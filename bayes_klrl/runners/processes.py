@@ -242,7 +242,8 @@ def _folder(num_bytes: int) -> Iterator[Path]:
     """Give a folder for files in shared memory, or else of the disk, and remove it at the end."""
     has_room = _SHARED_MEMORY.is_dir() and os.access(_SHARED_MEMORY, os.W_OK)
     has_room = has_room and shutil.disk_usage(_SHARED_MEMORY).free > 2 * num_bytes
-    with tempfile.TemporaryDirectory(prefix="bayes-klrl-", dir=_SHARED_MEMORY if has_room else None) as folder:
+    prefix = f"bayes-klrl-{os.getpid()}-"  # so that what a killed process left behind can be told
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=_SHARED_MEMORY if has_room else None) as folder:
         yield Path(folder)
 
 

@@ -108,7 +108,7 @@ def test_a_result_shows_its_verdict_first_and_tables_and_is_inert(name: str) -> 
     assert page.tags[:3] == ["div", "p", "strong"]
     assert page.tags.count("table") >= 1
     assert verdict in page.text[: len(verdict) + 60]
-    assert {key for key, _ in page.attributes} <= {"style"}
+    assert {key for key, _ in page.attributes} <= {"style", "scope"}
     assert not re.search(
         r"color|background|url\(|http|#[0-9a-f]{3}|rgb", " ".join(str(value) for _, value in page.attributes)
     )

@@ -103,8 +103,9 @@ def test_workers_share_one_copy_of_a_model_in_a_file_that_is_gone_afterwards(run
     places = [each.value[1] for each in outcomes_of(runner, [Task("place", arrays_of, (posterior,))] * 4)]
     files = {line.split()[-1] for line in places}
     assert len(files) == 1
-    assert files.pop().endswith("/tasks")
-    assert not list(Path("/dev/shm").glob("bayes-klrl-*"))
+    file = Path(files.pop())
+    assert file.name == "tasks"
+    assert not file.parent.exists()
 
 
 class Deadly:
@@ -207,7 +208,7 @@ def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path) -> None:
     assert b"KeyboardInterrupt" in errors
     assert process.returncode != 0
     check_gone(tmp_path)
-    assert not list(Path("/dev/shm").glob("bayes-klrl-*"))
+    assert not list(Path("/dev/shm").glob(f"bayes-klrl-{process.pid}-*"))
 
 
 def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     process.kill()
     process.wait(timeout=20)
     check_gone(tmp_path)
-    for folder in Path("/dev/shm").glob("bayes-klrl-*"):  # nobody was left to remove it
+    for folder in Path("/dev/shm").glob(f"bayes-klrl-{process.pid}-*"):  # nobody was left to remove it
         for file in folder.iterdir():
             file.unlink()
         folder.rmdir()

@@ -129,15 +129,19 @@ def test_pieces_are_the_text() -> None:
     assert "\ufffd" not in "".join(pieces)
 
 
-def test_a_folder_is_shown_without_its_models(found: list[Any], tmp_path: Path) -> None:
-    found[0].save(tmp_path / "out")
+def test_a_folder_is_shown_without_its_models(
+    found: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.argv", ["/usr/bin/bayes-klrl", "compare", "my file.py"])
+        found[0].save(tmp_path / "out")
     page = bk.report(tmp_path / "out", tmp_path / "report.html").read_text(encoding="utf-8")
     said = "".join(Page(page).texts)
     assert "Methods: numbers" in said
     assert f"{found[0].table().loc['SVI', 'elbo']:.4g}" in said
     assert HOSTILE not in page
     assert HOSTILE in said
-    assert "pytest" in said  # the command that wrote the folder
+    assert "bayes-klrl compare 'my file.py'" in said  # the command that wrote the folder
 
 
 @pytest.mark.parametrize("what", [None, [], 3, ["no result"]])

@@ -1,0 +1,232 @@
+"""How near to their arithmetic are decoding and a step of SVI? Shares of the time, against bare matrix products.
+
+    OMP_NUM_THREADS=1 python benchmarks/bench_floor.py decoding     per shape: floor, ours, `generate`, and their ratios
+    OMP_NUM_THREADS=1 python benchmarks/bench_floor.py growth       CPU seconds against N, T, V, prompt length and prompts
+    OMP_NUM_THREADS=1 python benchmarks/bench_floor.py step         the parts of a step of SVI, 64 x 16 on 4 x 128, V = 2000
+
+The floor of decoding is the time of its matrix products alone (each layer's four and the head's, for R rows, measured one by
+one), and of reading all keys and values once per step at the machine's own bandwidth. The floor of a step of SVI is that of
+drawing, of one forward pass under the prior, and three times that for forward and backward pass of the guide. CPU seconds of
+one thread; each number is the best of several repetitions, ours and `generate`'s in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from bench_sampling import sample_generate
+
+import bayes_klrl as bk
+from bayes_klrl.inference.svi.pyro_backend.elbo import SequenceELBO
+from bayes_klrl.models.decoding import decode
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A GPT-2 of random weights, and what is drawn from it."""
+
+    name: str
+    layers: int
+    width: int
+    heads: int
+    vocab: int = 2000
+    rows: int = 64
+    new: int = 32
+    prompt: int = 8
+    prompts: int = 1
+
+    def model(self) -> Any:
+        """Return the model."""
+        torch.manual_seed(0)
+        config = hf.GPT2Config(
+            vocab_size=self.vocab,
+            n_embd=self.width,
+            n_layer=self.layers,
+            n_head=self.heads,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+        return hf.GPT2LMHeadModel(config).eval()
+
+
+SMALL = Shape("4 x 128", 4, 128, 4)
+SHAPES = (
+    SMALL,
+    replace(SMALL, name="4 x 128, T = 128", new=128),
+    replace(SMALL, name="4 x 128, T = 512", new=512),
+    Shape("12 x 256", 12, 256, 4),
+    Shape("GPT-2 small", 12, 768, 12, vocab=50_257, rows=16),
+)
+
+
+def best(run: Callable[[], Any], repetitions: int = 3) -> float:
+    """Return the least CPU seconds of a function, after one call that warms up."""
+    run()
+    found = []
+    for _ in range(repetitions):
+        start = time.process_time()
+        run()
+        found.append(time.process_time() - start)
+    return min(found)
+
+
+def product_seconds(rows: int, inner: int, outer: int) -> float:
+    """Return the seconds of one product of (rows, inner) and (inner, outer), with a bias, as a layer computes it."""
+    left, right, bias = torch.randn(rows, inner), torch.randn(inner, outer), torch.randn(outer)
+    number = max(1, int(2e8 / (rows * inner * outer)))
+    return best(lambda: [torch.addmm(bias, left, right) for _ in range(number)], 5) / number
+
+
+def forward_seconds(shape: Shape, rows: int) -> float:
+    """Return the seconds of the products of one forward pass over so many tokens, with logits for each of them."""
+    width = shape.width
+    sizes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
+    return shape.layers * sum(product_seconds(rows, *each) for each in sizes) + product_seconds(
+        rows, width, shape.vocab
+    )
+
+
+def bandwidth() -> float:
+    """Return the bytes per second at which numbers are read from main memory."""
+    numbers = torch.randn(2**26)
+    return 4 * numbers.numel() / best(numbers.sum, 5)
+
+
+def decoding_floor(shape: Shape, speed: float) -> tuple[float, float]:
+    """Return the seconds of the products, and of reading keys and values, of decoding all tokens but the last."""
+    rows, steps = shape.rows * shape.prompts, shape.new - 1
+    mean_length = shape.prompt + shape.new / 2
+    read = 4 * 2 * rows * mean_length * shape.width * shape.layers * steps / speed
+    return steps * forward_seconds(shape, rows), read
+
+
+def bench_decoding(repetitions: int) -> None:
+    """Print a row for each shape."""
+    speed = bandwidth()
+    print(f"{speed / 1e9:.1f} GB/s; seconds\n")
+    print("| model | rows x tokens | products | reading the cache | ours | ours / floor | generate | generate / ours |")
+    print("|---|---|---|---|---|---|---|---|")
+    for shape in SHAPES:
+        ours, theirs = in_turn(shape, repetitions)
+        products, reading = decoding_floor(shape, speed)
+        floor = products + reading
+        cells = [
+            shape.name,
+            f"{shape.rows} x {shape.new}",
+            f"{products:.3f}",
+            f"{reading:.3f}",
+            f"{ours:.3f}",
+            f"{ours / floor:.2f}",
+            f"{theirs:.3f}",
+            f"{theirs / ours:.2f}",
+        ]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def in_turn(shape: Shape, repetitions: int) -> tuple[float, float]:
+    """Return the seconds of this package and of `generate`, the best of runs in turn."""
+    model = shape.model()
+    lm, prompt = bk.TorchLM(model, eos_token_id=()), list(range(1, shape.prompt + 1))
+    ours, theirs = [], []
+    for repetition in range(repetitions):
+        ours.append(best(lambda: drawn(lm, shape, prompt), 1))
+        theirs.append(best(lambda r=repetition: sample_generate(model, [prompt], shape.rows, shape.new, r), 1))
+    return min(ours), min(theirs)
+
+
+def drawn(lm: bk.TorchLM, shape: Shape, prompt: list[int]) -> Any:
+    """Draw the shape's completions."""
+    prompts = [[*prompt[:-1], 1 + p] for p in range(shape.prompts)]
+    return decode((lm,), prompts, shape.rows, shape.new, np.random.default_rng(0))
+
+
+def bench_growth(repetitions: int) -> None:
+    """Print the time against each size, with that of the floor: how much each grows when the size doubles."""
+    speed = bandwidth()
+    sizes: dict[str, tuple[int, ...]] = {
+        "rows": (64, 256, 1024),
+        "new": (32, 128, 512),
+        "vocab": (2000, 16_000, 50_000),
+        "prompt": (8, 64, 256),
+        "prompts": (1, 8, 32),
+    }
+    print("| varied | size | ours | floor | ours / floor |\n|---|---|---|---|---|")
+    for name, values in sizes.items():
+        for value in values:
+            shape = replace(SMALL, **{name: value})
+            lm = bk.TorchLM(shape.model(), eos_token_id=())
+            prompt = list(range(1, shape.prompt + 1))
+            ours = best(lambda s=shape, lm=lm, prompt=prompt: drawn(lm, s, prompt), repetitions)
+            floor = sum(decoding_floor(shape, speed))
+            print(f"| {name} | {value:,} | {ours:.3f} | {floor:.3f} | {ours / floor:.2f} |", flush=True)
+
+
+def bench_step(repetitions: int) -> None:
+    """Print the parts of a step of SVI, alone and as shares of a step."""
+    shape = replace(SMALL, new=16)
+    prior = bk.TorchLM(shape.model(), eos_token_id=())
+    evens = bk.TokenReward(lambda tokens, lengths: (tokens % 2 == 0).mean(axis=1), alpha=0.1)
+    posterior = bk.Posterior(prior, evens, prompts=[list(range(1, 9))], max_new_tokens=shape.new)
+    sequences, guide, number = bk.ImportanceSampling(64).run(posterior, seed=0).sequences, prior.copy(), 10
+
+    def scored(lm: bk.TorchLM) -> torch.Tensor:
+        return lm.token_log_probs(posterior.prompt_ids, sequences)
+
+    def differentiated() -> None:
+        scored(guide).sum().backward()
+        for parameter in guide.parameters():
+            parameter.grad = None
+
+    def trained() -> None:
+        bk.SVI(number, 64, learning_rate=1e-4).fit(posterior, seed=0)
+
+    checks = [0]
+    change = SequenceELBO.guide_change
+
+    def counted(elbo: SequenceELBO) -> float:
+        checks[0] += 1
+        return change(elbo)
+
+    SequenceELBO.guide_change = counted  # type: ignore[method-assign]
+    trained()
+    SequenceELBO.guide_change = change  # type: ignore[method-assign]
+    with torch.no_grad():
+        score = best(lambda: scored(prior), repetitions)
+    parts = {
+        "draw": best(lambda: drawn(prior, shape, list(range(1, 9))), repetitions),
+        "score under the prior": score,
+        "forward and backward pass of the guide": best(differentiated, repetitions),
+        f"how far the step went ({checks[0] / number:.1f} per step)": score * checks[0] / number,
+    }
+    step = best(trained, repetitions) / number
+    draw = sum(decoding_floor(shape, bandwidth()))
+    forward = forward_seconds(shape, 64 * shape.new)
+    floors = [draw, forward, 3 * forward, 0.0]
+    print("| part | seconds | share of the step | its arithmetic |\n|---|---|---|---|")
+    for (name, seconds), floor in zip(parts.items(), floors, strict=True):
+        print(f"| {name} | {seconds:.3f} | {seconds / step:.0%} | {floor:.3f} |")
+    rest = step - sum(parts.values())
+    print(f"| rest: rewards, Pyro, optimizer | {rest:.3f} | {rest / step:.0%} | |")
+    print(f"| step | {step:.3f} | | {sum(floors):.3f} |")
+    print(f"\nstep / arithmetic {step / sum(floors):.2f}, step / its parts {step / sum(parts.values()):.2f}")
+
+
+def main() -> None:
+    """Run one of the benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["decoding", "growth", "step"])
+    parser.add_argument("--repetitions", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    {"decoding": bench_decoding, "growth": bench_growth, "step": bench_step}[options.what](options.repetitions)
+
+
+if __name__ == "__main__":
+    main()
