@@ -113,6 +113,7 @@ def test_the_log_evidence_is_that_of_the_weights(row: Row) -> None:
         np.testing.assert_allclose(draws.elbo, mean, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [small, transformer])
 @pytest.mark.parametrize("row", ROWS, ids=by_name)
 def test_same_seed_same_draws(row: Row, make: Callable[[], bk.Posterior]) -> None:

@@ -217,6 +217,7 @@ def test_draws_of_two_prompts_are_counted(tmp_path: Path) -> None:
         assert [each["tokens"] for each in found["runs"]] == [30, 30]
 
 
+@pytest.mark.slow
 def test_a_trained_policy_is_left_in_a_folder(tmp_path: Path) -> None:
     cell = peer_map.Cell("tuning", 8, task="gpt2-8x4", steps=2)
     job = run.job_of(cell, peer_map.rows(cell)[0], tmp_path)

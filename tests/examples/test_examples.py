@@ -81,6 +81,7 @@ def test_a_reward_function_of_trls_signature_is_the_tasks_reward() -> None:
     assert np.allclose(posterior.log_prior(draws), draws.log_prior, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_preferences", [pytest.param(0, marks=pytest.mark.slow), 6])
 def test_a_joint_program_finds_reward_weights_and_completions(num_preferences: int) -> None:
     """Moments of theta and f(x) against enumeration times quadrature, as near as the fit's own KL to the posterior allows."""

@@ -73,6 +73,7 @@ def dead(draws: Draws, *prompts: int) -> Draws:
     return replace(draws, log_weights=log_weights)
 
 
+@pytest.mark.slow
 def test_a_file_holds_everything(draws: Draws, file: Path) -> None:
     loaded = Draws.load(file)
     assert_same(draws, loaded)
@@ -92,12 +93,14 @@ def test_a_file_holds_draws_of_token_ids(tmp_path: Path) -> None:
             loaded.texts()
 
 
+@pytest.mark.slow
 def test_minus_infinity_and_cost_survive(tmp_path: Path) -> None:
     draws = bk.ImportanceSampling(20).run(POSTERIOR, seed=0)
     draws = replace(dead(draws, 1), cost=Cost(1 / 3, 2**40, 7), alpha=0.1, elbo=np.array([-np.inf, np.nan]))
     assert_same(draws, load_draws(save_draws(draws, tmp_path / "draws.nc")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", " ", "a\x00b", "\udc80", "𝔘 نص\r\n\t", '"\\u0041"', "0" * 5000])
 def test_any_text_survives(text: str, tmp_path: Path) -> None:
     draws = bk.ImportanceSampling(3).run(POSTERIOR, seed=0)

@@ -13,12 +13,14 @@ from bayes_klrl.export.plot_style import spread_out
 from tests.helpers.pictures import ONE, TWO, odd_draws, png_size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("posterior", [ONE, TWO], ids=["one prompt", "two prompts"])
 def test_weights(posterior: bk.Posterior, tmp_path: Path) -> None:
     for algorithm in (bk.ImportanceSampling(100), bk.BestOfN(2, 10), bk.Exact()):
         png_size(plot_weights(algorithm.run(posterior, seed=0), tmp_path / "weights.png"))
 
 
+@pytest.mark.slow
 def test_weights_of_odd_draws(tmp_path: Path) -> None:
     for odd in odd_draws().values():
         png_size(plot_weights(odd, tmp_path / "weights.png"))

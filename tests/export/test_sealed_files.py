@@ -146,6 +146,7 @@ def test_an_old_file_that_is_cut_is_refused(tmp_path: Path) -> None:
         Draws.load(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code, message",
     [("while True: pass", "not read to its end in 2 seconds"), ("import os; os.abort()", "reading it crashes")],

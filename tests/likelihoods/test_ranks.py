@@ -81,6 +81,7 @@ def evidences(make: Any, num: int) -> np.ndarray:
     return logsumexp(np.concatenate(joint))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", [NUMBER, bk.TokenReward(lambda tokens, lengths: tokens.sum(axis=1), alpha=1.0)])
 def test_the_mean_evidence_of_best_of_is_one_over_n_for_any_number_of_draws(fn: Any) -> None:
     for num_reference in (3, 50):

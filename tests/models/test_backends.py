@@ -75,6 +75,7 @@ def test_the_same_seed_gives_the_same_draws_on_both(model: str, name: str) -> No
     np.testing.assert_array_equal(again.log_weights, second.log_weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_log_evidence_is_the_truth_within_standard_errors(model: str) -> None:
     for posterior in both(model):

@@ -175,6 +175,7 @@ SVIS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SVIS)
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_step_of_svi_is_the_same_in_halves(case: str, where: str) -> None:

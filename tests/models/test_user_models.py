@@ -68,6 +68,7 @@ def case(request: pytest.FixtureRequest) -> tuple[bk.Posterior, Any]:
     return POSTERIORS[request.param], truth(POSTERIORS[request.param])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_algorithms_answer_a_users_model(case: tuple[bk.Posterior, Any], name: str) -> None:
     posterior, (xs, log_prior, reward) = case

@@ -153,6 +153,7 @@ def test_bad_requests_name_what_there_is() -> None:
         run_suite(["P1"], {"x": 3})  # type: ignore[dict-item]
 
 
+@pytest.mark.slow
 def test_saved_results(result: bk.SuiteResult, tmp_path: Path) -> None:
     folder = result.save(tmp_path / "out")
     again = pd.read_csv(folder / "table.csv", index_col=["problem", "method"])

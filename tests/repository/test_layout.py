@@ -272,6 +272,7 @@ def test_imports_at_the_top_never_point_up() -> None:
     assert not wrong, report(wrong)
 
 
+@pytest.mark.slow
 def test_lazy_imports_are_listed_with_their_reason() -> None:
     found = {each.pair for each in all_imports() if each.place == "lazy" and is_ours(each.module) and not is_cli(each)}
     assert found - {(file, "bayes_klrl") for file, _ in found} == set(LAZY)

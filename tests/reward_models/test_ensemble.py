@@ -226,6 +226,7 @@ def test_a_pool_that_is_too_small_is_refused() -> None:
 # Every algorithm
 
 
+@pytest.mark.slow
 def test_algorithms_sample_the_cut_posterior() -> None:
     target = posterior()
     truth = Truth(target)

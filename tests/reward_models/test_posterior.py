@@ -213,6 +213,7 @@ def calibration(p: np.ndarray, won: np.ndarray) -> np.ndarray:
     return np.array(scores)
 
 
+@pytest.mark.slow
 def test_predictions_are_means_over_the_posterior(fit: bk.RewardPosterior) -> None:
     held_out, _ = simulated(7, 99, (1.0, -0.5))
     raw = [counts(np.array(part), np.full(7, NUM_TOKENS)) for part in (held_out.chosen, held_out.rejected)]

@@ -36,6 +36,7 @@ def same(first: Any, second: Any) -> None:
             assert not differing(one, other), name
 
 
+@pytest.mark.slow
 def test_every_algorithm_gives_the_same_bits_in_processes(runner: bk.ProcessRunner) -> None:
     rows = {name: each for name, each in ROWS.items() if "number" not in name}
     rows |= {"exact": bk.Exact(), "annealed, a pilot": bk.AnnealedSMC(40), "tight": bk.RejectionSampling(150, 1500)}
@@ -66,6 +67,7 @@ def test_a_network_and_its_guides_give_the_same_bits(runner: bk.ProcessRunner) -
     assert own <= {parameter.data_ptr() for parameter in fit.guide.module.parameters()}
 
 
+@pytest.mark.slow
 def test_certificates_frontiers_islands_and_the_suite_give_the_same_bits(runner: bk.ProcessRunner) -> None:
     policy = bk.NgramLM(np.log(np.random.default_rng(1).dirichlet(np.ones(6), size=6)), eos_token_id=5)
     options: dict[str, Any] = {"seed": 0, "num_draws": 300, "sampling_only": True, "num_runs": 8}
@@ -122,6 +124,7 @@ class Deadly:
         return bk.ImportanceSampling(20).run(posterior, seed=seed)
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_once_is_replaced_and_one_that_dies_twice_is_named(
     runner: bk.ProcessRunner, tmp_path: Path
 ) -> None:
@@ -181,6 +184,7 @@ print(bk.compare(posterior, rows, seed=0, runner=bk.ProcessRunner(2)).table())
 """
 
 
+@pytest.mark.slow
 def test_a_script_needs_no_guard_and_leaves_no_process(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     run = subprocess.run(
@@ -197,6 +201,7 @@ def test_a_script_needs_no_guard_and_leaves_no_process(tmp_path: Path) -> None:
     check_gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     process = subprocess.Popen(
@@ -211,6 +216,7 @@ def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path) -> None:
     assert not list(Path("/dev/shm").glob(f"bayes-klrl-{process.pid}-*"))
 
 
+@pytest.mark.slow
 def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     process = subprocess.Popen([sys.executable, "script.py", str(tmp_path)], cwd=tmp_path)

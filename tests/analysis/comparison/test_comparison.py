@@ -262,6 +262,7 @@ def test_columns_are_not_saved_and_may_have_any_name(name: str, tmp_path: Path) 
 # --- the price of a draw ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tokens_per_effective_draw_of_each_kind_of_answer() -> None:
     """Effective sample sizes where there are any, summed over prompts; one for each independent draw of equal weight."""
     prior = bk.NgramLM.fit(["a cat sat", "the cat ran"], order=2)

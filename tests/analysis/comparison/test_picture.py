@@ -44,12 +44,14 @@ def test_a_comparison_of_one_method(name: str, tmp_path: Path) -> None:
     png_size(plot_comparison({name: draws}, str(tmp_path / "one.png"), log_evidence=2.5))
 
 
+@pytest.mark.slow
 def test_a_comparison_of_twelve_methods(tmp_path: Path) -> None:
     draws = bk.ImportanceSampling(20).run(ONE, seed=0)
     results = {f"a rather long name of method {number}": draws for number in range(12)}
     assert png_size(plot_comparison(results, tmp_path / "many.png"))[1] > 1500
 
 
+@pytest.mark.slow
 def test_a_comparison_copes_with_dead_and_constant_draws(tmp_path: Path) -> None:
     results = odd_draws()
     png_size(plot_comparison(results, tmp_path / "odd.png"))

@@ -161,6 +161,7 @@ def test_intervals_cover_where_they_are_called_valid(law: Law, num: int) -> None
     assert 0.93 <= valid_hits / valid_total <= 0.97
 
 
+@pytest.mark.slow
 def test_the_effective_sample_size_alone_would_call_bad_intervals_valid() -> None:
     """Why an interval needs 50 influential draws: at ESS 370 of 1000 the error of K rests on a handful."""
     law, rng = Gaussian(), np.random.default_rng(5)

@@ -27,6 +27,7 @@ def text(found: list[Any], tmp_path_factory: pytest.TempPathFactory) -> str:
     return file.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_every_part_is_there(found: list[Any], text: str) -> None:
     page = Page(text)
     assert page.open == []
@@ -129,6 +130,7 @@ def test_pieces_are_the_text() -> None:
     assert "\ufffd" not in "".join(pieces)
 
 
+@pytest.mark.slow
 def test_a_folder_is_shown_without_its_models(
     found: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

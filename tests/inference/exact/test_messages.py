@@ -336,6 +336,7 @@ def test_powers_and_products_of_different_alpha() -> None:
         np.testing.assert_allclose(messages.moments().reward, mean, **TINY)
 
 
+@pytest.mark.slow
 def test_an_ngram_twist_serves_another_prior() -> None:
     """theory.md 3.9: messages of a cheap prior as an approximate twist of an expensive one; the evidence stays right."""
     rng = np.random.default_rng(2)

@@ -213,6 +213,7 @@ def two_prompts() -> bk.Posterior:
     return random_posterior(36, num_tokens=5, prompts=((0,), (1, 2)), prompt_shift=0.5)
 
 
+@pytest.mark.slow
 def test_draws_are_ordered_chain_by_chain(tmp_path: Path) -> None:
     posterior = two_prompts()
     draws = bk.SuffixMH(3, 50, num_warmup=10).run(posterior, seed=0)

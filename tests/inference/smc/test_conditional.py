@@ -79,6 +79,7 @@ def test_gold_with_early_ends_and_fixed_lengths(backend: str) -> None:
         assert abs(z_score(np.exp(truth.log_evidence[0] - runs.log_evidence[0]), 1.0)) < 3
 
 
+@pytest.mark.slow
 def test_the_product_of_runs_gives_the_bounds_that_certificates_use() -> None:
     """mean log Z-hat +- log(1 / delta) / M of M runs: violated in at most a share delta of certificates."""
     posterior = problems.gold_posterior(alpha=0.25)

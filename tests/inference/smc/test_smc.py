@@ -365,6 +365,7 @@ def test_a_prompt_that_has_ended_rests_while_another_goes_on() -> None:
     np.testing.assert_allclose(draws.log_weights[0], 2.0 * draws.tokens[0, :, 0], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_learned", [False, True])
 def test_blocks_of_prompts_leave_no_trace(monkeypatch: pytest.MonkeyPatch, is_learned: bool) -> None:
     """Prompts of two lengths, two of them equal, decoded one by one, in pairs, and all at once; with retained completions."""

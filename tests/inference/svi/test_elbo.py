@@ -83,6 +83,7 @@ def test_gradients_are_unbiased_with_no_eos_and_with_two(engine: Engine, estimat
     assert t_square_p(runs, enumerated(engine, posterior, guide), num_directions=5) > 0.005
 
 
+@pytest.mark.slow
 @on_engines(
     "prompts_per_step,estimator",
     [*product([None, 1, 2], ESTIMATORS)],

@@ -78,6 +78,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,num_prompts", [*((name, 2) for name in LOSSES), ("DPO, drawn from the prior", 1)])
 def test_a_loss_has_its_enumerated_gradient(name: str, num_prompts: int) -> None:
     loss, value = LOSSES[name]
@@ -230,6 +231,7 @@ def sums_to_five() -> bk.Posterior:
     return bk.Posterior(full_table(base.prior, 3), divisible, prompts=[()], max_new_tokens=3)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["forward_kl", bk.ForwardKL(bk.SMC(64))], ids=["own draws", "SMC"])
 def test_a_hard_constraint_is_learned(objective: Any) -> None:
     posterior = sums_to_five()
@@ -265,6 +267,7 @@ def test_steps_without_a_possible_draw_change_nothing() -> None:
     np.testing.assert_allclose(draws.log_proposal, draws.log_prior, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_gap_knows_of_impossible_draws() -> None:
     """Half of the draws are impossible: neither is the training over, nor are its steps of length 0."""
     posterior = sums_to_five()
@@ -283,6 +286,7 @@ def test_samplers_of_something_else_are_refused(sampler: Any) -> None:
         bk.SVI(3, objective=bk.ForwardKL(sampler)).fit(problem()[0], seed=0)
 
 
+@pytest.mark.slow
 def test_what_would_be_fitted_anew_or_find_other_prompts_is_refused() -> None:
     posterior, _ = problem(2)
     anew = bk.ForwardKL(bk.SMC(16, twist=bk.PartialRewardTwist()))

@@ -121,6 +121,7 @@ def relative(found: Tensor, right: Tensor) -> float:
     return float((found - right).norm() / right.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["fastest", "ghost", "blocks"])
 @pytest.mark.parametrize("name", GUIDES)
 def test_grams_and_directions_equal_those_of_a_loop_over_draws(

@@ -163,6 +163,7 @@ def test_replay_has_the_gradient_of_the_variance_over_all_draws() -> None:
         assert earlier[0].shape[1] == 10
 
 
+@pytest.mark.slow
 def test_replay_starts_from_draws_of_another_method_and_of_this_prior_alone() -> None:
     posterior, _ = problem([(0,), (1,)])
     draws = bk.SMC(32).run(posterior, seed=0)

@@ -83,6 +83,7 @@ def test_a_table_reaches_the_posterior(engine: str, tabular_fit: bk.Fit) -> None
     np.testing.assert_allclose(np.exp(guide.log_probs).sum(axis=-1), 1.0, atol=exactly(engine, 1e-12))
 
 
+@pytest.mark.slow
 def test_history_says_what_happened(engine: str, tabular_fit: bk.Fit) -> None:
     history, truth = tabular_fit.history, Truth(tabular_fit.posterior)
     assert set(history) >= HISTORY

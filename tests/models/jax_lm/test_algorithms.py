@@ -76,6 +76,7 @@ def test_evidence_is_unbiased(algorithm: Any) -> None:
     assert max(abs(z_score(ratio, 1.0)) for ratio in ratios.T) < 4
 
 
+@pytest.mark.slow
 def test_certificate_and_frontier() -> None:
     ours, theirs = posteriors()
     certificate = bk.certify(ours, ours.prior, seed=0)

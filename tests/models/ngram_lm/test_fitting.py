@@ -71,6 +71,7 @@ def test_witten_bell_by_counting(order: int) -> None:
         np.testing.assert_allclose(np.exp(row), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @given(
     ids=st.lists(st.lists(st.integers(0, 3), max_size=8), min_size=1, max_size=4).filter(any),
     order=st.integers(1, 4),

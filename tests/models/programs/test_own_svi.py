@@ -32,6 +32,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
+@pytest.mark.slow
 def test_trace_graph_elbo_has_the_enumerated_gradient(engine: Engine) -> None:
     base = random_posterior(10, vocab_size=3, eos=(2,), num_tokens=3)
     reward = bk.TokenReward(lambda tokens, lengths: 1.2 * (tokens == 1).sum(axis=1) - 0.3 * lengths, alpha=0.6)

@@ -52,6 +52,7 @@ def by_steps(models: Any, prompts: list[list[int]], uniforms: np.ndarray) -> Dec
     return decoding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["loop", "static"])
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama], ids=["gpt2", "llama"])
 @pytest.mark.parametrize("case", CASES)

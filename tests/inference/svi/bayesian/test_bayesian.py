@@ -284,6 +284,7 @@ def test_more_evidence_is_less_uncertainty() -> None:
     np.testing.assert_allclose(sigma[100.0] / sigma[400.0], 2.0, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_the_three_inequalities(tiny_fit: bk.BayesianFit) -> None:
     """E[ELBO] - KL <= E[ELBO] <= ELBO(predictive) <= log Z, the middle gap being the mutual information."""
     exact = ExactPolicies(tiny_fit.posterior)
