@@ -150,13 +150,13 @@ def _work(run: tuple[bytes, list[np.ndarray]], name: str, index: int, settings: 
         try:
             _loads[name] = (loaded(Packed(run[0], run[1]), settings), run[1])
         except RunnerError as error:
-            return Reply(packed(error), failed=True)
+            return Reply(packed((error, [])), failed=True)
     reply = answer(_loads[name][0], index, None)
     assert isinstance(reply.sent, Packed)
     moved = [
         np.frombuffer(each, dtype=np.uint8) for each in reply.sent.buffers
     ]  # ray's own pickle takes them as they are
-    return Reply(Packed(reply.sent.data, moved), reply.failed, reply.warned)
+    return Reply(Packed(reply.sent.data, moved), reply.failed)
 
 
 def _connect(ray: Any, address: str | None) -> None:

@@ -28,6 +28,7 @@ from bayes_klrl.runners.worker import Load, Reply, Settings, begin, work
 __all__ = ["ProcessRunner", "load_of", "num_usable_cores"]
 
 _SHARED_MEMORY = Path("/dev/shm")  # files in main memory, if the system has that
+_MOST_COPIED = 2**20  # bytes of a reply; one of more of them stays in its file, which takes a file descriptor
 
 
 class ProcessRunner:
@@ -156,7 +157,9 @@ class ProcessRunner:
         """Hand a task to a process, a new one if there are too few."""
         if self._pool is None:
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.num_workers, mp_context=context, initializer=begin)
+            self._pool = ProcessPoolExecutor(
+                self.num_workers, mp_context=context, initializer=begin, initargs=(run.folder,)
+            )
             self._at_exit = weakref.finalize(self, _end, self._pool)
         with _without_main():
             return self._pool.submit(work, run.folder / "tasks", index, run.settings)
@@ -178,7 +181,7 @@ class _Run:
         """Return what a process sent back."""
         error = future.exception()
         if error is not None:  # of the executor itself
-            return Outcome(index, error=RunnerError(f"The task {self.tasks[index].name!r} could not be run: {error}"))
+            return Outcome(index, error=RunnerError(f"The task {self.tasks[index].name!r} could not be run: {error!r}"))
         return reply_outcome(index, future.result(), self.load.shared, self.original, self.warned)
 
 
@@ -210,8 +213,10 @@ def reply_outcome(
     if isinstance(sent, Path):
         file, sent = sent, read_packed(sent).packed
         file.unlink()  # the pages stay as long as someone looks at them
-    value = unpacked(sent, shared, original)
-    for text, category in reply.warned:
+        if sent.num_bytes <= _MOST_COPIED:
+            sent = sent.copied()
+    value, given = unpacked(sent, shared, original)
+    for text, category in given:
         if text not in warned:
             warned.add(text)
             warnings.warn(text, category, stacklevel=2)

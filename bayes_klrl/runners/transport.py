@@ -21,11 +21,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from bayes_klrl.runners.by_value import sent_by_value
+from bayes_klrl.runners.by_value import contents, is_sent_by_value, sent_by_value
 
 __all__ = ["Mapped", "Packed", "Reference", "finder", "packed", "read_packed", "unpacked", "write_packed"]
 
@@ -53,6 +54,14 @@ class Packed:
     def num_bytes(self) -> int:
         """Bytes that have to be moved."""
         return len(self.data) + sum(len(each) for each in self.buffers if not isinstance(each, Reference))
+
+    def copied(self) -> Packed:
+        """Return the same in memory of its own, which may be written to where this may be."""
+        buffers = [
+            each if isinstance(each, Reference) else bytes(each) if memoryview(each).readonly else bytearray(each)
+            for each in self.buffers
+        ]
+        return Packed(self.data, buffers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -185,6 +194,9 @@ def _pickler() -> type:
 
         def reducer_override(self, value: Any) -> Any:
             torch, jax = sys.modules.get("torch"), sys.modules.get("jax")
+            if isinstance(value, ModuleType) and is_sent_by_value(value):
+                # its contents as a state, for they may refer to the module
+                return ModuleType, (value.__name__,), contents(value), None, None, fill_module
             if torch is not None and type(value) in (torch.Tensor, torch.nn.Parameter) and _is_dense(torch, value):
                 return self._reduced_tensor(torch, value)
             if jax is not None and isinstance(value, jax.Array) and not isinstance(value, jax.core.Tracer):
@@ -236,6 +248,11 @@ def torch_tensor(
     tensor = torch.nn.Parameter(tensor, has_gradient) if is_parameter else tensor.requires_grad_(has_gradient)
     vars(tensor).update(attributes)
     return tensor
+
+
+def fill_module(module: ModuleType, contents: dict[str, Any]) -> None:
+    """Give a module that was sent with its code what it had."""
+    vars(module).update(contents)
 
 
 def jax_array(values: np.ndarray) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import threading
 import traceback
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,12 @@ from bayes_klrl.runners.transport import Mapped, Packed, Reference, packed, read
 
 __all__ = ["Load", "Reply", "Settings", "answer", "begin", "loaded", "work"]
 
-_MOST_IN_A_REPLY = 2**20  # bytes; more of them go through a file
+_MOST_IN_A_PIPE = 2048
+"""Bytes of a reply that go through the pipe; others go through a file. So few are written at once or not at all: of a larger
+reply a worker that is killed leaves a half, and the parent would wait for the other half for ever."""
 
 _loads: dict[str, tuple[Load, Mapped | None]] = {}  # the run that this worker is at, by the name of its file
+_folders: list[Path] = []  # where the files of that run are
 
 
 @dataclass(frozen=True)
@@ -74,21 +78,23 @@ class Load:
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """What a task returned or raised, packed, or the file in which it lies; and the warnings that were given."""
+    """What a task returned or raised, with the warnings that were given, packed; or the file in which that lies."""
 
     sent: Packed | Path
     failed: bool = False
-    warned: list[tuple[str, type[Warning]]] = field(default_factory=list)
 
 
-def begin() -> None:
-    """Prepare a worker process: Ctrl-C is for the parent, and no worker outlives it."""
+def begin(folder: Path) -> None:
+    """Prepare a worker process: Ctrl-C is for the parent, and neither a worker nor a folder of files outlives it."""
+    _folders.append(folder)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:
 
         def follow() -> None:
             parent.join()
+            for each in _folders:  # a parent that was killed could not remove it
+                shutil.rmtree(each, ignore_errors=True)
             os._exit(1)
 
         threading.Thread(target=follow, daemon=True).start()
@@ -98,25 +104,20 @@ def work(file: Path, index: int, settings: Settings) -> Reply:
     """Return the reply to one task of the run in a file."""
     if str(file) not in _loads:
         _loads.clear()  # the run before is over
+        _folders[:] = [file.parent]
         try:
             mapped = read_packed(file)
             _loads[str(file)] = (loaded(mapped.packed, settings), mapped)
         except RunnerError as error:
-            return Reply(packed(error), failed=True)
+            return Reply(packed((error, [])), failed=True)
     load, mapped_file = _loads[str(file)]
     reply = answer(load, index, mapped_file)
     assert isinstance(reply.sent, Packed)
-    if reply.sent.num_bytes <= _MOST_IN_A_REPLY:
-        small = [each if isinstance(each, Reference) else _copied(each) for each in reply.sent.buffers]
-        return Reply(Packed(reply.sent.data, small), reply.failed, reply.warned)
+    if not reply.sent.buffers and reply.sent.num_bytes <= _MOST_IN_A_PIPE:
+        return reply
     out = file.with_name(f"reply-{index}-{os.getpid()}")
     write_packed(reply.sent, out)
-    return Reply(out, reply.failed, reply.warned)
-
-
-def _copied(view: memoryview) -> bytes | bytearray:
-    """Return the bytes of an array, which may be written to there if it may be here."""
-    return bytes(view) if view.readonly else bytearray(view)
+    return Reply(out, reply.failed)
 
 
 def loaded(sent: Packed, settings: Settings) -> Load:
@@ -154,11 +155,14 @@ def answer(load: Load, index: int, mapped: Mapped | None) -> Reply:
             failed, value = True, error
             if not isinstance(error, BayesKLRLError):  # a mistake in code: where it is would be lost
                 error.add_note(f"In a worker:\n{traceback.format_exc()}")
+        warned = [(str(each.message), each.category) for each in seen]
         try:
-            sent = packed(value, load.shared, mapped)
+            sent = packed((value, warned), load.shared, mapped)
+            if failed and not any(isinstance(each, Reference) for each in sent.buffers):
+                unpacked(sent, load.shared)  # many exceptions can be pickled, but not made again
         except Exception as error:
-            sent, failed = packed(_unsendable(load.tasks[index].name, value, error)), True
-    return Reply(sent, failed, [(str(each.message), each.category) for each in seen])
+            sent, failed = packed((_unsendable(load.tasks[index].name, value, error), [])), True
+    return Reply(sent, failed)
 
 
 def _unsendable(name: str, value: Any, error: Exception) -> RunnerError:

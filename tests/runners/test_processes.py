@@ -1,6 +1,8 @@
 """Worker processes: the same bits, one copy of a model, deaths that are named, and an end at once."""
 
 import os
+import pickle
+import select
 import signal
 import subprocess
 import sys
@@ -14,7 +16,10 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from bayes_klrl.runners.processes import load_of, reply_outcome
 from bayes_klrl.runners.runner import Task, outcomes_of
+from bayes_klrl.runners.transport import finder, write_packed
+from bayes_klrl.runners.worker import Settings, work
 from tests.runners.posteriors import differing, numbered_posterior
 from tests.runners.test_blocks import ROWS
 
@@ -159,6 +164,55 @@ def test_warnings_and_mistakes_in_code_come_back(runner: bk.ProcessRunner) -> No
     assert "in failing_task" in caught.value.__notes__[0]
 
 
+class TwoReasons(Exception):
+    """An exception as many are: it can be pickled, but not made again from its one argument."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+def failing_for_two_reasons(*, progress: bool) -> None:
+    raise TwoReasons("late", "wrong")
+
+
+def test_an_exception_that_cannot_be_made_again_is_told_in_words(runner: bk.ProcessRunner) -> None:
+    (outcome,) = outcomes_of(runner, [Task("fail", failing_for_two_reasons, ())])
+    assert isinstance(outcome.error, bk.RunnerError)
+    assert str(outcome.error) == "'fail' raised TwoReasons in a worker: late and wrong"
+
+
+def leaving_task(*, progress: bool) -> None:
+    raise SystemExit("enough")
+
+
+def test_a_task_that_leaves_is_named_with_what_it_raised(runner: bk.ProcessRunner) -> None:
+    (outcome,) = outcomes_of(runner, [Task("leave", leaving_task, ())])
+    assert "The task 'leave' could not be run: SystemExit('enough')" in str(outcome.error)
+
+
+def test_what_goes_through_the_pipe_is_written_at_once(tmp_path: Path) -> None:
+    """A worker that is killed between two writes leaves half a message, for whose end the parent would wait for ever."""
+    tasks = [Task("array", random_numbers, (num,)) for num in (1, 100, 400, 1200, 100_000)]
+    tasks += [Task("warn", warning_task, ("look out " * 1000,)), Task("fail", failing_task, ())]
+    load, sent = load_of(tasks)
+    places = write_packed(sent, tmp_path / "tasks")
+    for index, task in enumerate(tasks):
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            reply = work(tmp_path / "tasks", index, Settings())
+            assert len(pickle.dumps(reply)) < select.PIPE_BUF - 512  # the executor adds a little
+            outcome = reply_outcome(index, reply, load.shared, finder(places, sent.buffers), set())
+        assert len(seen) == (task.name == "warn")
+        if task.name == "array":
+            np.testing.assert_array_equal(outcome.value, random_numbers(*task.arguments, progress=False))
+            assert outcome.value.flags.writeable
+    assert [each.name for each in tmp_path.iterdir()] == ["tasks"]
+
+
+def random_numbers(num: int, *, progress: bool) -> np.ndarray:
+    return np.random.default_rng(0).random(num)
+
+
 def test_progress_moves_with_the_tasks(runner: bk.ProcessRunner) -> None:
     seen: list[str] = []
     tasks = [Task(f"task {i}", arrays_of, (POSTERIOR,)) for i in range(3)]
@@ -217,17 +271,14 @@ def test_ctrl_c_ends_all_processes_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_no_worker_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
+def test_no_worker_and_no_file_outlives_a_parent_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     process = subprocess.Popen([sys.executable, "script.py", str(tmp_path)], cwd=tmp_path)
     wait_for(lambda: len([each for each in tmp_path.iterdir() if each.name.isdigit()]) == 2)
     process.kill()
     process.wait(timeout=20)
     check_gone(tmp_path)
-    for folder in Path("/dev/shm").glob(f"bayes-klrl-{process.pid}-*"):  # nobody was left to remove it
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+    assert not list(Path("/dev/shm").glob(f"bayes-klrl-{process.pid}-*"))
 
 
 def check_gone(folder: Path) -> None:

@@ -4,7 +4,7 @@ The bounds are those of a certificate (`analysis/certificate`), with importance 
 twice. The draws of a policy q (the guide, and the prior) are split into M groups of K. With an exact posterior draw x* in the
 place of one of the K draws for the upper end (theory.md 3.10),
 
-    E[mean of K weights w(x)] = Z,      E[1 / mean of w(x*) and K - 1 weights] = 1 / Z,      w = p0 exp(r / alpha) / q.
+    E[mean of K weights w(x)] = Z,      E[1 / mean of w(x*) and K - 1 weights] <= 1 / Z,     w = p0 exp(r / alpha) / q.
 
 For the mean of log Z over P prompts all P M groups bet together, so that a few draws per prompt are enough if there are many
 prompts.

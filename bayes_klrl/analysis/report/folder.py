@@ -14,7 +14,7 @@ from bayes_klrl.export.html import HtmlTable
 from bayes_klrl.prompts.words import visible
 from bayes_klrl.weights import normalised
 
-__all__ = ["folder_sections"]
+__all__ = ["check_is_folder", "folder_sections"]
 
 _HEADINGS = {
     "table": "Methods",
@@ -27,6 +27,7 @@ _HEADINGS = {
     "training": "Training",
 }
 _NUM_SAMPLES, _MOST_PROMPTS = 8, 4
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def folder_sections(folder: str | Path) -> tuple[list[str], list[Section]]:
@@ -35,34 +36,54 @@ def folder_sections(folder: str | Path) -> tuple[list[str], list[Section]]:
     Raises
     ------
     BayesKLRLError
-        If there is no such folder, or it holds nothing that can be shown.
+        If there is no such folder, it holds nothing that can be shown, or one of its files cannot be read.
     CheckpointError
         If draws.nc is damaged.
     """
     path = Path(folder)
-    if not path.is_dir():
-        raise BayesKLRLError(
-            f"There is no folder {str(path)!r}. Give the one that `bayes-klrl ... --out FOLDER` wrote."
-        )
-    verdicts, sections = [], []
-    for file in sorted(path.iterdir(), key=_order):
-        heading = _heading(file.stem)
-        if file.suffix == ".txt" and heading.startswith("Certificate"):
-            text = file.read_text(encoding="utf-8")
-            verdicts.append(text.splitlines()[1] if len(text.splitlines()) > 1 else text)
-            sections.append(Section(heading, f"<pre>{escape(text)}</pre>"))
-        elif file.suffix == ".csv":
-            sections.append(Section(f"{heading}: numbers", interactive(_table(file), f"{heading.lower()}")))
-        elif file.suffix == ".png":
-            sections.append(Section(heading, picture_of_file(file, f"{heading}: the picture of {file.name}.")))
-        elif file.name == "draws.nc":
-            sections.append(Section("Samples", interactive(_samples(file), "completions")))
+    check_is_folder(path)
+    verdicts: list[str] = []
+    sections: list[Section] = []
+    for file in sorted((each for each in path.iterdir() if each.is_file()), key=_order):
+        try:
+            found = _section(file, verdicts)
+        except (OSError, ValueError) as error:  # those of pandas and of decoding are ValueErrors
+            raise BayesKLRLError(
+                f"{str(file)!r} cannot be read: {str(error).strip()}. Write the folder anew by its command, or take the file "
+                "out of it."
+            ) from error
+        sections += [] if found is None else [found]
     if not sections:
         raise BayesKLRLError(
             f"{str(path)!r} holds no table, picture, certificate or draws. Give the folder that `bayes-klrl ... --out FOLDER` "
             "wrote."
         )
     return verdicts, sections
+
+
+def check_is_folder(path: Path) -> None:
+    """Refuse what is no folder."""
+    if not path.is_dir():
+        raise BayesKLRLError(
+            f"There is no folder {str(path)!r}. Give the one that `bayes-klrl ... --out FOLDER` wrote."
+        )
+
+
+def _section(file: Path, verdicts: list[str]) -> Section | None:
+    """Return the section about a file, None if it has none; the verdict of a certificate is added to `verdicts`."""
+    heading = _heading(file.stem)
+    if file.suffix == ".txt" and heading.startswith("Certificate"):
+        text = file.read_text(encoding="utf-8")
+        verdicts.append(text.splitlines()[1] if len(text.splitlines()) > 1 else text)
+        return Section(heading, f"<pre>{escape(text)}</pre>")
+    if file.suffix == ".csv":
+        return Section(f"{heading}: numbers", interactive(_table(file), f"{heading.lower()}"))
+    if file.suffix == ".png":
+        with file.open("rb") as opened:
+            if opened.read(len(_PNG)) != _PNG:
+                raise ValueError("it is no PNG picture")
+        return Section(heading, picture_of_file(file, f"{heading}: the picture of {file.name}."))
+    return Section("Samples", interactive(_samples(file), "completions")) if file.name == "draws.nc" else None
 
 
 def _order(file: Path) -> tuple[int, str]:

@@ -8,12 +8,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bayes_klrl.analysis.report.folder import folder_sections
+from bayes_klrl.analysis.report.folder import check_is_folder, folder_sections
 from bayes_klrl.analysis.report.page import Section, document, interactive, paragraph, versions
 from bayes_klrl.analysis.report.reported import Reported, reported
 from bayes_klrl.analysis.report.samples import samples_of, side_by_side, table_of
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Cost, Draws
+from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.export.html import HtmlTable
 from bayes_klrl.export.notebook import posterior_html
 from bayes_klrl.export.output_folder import command_line, command_of
@@ -68,7 +69,8 @@ def report(
     Raises
     ------
     BayesKLRLError
-        If something in the list is no result, or the folder holds nothing to show.
+        If something in the list is no result, the folder holds nothing to show, or the posterior has other prompts than the
+        draws.
     OutputError
         If the file cannot be written.
 
@@ -86,6 +88,8 @@ def report(
     """
     check_count("num_samples", num_samples, least=0)
     check_seed(seed)
+    if isinstance(results, str | os.PathLike):
+        check_is_folder(Path(results))  # before the place of the page, which may lie in it
     check_folder(Path(file).parent)
     if isinstance(results, str | os.PathLike):
         verdicts, sections = folder_sections(Path(results))
@@ -108,6 +112,11 @@ def _of_results(
     for each in shown:
         answers |= {name: draws for name, draws in each.answers.items() if name not in answers}
     about = posterior or next((each.posterior for each in shown if each.posterior is not None), None)
+    if posterior is not None and answers and all(draws.prompts != posterior.prompts for draws in answers.values()):
+        raise BayesKLRLError(
+            "The results are draws for other prompts than those of posterior=. Give the posterior that they are of, or leave "
+            "it out."
+        )
     sections = []
     for each in shown:
         sections += [*each.sections, *(each.beside(answers) if each.beside is not None else ())]
@@ -123,7 +132,7 @@ def _of_results(
 
 def _samples(posterior: Posterior, answers: dict[str, Draws], num: int, seed: int) -> Section:
     """Return the section of completions before and after."""
-    fitting = {name: draws for name, draws in answers.items() if draws.shape[0] == posterior.num_prompts}
+    fitting = {name: draws for name, draws in answers.items() if draws.prompts == posterior.prompts}
     found = samples_of(posterior, fitting, num, _MOST_PROMPTS, seed)
     prompts = list(dict.fromkeys(sample.prompt for sample in found))
     parts = [f'<p class="legend">{escape(_LEGEND)}</p>', *(side_by_side(found, prompt) for prompt in prompts)]

@@ -5,9 +5,10 @@ drawn as in plain SMC and resampled multinomially from all N particles. Weights 
 
     E[1 / Z-hat] = 1 / Z,   so   E[log Z-hat] >= log Z   and   P(log Z-hat + log(1 / delta) < log Z) <= delta
 
-over x* and the other particles (Grosse et al. 2015; Zhao et al. 2024). Together with plain SMC, which bounds log Z from below,
-it brackets log Z by sampling alone. All of this requires that x* is an exact posterior draw: conditioned on the output of SMC,
-of a Markov chain or of best-of-n it is not a bound (theory.md 3.10).
+over x* and the other particles (Grosse et al. 2015; Zhao et al. 2024). Where all particles of a plain run may have weight 0 it
+is E[1 / Z-hat] = P(Z-hat > 0) / Z, less than 1 / Z, and the bounds hold all the more. Together with plain SMC, which bounds
+log Z from below, it brackets log Z by sampling alone. All of this requires that x* is an exact posterior draw: conditioned on
+the output of SMC, of a Markov chain or of best-of-n it is not a bound (theory.md 3.10).
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ so by Markov's inequality P(W(Z) >= 1 / delta) <= delta, and the z at which W cr
 fails with probability at most delta, without assumptions on variance, normality or M. It is a bet against z (Waudby-Smith
 and Ramdas 2023, section 4). lambda = 1 is the estimates' product, mean log Z-hat - log(1 / delta) / M (theory.md 3.11), best
 when they hardly vary; a small lambda bets on their mean and tolerates runs with Z-hat = 0. A mixture over lambda also has mean
-1: half of its weight is on lambda = 1, the rest on a grid. Conditional SMC has E[1 / Z-hat] = 1 / Z, and the same bet on 1 / Z
-gives the upper bound.
+1: half of its weight is on lambda = 1, the rest on a grid. Conditional SMC has E[1 / Z-hat] <= 1 / Z, and the same bet on
+1 / Z gives the upper bound.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def evidence_upper_bound(log_estimates: FloatArray, delta: float) -> FloatArray:
     Parameters
     ----------
     log_estimates
-        log Z-hat of M independent runs of conditional SMC, E[1 / Z-hat] = 1 / Z, shape (P, M).
+        log Z-hat of M independent runs of conditional SMC, E[1 / Z-hat] <= 1 / Z, shape (P, M).
     delta
         Probability of failure for each prompt, in (0, 1).
     """

@@ -1,6 +1,6 @@
 """Bounds on log Z from both sides, from one or several ways of sampling.
 
-Runs with E[Z-hat] <= Z bound log Z from below, runs with E[1 / Z-hat] = 1 / Z bound it from above (`evidence_bounds`). The
+Runs with E[Z-hat] <= Z bound log Z from below, runs with E[1 / Z-hat] <= 1 / Z bound it from above (`evidence_bounds`). The
 best of the bounds from several ways of sampling is valid if each of them gets a share of the failure probability.
 """
 
@@ -36,7 +36,7 @@ class PairedRuns:
     lower
         log Z-hat with E[Z-hat] <= Z, shape (P, M).
     upper
-        log Z-hat with E[1 / Z-hat] = 1 / Z, shape (P, M'); None if there are no exact draws.
+        log Z-hat with E[1 / Z-hat] <= 1 / Z, shape (P, M'); None if there are no exact draws.
     """
 
     lower: FloatArray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from pathlib import Path
@@ -159,8 +160,48 @@ def test_folders_that_hold_nothing_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(bk.BayesKLRLError, match="holds no table, picture, certificate or draws"):
         bk.report(tmp_path / "empty", tmp_path / "report.html")
+    (tmp_path / "posterior.py").touch()
+    with pytest.raises(bk.BayesKLRLError, match="There is no folder"):
+        bk.report(tmp_path / "posterior.py", tmp_path / "posterior.py" / "report.html")
     with pytest.raises(bk.OutputError):
         bk.report([bk.frontier(posterior(), num_draws=64, seed=0)], tmp_path / "file" / "\0" / "report.html")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("table.csv", b""),
+        ("table.csv", b"x,y\n1,2\n1,2,3\n"),
+        ("table.csv", b"\xff\xfe,y\n1,2\n"),
+        ("certificate.txt", b"\xff\xfe"),
+        ("comparison.png", b"no picture"),
+    ],
+)
+def test_a_file_of_a_folder_that_cannot_be_read_is_named(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(bk.BayesKLRLError, match=f"{name}' cannot be read: .*take the file out of it"):
+        bk.report(tmp_path, tmp_path / "report.html")
+
+
+def test_folders_and_broken_links_with_the_names_of_files_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "prompts.csv").mkdir()
+    (tmp_path / "frontier.png").symlink_to(tmp_path / "nowhere")
+    assert "Methods: numbers" in bk.report(tmp_path, tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_draws_are_shown_after_their_own_prompts_only(tmp_path: Path) -> None:
+    """Under another posterior their log-probs would be those of other prompts."""
+    own = posterior()
+    other = bk.Posterior(own.prior, own.likelihood, prompts=["a", "h", "ha "], max_new_tokens=4)
+    here, there = (bk.ImportanceSampling(32).run(each, seed=0) for each in (own, other))
+    with pytest.raises(bk.BayesKLRLError, match="draws for other prompts than those of posterior="):
+        bk.report(there, tmp_path / "report.html", posterior=own)
+    there = dataclasses.replace(there, method="elsewhere")
+    page = bk.report([here, there], tmp_path / "report.html", posterior=own).read_text(encoding="utf-8")
+    assert "<h4>ImportanceSampling</h4>" in page
+    assert "<h4>elsewhere</h4>" not in page
 
 
 def test_one_draw_and_one_fit_are_enough(found: list[Any], tmp_path: Path) -> None:

@@ -80,6 +80,25 @@ def test_gold_with_early_ends_and_fixed_lengths(backend: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_particles", [2, 8])
+def test_where_particles_may_die_the_inverse_is_short_by_the_probability_that_they_live(num_particles: int) -> None:
+    """E[Z / Z-hat] = P(Z-hat > 0) of plain runs, which is at most 1: a bound that says less, and no wrong one."""
+    soft = two_prompts()
+    odd = bk.TokenReward(lambda tokens, lengths: np.where((tokens == 1).sum(axis=1) % 2, 0.0, -np.inf), alpha=1.0)
+    posterior = bk.Posterior(soft.prior, soft.likelihood * odd, prompts=[[0]], max_new_tokens=4)
+    truth = Truth(posterior)
+    smc = bk.SMC(num_particles, resampling="multinomial", ess_threshold=0.9)
+    upper = (
+        bk.ConditionalSMC(smc).log_evidences(posterior, exact_draws(truth, NUM_RUNS, seed=6), seed=7).log_evidence[0]
+    )
+    lives = np.isfinite(smc.log_evidences(posterior, NUM_RUNS, seed=8).log_evidence[0])
+    inverse = np.exp(truth.log_evidence[0] - upper)
+    assert 0.2 < lives.mean() < 0.99
+    assert abs(z_score(inverse - lives, 0.0)) < 3
+    assert z_score(inverse, 1.0) < -3
+
+
+@pytest.mark.slow
 def test_the_product_of_runs_gives_the_bounds_that_certificates_use() -> None:
     """mean log Z-hat +- log(1 / delta) / M of M runs: violated in at most a share delta of certificates."""
     posterior = problems.gold_posterior(alpha=0.25)

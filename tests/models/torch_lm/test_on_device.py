@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,18 +121,10 @@ def test_on_the_cpu_steps_are_taken() -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
-def test_the_static_step_can_be_translated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.compile` needs a C++ compiler on the CPU."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    pytest.importorskip("torch._inductor")
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        pytest.skip("no C++ compiler")
+def test_the_static_step_can_be_translated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one graph, without a break; that the compiler of this machine takes it is tried by `benchmarks/gpu.sh`."""
+    whole = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", whole)
     models = models_of(tiny_llama, (0,), 1.0)
     uniforms = np.random.default_rng(3).random((12, 9))
     steps = by_steps(models[:1], PROMPTS, uniforms)
