@@ -7,7 +7,7 @@
 The floor of decoding is the time of its matrix products alone (each layer's four and the head's, for R rows, measured one by
 one), and of reading all keys and values once per step at the machine's own bandwidth. The floor of a step of SVI is that of
 drawing, of one forward pass under the prior, and three times that for forward and backward pass of the guide. CPU seconds of
-one thread; each number is the best of several repetitions, ours and `generate`'s in turn.
+one thread, or with --threads 2 wall seconds of two; the best of several repetitions, ours and `generate`'s in turn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bayes_klrl.models.decoding import decode
 
 @dataclass(frozen=True)
 class Shape:
-    """A GPT-2 of random weights, and what is drawn from it."""
+    """A GPT-2 of random weights, or with `inner` a Llama, and what is drawn from it."""
 
     name: str
     layers: int
@@ -41,10 +41,39 @@ class Shape:
     new: int = 32
     prompt: int = 8
     prompts: int = 1
+    inner: int | None = None
+    key_heads: int = 0
+
+    @property
+    def products(self) -> tuple[tuple[int, int], ...]:
+        """The sizes of the matrices of one layer."""
+        width = self.width
+        if self.inner is None:
+            return ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
+        keys = width * self.key_heads // self.heads
+        attention = ((width, width), (width, keys), (width, keys), (width, width))
+        return (*attention, (width, self.inner), (width, self.inner), (self.inner, width))
+
+    @property
+    def cached(self) -> int:
+        """Numbers of one token's keys and values in one layer."""
+        return 2 * (self.width if self.inner is None else self.width * self.key_heads // self.heads)
 
     def model(self) -> Any:
         """Return the model."""
         torch.manual_seed(0)
+        if self.inner is not None:
+            llama = hf.LlamaConfig(
+                vocab_size=self.vocab,
+                hidden_size=self.width,
+                intermediate_size=self.inner,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.key_heads,
+                tie_word_embeddings=True,
+                eos_token_id=None,
+            )
+            return hf.LlamaForCausalLM(llama).eval()
         config = hf.GPT2Config(
             vocab_size=self.vocab,
             n_embd=self.width,
@@ -63,17 +92,19 @@ SHAPES = (
     replace(SMALL, name="4 x 128, T = 512", new=512),
     Shape("12 x 256", 12, 256, 4),
     Shape("GPT-2 small", 12, 768, 12, vocab=50_257, rows=16),
+    Shape("SmolLM2-135M", 30, 576, 9, vocab=49_152, rows=16, new=16, inner=1536, key_heads=3),
 )
 
 
 def best(run: Callable[[], Any], repetitions: int = 3) -> float:
-    """Return the least CPU seconds of a function, after one call that warms up."""
+    """Return the least seconds of a function, after one call that warms up."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     run()
     found = []
     for _ in range(repetitions):
-        start = time.process_time()
+        start = clock()
         run()
-        found.append(time.process_time() - start)
+        found.append(clock() - start)
     return min(found)
 
 
@@ -103,17 +134,17 @@ def decoding_floor(shape: Shape, speed: float) -> tuple[float, float]:
     """Return the seconds of the products, and of reading keys and values, of decoding all tokens but the last."""
     rows, steps = shape.rows * shape.prompts, shape.new - 1
     mean_length = shape.prompt + shape.new / 2
-    read = 4 * 2 * rows * mean_length * shape.width * shape.layers * steps / speed
+    read = 4 * rows * mean_length * shape.cached * shape.layers * steps / speed
     return steps * forward_seconds(shape, rows), read
 
 
-def bench_decoding(repetitions: int) -> None:
-    """Print a row for each shape."""
+def bench_decoding(repetitions: int, only: str) -> None:
+    """Print a row for each shape with that in its name."""
     speed = bandwidth()
     print(f"{speed / 1e9:.1f} GB/s; seconds\n")
     print("| model | rows x tokens | products | reading the cache | ours | ours / floor | generate | generate / ours |")
     print("|---|---|---|---|---|---|---|---|")
-    for shape in SHAPES:
+    for shape in (each for each in SHAPES if only in each.name):
         ours, theirs = in_turn(shape, repetitions)
         products, reading = decoding_floor(shape, speed)
         floor = products + reading
@@ -223,9 +254,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["decoding", "growth", "step"])
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1, help="with more than one, wall seconds")
+    parser.add_argument("--only", help="decoding: the shapes whose name has this in it")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    {"decoding": bench_decoding, "growth": bench_growth, "step": bench_step}[options.what](options.repetitions)
+    torch.set_num_threads(options.threads)
+    if options.what == "decoding":
+        bench_decoding(options.repetitions, options.only or "")
+        return
+    {"growth": bench_growth, "step": bench_step}[options.what](options.repetitions)
 
 
 if __name__ == "__main__":
