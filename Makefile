@@ -31,7 +31,7 @@ first_python = $$(for p in $(1); do \
 	if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $(2)))' >/dev/null 2>&1; \
 	then echo "$$p"; break; fi; done)
 
-.PHONY: help demo test quick lint pytest mutants arviz1 trl ray peers smollm2 wheel format clean distclean
+.PHONY: help demo test quick lint pytest mutants arviz1 gallery trl ray peers smollm2 wheel format clean distclean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -73,6 +73,9 @@ ray: $(RAY_STAMP)  ## a local ray of two workers in an environment of its own: t
 
 peers: $(PEERS_STAMP)  ## what others take for the same: generate, TRL, llamppl, genlm-control, disco (takes up to 8 GB, and most of an hour)
 	$(PEERS_BIN)/python -m benchmarks.peers.run $(PEERS_ARGS)
+
+gallery: $(STAMP)  ## what it is good for: examples that end in a report, and a page with links to them
+	$(BIN)/bayes-klrl gallery all
 
 smollm2: $(STAMP)  ## SmolLM2-135M as a prior: its file and a reader, without llama-cpp-python
 	$(BIN)/python $(PIP) install -c constraints.txt gguf

@@ -34,7 +34,7 @@ __all__ = [
     "out_option",
 ]
 
-_ORDER = ("compare", "amortise", "sample", "tune", "certify", "frontier", "suite", "report")
+_ORDER = ("compare", "amortise", "sample", "tune", "certify", "frontier", "suite", "report", "gallery")
 
 
 class _Commands(typer.core.TyperGroup):
@@ -49,8 +49,8 @@ app = typer.Typer(
     cls=_Commands,
     help=(
         "KL-regularised RL of language models as Bayesian inference: posterior = prior x exp(reward / alpha) / evidence. "
-        "Every command but suite and report takes a Python file that defines the posterior; without a file, it runs a shipped "
-        "example."
+        "Every command but suite, report and gallery takes a Python file that defines the posterior; without one, it runs "
+        "a shipped example."
     ),
     no_args_is_help=True,
     add_completion=False,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from bayes_klrl.analysis.report.folder import check_is_folder, folder_sections
-from bayes_klrl.analysis.report.page import Section, document, interactive, paragraph, versions
+from bayes_klrl.analysis.report.page import Section, document, interactive, paragraph, picture_of_file, versions
 from bayes_klrl.analysis.report.reported import Reported, reported
 from bayes_klrl.analysis.report.samples import samples_of, side_by_side, table_of
 from bayes_klrl.checks import check_count
@@ -39,6 +39,7 @@ def report(
     title: str = "Report of bayes_klrl",
     num_samples: int = 6,
     seed: int = 0,
+    pictures: Mapping[str, str | Path] | None = None,
     command: str | None = None,
 ) -> Path:
     """Write results as one HTML page that needs no network, and return the file.
@@ -63,6 +64,8 @@ def report(
         Completions per method and prompt that are shown, for at most 4 prompts; 0 for none.
     seed
         Seed for the completions of the prior, and for which of a method's completions are shown.
+    pictures
+        PNG files of your own, by the words that say what they show; they come first.
     command
         The command that repeats the results. None: the one that wrote the folder, else the command line of this process.
 
@@ -91,13 +94,23 @@ def report(
     if isinstance(results, str | os.PathLike):
         check_is_folder(Path(results))  # before the place of the page, which may lie in it
     check_folder(Path(file).parent)
+    own = [_picture(Path(place), words) for words, place in (pictures or {}).items()]
     if isinstance(results, str | os.PathLike):
         verdicts, sections = folder_sections(Path(results))
         command = command_of(Path(results)) if command is None else command
     else:
         verdicts, sections = _of_results(results, posterior, num_samples, seed)
+    if own:
+        sections.insert(0, Section("What is special", "".join(own)))
     sections.append(Section("Versions and command", str(versions()) + _command(command)))
     return write_whole(file, document(title, verdicts, sections))
+
+
+def _picture(file: Path, words: str) -> str:
+    """Return a user's picture inside of the page."""
+    if not file.is_file() or not file.read_bytes().startswith(b"\x89PNG"):
+        raise BayesKLRLError(f"pictures: {str(file)!r} is no PNG file. Give {{'what it shows': 'picture.png'}}.")
+    return picture_of_file(file, words)
 
 
 def _of_results(

@@ -204,6 +204,19 @@ def test_draws_are_shown_after_their_own_prompts_only(tmp_path: Path) -> None:
     assert "<h4>elsewhere</h4>" not in page
 
 
+def test_pictures_of_ones_own_are_shown(tmp_path: Path) -> None:
+    curve = bk.frontier(posterior(), num_draws=64, seed=0)
+    file = curve.plot(tmp_path / "mine.png")
+    page = Page(
+        bk.report(curve, tmp_path / "report.html", pictures={"Mine & <yours>": file}).read_text(encoding="utf-8")
+    )
+    assert page.of("img")[0]["alt"] == "Mine & <yours>"
+    assert len(page.of("img")) == 2
+    for wrong in (tmp_path / "none.png", tmp_path / "report.html"):
+        with pytest.raises(bk.BayesKLRLError, match="is no PNG file"):
+            bk.report(curve, tmp_path / "other.html", pictures={"mine": wrong})
+
+
 def test_one_draw_and_one_fit_are_enough(found: list[Any], tmp_path: Path) -> None:
     draws = bk.ImportanceSampling(32).run(posterior(), seed=0)
     page = bk.report([draws, found[0].fits["SVI"]], tmp_path / "report.html").read_text(encoding="utf-8")
