@@ -221,8 +221,11 @@ def test_progress_moves_with_the_tasks(runner: bk.ProcessRunner) -> None:
 
 
 SCRIPT = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
+
 import numpy as np
 import bayes_klrl as bk
 
