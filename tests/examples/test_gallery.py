@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ import bayes_klrl as bk
 from bayes_klrl.cli import app
 from bayes_klrl.cli.commands.gallery import examples, title_of, write_index
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="module")
 def soft_values() -> dict[str, Any]:
-    return runpy.run_path(str(ROOT / "examples" / "gallery" / "soft_values.py"))
+    from bayes_klrl.gallery import soft_values as module
+
+    return vars(module)
 
 
 def test_examples_are_listed_and_others_refused(tmp_path: Path) -> None:

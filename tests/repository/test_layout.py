@@ -29,7 +29,8 @@ RANK = {
     "reward_models": 4,
     "problems": 5,
     "analysis": 6,
-    "cli": 7,
+    "gallery": 7,
+    "cli": 8,
 }
 VOCABULARY = {
     "arrays",
@@ -130,7 +131,7 @@ BACKEND = re.compile(
     r"|inference\.svi\.((pyro|numpyro)_backend\..*|losses|loss_inputs|bayesian\.(programs|training|files))"
     r"|inference\.twists\.(losses|training)|likelihoods\.classifiers\.network|reward_models\.(numpyro_program|datatree)"
 )
-PRESENTING = re.compile(r"(export|cli|problems|analysis)\b.*|__init__")
+PRESENTING = re.compile(r"(export|cli|gallery|problems|analysis)\b.*|__init__")
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: zipfile.ZipFile) -> No
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".pyc"
     }
     there = {name for name in wheel.namelist() if name.startswith("bayes_klrl/")}
-    gallery = (ROOT / "examples" / "gallery").glob("*.py")
-    assert there == here | {f"bayes_klrl/cli/gallery_examples/{path.name}" for path in gallery}
+    assert there == here
     assert {"bayes_klrl/py.typed", "bayes_klrl/__init__.pyi"} <= there
     shipped = PACKAGE / "models" / "shipped"
     if shipped.is_dir():

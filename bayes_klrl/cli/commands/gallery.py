@@ -30,7 +30,7 @@ def gallery(
 
     An example takes a few minutes at most. `all` runs all of them and writes index.html.
     """
-    import runpy
+    from importlib import import_module
 
     found = examples()
     if name is None:
@@ -40,27 +40,17 @@ def gallery(
     if name != "all" and name not in found:
         raise BayesKLRLError(f"There is no example {name!r} in the gallery. Choose from {', '.join(found)}, or all.")
     chosen = found if name == "all" else {name: found[name]}
-    for each, file in chosen.items():
-        report = runpy.run_path(str(file), run_name=f"bayes_klrl_gallery_{each}")["main"](out / each, seed=seed)
+    for each in chosen:
+        report = import_module(f"bayes_klrl.gallery.{each}").main(out / each, seed=seed)
         out_console().print(f"Wrote {report}", markup=False, highlight=False)
     if name == "all":
         out_console().print(f"Wrote {write_index(chosen, out)}", markup=False, highlight=False)
 
 
 def examples() -> dict[str, Path]:
-    """Return the files of the examples by name: those of the installed package, or those of the repository.
-
-    Raises
-    ------
-    BayesKLRLError
-        If there are none.
-    """
-    here = Path(__file__).parents[1]
-    for folder in (here / "gallery_examples", here.parents[1] / "examples" / "gallery"):
-        found = {file.stem: file for file in sorted(folder.glob("*.py"))}
-        if found:
-            return found
-    raise BayesKLRLError("The gallery's examples are not installed. They are in examples/gallery of the repository.")
+    """Return the files of the examples by name."""
+    folder = Path(__file__).parents[2] / "gallery"
+    return {file.stem: file for file in sorted(folder.glob("*.py")) if file.stem != "__init__"}
 
 
 def title_of(file: Path) -> str:

@@ -50,7 +50,8 @@ def problem() -> bk.Posterior:
 def soft_max(q: np.ndarray) -> np.ndarray:
     """Return log mean_a exp q over the last axis: the soft value of action values in nats."""
     top = q.max(axis=-1, keepdims=True)
-    return (top + np.log(np.exp(q - top).mean(axis=-1, keepdims=True)))[..., 0]
+    value: np.ndarray = (top + np.log(np.exp(q - top).mean(axis=-1, keepdims=True)))[..., 0]
+    return value
 
 
 def exact_values() -> np.ndarray:
@@ -65,7 +66,8 @@ def exact_values() -> np.ndarray:
 def policy_of(q: np.ndarray) -> np.ndarray:
     """Return pi(a | s) at each step, (T, S, 4)."""
     weights = np.exp(q - q.max(axis=-1, keepdims=True))
-    return weights / weights.sum(axis=-1, keepdims=True)
+    policy: np.ndarray = weights / weights.sum(axis=-1, keepdims=True)
+    return policy
 
 
 def distance(q: np.ndarray) -> float:
@@ -153,7 +155,7 @@ def deep_q_network(num_walks: int, rng: np.random.Generator) -> Iterator[np.ndar
             target = torch.as_tensor(REWARD[square, action], dtype=torch.float32) + value
         loss = torch.nn.functional.smooth_l1_loss(network(table[t, square])[range(256), action], target)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         if number % 20 == 0:
             slow.load_state_dict(network.state_dict())
