@@ -58,6 +58,7 @@ __all__ = [
 ]
 
 _FORMAT = "bayes_klrl.Draws/1"
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # of a file that is not ours
 _SEED = 0
 _PER_DRAW = ("reward", "log_prior", "log_likelihood", "log_proposal", "log_weights")
 _PER_PROMPT = ("log_evidence", "log_evidence_se", "elbo", "ess", "pareto_k")
@@ -168,7 +169,7 @@ def load_draws(file: str | Path) -> Draws:
             # read in here: DataTree.load() forgets variables that are called as a group is
             draws = _draws_of(tree) if tree.attrs.get("format") == _FORMAT else None
             holds = f"a comparison of {sorted(tree.children)}" if _holds_methods(tree) else "of another origin"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{str(path)!r} is no file of draws, as Draws.save writes it: {error}") from error
     if draws is None:
         raise CheckpointError(f"{str(path)!r} is no file of draws, as Draws.save writes it: it is {holds}.")
@@ -197,7 +198,7 @@ def load_comparison(file: str | Path) -> dict[str, Draws]:
         with xr.open_datatree(path, engine="h5netcdf") as tree:
             if _holds_methods(tree):
                 return {str(name): _draws_of(child) for name, child in tree.children.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except _UNREADABLE as error:
         raise CheckpointError(f"{str(path)!r} is no file of draws, as Comparison.save writes it: {error}") from error
     draws = load_draws(path)
     return {draws.method: draws}

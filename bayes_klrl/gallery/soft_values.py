@@ -136,7 +136,7 @@ def deep_q_network(num_walks: int, rng: np.random.Generator) -> Iterator[np.ndar
     table = torch.as_tensor(inputs)
     network, slow = (
         torch.nn.Sequential(torch.nn.Linear(SIDE**2 + STEPS, 128), torch.nn.ReLU(), torch.nn.Linear(128, 4))
-        for _ in "12"
+        for _ in range(2)
     )
     slow.load_state_dict(network.state_dict())
     optimizer, memory = torch.optim.Adam(network.parameters(), lr=2e-3), []

@@ -21,8 +21,8 @@ from tests.mutants.table import Mutant
 MUTANTS = (*FIRST, *LATER)
 
 BY_NAME = {mutant.name: mutant for mutant in MUTANTS}
-TRIED = ("models", "inference", "analysis")  # folders of which one mutant runs here; `make mutants` runs all
-ONE_PER_FOLDER = tuple(next(each for each in MUTANTS if each.file.startswith(f"{folder}/")) for folder in TRIED)
+FOLDERS = ("models", "inference", "analysis")  # folders of which one mutant runs here; `make mutants` runs all
+TRIED_MUTANTS = tuple(next(each for each in MUTANTS if each.file.startswith(f"{folder}/")) for folder in FOLDERS)
 EQUIVALENT = Mutant(
     "one that changes nothing that matters",
     "inference/mcmc/suffix_moves.py",
@@ -70,7 +70,7 @@ def test_a_mutant_that_changes_nothing_is_an_error() -> None:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Copy]:
     """A copy in which the killers pass before anything is mutated."""
     made = Copy(tmp_path_factory.mktemp("mutants"))
-    verdicts = made.verdicts([*killers_of(ONE_PER_FOLDER), *EQUIVALENT.killers], keep_bytecode=True)
+    verdicts = made.verdicts([*killers_of(TRIED_MUTANTS), *EQUIVALENT.killers], keep_bytecode=True)
     assert {test: verdict for test, verdict in verdicts.items() if verdict != "passed"} == {}
     yield made
     made.close()
@@ -85,7 +85,7 @@ def differs(path: Path, copy: Copy) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [mutant.name for mutant in ONE_PER_FOLDER])
+@pytest.mark.parametrize("name", [mutant.name for mutant in TRIED_MUTANTS])
 def test_a_mutant_of_each_folder_dies(name: str, copy: Copy) -> None:
     assert run_mutant(BY_NAME[name], copy).survivors == {}
 

@@ -27,7 +27,6 @@ _HEADINGS = {
     "training": "Training",
 }
 _NUM_SAMPLES, _MOST_PROMPTS = 8, 4
-_PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def folder_sections(folder: str | Path) -> tuple[list[str], list[Section]]:
@@ -79,9 +78,6 @@ def _section(file: Path, verdicts: list[str]) -> Section | None:
     if file.suffix == ".csv":
         return Section(f"{heading}: numbers", interactive(_table(file), f"{heading.lower()}"))
     if file.suffix == ".png":
-        with file.open("rb") as opened:
-            if opened.read(len(_PNG)) != _PNG:
-                raise ValueError("it is no PNG picture")
         return Section(heading, picture_of_file(file, f"{heading}: the picture of {file.name}."))
     return Section("Samples", interactive(_samples(file), "completions")) if file.name == "draws.nc" else None
 

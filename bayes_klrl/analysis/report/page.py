@@ -17,6 +17,7 @@ from bayes_klrl.export.html import HtmlTable
 
 __all__ = ["Section", "document", "interactive", "paragraph", "picture", "picture_of_file", "versions"]
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _PACKAGES = ("bayes_klrl", "torch", "transformers", "pyro-ppl", "numpyro", "jax", "arviz", "numpy")
 
 
@@ -84,8 +85,17 @@ def picture(draw: Callable[[Path], Any], words: str) -> str:
 
 
 def picture_of_file(file: Path, words: str) -> str:
-    """Return the picture of a PNG file inside of the page."""
-    content = base64.b64encode(file.read_bytes()).decode("ascii")
+    """Return the picture of a PNG file inside of the page.
+
+    Raises
+    ------
+    ValueError
+        If it is no PNG file.
+    """
+    picture = file.read_bytes()
+    if not picture.startswith(_PNG):
+        raise ValueError("it is no PNG picture")
+    content = base64.b64encode(picture).decode("ascii")
     return (
         f'<figure><img alt="{escape(words)}" src="data:image/png;base64,{content}">'
         f"<figcaption>{escape(words)}</figcaption></figure>"

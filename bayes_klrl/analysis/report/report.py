@@ -108,9 +108,12 @@ def report(
 
 def _picture(file: Path, words: str) -> str:
     """Return a user's picture inside of the page."""
-    if not file.is_file() or not file.read_bytes().startswith(b"\x89PNG"):
-        raise BayesKLRLError(f"pictures: {str(file)!r} is no PNG file. Give {{'what it shows': 'picture.png'}}.")
-    return picture_of_file(file, words)
+    try:
+        return picture_of_file(file, words)
+    except (OSError, ValueError) as error:
+        raise BayesKLRLError(
+            f"pictures: {str(file)!r} is no PNG file ({error}). Give {{'what it shows': 'picture.png'}}."
+        ) from error
 
 
 def _of_results(
