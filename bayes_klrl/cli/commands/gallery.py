@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-from html import escape
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +10,7 @@ import typer
 from bayes_klrl.cli.application import Seed, app, errors_as_messages, out_console, out_option
 from bayes_klrl.errors import BayesKLRLError
 
-__all__ = ["examples", "gallery"]
+__all__ = ["gallery"]
 
 
 @app.command()
@@ -30,7 +28,7 @@ def gallery(
 
     An example takes a few minutes at most. `all` runs all of them and writes index.html.
     """
-    from importlib import import_module
+    from bayes_klrl.gallery.index import examples, run_example, title_of, write_index
 
     found = examples()
     if name is None:
@@ -39,32 +37,9 @@ def gallery(
         return
     if name != "all" and name not in found:
         raise BayesKLRLError(f"There is no example {name!r} in the gallery. Choose from {', '.join(found)}, or all.")
-    chosen = found if name == "all" else {name: found[name]}
-    for each in chosen:
-        report = import_module(f"bayes_klrl.gallery.{each}").main(out / each, seed=seed)
-        out_console().print(f"Wrote {report}", markup=False, highlight=False)
+    for each in found if name == "all" else [name]:
+        finding = run_example(each, out, seed=seed)
+        for line in (f"Wrote {finding.report}", f"  better: {finding.better}", f"  not:    {finding.worse}"):
+            out_console().print(line, markup=False, highlight=False)
     if name == "all":
-        out_console().print(f"Wrote {write_index(chosen, out)}", markup=False, highlight=False)
-
-
-def examples() -> dict[str, Path]:
-    """Return the files of the examples by name."""
-    folder = Path(__file__).parents[2] / "gallery"
-    return {file.stem: file for file in sorted(folder.glob("*.py")) if file.stem != "__init__"}
-
-
-def title_of(file: Path) -> str:
-    """Return the first line of an example's docstring."""
-    return (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or file.stem).splitlines()[0]
-
-
-def write_index(chosen: dict[str, Path], out: Path) -> Path:
-    """Write a page with a link to the report of each example, and return it."""
-    from bayes_klrl.analysis.report.page import Section, document
-    from bayes_klrl.whole_files import write_whole
-
-    sections = [
-        Section(name, f'<p>{escape(title_of(file))}</p><p><a href="{name}/report.html">The report of {name}</a></p>')
-        for name, file in chosen.items()
-    ]
-    return write_whole(out / "index.html", document("Gallery of bayes_klrl", [], sections))
+        out_console().print(f"Wrote {write_index(found, out)}", markup=False, highlight=False)

@@ -19,6 +19,7 @@ import numpy as np
 
 import bayes_klrl as bk
 from bayes_klrl.export.plot_style import COLOURS, drawing
+from bayes_klrl.gallery.finding import Finding
 
 SIDE, STEPS, ALPHA = 5, 12, 0.15
 GOAL, PITS = (4, 4), ((1, 1), (1, 2), (3, 3), (3, 4), (2, 3))
@@ -181,7 +182,7 @@ def twist_of(q: np.ndarray) -> Callable[..., np.ndarray]:
     return twist
 
 
-def main(out: Path, *, seed: int = 0, num_walks: int = 4000) -> Path:
+def main(out: Path, *, seed: int = 0, num_walks: int = 4000) -> Finding:
     """Learn, judge, draw, and write the report."""
     posterior, exact = problem(), exact_values()
     curves: dict[str, list[tuple[int, float]]] = {}
@@ -207,7 +208,17 @@ def main(out: Path, *, seed: int = 0, num_walks: int = 4000) -> Path:
         "How often the posterior's walks are on each square, and where they go from there.": out / "grid.png",
     }
     title = "Soft values: a gridworld as a language model over actions"
-    return bk.report([comparison, certificate], out / "report.html", title=title, pictures=pictures, seed=seed)
+    page = bk.report([comparison, certificate], out / "report.html", title=title, pictures=pictures, seed=seed)
+    left = {f"{name}, KL to the posterior (nats)": distance(q) for name, q in learned.items()}
+    worst = max(learned, key=lambda name: distance(learned[name]))
+    return Finding(
+        report=page,
+        picture=out / "curves.png",
+        better=f"The exact answer by messages needs no walk at all. With {num_walks:,} walks {best} is "
+        f"{distance(learned[best]):.3f} nats from it, and SMC corrects what each learner left over.",
+        worse=f"Messages need the map. {worst} only sees walks, and ends {distance(learned[worst]):.3f} nats away.",
+        numbers={"walks": num_walks, **left},
+    )
 
 
 def draw_curves(curves: dict[str, list[tuple[int, float]]], file: Path) -> None:
@@ -242,4 +253,4 @@ def draw_grid(q: np.ndarray, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(main(Path("gallery-out/soft_values")))
+    print(main(Path("bayes-klrl-gallery/soft_values")))

@@ -1,4 +1,4 @@
-"""The gallery: every example is listed, runs, and is judged by a truth of its own."""
+"""`soft_values`: the values are log psi, and each learner comes near the exact posterior."""
 
 from __future__ import annotations
 
@@ -7,36 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 import bayes_klrl as bk
-from bayes_klrl.cli import app
-from bayes_klrl.cli.commands.gallery import examples, title_of, write_index
 
 
 @pytest.fixture(scope="module")
 def soft_values() -> dict[str, Any]:
-    from bayes_klrl.gallery import soft_values as module
+    from bayes_klrl.gallery.decisions import soft_values as module
 
     return vars(module)
-
-
-def test_examples_are_listed_and_others_refused(tmp_path: Path) -> None:
-    listed = CliRunner().invoke(app, ["gallery"])
-    assert listed.exit_code == 0
-    lines = listed.output.replace("\n", " ")
-    for name, file in examples().items():
-        assert name in lines
-        assert title_of(file).split(":")[0] in lines
-    wrong = CliRunner().invoke(app, ["gallery", "nothing", "--out", str(tmp_path)])
-    assert wrong.exit_code == 1
-    assert "There is no example 'nothing'" in wrong.output.replace("\n", " ")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_index_links_every_report(tmp_path: Path) -> None:
-    page = write_index(examples(), tmp_path).read_text(encoding="utf-8")
-    assert all(f'href="{name}/report.html"' in page for name in examples())
 
 
 def test_soft_values_are_log_psi(soft_values: dict[str, Any]) -> None:
@@ -77,6 +56,6 @@ def test_each_learner_comes_near_and_the_example_ends_in_a_report(soft_values: d
     for number, learner in enumerate(soft_values["LEARNERS"].values()):
         *_, q = learner(600, np.random.default_rng(number))
         assert distance(q) < 0.3 * first
-    page = soft_values["main"](tmp_path / "out", num_walks=60).read_text(encoding="utf-8")
+    page = soft_values["main"](tmp_path / "out", num_walks=60).report.read_text(encoding="utf-8")
     assert page.count("<figure>") == 4
     assert "log evidence -1.105 nats, exactly (exact)" in page
