@@ -165,10 +165,19 @@ def answer(load: Load, index: int, mapped: Mapped | None) -> Reply:
     return Reply(sent, failed)
 
 
-def _unsendable(name: str, value: Any, error: Exception) -> RunnerError:
-    """Return the error for a result that cannot leave the worker."""
+def _unsendable(name: str, value: Any, error: Exception) -> Exception:
+    """Return the error for a result that cannot leave the worker.
+
+    An exception stays what it is for `outcomes_of`: of this package, or a mistake in code, with the place where it is.
+    """
     if isinstance(value, Exception):
-        return RunnerError(f"{name!r} raised {type(value).__name__} in a worker: {value}")
+        words = f"{name!r} raised {type(value).__name__} in a worker: {value}"
+        if isinstance(value, BayesKLRLError):
+            return RunnerError(words)
+        mistake = RuntimeError(words)
+        for note in value.__notes__:
+            mistake.add_note(note)
+        return mistake
     return RunnerError(
         f"What {name!r} returned, a {type(value).__name__}, cannot be sent back from its worker: {error}. Use "
         "bk.SerialRunner(), or let it hold no open files, locks or connections."
