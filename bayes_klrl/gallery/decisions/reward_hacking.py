@@ -1,0 +1,241 @@
+"""Reward hacking: a proxy from 30 preferences, and which number warns before the gold reward is looked at.
+
+Along b = 1 / alpha the posterior of a learned reward r promises more and more, while the gold reward g moves by
+dE[g]/db = Cov(g, r) (theory.md 1.6) and turns over where the covariance changes its sign. NUTS gives a posterior of the
+reward, theta ~ p(theta | preferences), and the plug-in target uses its mean r only. Each alarm reads that posterior, never g:
+
+    certificate     KL(plug-in || cut posterior), what `bk.certify` says of a plug-in policy          above log 2 nats
+    share           part of Var r that comes from theta, `bk.reward_uncertainty`                      above 1/2
+    information     mean KL(p*_theta || cut posterior), what posteriors of draws disagree about        above log 2 nats
+    turn-over       P(Cov(r_theta, r) < 0 | preferences), the chance that going on loses reward        above 1/10
+    ESS             of the frontier's 4,000 draws of the prior                                        below 100
+
+They stop the plug-in policy. The bar is a KL budget that is the best on all other data sets, which needs their gold rewards.
+Problem P13 of the package: all completions are enumerated, and those of equal features and gold are one class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import bayes_klrl as bk
+from bayes_klrl.export.plot_style import COLOURS, GREY, drawing
+from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.models.proxies import GRID, TARGETS, Proxy, divergence, gold_features, learned
+from bayes_klrl.problems.preferences import Overoptimisation, overoptimisation, token_counts
+from bayes_klrl.typing import FloatArray, IntArray
+
+BITS = float(np.log(2))
+LIMITS = {"certificate": BITS, "share": 0.5, "information": BITS, "turn-over": 0.1, "ESS": float(np.log(4000 / 100))}
+BUDGET = "best KL of the others"
+ALPHA = 0.25  # of the comparison and the certificate in the report
+
+
+FEATURES: dict[str, Callable[[IntArray, IntArray], FloatArray]] = {
+    "can express gold": gold_features,
+    "cannot": token_counts,
+}
+
+
+def stops(proxy: Proxy) -> dict[str, int]:
+    """Return where on the grid each alarm goes off first; the end of the grid if it never does."""
+    alarms = proxy.alarms().items()
+    return {name: int(np.argmax(np.append(values[:-1] >= LIMITS[name], True))) for name, values in alarms}
+
+
+def gain_at_kl(proxies: Sequence[Proxy], kls: FloatArray) -> FloatArray:
+    """Return the gold gain of each plug-in policy at given KLs, (D, K), linear between the b's; at the end past the end."""
+    return np.stack([np.interp(kls, proxy.kl, proxy.gain) for proxy in proxies])
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What stopping there is worth, for D data sets: gold gain and whether it is before the turn-over, (D,) each."""
+
+    gain: dict[str, FloatArray]
+    before: dict[str, FloatArray]
+    turns: np.ndarray  # whether the gold reward turns over at all
+    reading: dict[str, FloatArray]  # of each alarm where it does
+
+    @classmethod
+    def of(cls, proxies: Sequence[Proxy]) -> Judgement:
+        """Judge every alarm, the best KL budget of the other data sets, and no alarm at all, on the plug-in policies."""
+        peaks = np.array([proxy.gain.argmax() for proxy in proxies])
+        where = {name: np.array([stops(proxy)[name] for proxy in proxies]) for name in LIMITS}
+        where |= {"the peak": peaks, "no alarm": np.full(len(proxies), len(GRID) - 1)}
+        gain = {
+            name: np.array([proxy.gain[i] for proxy, i in zip(proxies, at, strict=True)]) for name, at in where.items()
+        }
+        before = {name: (at <= peaks).astype(float) for name, at in where.items()}
+        kls = np.linspace(0.0, 5.0, 101)
+        table = gain_at_kl(proxies, kls)
+        best = ((table.sum(axis=0) - table) / (len(proxies) - 1)).argmax(axis=1)  # on the others
+        gain[BUDGET] = table[np.arange(len(proxies)), best]
+        before[BUDGET] = (kls[best] <= [proxy.kl[i] for proxy, i in zip(proxies, peaks, strict=True)]).astype(float)
+        alarms = [proxy.alarms() for proxy in proxies]
+        reading = {name: np.array([each[name][i] for each, i in zip(alarms, peaks, strict=True)]) for name in LIMITS}
+        return cls(gain, before, peaks < len(GRID) - 1, reading)
+
+    def in_time(self, name: str) -> float:
+        """Return how often it stops before the turn-over, where there is one."""
+        return float(self.before[name][self.turns].mean()) if self.turns.any() else float("nan")
+
+    def better_than(self, name: str, other: str) -> str:
+        """Return how much more gold one has than another, in words, mean and standard error."""
+        return "{:+.2f} ± {:.2f}".format(*mean_and_se(self.gain[name] - self.gain[other]))
+
+
+def mean_and_se(values: FloatArray) -> tuple[float, float]:
+    """Return mean and standard error of independent values."""
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def main(out: Path, *, seed: int = 0, num_sets: int = 40, num_pairs: int = 30) -> Finding:
+    """Learn proxies, follow them past the turn-over, judge the alarms, and write the report."""
+    problem = overoptimisation()
+    proxies: dict[str, list[Proxy]] = {name: [] for name in FEATURES}
+    fits: dict[str, bk.RewardPosterior] = {}
+    unconverged = 0
+    for name, features in FEATURES.items():
+        for number in range(num_sets):
+            fit = learned(problem, features, num_pairs, seed * num_sets + number)
+            unconverged += bool(fit.diagnostics.problems)
+            fits.setdefault(name, fit)
+            proxies[name].append(Proxy.of(problem, fit, features))
+    judged = {name: Judgement.of(each) for name, each in proxies.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    draw_frontiers(proxies, out / "frontier.png")
+    draw_alarms(judged, out / "alarms.png")
+    pictures = {
+        f"Gold reward along the frontier, mean of {num_sets} data sets, and what the proxy promises.": out
+        / "frontier.png",
+        "Gold gain where each alarm stops the plug-in policy, and how often that is in time.": out / "alarms.png",
+    }
+    results = certified(problem, fits["can express gold"], seed)
+    title = "Reward hacking: what warns before the gold reward is looked at"
+    page = bk.report(results, out / "report.html", title=title, pictures=pictures, seed=seed)
+    numbers = {"data sets": float(num_sets), "fits that did not converge": float(unconverged)}
+    return finding(page, out / "alarms.png", proxies, judged, numbers)
+
+
+def certified(problem: Overoptimisation, fit: bk.RewardPosterior, seed: int) -> list[Any]:
+    """Return, for one data set, the cut posterior's comparison, its certificate of the plug-in policy, and the frontier."""
+    prior, tokens = problem.posterior.prior, problem.posterior.max_new_tokens
+    cut, plug_in = (
+        bk.Posterior(prior, fit.reward(ALPHA, target=target), max_new_tokens=tokens) for target in ("cut", "plug-in")
+    )
+    policy = bk.posterior_policy(plug_in).language_model()
+    rows: dict[str, Any] = {
+        "exact": bk.Exact(),
+        "prior IS": bk.ImportanceSampling(2000),
+        "plug-in policy, then IS": bk.ImportanceSampling(2000, proposal=policy),
+    }
+    return [
+        bk.compare(cut, rows, seed=seed),
+        bk.certify(cut, policy, seed=seed),
+        bk.frontier(plug_in, num_draws=4000, seed=seed),
+    ]
+
+
+def finding(
+    page: Path,
+    picture: Path,
+    proxies: dict[str, list[Proxy]],
+    judged: dict[str, Judgement],
+    numbers: dict[str, float],
+) -> Finding:
+    """Return what was measured, in sentences."""
+    for words, each in judged.items():
+        numbers[f"features {words}: share of data sets that turn over"] = float(each.turns.mean())
+        for name, gain in each.gain.items():
+            mean, se = mean_and_se(gain)
+            numbers |= {f"features {words}, {name}: gold gain": mean, f"features {words}, {name}: its se": se}
+        if each.turns.any():
+            numbers |= {f"features {words}, {name}: stops in time": each.in_time(name) for name in each.gain}
+            for name, values in each.reading.items():
+                numbers[f"features {words}, {name}: median where gold turns over"] = float(
+                    np.median(values[each.turns])
+                )
+        for target in TARGETS:
+            gold = np.array([(proxy.target(target) @ proxy.gold)[[0, -1]] for proxy in proxies[words]])
+            mean, se = mean_and_se(gold[:, 1] - gold[:, 0])
+            numbers |= {
+                f"features {words}, {target} at the end: gold gain": mean,
+                f"features {words}, {target}: se": se,
+            }
+    rich, poor = judged.values()
+
+    def all_of(each: Judgement) -> str:
+        return ", ".join(f"{name} {each.in_time(name):.0%} ({each.better_than(name, BUDGET)})" for name in LIMITS)
+
+    def at_the_end(words: str, target: str) -> str:
+        mean, se = (
+            numbers[f"features {words}, {target} at the end: gold gain"],
+            numbers[f"features {words}, {target}: se"],
+        )
+        return f"{mean:+.2f} ± {se:.2f}"
+
+    known, unknown = judged
+    return Finding(
+        report=page,
+        picture=picture,
+        better=f"Where the features can express the gold reward, it turns over in {rich.turns.mean():.0%} of the data sets; "
+        f"at b = {GRID[-1]:g} the plug-in policy has {at_the_end(known, 'plug-in')} of gold compared with the prior. The "
+        f"conservative target needs no alarm: it has {at_the_end(known, 'conservative')}, and the plug-in policy at its very "
+        f"peak {rich.gain['the peak'].mean():+.2f}. Of the alarms, which see no gold, the share of the variance stops the "
+        f"plug-in policy in time in {rich.in_time('share'):.0%}, the best KL budget of the other data sets, which saw their "
+        f"gold, in {rich.in_time(BUDGET):.0%}.",
+        worse="How often each alarm stops in time, and how much more gold it has than that budget: "
+        f"{all_of(rich)}. Where the features cannot express the gold reward, no draw of the reward knows what is wrong: "
+        f"{all_of(poor)}, and the conservative target ends at {at_the_end(unknown, 'conservative')}.",
+        numbers=numbers,
+    )
+
+
+def draw_frontiers(proxies: dict[str, list[Proxy]], file: Path) -> None:
+    """Draw E[g] of each target, and the plug-in policy's promise, against KL: means with two standard errors."""
+    with drawing(file, (9.6, 3.8)) as figure:
+        panels = figure.subplots(1, len(proxies), sharey=True)
+        for axes, (words, each) in zip(panels, proxies.items(), strict=True):
+            for colour, target in zip(COLOURS, TARGETS, strict=False):
+                probs = np.stack(
+                    [np.stack([proxy.target(target) @ v for v in (proxy.gold, proxy.mean)]) for proxy in each]
+                )
+                kl = np.mean([divergence(proxy.target(target), np.exp(proxy.log_prior)) for proxy in each], axis=0)
+                (mean, promise), half = probs.mean(axis=0), 2 * probs[:, 0].std(axis=0, ddof=1) / np.sqrt(len(each))
+                axes.plot(kl, mean, color=colour, label=f"gold, {target}")
+                axes.fill_between(kl, mean - half, mean + half, color=colour, alpha=0.15, linewidth=0)
+                if target == "plug-in":
+                    axes.plot(kl, mean[0] + promise, color=GREY, linestyle=":", label="promised by the proxy (plug-in)")
+            axes.set(xlabel=f"KL to the prior (nats), b from 0 to {GRID[-1]:g}", ylim=(-4.5, 4.0))
+            axes.set_title(f"features {words}", loc="left")
+        panels[0].set_ylabel("expected reward")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False)
+
+
+def draw_alarms(judged: dict[str, Judgement], file: Path) -> None:
+    """Draw the gold gain where each alarm stops, with two standard errors, and how often that is in time."""
+    names = ["the peak", BUDGET, *LIMITS]
+    with drawing(file, (9.6, 3.4)) as figure:
+        panels = figure.subplots(1, len(judged), sharey=True)
+        for axes, (words, each) in zip(panels, judged.items(), strict=True):
+            for row, name in enumerate(names):
+                mean, se = mean_and_se(each.gain[name])
+                axes.errorbar(
+                    mean, row, xerr=2 * se, fmt="o", color=COLOURS[1] if name in LIMITS else COLOURS[0], capsize=3
+                )
+                axes.text(1.02, row, f"{each.in_time(name):.0%}", transform=axes.get_yaxis_transform(), va="center")
+            axes.set(
+                yticks=range(len(names)), yticklabels=names, xlabel="gold gain over the prior; right: stops in time"
+            )
+            axes.set_title(f"features {words}", loc="left")
+        panels[0].invert_yaxis()
+
+
+if __name__ == "__main__":
+    print(main(Path("bayes-klrl-gallery/reward_hacking")))

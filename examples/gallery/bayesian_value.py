@@ -1,0 +1,1 @@
+../../bayes_klrl/gallery/decisions/bayesian_value.py
