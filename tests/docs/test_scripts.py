@@ -1,0 +1,151 @@
+"""The scripts of the site: what checks it, what collects the gallery, and how docstrings and sections are written for it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.docs import DOCS, ROOT, script
+
+CHECK = script("check_site")
+GALLERY = script("_ext/gallery_text")
+DOCSTRINGS = script("_ext/docstrings")
+LABELS = script("_ext/theory_labels")
+
+GOOD = '<h1 id="top">x</h1><a href="b.html#there">b</a><a href="https://example.org">e</a><img src="p.png">'
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    (tmp_path / "a.html").write_text(GOOD)
+    (tmp_path / "b.html").write_text('<p id="there"></p><a href="a.html#top">a</a><a href="#there">here</a>')
+    (tmp_path / "p.png").write_bytes(b"")
+    (tmp_path / "s.css").write_text("p { background: url(p.png) }")
+    return tmp_path
+
+
+def test_a_whole_site_has_no_mistakes(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert CHECK.main(site) == 0
+    assert (site / "external.txt").read_text() == "https://example.org\n"
+    assert "2 pages" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "html, mistake",
+    [
+        ('<a href="nowhere.html">', "leads to no file"),
+        ('<a href="b.html#nowhere">', "leads to no anchor"),
+        ('<a href="#nowhere">', "leads to no anchor"),
+        ('<img src="nowhere.png">', "leads to no file"),
+        ('<script src="https://cdn.example.org/x.js"></script>', "would load"),
+        ('<link rel="stylesheet" href="//cdn.example.org/x.css">', "would load"),
+    ],
+)
+def test_a_mistake_is_found(site: Path, html: str, mistake: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (site / "c.html").write_text(html)
+    assert CHECK.main(site) == 1
+    assert mistake in capsys.readouterr().out
+
+
+def test_styles_that_load_from_the_network_are_found(site: Path) -> None:
+    (site / "s.css").write_text("@import 'https://fonts.example.org/f.css'; p { background: url(//example.org/p.png) }")
+    assert len(CHECK.check(site)[0]) == 2
+
+
+def test_an_empty_site_is_a_mistake(tmp_path: Path) -> None:
+    assert CHECK.main(tmp_path) == 1
+
+
+def finding(folder: Path, name: str) -> None:
+    """What an example leaves, with a picture that does not compress."""
+    from PIL import Image
+
+    (folder / name).mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (700, 1100, 4), dtype=np.uint8)
+    Image.fromarray(noise, "RGBA").save(folder / name / "noise.png")
+    found = {"better": "b_1 < 2", "worse": "w*", "numbers": {"n": 1.5}, "picture": "noise.png", "report": "report.html"}
+    (folder / name / "finding.json").write_text(json.dumps(found | {"seconds": 61.2}))
+
+
+def test_findings_are_collected_with_small_pictures(tmp_path: Path) -> None:
+    collect = script("collect_gallery")
+    out, site = tmp_path / "out", tmp_path / "site"
+    out.mkdir()
+    site.mkdir()
+    finding(out, "soft_values")
+    finding(out, "not_an_example")
+    (site / "findings.json").write_text('{"gone": {"room": "language"}}')
+    assert collect.collect(out, site) == ["soft_values"]
+    kept = json.loads((site / "findings.json").read_text())
+    assert set(kept) == {"soft_values"}
+    assert kept["soft_values"]["numbers"] == {"n": 1.5}
+    assert kept["soft_values"]["source"] == "bayes_klrl/gallery/decisions/soft_values.py"
+    picture = (site / "soft_values.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) <= 40_000
+
+
+def faults(site: Path) -> list[str]:
+    """What is wrong with the collected files of a site."""
+    file = site / "findings.json"
+    findings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    small = {picture.stem for picture in site.glob("*.png") if picture.stat().st_size <= 40_000}
+    lost = [name for name, found in findings.items() if not (ROOT / found["source"]).is_file() or name not in small]
+    return lost + [picture.stem for picture in site.glob("*.png") if picture.stem not in findings]
+
+
+def test_what_was_collected_is_whole() -> None:
+    assert faults(DOCS / "gallery") == []
+
+
+def test_what_is_not_whole_is_found(tmp_path: Path) -> None:
+    (tmp_path / "findings.json").write_text('{"a": {"source": "README.md"}, "b": {"source": "no.py"}}')
+    (tmp_path / "b.png").write_bytes(b"")
+    (tmp_path / "c.png").write_bytes(b"0" * 50_000)
+    assert faults(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_card_shows_what_was_found() -> None:
+    found = {
+        "title": "T.",
+        "room": "language",
+        "source": "bayes_klrl/gallery/language/x.py",
+        "better": "by 2_3 *nats*",
+        "worse": "w",
+        "seconds": 61.2,
+    }
+    text = GALLERY.markdown({"x": found}, "language")
+    assert "by 2\\_3 \\*nats\\*" in text
+    assert "gallery/x.png" in text
+    assert "{download}`source <../bayes_klrl/gallery/language/x.py>`" in text
+    assert "61 s" in text
+    assert "No example" in GALLERY.markdown({"x": found}, "decisions")
+
+
+def test_docstrings_keep_their_formulas() -> None:
+    lines = ["The density (theory.md 3.2, 3.10) of |x|:", "", "    p*(x) = 1", "", "More, and `a|b`.", "", ">>> 1", "1"]
+    assert DOCSTRINGS.with_formulas(lines) == [
+        "The density (:ref:`theory.md 3.2 <theory-3.2>`, :ref:`3.10 <theory-3.10>`) of \\|x\\|:",
+        "",
+        "::",
+        "",
+        "    p*(x) = 1",
+        "",
+        "More, and `a|b`.",
+        "",
+        ">>> 1",
+        "1",
+    ]
+
+
+def test_sections_of_the_theory_get_labels() -> None:
+    assert (
+        LABELS.labelled("## 3. SMC\n\n### 3.10 Islands\n")
+        == "(theory-3)=\n## 3. SMC\n\n(theory-3.10)=\n### 3.10 Islands\n"
+    )
+
+
+def test_links_that_end_in_a_number_lead_to_the_section() -> None:
+    text = "[theory 3.10](../theory.md), [9](theory.md) and [the theory](theory.md)"
+    assert LABELS.led_to_sections(text) == "[theory 3.10](#theory-3.10), [9](#theory-9) and [the theory](theory.md)"
