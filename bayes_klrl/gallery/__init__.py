@@ -1,8 +1,10 @@
 """Examples of what KL-regularised RL as inference is good for, one file each, each ending in a report.
 
 `bayes-klrl gallery NAME` runs one, and `examples/gallery` has a link to each. `language` has the examples whose completions
-are text, `decisions` those whose completions are labels or actions; `data` reads what other packages ship, and
-`models` has language models of our own. Read `decisions` first, and in it `soft_values`: a gridworld as a language model over actions. An example has a function
-`main(out, *, seed)`, which writes `report.html` into a folder and returns a `Finding` (`finding`); the first line of its docstring is its title.
-`index` finds the examples, and writes the page that links their reports.
+are text, `decisions` those whose completions are labels or actions. `data` reads what other packages ship, and `models` has
+language models of our own. Read `decisions` first, and in it `soft_values`: a gridworld as a language model over actions.
+
+An example has a function `main(out, *, seed)`, which writes `report.html` into a folder and returns a `Finding` (`finding`);
+the first line of its docstring is its title. `index` finds the examples, and writes the page that links their reports.
+`calibration` has the scores of answers whose truth is known, and their picture.
 """

@@ -177,7 +177,7 @@ def failing_for_two_reasons(*, progress: bool) -> None:
 
 def test_an_exception_that_cannot_be_made_again_is_told_in_words(runner: bk.ProcessRunner) -> None:
     """It ends what it belongs to, as every mistake in code does, and says where it is."""
-    with pytest.raises(RuntimeError, match="^'fail' raised TwoReasons in a worker: late and wrong") as caught:
+    with pytest.raises(RuntimeError, match=r"^'fail' raised TwoReasons in a worker: late and wrong") as caught:
         outcomes_of(runner, [Task("fail", failing_for_two_reasons, ())])
     assert "in failing_for_two_reasons" in caught.value.__notes__[0]
 

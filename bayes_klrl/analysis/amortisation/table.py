@@ -12,6 +12,7 @@ from bayes_klrl.analysis.certificate.record import bounds_in_words
 from bayes_klrl.analysis.comparison.table import count_text, method_row
 from bayes_klrl.draws import Draws
 from bayes_klrl.export.html import HtmlTable, html_page
+from bayes_klrl.export.printed import printed
 from bayes_klrl.prompts.words import prompt_texts
 from bayes_klrl.typing import FloatArray
 
@@ -93,7 +94,6 @@ def verdict(amortisation: AmortisationRecord) -> str:
 
 def amortisation_text(amortisation: AmortisationRecord) -> str:
     """Return the verdict, the table, and what the bounds are worth."""
-    from rich.console import Console
     from rich.table import Table
 
     view = Table(box=None, pad_edge=False)
@@ -101,13 +101,9 @@ def amortisation_text(amortisation: AmortisationRecord) -> str:
         view.add_column(heading, justify="left" if number < 2 else "right", vertical="bottom", no_wrap=True)
     for (prompts, method), row in amortisation_table(amortisation).iterrows():
         view.add_row(str(prompts), str(method), *_cells(row))
-    console = Console(width=200, color_system=None, force_terminal=False)
-    with console.capture() as capture:
-        console.print(view)
-    lines = [line.rstrip() for line in capture.get().splitlines()]
     bounds = [bounds_text(amortisation), f"  {amortisation.unseen.source}"]
     return "\n".join(
-        [*verdict(amortisation).replace("; ", ";\n").splitlines(), "", *lines, "", *bounds, *notes(amortisation)]
+        [*verdict(amortisation).replace("; ", ";\n").splitlines(), "", printed(view), "", *bounds, *notes(amortisation)]
     )
 
 

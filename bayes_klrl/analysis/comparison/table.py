@@ -11,6 +11,7 @@ import pandas as pd
 
 from bayes_klrl.draws import Draws
 from bayes_klrl.export.html import HtmlTable, html_page
+from bayes_klrl.export.printed import printed
 from bayes_klrl.inference.exact.exact import Exact
 from bayes_klrl.inference.sampling.rejection import RejectionSampling
 from bayes_klrl.typing import Algorithm, FloatArray
@@ -148,16 +149,7 @@ class ComparisonTable(pd.DataFrame):
         return view
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=200, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-            for name, row in self.iterrows():
-                if row["note"]:
-                    console.print(f"{name}: {row['note']}", markup=False, highlight=False)
-        lines = [line.rstrip() for line in capture.get().splitlines()]
-        return "\n".join(lines)
+        return printed(self, (f"{name}: {row['note']}" for name, row in self.iterrows() if row["note"]))
 
     __repr__ = __str__
 

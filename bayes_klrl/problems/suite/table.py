@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from bayes_klrl.export.html import HtmlTable, html_page
+from bayes_klrl.export.printed import printed
 from bayes_klrl.problems.suite.cell import SuiteCell
 
 __all__ = ["SuiteTable", "suite_table"]
@@ -54,15 +55,8 @@ class SuiteTable(pd.DataFrame):
         return view
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=200, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(self)
-            for (problem, method), row in self.iterrows():
-                if row["note"]:
-                    console.print(f"{problem}, {method}: {row['note']}", markup=False, highlight=False, soft_wrap=True)
-        return "\n".join(line.rstrip() for line in capture.get().splitlines())
+        notes = (f"{problem}, {method}: {row['note']}" for (problem, method), row in self.iterrows() if row["note"])
+        return printed(self, notes)
 
     __repr__ = __str__
 
