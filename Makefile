@@ -75,7 +75,7 @@ ray: $(RAY_STAMP)  ## a local ray of two workers in an environment of its own: t
 peers: $(PEERS_STAMP)  ## what others take for the same: generate, TRL, llamppl, genlm-control, disco (takes up to 8 GB, and most of an hour)
 	$(PEERS_BIN)/python -m benchmarks.peers.run $(PEERS_ARGS)
 
-gallery: $(STAMP)  ## what it is good for: examples that end in a report, and a page with links to them
+gallery: smollm2  ## what it is good for: examples that end in a report, and a page with links to them
 	$(BIN)/bayes-klrl gallery all
 
 docs: $(DOCS_STAMP)  ## the site, docs/_build/html, offline: notebooks run, warnings are errors, links and doctests checked

@@ -24,7 +24,7 @@ OLDER = {
     "files.md": "a fragment, which needs a full disk",
     "gpu.md": "for a card",
     "large_models.md": "a plan of a model with 7 billion parameters",
-    "papers.md": "its commands take hours",
+    "papers.md": "commands of seven minutes, whose code tests/benchmarks/test_papers.py runs",
     "policies.md": "tests/analysis/certificate/training_runs/test_policies_page.py",
     "ranks.md": "for several processes",
     "rewards.md": "tests/reward_functions/test_rewards_page.py",

@@ -30,6 +30,31 @@ def test_examples_are_listed_and_others_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_all_goes_on_past_an_example_that_cannot_be_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def run(name: str, out: Path, *, seed: int) -> Finding:
+        assert seed == 3
+        if name == "explain":
+            raise BayesKLRLError("needs a package")
+        folder = out / name
+        folder.mkdir(parents=True)
+        (folder / "shown.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        finding = Finding(folder / "report.html", folder / "shown.png", "all", "none", {})
+        finding.save(seconds=1.0)
+        return finding
+
+    monkeypatch.setattr("bayes_klrl.gallery.index.run_example", run)
+    told = CliRunner().invoke(app, ["gallery", "all", "--seed", "3", "--out", str(tmp_path)])
+    said = told.output.replace("\n", " ")
+    assert told.exit_code == 1
+    assert "explain was left out: needs a package" in said
+    assert "These examples could not be run, for the reasons above: explain." in said
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert [f'href="{name}/report.html"' in page for name in examples()] == [name != "explain" for name in examples()]
+    alone = CliRunner().invoke(app, ["gallery", "explain", "--seed", "3", "--out", str(tmp_path)])
+    assert alone.exit_code == 1
+    assert "needs a package" in alone.output
+
+
 def test_each_example_is_linked_and_has_the_same_door() -> None:
     links = {path.stem: path for path in (ROOT / "examples" / "gallery").glob("*.py")}
     assert set(links) == set(examples())
