@@ -1,0 +1,282 @@
+"""Power sampling: p0(x)^4 on small sums, which decoding at temperature 1/4 does not draw from.
+
+SmolLM2-135M-Instruct is asked what 3 + 8 is. The posterior of `bk.Power(a)` is p0(x)^a as a whole; no reward knows the sums:
+
+    p*(x) proportional to p0(x)^a
+    local temperature: q(x) = prod_t p0(x_t | x_<t)^a / Z_t(x_<t),    Z_t(x_<t) = sum_v p0(v | x_<t)^a
+
+so p0^a(x) / q(x) = prod_t Z_t(x_<t): q likes first words that are probable one by one, whatever may follow. These ratios are
+the weights of SMC with the proposal q and the twist p0(x_1:t)^(a - 1) c_t (Karan and Du 2025; docs/theory.md 1.14).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import bayes_klrl as bk
+from bayes_klrl.arrays import no_gradient, to_host
+from bayes_klrl.export.plot_style import COLOURS, drawing
+from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.inference.policies import PolicyDraws
+from bayes_klrl.typing import FloatArray, IntArray
+
+EXPONENT, TOKENS = 4.0, 10
+SHOTS = "Q: 3 + 4?\nA: 3 + 4 = 7\nQ: 8 + 7?\nA: 8 + 7 = 15\n"  # of the certified prompts
+OURS = "SMC, p0^4"
+
+Sum = tuple[int, int]
+
+
+def problems(num: int) -> list[Sum]:
+    """Return sums of two numbers from 2 to 9, all different; the same ones at every seed of the example."""
+    pairs = [(a, b) for a in range(2, 10) for b in range(2, 10)]
+    return [pairs[index] for index in np.random.default_rng(2025).permutation(len(pairs))[:num]]
+
+
+def asked(prior: bk.TorchLM, pairs: Sequence[Sum]) -> bk.Posterior:
+    """Return the power posterior of the questions; a model without a chat template is asked in plain text."""
+    questions: list[Any] = [f"What is {a} + {b}?" for a, b in pairs]
+    if getattr(prior.tokenizer, "chat_template", None):
+        questions = [[{"role": "user", "content": question}] for question in questions]
+    return bk.Posterior(prior, bk.Power(EXPONENT), prompts=questions, max_new_tokens=TOKENS)
+
+
+def shown(prior: bk.TorchLM, pairs: Sequence[Sum]) -> bk.Posterior:
+    """Return the power posterior after two worked sums, where an answer is one line."""
+    line = bk.TorchLM(prior.module, prior.tokenizer, eos_token_id=prior.encode(["\n"])[0][-1], check=False)
+    prompts = [f"{SHOTS}Q: {a} + {b}?\nA:" for a, b in pairs]
+    return bk.Posterior(line, bk.Power(EXPONENT), prompts=prompts, max_new_tokens=TOKENS)
+
+
+def colder(prior: Any) -> bk.TorchLM:
+    """Return local temperature: each next-token distribution to the power, normalised; it samples and scores so."""
+    return bk.TorchLM(
+        prior.module,
+        prior.tokenizer,
+        eos_token_id=prior.eos_token_ids,
+        temperature=prior.temperature / EXPONENT,
+        check=False,
+    )
+
+
+class SoFar:
+    """The twist psi_t = p0(x_1:t)^(a - 1) c_t; the prior's decoding state is kept from step to step.
+
+    Parameters
+    ----------
+    local
+        Draws of the local temperature, (P, N), which give c_t, the part of the weight that is still to come:
+        sum_n prod_(u <= T) Z_u / sum_n prod_(u <= t) Z_u over the draws that are longer than t. c_0 estimates the evidence.
+    posterior, cold
+        The power posterior, and the local temperature.
+    """
+
+    def __init__(self, posterior: bk.Posterior, cold: bk.TorchLM, local: bk.Draws) -> None:
+        with no_gradient():
+            prior, proposal = (
+                to_host(lm.token_log_probs(posterior.prompt_ids, local.sequences)).astype(np.float64)
+                for lm in (posterior.prior, cold)
+            )
+        sums = np.cumsum(np.pad(EXPONENT * prior - proposal, ((0, 0), (0, 0), (1, 0))), axis=2)  # (P, N, T + 1)
+        longer = np.arange(sums.shape[2]) < local.lengths[..., None]
+        whole, part = (np.logaddexp.reduce(np.where(longer, s, -np.inf), axis=1) for s in (sums[..., -1:], sums))
+        unseen = np.isneginf(part)
+        log_c = np.where(unseen, 0.0, np.where(unseen, 0.0, whole) - np.where(unseen, 0.0, part))
+        self._log_c = dict(zip(posterior.prompt_ids, log_c, strict=True))
+        self._state: Any = None
+        self._rows: dict[Any, int] = {}
+        self._log_prior: FloatArray = np.empty(0)
+
+    def __call__(self, posterior: bk.Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
+        """Return log psi of prefixes (R, t), shape (R,)."""
+        prompts = [posterior.prompt_ids[p] for p in prompt_index]
+        keys = [(prompt, *prefix) for prompt, prefix in zip(prompts, prefixes.tolist(), strict=True)]
+        if not all(key in self._rows for key in keys):
+            self._advance(posterior, prompt_index, prefixes, list(dict.fromkeys(keys)))
+        log_prior = self._log_prior[[self._rows[key] for key in keys]]
+        constant: FloatArray = np.array([self._log_c[prompt][prefixes.shape[1]] for prompt in prompts])
+        return constant + (EXPONENT - 1) * log_prior
+
+    def _advance(self, posterior: bk.Posterior, prompt_index: IntArray, prefixes: IntArray, keys: list[Any]) -> None:
+        """Read the newest token of each different prefix, after those before it."""
+        with no_gradient():
+            if prefixes.shape[1] == 0:
+                self._state = posterior.prior.prefill(posterior.prompt_ids)
+                self._rows = {(prompt,): row for row, prompt in enumerate(posterior.prompt_ids)}
+                self._log_prior = np.zeros(len(self._rows))
+                return
+            self(posterior, prompt_index, prefixes[:, :-1])
+            parents, tokens = np.array([self._rows[key[:-1]] for key in keys]), np.array([key[-1] for key in keys])
+            state = posterior.prior.select(self._state, parents)
+            following = to_host(posterior.prior.next_log_probs(state)).astype(np.float64)
+            self._log_prior = self._log_prior[parents] + following[np.arange(len(keys)), tokens]
+            self._state, self._rows = posterior.prior.append(state, tokens), {key: row for row, key in enumerate(keys)}
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Draws that were made before, as a row of a comparison: those that the twist was made of."""
+
+    draws: bk.Draws
+
+    def run(self, posterior: bk.Posterior, *, seed: int, progress: bool = False) -> bk.Draws:
+        """Return the draws; see `Algorithm.run`."""
+        return self.draws
+
+
+def greedy(posterior: bk.Posterior) -> list[list[int]]:
+    """Return the most probable next token again and again, for each prompt, without EOS."""
+    prior, found = posterior.prior, np.empty((posterior.num_prompts, 0), dtype=np.int64)
+    with no_gradient():
+        state = prior.prefill(posterior.prompt_ids)
+        for _ in range(posterior.max_new_tokens):
+            token = to_host(prior.next_log_probs(state)).argmax(axis=1)
+            found, state = np.concatenate([found, token[:, None]], axis=1), prior.append(state, token)
+    ended = np.cumsum(np.isin(found, list(prior.eos_token_ids)), axis=1) > 0
+    return [row[~end].tolist() for row, end in zip(found, ended, strict=True)]
+
+
+def answer_in(text: str) -> str:
+    """Return the last number of a completion, empty if there is none."""
+    return str(["", *re.findall(r"\d+", text)][-1])
+
+
+def right(texts: Sequence[Sequence[str]], pairs: Sequence[Sum]) -> FloatArray:
+    """Return 1 for each completion whose last number is the sum, shape (P, N)."""
+    rows = zip(texts, pairs, strict=True)
+    return np.array([[float(answer_in(text) == str(a + b)) for text in row] for row, (a, b) in rows])
+
+
+def accuracies(comparison: bk.Comparison, best: Sequence[str], pairs: Sequence[Sum]) -> dict[str, FloatArray]:
+    """Return the probability of the right answer by method, (P,) each; `best` are the texts of greedy decoding."""
+    prior, local, smc = (comparison[name] for name in ("prior IS", "local temperature", "SMC"))
+    texts = prior.texts()
+    votes = [Counter(filter(None, map(answer_in, row))).most_common(1) or [("", 0)] for row in texts]
+    likeliest = [[row[n]] for row, n in zip(texts, prior.log_prior.argmax(axis=1), strict=True)]
+    return {
+        "prior": right(texts, pairs).mean(axis=1),
+        "majority of the prior's": right([[vote[0][0]] for vote in votes], pairs)[:, 0],
+        "likeliest of the prior's": right(likeliest, pairs)[:, 0],
+        "greedy": right([[text] for text in best], pairs)[:, 0],
+        "local temperature": right(local.texts(), pairs).mean(axis=1),
+        OURS: (smc.weights * right(smc.texts(), pairs)).sum(axis=1),
+    }
+
+
+def mean_and_error(values: FloatArray) -> tuple[float, float]:
+    """Return the mean over problems and its standard error."""
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+
+
+def cut_off(draws: bk.Draws) -> float:
+    """Return the share of answers, by weight, that were cut at the largest number of tokens."""
+    return float((draws.weights * ~draws.finished).sum(axis=1).mean())
+
+
+def sentences(
+    scores: dict[str, FloatArray],
+    gap: tuple[float, float],
+    bounds: tuple[float, float],
+    cut: dict[str, float],
+    ended: float,
+) -> tuple[str, str]:
+    """Return where SMC beat what people do, and where it did not: paired differences of more than two standard errors."""
+    ahead: list[str] = []
+    rest: list[str] = []
+    for name in [name for name in scores if name != OURS]:
+        gain, error = mean_and_error(scores[OURS] - scores[name])
+        told = f"{name} ({100 * gain:+.0f} ± {100 * error:.0f})"
+        (ahead if gain > 2 * error else rest).append(told)
+    mean, error = mean_and_error(scores[OURS])
+    better = (
+        f"SMC for p0^{EXPONENT:g} is right on {100 * mean:.0f} ± {100 * error:.0f} % of the sums; in percentage points, more "
+        f"than {', '.join(ahead) or 'no other method'}. Decoding at temperature 1/{EXPONENT:g} is {gap[0]:.1f} ± {gap[1]:.1f} "
+        "nats from p0^4 in a conversation (from SMC's evidence, which is rather too low)."
+    )
+    low, high = max(0.0, bounds[0]), bounds[1]
+    span = f"between {low:.2f} and {high:.2f}" if np.isfinite(high) else f"at least {low:.2f}"
+    shares = ", ".join(f"{100 * share:.0f} % of {name}'s answers" for name, share in cut.items())
+    worse = (
+        f"Cut at {TOKENS} tokens, some before they come to a number, are {shares}: p0^{EXPONENT:g} also prefers what ends "
+        f"early, and of local temperature's answers that end in time {100 * ended:.0f} % are right. Not ahead by two standard "
+        f"errors: {', '.join(rest) or 'none'}. After two worked sums, where the form of the answer is given, temperature "
+        f"1/{EXPONENT:g} is {span} nats from p0^{EXPONENT:g} (certified)"
+        f"{', so that SMC has little to correct' if high < 0.5 else ''}."
+    )
+    return better, worse
+
+
+def main(
+    out: Path,
+    *,
+    seed: int = 0,
+    prior: bk.TorchLM | None = None,
+    num_problems: int = 40,
+    num_draws: int = 8,
+    certified: int = 2,
+    num_runs: int = 12,
+    max_proposals: int = 1000,
+) -> Finding:
+    """Draw, count right answers, bound the local temperature's distance to the power posterior, and write the report."""
+    lm, pairs = prior or bk.TorchLM.from_pretrained("smollm2"), problems(num_problems)
+    posterior, cold = asked(lm, pairs), colder(lm)
+    local = PolicyDraws(cold, num_draws).run(posterior, seed=seed + 1)
+    rows: dict[str, Any] = {
+        "prior IS": bk.ImportanceSampling(num_draws),
+        "local temperature": Drawn(local),
+        "SMC": bk.SMC(num_draws, proposal=cold, twist=SoFar(posterior, cold, local)),
+    }
+    comparison = bk.compare(posterior, rows, seed=seed)
+    scores = accuracies(comparison, lm.decode(greedy(posterior)), pairs)
+    gaps = comparison["SMC"].log_evidence - (local.log_prior + local.log_likelihood - local.log_proposal).mean(axis=1)
+    few = shown(lm, pairs[:certified])
+    certificate = bk.certify(
+        few, colder(few.prior), seed=seed, num_draws=64, num_particles=4, num_runs=num_runs, max_proposals=max_proposals
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    draw(scores, gaps, out / "accuracy.png")
+    low, high = (float(end) for end in certificate.pooled.reverse_kl)
+    cut = {name: cut_off(draws[0]) for name, draws in comparison.draws.items() if name != "prior IS"}
+    ended = float(right(local.texts(), pairs)[local.finished].mean()) if local.finished.any() else 0.0
+    better, worse = sentences(scores, mean_and_error(gaps), (low, high), cut, ended)
+    page = bk.report(
+        [comparison, certificate],
+        out / "report.html",
+        title="Power sampling: the prior to the fourth power, on small sums",
+        pictures={
+            "Right answers by method, and how far local temperature is from p0^4. The certificate below is of other prompts, "
+            "the question after two worked sums.": out / "accuracy.png"
+        },
+        seed=seed,
+        posterior=posterior,
+    )
+    numbers = {f"{name}, right": mean_and_error(values)[0] for name, values in scores.items()}
+    numbers |= {f"{name}, standard error": mean_and_error(values)[1] for name, values in scores.items()}
+    numbers |= {"sums": float(num_problems), "local temperature, KL to p0^4 (nats)": float(gaps.mean())}
+    numbers |= {"after two worked sums, KL low (nats)": low, "after two worked sums, KL high (nats)": high}
+    numbers |= {f"{name}, answers cut": share for name, share in cut.items()} | {"local, right if it ended": ended}
+    return Finding(page, out / "accuracy.png", better, worse, numbers)
+
+
+def draw(scores: dict[str, FloatArray], gaps: FloatArray, file: Path) -> None:
+    """Draw the right answers by method, and each question's distance of local temperature to the power posterior."""
+    with drawing(file, (8.4, 3.2)) as figure:
+        left, other = figure.subplots(1, 2, width_ratios=(3, 2))
+        for row, (name, values) in enumerate(reversed(scores.items())):
+            mean, error = mean_and_error(values)
+            left.barh(row, mean, xerr=error, color=COLOURS[0] if name == OURS else COLOURS[5])
+        left.set(yticks=range(len(scores)), yticklabels=[*reversed(scores)], xlim=(0, 1))
+        left.set(xlabel="probability of the right answer")
+        other.bar(range(len(gaps)), np.sort(gaps), color=COLOURS[1])
+        other.set(xlabel="questions, in order", ylabel="KL(local temperature || p0^4), nats")
+
+
+if __name__ == "__main__":
+    print(main(Path("bayes-klrl-gallery/power_sampling")))

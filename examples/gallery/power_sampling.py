@@ -1,0 +1,1 @@
+../../bayes_klrl/gallery/language/power_sampling.py
