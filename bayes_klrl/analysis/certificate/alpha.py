@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,47 +10,94 @@ from bayes_klrl.analysis.frontier.draws import pool_of
 from bayes_klrl.analysis.frontier.implied_alpha import gap
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.typing import FloatArray
 
-__all__ = ["FrontierPoint", "frontier_point"]
+__all__ = ["FrontierPoint", "enumerated_point", "frontier_point"]
 
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """The implied alpha with its interval and the frontier gap with its error, as in `Certificate`; NaN where undefined."""
+    """A policy's mean reward and KL to the prior, and its place below the frontier, as in `Certificate`; NaN if undefined."""
 
-    implied_alpha: float
-    implied_alpha_interval: tuple[float, float]
-    gap: float
-    gap_se: float
-    notes: tuple[str, ...]
+    reward: float
+    kl_prior: float
+    implied_alpha: float = np.nan
+    implied_alpha_interval: tuple[float, float] = (np.nan, np.nan)
+    gap: float = np.nan
+    gap_se: float = np.nan
+    notes: tuple[str, ...] = ()
 
 
 def frontier_point(policy_draws: Draws, prior_draws: Draws, *, has_alpha: bool) -> FrontierPoint:
-    """Return implied alpha and frontier gap of a policy, from its own draws and a pool of prior draws."""
-    if not has_alpha:
-        return _undefined("no implied alpha: a likelihood of constraints alone has none")
+    """Return the point of a policy, estimated from its own draws and a pool of prior draws."""
     reward = policy_draws.reward
     log_ratio = policy_draws.log_proposal - policy_draws.log_prior
-    if not (np.isfinite(reward).all() and np.isfinite(log_ratio).all()):
-        return _undefined("no implied alpha: the policy draws completions of likelihood or prior probability 0")
+    point = FrontierPoint(float(reward.mean()), float(log_ratio.mean()))
+    if (reason := _why_undefined(point, has_alpha)) is not None:
+        return replace(point, notes=(reason,))
     num_prompts, num_draws = reward.shape
     scale = num_draws * num_prompts**2
     covariance = sum(np.cov(r, k) for r, k in zip(reward, log_ratio, strict=True)) / scale
     try:
         found = gap(
             pool_of(prior_draws),
-            float(reward.mean()),
-            float(log_ratio.mean()),
+            point.reward,
+            point.kl_prior,
             reward_se=float(np.sqrt(covariance[0, 0])),
             kl_se=float(np.sqrt(covariance[1, 1])),
             covariance=float(covariance[0, 1]),
         )
     except BayesKLRLError as error:
-        return _undefined(f"no implied alpha: {error}")
+        return replace(point, notes=(f"no implied alpha: {error}",))
     weak = "implied alpha and frontier gap rest on too few of the prior's draws to trust their errors (draw more: num_draws)"
-    notes = () if found.implied.valid else (weak,)
     b, margin = found.implied.inverse_alpha, 1.96 * found.implied.inverse_alpha_se
-    return FrontierPoint(found.implied.alpha, alphas_between(b - margin, b + margin), found.value, found.se, notes)
+    return replace(
+        point,
+        implied_alpha=found.implied.alpha,
+        implied_alpha_interval=alphas_between(b - margin, b + margin),
+        gap=found.value,
+        gap_se=found.se,
+        notes=() if found.implied.valid else (weak,),
+    )
+
+
+def enumerated_point(everything: Draws, log_policy: FloatArray, *, has_alpha: bool) -> FrontierPoint:
+    """Return the point of a policy by sums over all completions: no errors, and a gap of at most KL(q || p*).
+
+    Parameters
+    ----------
+    everything
+        All M completions with their prior and reward, as `Exact` lists them.
+    log_policy
+        log q of each, shape (P, M).
+    has_alpha
+        Whether the likelihood has a reward, and not constraints alone.
+    """
+    mass = np.exp(log_policy)
+    drawn = mass > 0
+    with np.errstate(invalid="ignore"):  # what is never drawn counts 0, whatever its reward
+        reward = np.where(drawn, mass * everything.reward, 0.0).sum(axis=1).mean()
+        kl_prior = np.where(drawn, mass * (log_policy - everything.log_prior), 0.0).sum(axis=1).mean()
+    point = FrontierPoint(float(reward), float(kl_prior))
+    if (reason := _why_undefined(point, has_alpha)) is not None:
+        return replace(point, notes=(reason,))
+    try:
+        found = gap(pool_of(everything), point.reward, point.kl_prior)
+    except BayesKLRLError as error:
+        return replace(point, notes=(f"no implied alpha: {error}",))
+    alpha = found.implied.alpha
+    return replace(
+        point, implied_alpha=alpha, implied_alpha_interval=(alpha, alpha), gap=max(found.value, 0.0), gap_se=0.0
+    )
+
+
+def _why_undefined(point: FrontierPoint, has_alpha: bool) -> str | None:
+    """Return why a policy has no place on the frontier; None if it has."""
+    if not has_alpha:
+        return "no implied alpha: a likelihood of constraints alone has none"
+    if not (np.isfinite(point.reward) and np.isfinite(point.kl_prior)):
+        return "no implied alpha: the policy draws completions of likelihood or prior probability 0"
+    return None
 
 
 def alphas_between(low: float, high: float) -> tuple[float, float]:
@@ -64,7 +111,3 @@ def alphas_between(low: float, high: float) -> tuple[float, float]:
     if low > 0 or high < 0:
         return 1 / high, 1 / low
     return (1 / high, np.inf) if high > 0 else (np.inf, np.inf)
-
-
-def _undefined(note: str) -> FrontierPoint:
-    return FrontierPoint(np.nan, (np.nan, np.nan), np.nan, np.nan, (note,))

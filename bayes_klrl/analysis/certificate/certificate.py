@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from bayes_klrl.analysis.certificate.alpha import frontier_point
+from bayes_klrl.analysis.certificate.alpha import enumerated_point, frontier_point
 from bayes_klrl.analysis.certificate.coverage import Coverage, Feature, coverage, labels_of
 from bayes_klrl.analysis.certificate.evidence import Evidence, Settings, by_enumeration, by_sampling
 from bayes_klrl.analysis.certificate.groundwork import Groundwork
@@ -256,7 +256,11 @@ def certified(ground: Groundwork, policy: Any, feature: Feature | None) -> Certi
     if feature is not None:
         labels_of(feature, ours)  # a feature that does not work is refused before the long part
     evidence = _evidence(ground, lm, ours)
-    point = frontier_point(ours, ground.prior_draws, has_alpha=posterior.likelihood.alpha is not None)
+    has_alpha = posterior.likelihood.alpha is not None
+    if evidence.log_policy is not None:
+        point = enumerated_point(ground.everything, evidence.log_policy, has_alpha=has_alpha)
+    else:
+        point = frontier_point(ours, ground.prior_draws, has_alpha=has_alpha)
     cells, cell_notes = _coverage(feature, ours, evidence.draws, ground.prior_draws)
     return Certificate(
         elbo=evidence.intervals.elbo,
@@ -271,8 +275,8 @@ def certified(ground: Groundwork, policy: Any, feature: Feature | None) -> Certi
         frontier_gap=point.gap,
         frontier_gap_se=point.gap_se,
         alpha=posterior.alpha,
-        reward=float(ours.reward.mean()),
-        kl_prior=float((ours.log_proposal - ours.log_prior).mean()),
+        reward=point.reward,
+        kl_prior=point.kl_prior,
         evidence_source=evidence.source,
         coverage=cells,
         notes=(*evidence.notes, *point.notes, *cell_notes),

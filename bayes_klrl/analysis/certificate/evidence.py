@@ -89,6 +89,8 @@ class Evidence:
         Statements that could not be made, with the reason.
     cost
         Seconds and model tokens spent.
+    log_policy
+        log q of every completion, shape (P, M), where all are enumerated; else None.
     """
 
     intervals: Intervals
@@ -99,6 +101,7 @@ class Evidence:
     draws: Draws | None
     notes: tuple[str, ...]
     cost: Cost
+    log_policy: FloatArray | None = None
 
 
 def can_enumerate(posterior: Posterior, max_sequences: int) -> bool:
@@ -119,7 +122,7 @@ def by_enumeration(
     per_prompt, pooled = exact_intervals(everything.log_prior, everything.log_likelihood, log_policy, rounding)
     draws = everything.resample(settings.num_draws, settings.stream("exact draws"))
     source = f"exact: all {everything.shape[1]:,} completions enumerated"
-    return Evidence(per_prompt, pooled, "A", 0.0, source, draws, (), everything.cost)
+    return Evidence(per_prompt, pooled, "A", 0.0, source, draws, (), everything.cost, log_policy)
 
 
 def exact_or_given(posterior: Posterior, given: Sequences | None, settings: Settings) -> ExactDraws:

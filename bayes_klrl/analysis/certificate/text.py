@@ -52,11 +52,12 @@ def verdict(certificate: CertificateRecord) -> str:
     if np.isnan(certificate.frontier_gap):
         return "; ".join([distance, *certificate.findings])
     gap, margin = certificate.frontier_gap, 1.96 * certificate.frontier_gap_se
-    spent = (
-        "no more KL than the reward needs, within its error"
-        if gap < margin
-        else f"{gap:.2f} nats more KL than the reward needs"
-    )
+    if margin == 0:  # by enumeration
+        spent = f"{gap:.2f} nats more KL than the reward needs" if gap >= 0.005 else "no more KL than the reward needs"
+    elif gap < margin:
+        spent = "no more KL than the reward needs, within its error"
+    else:
+        spent = f"{gap:.2f} nats more KL than the reward needs"
     return "; ".join([f"{distance}; spends {spent}", *certificate.findings])
 
 
@@ -195,14 +196,16 @@ def alpha_text(certificate: CertificateRecord) -> str:
         return "-"
     if np.isinf(high):
         return f"above {low:.3g}: the reward may be the prior's own"
-    return f"{certificate.implied_alpha:.3g} ({low:.3g} to {high:.3g})"
+    interval = "" if low == high else f" ({low:.3g} to {high:.3g})"
+    return f"{certificate.implied_alpha:.3g}{interval}"
 
 
 def gap_text(certificate: CertificateRecord) -> str:
     """Return the frontier gap with its standard error."""
     if np.isnan(certificate.frontier_gap):
         return "-"
-    return f"{certificate.frontier_gap:.3f} ± {certificate.frontier_gap_se:.3f}"
+    error = f" ± {certificate.frontier_gap_se:.3f}" if certificate.frontier_gap_se > 0 else ""
+    return f"{certificate.frontier_gap:.3f}{error}"
 
 
 def number(value: float) -> str:

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayes_klrl.analysis.comparison.rows import answers
-from bayes_klrl.analysis.comparison.table import ComparisonTable, comparison_verdict, method_row, reference_log_evidence
+from bayes_klrl.analysis.comparison.table import (
+    ComparisonTable,
+    comparison_verdict,
+    method_row,
+    reference_log_evidence,
+    unseen_note,
+)
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
@@ -90,7 +96,8 @@ class Comparison:
         rows: dict[str, dict[str, Any]] = {}
         for name, algorithm in self.algorithms.items():
             rows[name] = method_row(algorithm, self.draws[name], reference) if name in self.draws else {"note": ""}
-            notes = [rows[name]["note"], *self._notes(name)]
+            unseen = unseen_note(name, self.algorithms, self.draws) if name in self.draws else ""
+            notes = [rows[name]["note"], unseen, *self._notes(name)]
             rows[name]["note"] = "; ".join(note for note in notes if note)
         return ComparisonTable.of(rows)
 

@@ -26,11 +26,13 @@ __all__ = [
     "method_row",
     "reference_log_evidence",
     "tokens_per_effective_draw",
+    "unseen_note",
 ]
 
 _TRUSTED_ESS = 100  # below it, intervals of importance sampling cover too rarely (theory.md 7.1)
 _MIXED_R_HAT = 1.01  # Vehtari et al. (2021)
 _FAR = 5  # standard errors that an estimate may lie below the reference before its row says so
+_UNSEEN = 0.05  # of the posterior, by another row, at rewards that no draw of this row reaches
 _COLUMNS = (
     "log_evidence",
     "log_evidence_se",
@@ -92,6 +94,37 @@ def reference_log_evidence(
     highest = max(trusted, key=lambda each: float(each.log_evidence.mean())).log_evidence
     bounds = [each.elbo for repeats in draws.values() for each in repeats]
     return Reference(np.fmax.reduce([highest, *bounds]), is_exact=False)
+
+
+def unseen_note(name: str, algorithms: Mapping[str, Algorithm], draws: Mapping[str, Sequence[Draws]]) -> str:
+    """Return the warning that no draw of a row has rewards as high as those that another row found to matter; "" if none.
+
+    Draws that all missed a mode have even weights: a large effective sample size and small error bars, around too low a
+    value. Only another row can tell. Rows of a small effective sample size have their own warning and get none here.
+    """
+    mine = draws[name]
+    if not all(np.isfinite(each.log_weights).any(axis=1).all() and not each.ess.min() < _TRUSTED_ESS for each in mine):
+        return ""
+    highest = np.max([np.where(each.weights > 0, each.reward, -np.inf).max(axis=1) for each in mine], axis=0)[:, None]
+    found = {
+        other: float(np.mean([(each.weights * (each.reward > highest + 1e-9)).sum(axis=1).mean() for each in repeats]))
+        for other, repeats in draws.items()
+        if other != name and all(_is_of_the_posterior(algorithms[other], each) for each in repeats)
+    }
+    other = max(found, key=lambda each: found[each], default=name)
+    if found.get(other, 0.0) < _UNSEEN:
+        return ""
+    return (
+        f"no draw of it has a reward as high as those that hold {found[other]:.0%} of the posterior by {other!r}: it may have "
+        "missed them, and its error bars do not know"
+    )
+
+
+def _is_of_the_posterior(algorithm: Algorithm, draws: Draws) -> bool:
+    """Return whether the weighted draws of a method stand for the posterior, for every prompt."""
+    exact = isinstance(algorithm, Exact | RejectionSampling)
+    alive = bool(np.isfinite(draws.log_weights).any(axis=1).all())
+    return alive and (exact or bool(np.isfinite(draws.log_evidence).all()))
 
 
 def method_row(algorithm: Algorithm | None, repeats: Sequence[Draws], reference: Reference | None) -> dict[str, Any]:

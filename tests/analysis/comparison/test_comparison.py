@@ -1,5 +1,6 @@
 """`compare`: one row a method, honest notes, shared trainings, streams of their own."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -298,3 +299,25 @@ def test_chains_of_which_nothing_varies_have_no_price() -> None:
     shown = bk.compare(posterior, {"chains": bk.SuffixMH(2, 10), "prior IS": bk.ImportanceSampling(8)}, seed=0).table()
     assert np.isnan(shown.loc["chains", "tokens_per_effective_draw"])
     assert np.isfinite(shown.loc["prior IS", "tokens_per_effective_draw"])
+
+
+def test_a_row_that_missed_a_mode_is_told_by_another() -> None:
+    """A rare token holds nine tenths of the posterior. Rows that drew none of it have even weights, and look certain."""
+    prior = bk.NgramLM(np.log([0.4975, 0.4975, 0.005]), eos_token_id=0)
+    won = bk.TokenReward(lambda tokens, lengths: 7.5 * (tokens[:, 0] == 2), alpha=1.0)
+    posterior = bk.Posterior(prior, won, max_new_tokens=1)
+    told = {False: 0, True: 0}
+    for seed in range(12):
+        rows = {"few": bk.ImportanceSampling(150), "many": bk.ImportanceSampling(40_000), "best": bk.BestOfN(400, 10)}
+        result = bk.compare(posterior, rows, seed=seed)
+        notes = result.table()["note"]
+        missed = not (result["few"].reward > 0).any()
+        told[missed] += 1
+        assert ("it may have missed them" in notes["few"]) == missed
+        assert "it may have missed them" not in notes["many"]
+        if missed:
+            assert result["few"].ess[0] > 149
+            held = re.search(r"hold (\d+)% of the posterior by 'many'", notes["few"])
+            assert held is not None
+            assert 87 <= int(held[1]) <= 93  # 90 %, from about 200 draws of the rare token
+    assert min(told.values()) >= 2
