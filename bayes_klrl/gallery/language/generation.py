@@ -161,7 +161,7 @@ def finding(
         report=page,
         picture=picture,
         better=f"A classifier's probability is a likelihood as it is: {spoken:.0%} of the prior's completions are speech. "
-        f"Two estimates check each log evidence, SMC's less that of importance sampling in standard errors: "
+        f"Two estimates check each log evidence, that of importance sampling less SMC's in standard errors: "
         f"{', '.join(f'{name} {z:.1f}' for name, z in scores.items())}. Without the letter e, twisted SMC makes "
         f"{per_thousand_tokens(twisted, training=True):.2f} effective draws for a thousand tokens, its training included; "
         f"drawing and filtering makes {filtered:.2f}.",
