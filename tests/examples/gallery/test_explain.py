@@ -85,8 +85,8 @@ def test_tokens_are_placed_without_gaps() -> None:
 
 @pytest.mark.slow
 def test_the_example_ends_in_a_report(tmp_path: Path) -> None:
-    finding = explain.main(tmp_path, num_steps=2, num_draws=30, num_texts=60, max_new_tokens=4, num_runs=2)
+    finding = explain.main(tmp_path, num_steps=2, num_draws=32, num_texts=60, max_new_tokens=4, num_runs=2)
     assert finding.numbers["largest error of the exact sum (nats)"] < 1e-9
-    assert finding.report.read_text(encoding="utf-8").count("<figure>") == 6
+    assert finding.report.read_text(encoding="utf-8").count("<figure>") == 7
     tokens = explain.token_sentiments(bk.TorchLM.from_pretrained("austen"))
     assert 0 < (tokens != 0).mean() < 0.1
