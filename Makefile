@@ -79,7 +79,7 @@ gallery: smollm2  ## what it is good for: examples that end in a report, and a p
 	$(BIN)/bayes-klrl gallery all
 
 docs: $(DOCS_STAMP)  ## the site, docs/_build/html, offline: notebooks run, warnings are errors, links and doctests checked
-	rm -rf docs/_build/html
+	rm -rf docs/_build
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
 	$(BIN)/python docs/check_site.py docs/_build/html
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -q -n $(strip $(WORKERS)) --dist loadfile bayes_klrl

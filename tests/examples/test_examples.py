@@ -39,10 +39,11 @@ def test_another_trainers_policies_are_certified(tmp_path: Path, capsys: pytest.
             assert contains(found.forward_kl, forward)
             assert contains(found.log_evidence_bounds, truth.log_evidence)
         assert np.ptp(certificate.reverse_kl) < 1e-3
-        assert abs(certificate.frontier_gap - frontier_gap(truth, log_q)) < 4 * certificate.frontier_gap_se
+        assert abs(certificate.frontier_gap - frontier_gap(truth, log_q)) < 1e-6
+        assert abs(sampled.frontier_gap - frontier_gap(truth, log_q)) < 4 * sampled.frontier_gap_se
     assert reverse["leave_one_out"] < 0.1 < 0.2 < reverse["grpo"]
     grpo, other = certificates["grpo"], certificates["leave_one_out"]
-    assert grpo.frontier_gap > 4 * grpo.frontier_gap_se  # it also pays more for the reward that it has
+    assert grpo.frontier_gap > 0.1  # it also pays more for the reward that it has
     assert other.frontier_gap < grpo.frontier_gap / 2
     assert not grpo.notes + other.notes  # nothing extrapolated
     printed = capsys.readouterr().out

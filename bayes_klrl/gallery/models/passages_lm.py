@@ -31,7 +31,7 @@ def tokenizer() -> Any:
     """Return the tokenizer of `austen`."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(shipped_folder() / "austen")
+    return AutoTokenizer.from_pretrained(shipped_folder() / "austen", trust_remote_code=False)
 
 
 def counts_of(passages: Sequence[str]) -> Tensor:
