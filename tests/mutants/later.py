@@ -158,4 +158,21 @@ LATER: tuple[Mutant, ...] = (
         "",
         (f"{_FINDINGS}::test_an_adapter_that_went_on_from_another_was_not_tuned_from_the_base",),
     ),
+    Mutant(
+        "a frontier gap estimated from draws where everything is enumerated",
+        "analysis/certificate/certificate.py",
+        "    if evidence.log_policy is not None:\n",
+        "    if False:\n",
+        (
+            "tests/analysis/certificate/test_certificate.py::"
+            "test_by_enumeration_the_frontier_gap_is_exact_and_no_more_than_the_distance[0]",
+        ),
+    ),
+    Mutant(
+        "a row that missed a mode is judged by its own rewards",
+        "analysis/comparison/table.py",
+        "        if other != name and all(_is_of_the_posterior",
+        "        if other == name and all(_is_of_the_posterior",
+        ("tests/analysis/comparison/test_comparison.py::test_a_row_that_missed_a_mode_is_told_by_another",),
+    ),
 )
