@@ -115,8 +115,8 @@ def _claims(names: list[str], numbers: FloatArray) -> tuple[Claim, ...]:
         Claim(
             "an estimator from the probability of the selected completion is nearer than the formula (rewards without ties)",
             "reproduced" if nearer[untied].all() else "not reproduced",
-            f"within {worst:.2%} of the exact KL. With ties it is up to {(estimate / exact)[~untied].max():.1f} times too "
-            "large, since the mass of a level is not that of one completion of it; with the level's mass it is within "
+            f"within {worst:.2%} of the exact KL. With ties it is up to {(estimate / exact)[~untied].max():.1f} times the "
+            "exact KL, since the mass of a level is not that of one completion of it; with the level's mass it is within "
             f"{np.abs(of_level / exact - 1)[~untied].max():.0%}",
         ),
     )

@@ -174,7 +174,12 @@ def _about_the_penalty(paths: _Paths) -> tuple[Claim, Claim]:
                 if np.isfinite(difference).all():
                     each = interval(difference)
                     found[which].append(f"{name} {each} at {away} nats")
-                    moved[which].append(abs(each.mean) > each.half_width if which == 0 else each.mean > each.half_width)
+                    far = 0.1 * abs(
+                        float(none[0][:, i].mean())
+                    )  # "not moved": the interval lies within a tenth of the gold
+                    moved[which].append(
+                        abs(each.mean) + each.half_width > far if which == 0 else each.mean > each.half_width
+                    )
     still = not any(moved[0])
     return (
         Claim(
@@ -198,12 +203,16 @@ def _about_best_of_n(paths: _Paths) -> Claim:
         label: np.array([curve.kl_of_proxy(proxy)[0] for curve, proxy in zip(paths[label], wanted, strict=True)])
         for label in (*ALPHAS, METHODS[1])
     }
-    trained = [bool(np.isnan(paid[label]).any() or paid[label].mean() > away) for label in ALPHAS]
+    trained = [bool(paid[label].mean() > away) for label in ALPHAS if np.isfinite(paid[label]).all()]
     optimum = bool(paid[METHODS[1]].mean() > away)
     listed = ", ".join(f"{label} {_shown(values)}" for label, values in paid.items())
     return Claim(
         "RL pays far more KL than best-of-n for the same proxy reward",
-        "reproduced" if optimum and all(trained) else "partly" if optimum or any(trained) else "not reproduced",
+        "reproduced"
+        if optimum and trained and all(trained)
+        else "partly"
+        if optimum or any(trained)
+        else "not reproduced",
         f"KL for the proxy reward that best-of-n has at {away} nat: {listed} (-: not all reach it). No policy can pay less "
         "than the posterior",
     )

@@ -83,8 +83,9 @@ def enumerated_point(everything: Draws, log_policy: FloatArray, *, has_alpha: bo
         return replace(point, notes=(reason,))
     try:
         found = gap(pool_of(everything), point.reward, point.kl_prior)
-    except BayesKLRLError as error:
-        return replace(point, notes=(f"no implied alpha: {error}",))
+    except BayesKLRLError:
+        reason = "no implied alpha: the policy's mean reward is at an end of what any posterior has, where alpha is 0"
+        return replace(point, notes=(reason,))
     alpha = found.implied.alpha
     return replace(
         point, implied_alpha=alpha, implied_alpha_interval=(alpha, alpha), gap=max(found.value, 0.0), gap_se=0.0

@@ -124,7 +124,7 @@ def exploring(worlds: Worlds, num_agents: int, num_walks: int, seed: Sequence[in
     for d in range(num_agents):
         true = int(np.random.default_rng([*seed, d]).integers(len(worlds.rewards)))
         for number, (name, policy) in enumerate(POLICIES.items()):
-            rng, belief = np.random.default_rng([*seed, d, number]), FiniteBelief(worlds.rewards, worlds.strength)
+            rng, belief = np.random.default_rng([*seed, d, 1 + number]), FiniteBelief(worlds.rewards, worlds.strength)
             for n in range(num_walks):
                 log_q = policy(worlds, belief.weights)
                 found[name][d, n] = judged(log_q, worlds, true)
@@ -201,7 +201,9 @@ def finding(
         for mark, (reverse, forward, reward) in zip(MARKS, values.mean(axis=0), strict=True):
             numbers |= {f"{name}, {mark} walks: KL(q || p*) (nats)": reverse, f"{name}, {mark}: KL(p* || q)": forward}
             numbers[f"{name}, {mark}: E[r] (nats)"] = reward
-    gain: dict[float, str] = {}
+    earned: dict[float, str] = {}
+    regret: dict[float, str] = {}
+    ends: dict[float, str] = {}
     num_walks = next(iter(explored.values()))[PLUG_IN].shape[1]
     for strength, found in explored.items():
         for name, values in found.items():
@@ -210,25 +212,28 @@ def finding(
                 numbers[f"goal of {strength:g} nats, {name}: {what} (nats)"] = float(total[:, column].mean())
                 numbers[f"goal of {strength:g}, {name}: {what}, se"] = float(total[:, column].std(ddof=1) / se)
         saved = (found[PLUG_IN] - found[MIXTURE]).sum(axis=1)
+        nearer = (found[PLUG_IN] - found[MIXTURE])[:, -1, 0]
         last = {name: float(values[:, -1, 0].mean()) for name, values in found.items()}
         numbers |= {
             f"goal of {strength:g}, {name}: regret of the last walk (nats)": each for name, each in last.items()
         }
-        gain[strength] = (
-            f"{more_or_less(-saved[:, 2], 'earns', 'loses')} nats of reward in {num_walks} walks and "
-            f"{more_or_less(saved[:, 0], 'saves', 'costs')} nats of regret; its last walk is {last[MIXTURE]:.2f} nats from "
-            f"the posterior and that of the plug-in policy {last[PLUG_IN]:.2f}"
+        earned[strength] = (
+            f"{more_or_less(-saved[:, 2], 'more', 'less')} nats where the goal is worth {strength:g} nats"
         )
+        regret[strength] = f"{more_or_less(saved[:, 0], 'saves', 'costs')} nats where the goal is worth {strength:g}"
+        ends[strength] = f"{more_or_less(nearer, 'nearer', 'farther')}"
     four = MARKS.index(4)
     at = {name: few[name][:, four].mean(axis=0) for name in (PLUG_IN, MIXTURE)}
     mild, strong = STRENGTHS
     return Finding(
         report=page,
         picture=picture,
-        better=f"Where the goal is worth {strong:g} nats, the mixture, that is Thompson sampling, {gain[strong]}. "
-        f"From 4 walks of the prior its forward KL to the true posterior is {at[MIXTURE][1]:.2f} nats, that of the plug-in "
+        better=f"Reward of {num_walks} walks by the mixture, that is Thompson sampling, against the plug-in policy: "
+        f"{earned[strong]}, {earned[mild]}; its last walk is {ends[strong]} and {ends[mild]} nats to the "
+        f"posterior. From 4 walks of the prior its forward KL to the true posterior is {at[MIXTURE][1]:.2f} "
+        f"nats, that of the plug-in "
         f"policy {at[PLUG_IN][1]:.2f}: the mixture drops no world that is still possible.",
-        worse=f"Where the goal is worth {mild:g} nats, the mixture {gain[mild]}. For a single walk the plug-in policy has the "
+        worse=f"Total regret: the mixture {regret[strong]}, {regret[mild]}. For a single walk the plug-in policy has the "
         f"least expected reverse KL that there is: {at[PLUG_IN][0]:.2f} nats after 4 walks against {at[MIXTURE][0]:.2f}. The "
         f"Gaussian over policies is {policies['policies, Gaussian: KL to the exact distribution (nats)']:.2f} nats from the "
         "exact distribution over policies.",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import t as student_t
 
 import bayes_klrl as bk
 from bayes_klrl.export.plot_style import COLOURS, GREY, drawing
@@ -107,7 +108,9 @@ def covered(belief: GaussianBelief, rewards: FloatArray) -> tuple[float, float]:
     truth, values = GRID.values(rewards)[:-1], GRID.values(belief.draws(400))[:, :-1]
     low, high = np.quantile(values, [0.05, 0.95], axis=0)
     members = GRID.values(belief.ensemble())[:, :-1]
-    inside = np.abs(truth - members.mean(axis=0)) < 1.645 * members.std(axis=0, ddof=1)
+    # of few members mean and sd are estimates, too: Student's quantile, widened by that of the mean
+    wide = float(student_t.ppf(0.95, len(members) - 1)) * np.sqrt(1 + 1 / len(members))
+    inside = np.abs(truth - members.mean(axis=0)) < wide * members.std(axis=0, ddof=1)
     return float(((low <= truth) & (truth <= high)).mean()), float(inside.mean())
 
 
@@ -127,7 +130,7 @@ def study(
         rewards = world(strength, np.random.default_rng([*seed, d]))
         log_evidence = float(GRID.values(rewards)[0, GRID.start])
         for number, (name, rule) in enumerate(RULES.items()):
-            rng = np.random.default_rng([*seed, d, number])
+            rng = np.random.default_rng([*seed, d, 1 + number])
             belief = nothing_seen(strength, rng)
             for n in range(num_walks):
                 policy = rule(belief)
@@ -200,14 +203,14 @@ def finding(page: Path, picture: Path, studies: dict[str, Study], num_walks: int
     return Finding(
         report=page,
         picture=picture,
-        better=f"Exploring by the uncertainty of the values loses its way less often: where rewards are strong (sd "
+        better=f"How often does exploring lose its way? Where rewards are strong (sd "
         f"{STRENGTHS[-1]:g} nats per square), the policy of the mean is more than 1 nat away at the end in "
         f"{strong.lost(PLUG_IN):.0%} of the worlds if it explored by itself, in {strong.lost('UCB'):.0%} after UCB and in "
         f"{strong.lost('Thompson'):.0%} after Thompson. With a goal that the prior does not expect, UCB "
         f"{surprise.told('UCB')} nats of regret in {num_walks} walks against the policy of the mean, and epsilon-greedy "
         f"{surprise.told('mean, epsilon-greedy')}. The 90 % intervals of the Gaussian last layer hold {layer:.0%} of the "
         "values in worlds of its prior.",
-        worse=f"There the regret itself is another matter: UCB {strong.told('UCB')} nats and Thompson "
+        worse=f"Total regret is another matter: UCB {strong.told('UCB')} nats and Thompson "
         f"{strong.told('Thompson')} where rewards are strong, {mild.told('UCB')} and {mild.told('Thompson')} where they are "
         f"mild (sd {STRENGTHS[0]:g}), since a KL-regularised policy explores by itself. The intervals of {MEMBERS} members "
         f"hold {ensemble:.0%}, and with a goal that the prior does not expect the Gaussian ones hold {unexpected:.0%}.",

@@ -186,10 +186,11 @@ def finding(
         picture=picture,
         better=f"Where the features can express the gold reward, it turns over in {rich.turns.mean():.0%} of the data sets; "
         f"at b = {GRID[-1]:g} the plug-in policy has {at_the_end(known, 'plug-in')} of gold compared with the prior. The "
-        f"conservative target needs no alarm: it has {at_the_end(known, 'conservative')}, and the plug-in policy at its very "
+        f"conservative target, without any alarm, has {at_the_end(known, 'conservative')}, and the plug-in policy at its very "
         f"peak {rich.gain['the peak'].mean():+.2f}. Of the alarms, which see no gold, the share of the variance stops the "
-        f"plug-in policy in time in {rich.in_time('share'):.0%}, the best KL budget of the other data sets, which saw their "
-        f"gold, in {rich.in_time(BUDGET):.0%}.",
+        f"plug-in policy in time in {rich.in_time('share'):.0%}, with {rich.better_than('share', BUDGET)} of gold compared "
+        f"with the best KL budget of the other data sets, which saw their gold and stops in time in "
+        f"{rich.in_time(BUDGET):.0%}.",
         worse="How often each alarm stops in time, and how much more gold it has than that budget: "
         f"{all_of(rich)}. Where the features cannot express the gold reward, no draw of the reward knows what is wrong: "
         f"{all_of(poor)}, and the conservative target ends at {at_the_end(unknown, 'conservative')}.",

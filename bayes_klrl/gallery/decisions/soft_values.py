@@ -109,7 +109,7 @@ def soft_q_learning(num_walks: int, rng: np.random.Generator) -> Iterator[np.nda
 
 
 def soft_sarsa(num_walks: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Learn on policy: the next value is that of the action really taken, less its log-ratio to the prior.
+    """Learn from walks near its own policy: the next value is that of one more action drawn from it, less its log-ratio.
 
     E_pi[Q - log(pi / p0)] is the soft value, so the fixed point is the same; the target has the noise of one action.
     """
@@ -215,8 +215,10 @@ def main(out: Path, *, seed: int = 0, num_walks: int = 4000) -> Finding:
         report=page,
         picture=out / "curves.png",
         better=f"The exact answer by messages needs no walk at all. With {num_walks:,} walks {best} is "
-        f"{distance(learned[best]):.3f} nats from it, and SMC corrects what each learner left over.",
-        worse=f"Messages need the map. {worst} only sees walks, and ends {distance(learned[worst]):.3f} nats away.",
+        f"{distance(learned[best]):.3f} nats from it.",
+        worse=f"Messages need the map. Of the learners, which see walks only, {worst} ends "
+        f"{distance(learned[worst]):.3f} nats "
+        "away, in one run of each.",
         numbers={"walks": num_walks, **left},
     )
 

@@ -152,7 +152,7 @@ def sentences(answers: dict[str, Answer], gap: float, bounds: tuple[float, float
     means = {name: mean_and_error(answer.sentiment) for name, answer in answers.items()}
     told = {name: f"{mean:.2f} ± {error:.2f}" for name, (mean, error) in means.items()}
     gain, error = mean_and_error(answers["adapter"].sentiment - answers["prior"].sentiment)
-    ranked = sorted(("prior IS", "SMC", "adapter, then IS"), key=lambda name: answers[name].seconds)
+    ranked = sorted(("prior IS", "best of 8", "SMC", "adapter, then IS"), key=lambda name: answers[name].seconds)
     prices = ", ".join(f"{name} {answers[name].seconds:.1f}" for name in ranked)
     sorry, insulted = (
         [100 * getattr(answers[name], kind).mean() for name in ("prior", "adapter")] for kind in FEATURES[1:]
@@ -161,13 +161,18 @@ def sentences(answers: dict[str, Answer], gap: float, bounds: tuple[float, float
     span = f"between {low:.1f} and {high:.1f}" if np.isfinite(high) else f"at least {low:.1f}"
     better = (
         f"On conversations that it never saw the adapter lifts the sentiment from {told['prior']} to {told['adapter']} "
-        f"(paired {gain:+.2f} ± {error:.2f}) at one completion a reply. SMC reaches {told['SMC']} and the adapter as a "
-        f"proposal {told['adapter, then IS']}, without a word of the list, where best of 8 has {told['best of 8']}."
+        f"(paired {gain:+.2f} ± {error:.2f}) at one completion a reply. Three estimates of the posterior's sentiment, from "
+        f"few effective draws a conversation and so rough: {told['prior IS']} by weighting the prior's draws, "
+        f"{told['SMC']} by "
+        f"SMC, {told['adapter, then IS']} with the adapter as proposal; best of 8 has {told['best of 8']}. None of these four "
+        "says a word of the list."
     )
     worse = (
-        f"CPU seconds per effective draw, the cheapest first: {prices}. The adapter stays about {gap:.1f} nats from the "
-        f"posterior (estimated, rather too low; certified on part of the conversations: {span}), and "
-        f"{insulted[1]:.1f} % of its replies have a word of the list ({insulted[0]:.1f} % of the prior's). VADER counts "
+        f"CPU seconds per effective draw (a reply, for best of 8), the cheapest first: {prices}. The adapter stays "
+        f"about {gap:.1f} "
+        "nats from the posterior in which an insult costs 8 nats (estimated, rather too low; certified at 90 % on part of the "
+        f"conversations: {span}), and infinitely far from the one that forbids insults: {insulted[1]:.1f} % of its replies "
+        f"have a word of the list ({insulted[0]:.1f} % of the prior's). VADER counts "
         f"words: apologies are in {sorry[0]:.0f} % of the prior's replies and in {sorry[1]:.0f} % of the adapter's."
     )
     return better, worse

@@ -151,7 +151,7 @@ def finding(
             scores[name] = z_score(answers["prior IS"], answers[last])
     low, high = map(float, certificate.pooled.reverse_kl)
     differ = [name for name, z in scores.items() if abs(z) >= 2]
-    doubt = f" They differ by two standard errors or more for {' and '.join(differ)}." if differ else ""
+    doubt = f" The two estimates differ by two standard errors or more for {' and '.join(differ)}." if differ else ""
     speech, lipogram = (weighted(comparisons[name]) for name in ("speech", "no letter e"))
     spoken, twisted = np.exp(speech["prior IS"].log_evidence[0]), lipogram["SMC, twisted"]
     prior = lipogram.get("prior IS")  # not there if none of its draws fulfils the constraint
@@ -160,12 +160,17 @@ def finding(
     return Finding(
         report=page,
         picture=picture,
-        better=f"A classifier's probability is a likelihood as it is: {spoken:.0%} of the prior's completions are speech. "
-        f"Two estimates check each log evidence, that of importance sampling less SMC's in standard errors: "
+        better=f"A classifier's probability is a likelihood as it is: by this classifier {spoken:.0%} of the prior's "
+        f"completions are "
+        "speech. "
+        f"Two estimates check each log evidence, that of importance sampling less SMC's in standard errors (rewards "
+        f"share their "
+        "draws): "
         f"{', '.join(f'{name} {z:.1f}' for name, z in scores.items())}. Without the letter e, twisted SMC makes "
         f"{per_thousand_tokens(twisted, training=True):.2f} effective draws for a thousand tokens, its training included; "
         f"drawing and filtering makes {filtered:.2f}.",
-        worse=f"After its training the policy for speech is still {low:.2f} to {high:.2f} nats from the posterior. Of the "
+        worse=f"After its training the policy for speech is certified to be {low:.2f} to {high:.2f} nats from the "
+        f"posterior. Of the "
         f"product of two rewards, {worst[0]} has an effective sample size of {worst[1].ess[0]:.0f}; below 100 error bars are "
         f"not to be trusted.{doubt} Where a constraint fails, a policy gradient has nothing to follow: that row has no SVI.",
         numbers={

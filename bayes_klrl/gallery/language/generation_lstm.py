@@ -22,6 +22,7 @@ import bayes_klrl as bk
 from bayes_klrl.export.plot_style import BLACK, COLOURS, GREY, drawing
 from bayes_klrl.gallery.finding import Finding
 from bayes_klrl.gallery.models.lstm_lm import shipped_lstm
+from bayes_klrl.gallery.packages import need
 from bayes_klrl.inference.exact.messages import Messages, backward_messages
 from bayes_klrl.typing import FloatArray, LanguageModel
 
@@ -84,17 +85,16 @@ def disagreement(texts: list[str], rewards: FloatArray, target: str) -> float:
     return float(np.abs(np.array(others) - rewards).max())
 
 
-def methods(exact: Distilled, num_draws: int, num_particles: int, num_steps: int, order: int) -> dict[str, Any]:
+def methods(exact: Distilled, num_draws: int, num_particles: int, num_steps: int) -> dict[str, Any]:
     """Return the rows of the table."""
     svi = bk.SVI(num_steps)
-    learned = bk.DistilledTwist(order=order)
     return {
         "prior IS": bk.ImportanceSampling(num_draws),
         "best of 16": bk.BestOfN(16, num_draws // 8),
         "SMC": bk.SMC(num_particles),
         "SMC, reward so far": bk.SMC(num_particles, twist=bk.PartialRewardTwist()),
         "annealed SMC": bk.AnnealedSMC(num_particles),
-        "SMC, n-gram twist": bk.SMC(num_particles, twist=learned, proposal="twisted"),
+        "SMC, n-gram twist": bk.SMC(num_particles, twist=exact.solved.twist(), proposal="twisted"),
         "n-gram, then IS": bk.ImportanceSampling(num_draws, proposal=exact.solved.policy()),
         "SVI": svi,
         "SVI, then IS": bk.ImportanceSampling(num_draws, proposal=svi),
@@ -114,11 +114,12 @@ def main(
     num_runs: int = 24,
 ) -> Finding:
     """Run all methods on the LSTM, solve its distillation, and write the report."""
+    need("rapidfuzz")
     prior = shipped_lstm()
     reward = edit_reward(prior, target, ALPHA)
     posterior = bk.Posterior(prior, reward, prompts=PROMPT, max_new_tokens=len(target) + 3)
     exact = distilled(posterior, order, num_texts, seed)
-    comparison = bk.compare(posterior, methods(exact, num_draws, num_particles, num_steps, order), seed=seed)
+    comparison = bk.compare(posterior, methods(exact, num_draws, num_particles, num_steps), seed=seed)
     beside = bk.compare(exact.posterior, {"n-gram's posterior": bk.Exact(num_draws=num_draws)}, seed=seed)
     guide, twisted = comparison["SVI"].guide, comparison["SMC, n-gram twist"]
     assert guide is not None
@@ -164,7 +165,10 @@ def main(
         picture=out / "distances.png",
         better=f"The n-gram's exact answer as a twist makes {num_particles} particles of SMC worth "
         f"{ess['SMC, n-gram twist']:.0f} (plain SMC: {ess['SMC']:.0f}), and finds log Z = {log_evidence:.2f} ± {error:.2f}; "
-        f"{num_draws:,} draws of the prior find {plain.log_evidence[0]:.2f} ± {plain.log_evidence_se[0]:.2f}.",
+        f"{num_draws:,} draws of the prior find {plain.log_evidence[0]:.2f} ± {plain.log_evidence_se[0]:.2f}, an error "
+        f"bar that "
+        "knows nothing of completions that were not drawn. "
+        f"The n-gram took {num_texts:,} draws of the prior, which are in no row.",
         worse=f"The exact answer is the n-gram's (log Z {exact.log_evidence:.2f}): its posterior is {to_posterior:.2f} nats "
         f"from the LSTM's, and {num_draws:,} of its draws are worth {ess['n-gram, then IS']:.0f}. SVI with {num_steps} "
         f"steps is {distance} nats from the posterior.",

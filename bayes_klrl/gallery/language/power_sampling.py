@@ -160,12 +160,14 @@ def accuracies(comparison: bk.Comparison, best: Sequence[str], pairs: Sequence[S
     texts = prior.texts()
     votes = [Counter(filter(None, map(answer_in, row))).most_common(1) or [("", 0)] for row in texts]
     likeliest = [[row[n]] for row, n in zip(texts, prior.log_prior.argmax(axis=1), strict=True)]
+    coldest = [[row[n]] for row, n in zip(local.texts(), local.log_prior.argmax(axis=1), strict=True)]
     return {
         "prior": right(texts, pairs).mean(axis=1),
         "majority of the prior's": right([[vote[0][0]] for vote in votes], pairs)[:, 0],
         "likeliest of the prior's": right(likeliest, pairs)[:, 0],
         "greedy": right([[text] for text in best], pairs)[:, 0],
         "local temperature": right(local.texts(), pairs).mean(axis=1),
+        "likeliest of local temperature's": right(coldest, pairs)[:, 0],
         OURS: (smc.weights * right(smc.texts(), pairs)).sum(axis=1),
     }
 

@@ -174,7 +174,8 @@ def finding(
         report=page,
         picture=picture,
         better=f"On the questions that it was tuned on, the guide at alpha {ALPHAS[0]:g} has pass@1 {learned[0]:.3f}, and "
-        f"the exact posterior {learned[1]:.3f}. On others the KL limits what tuning does: log loss {soft.log_loss:.2f}, "
+        f"the exact posterior {learned[1]:.3f}. On others the KL at alpha {ALPHAS[0]:g} limits what tuning does: log "
+        f"loss {soft.log_loss:.2f}, "
         f"calibration error {soft.calibration_error:.2f}, pass@8 {soft.pass_8:.2f} and entropy {soft.entropy:.2f}, against "
         f"{alone.log_loss:.2f}, {alone.calibration_error:.2f}, {alone.pass_8:.2f} and {alone.entropy:.2f} after the same "
         "steps on the reward alone.",
@@ -182,7 +183,8 @@ def finding(
         f"{sharp.pass_1:.2f} at alpha {ALPHAS[0]:g} and {ALPHAS[1]:g}, {alone.pass_1:.2f} on the reward alone; the prior has "
         f"calibration error {before.calibration_error:.2f}, log loss {before.log_loss:.2f} and pass@8 {before.pass_8:.2f}. "
         f"The exact posterior reads the answers and has pass@1 {bound.pass_1:.2f}; the guide is {distance:.2f} nats from it "
-        f"there. Facts that were in no corpus stay unknown: pass@1 is {never:.3f} at most.",
+        f"there. Facts that were in no corpus stay unknown: pass@1 is {never:.0e} at most. At alpha "
+        f"{ALPHAS[1]:g} the calibration error is {sharp.calibration_error:.2f} and pass@8 {sharp.pass_8:.2f}.",
         numbers={**numbers, "KL of the guide to the posterior on unseen questions (nats)": distance},
     )
 

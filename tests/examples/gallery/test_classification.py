@@ -111,7 +111,7 @@ def test_reliability_and_scores_by_hand(example: dict[str, Any]) -> None:
     probs[2:, 2], probs[2:, 3] = 0.6, 0.4
     labels = np.array([0, 1, 2, 2])
     assert np.allclose(example["reliability"](probs, labels), [[2, 0.6, 1.0], [2, 0.9, 0.5]])
-    scores = example["judged"](probs, labels)
+    scores = example["judged"](probs, labels, np.arange(4))
     assert np.isclose(scores["ECE"], 0.4)
     assert np.isclose(scores["accuracy"], 0.75)
     assert np.isclose(scores["log loss (nats)"], -np.log([0.9, 0.1, 0.6, 0.6]).mean())
