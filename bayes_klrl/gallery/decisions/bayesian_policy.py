@@ -217,23 +217,22 @@ def finding(
         numbers |= {
             f"goal of {strength:g}, {name}: regret of the last walk (nats)": each for name, each in last.items()
         }
-        earned[strength] = (
-            f"{more_or_less(-saved[:, 2], 'more', 'less')} nats where the goal is worth {strength:g} nats"
-        )
-        regret[strength] = f"{more_or_less(saved[:, 0], 'saves', 'costs')} nats where the goal is worth {strength:g}"
-        ends[strength] = f"{more_or_less(nearer, 'nearer', 'farther')}"
+        earned[strength] = f"{signed(-saved[:, 2])} nats where the goal is worth {strength:g} nats"
+        regret[strength] = f"{signed(-saved[:, 0])} nats where the goal is worth {strength:g}"
+        ends[strength] = signed(-nearer, digits=2)
     four = MARKS.index(4)
     at = {name: few[name][:, four].mean(axis=0) for name in (PLUG_IN, MIXTURE)}
     mild, strong = STRENGTHS
     return Finding(
         report=page,
         picture=picture,
-        better=f"Reward of {num_walks} walks by the mixture, that is Thompson sampling, against the plug-in policy: "
-        f"{earned[strong]}, {earned[mild]}; its last walk is {ends[strong]} and {ends[mild]} nats to the "
-        f"posterior. From 4 walks of the prior its forward KL to the true posterior is {at[MIXTURE][1]:.2f} "
+        better=f"Reward of {num_walks} walks by the mixture, that is Thompson sampling, less that of the plug-in policy: "
+        f"{earned[strong]}, {earned[mild]}; the KL of its last walk to the posterior less the other's: {ends[strong]} and "
+        f"{ends[mild]} nats. From 4 walks of the prior its forward KL to the true posterior is {at[MIXTURE][1]:.2f} "
         f"nats, that of the plug-in "
         f"policy {at[PLUG_IN][1]:.2f}: the mixture drops no world that is still possible.",
-        worse=f"Total regret: the mixture {regret[strong]}, {regret[mild]}. For a single walk the plug-in policy has the "
+        worse=f"Total regret of the mixture less that of the plug-in policy: {regret[strong]}, {regret[mild]}. For a "
+        f"single walk the plug-in policy has the "
         f"least expected reverse KL that there is: {at[PLUG_IN][0]:.2f} nats after 4 walks against {at[MIXTURE][0]:.2f}. The "
         f"Gaussian over policies is {policies['policies, Gaussian: KL to the exact distribution (nats)']:.2f} nats from the "
         "exact distribution over policies.",
@@ -241,10 +240,10 @@ def finding(
     )
 
 
-def more_or_less(values: FloatArray, more: str, less: str) -> str:
-    """Return a mean with its standard error in words."""
+def signed(values: FloatArray, digits: int = 1) -> str:
+    """Return a mean with its sign and its standard error in words."""
     mean, se = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
-    return f"{more if mean >= 0 else less} {abs(mean):.1f} ± {se:.1f}"
+    return f"{mean:+.{digits}f} ± {se:.{digits}f}"
 
 
 def band(axes: Any, x: FloatArray, values: FloatArray, colour: str, name: str) -> None:
