@@ -6,5 +6,6 @@ language models of our own. Read `decisions` first, and in it `soft_values`: a g
 
 An example has a function `main(out, *, seed)`, which writes `report.html` into a folder and returns a `Finding` (`finding`);
 the first line of its docstring is its title. `index` finds the examples, and writes the page that links their reports.
-`packages` asks for what an example needs. `calibration` has the scores of answers whose truth is known, and their picture.
+`packages` asks for what an example needs, `means` has means with their standard errors, and `calibration` the scores of
+answers whose truth is known, and their picture.
 """

@@ -24,6 +24,7 @@ import numpy as np
 import bayes_klrl as bk
 from bayes_klrl.export.plot_style import COLOURS, drawing
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.means import mean_and_se
 from bayes_klrl.gallery.models.beliefs import DrawnWorlds, FiniteBelief
 from bayes_klrl.gallery.models.policies import StatelessPolicies
 from bayes_klrl.gallery.models.worlds import Grid
@@ -242,7 +243,7 @@ def finding(
 
 def signed(values: FloatArray, digits: int = 1) -> str:
     """Return a mean with its sign and its standard error in words."""
-    mean, se = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+    mean, se = mean_and_se(values)
     return f"{mean:+.{digits}f} ± {se:.{digits}f}"
 
 

@@ -22,6 +22,7 @@ from scipy.stats import t as student_t
 import bayes_klrl as bk
 from bayes_klrl.export.plot_style import COLOURS, GREY, drawing
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.means import mean_and_se
 from bayes_klrl.gallery.models.beliefs import GaussianBelief
 from bayes_klrl.gallery.models.worlds import Grid
 from bayes_klrl.typing import FloatArray
@@ -96,11 +97,6 @@ class Study:
     def lost(self, rule: str) -> float:
         """Return the share of worlds in which the policy of the mean is more than 1 nat away at the end."""
         return float((self.deployed[rule] > 1).mean())
-
-
-def mean_and_se(values: FloatArray) -> tuple[float, float]:
-    """Return mean and standard error of independent values."""
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def covered(belief: GaussianBelief, rewards: FloatArray) -> tuple[float, float]:

@@ -169,6 +169,7 @@ def main(
     fit = fitted(prior, few, few_votes, num_steps, seed)
     policies: dict[str, LabelLM] = {
         PRIOR: prior,
+        # SVI trains a copy of the prior, so that the guide of a LabelLM is one
         FIT: fit.guide,  # type: ignore[dict-item]
         ML: most_likely(prior, few, shared_by_ties(vote_counts(few_votes)), num_steps),
         VOTES_ML: most_likely(prior, few, normalised(log_likelihood(few_votes)), num_steps),

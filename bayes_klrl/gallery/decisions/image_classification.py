@@ -124,6 +124,7 @@ def main(out: Path, *, seed: int = 0, num_steps: int = 400, num_certified: int =
         RL: rl.label_probs(unseen.prompts),
         BAYES: decided(-belief @ COST.T),
         EXACT: exact_policy(posterior),
+        # SVI trains a copy of the prior, so that the guide of a LabelLM is one
         TUNED: fit.guide.label_probs(unseen.prompts),  # type: ignore[attr-defined]
     }
     blind = -COST.mean(axis=1)  # a reward of the label alone: the mean cost if all digits are equally frequent

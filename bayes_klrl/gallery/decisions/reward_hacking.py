@@ -26,6 +26,7 @@ import numpy as np
 import bayes_klrl as bk
 from bayes_klrl.export.plot_style import COLOURS, GREY, drawing
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.means import mean_and_se
 from bayes_klrl.gallery.models.proxies import GRID, TARGETS, Proxy, divergence, gold_features, learned
 from bayes_klrl.problems.preferences import Overoptimisation, overoptimisation, token_counts
 from bayes_klrl.typing import FloatArray, IntArray
@@ -88,11 +89,6 @@ class Judgement:
     def better_than(self, name: str, other: str) -> str:
         """Return how much more gold one has than another, in words, mean and standard error."""
         return "{:+.2f} ± {:.2f}".format(*mean_and_se(self.gain[name] - self.gain[other]))
-
-
-def mean_and_se(values: FloatArray) -> tuple[float, float]:
-    """Return mean and standard error of independent values."""
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
 
 
 def main(out: Path, *, seed: int = 0, num_sets: int = 40, num_pairs: int = 30) -> Finding:

@@ -23,6 +23,7 @@ import bayes_klrl as bk
 from bayes_klrl.export.plot_style import COLOURS, drawing
 from bayes_klrl.gallery.data.conversations import INSULT, SORRY, UNSEEN, Turns, messages
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.means import mean_and_se
 from bayes_klrl.inference.policies import PolicyDraws, as_policy
 from bayes_klrl.typing import FloatArray
 
@@ -142,16 +143,11 @@ def distance(draws: bk.Draws, log_evidence: FloatArray) -> FloatArray:
     return gaps
 
 
-def mean_and_error(values: FloatArray) -> tuple[float, float]:
-    """Return the mean over conversations and its standard error."""
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
-
-
 def sentences(answers: dict[str, Answer], gap: float, bounds: tuple[float, float]) -> tuple[str, str]:
     """Return where the inference beat what people do today, and where it did not."""
-    means = {name: mean_and_error(answer.sentiment) for name, answer in answers.items()}
+    means = {name: mean_and_se(answer.sentiment) for name, answer in answers.items()}
     told = {name: f"{mean:.2f} ± {error:.2f}" for name, (mean, error) in means.items()}
-    gain, error = mean_and_error(answers["adapter"].sentiment - answers["prior"].sentiment)
+    gain, error = mean_and_se(answers["adapter"].sentiment - answers["prior"].sentiment)
     ranked = sorted(("prior IS", "best of 8", "SMC", "adapter, then IS"), key=lambda name: answers[name].seconds)
     prices = ", ".join(f"{name} {answers[name].seconds:.1f}" for name in ranked)
     sorry, insulted = (
@@ -248,7 +244,7 @@ def draw(answers: dict[str, Answer], table: Any, file: Path) -> None:
     with drawing(file, (8.4, 3.4)) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         for row, (name, answer) in enumerate(reversed(answers.items())):
-            mean, error = mean_and_error(answer.sentiment)
+            mean, error = mean_and_se(answer.sentiment)
             left.errorbar(mean, row, xerr=error, marker="o", color=COLOURS[0])
             spent = f"  KL to the prior {table.loc[name, 'kl_prior']:.1f}" if name in table.index else ""
             left.annotate(spent, (mean, row), textcoords="offset points", xytext=(0, 6), ha="center", fontsize=7)

@@ -24,6 +24,7 @@ import bayes_klrl as bk
 from bayes_klrl.arrays import no_gradient, to_host
 from bayes_klrl.export.plot_style import COLOURS, drawing
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.means import mean_and_se
 from bayes_klrl.inference.policies import PolicyDraws
 from bayes_klrl.typing import FloatArray, IntArray
 
@@ -172,11 +173,6 @@ def accuracies(comparison: bk.Comparison, best: Sequence[str], pairs: Sequence[S
     }
 
 
-def mean_and_error(values: FloatArray) -> tuple[float, float]:
-    """Return the mean over problems and its standard error."""
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
-
-
 def cut_off(draws: bk.Draws) -> float:
     """Return the share of answers, by weight, that were cut at the largest number of tokens."""
     return float((draws.weights * ~draws.finished).sum(axis=1).mean())
@@ -193,10 +189,10 @@ def sentences(
     ahead: list[str] = []
     rest: list[str] = []
     for name in [name for name in scores if name != OURS]:
-        gain, error = mean_and_error(scores[OURS] - scores[name])
+        gain, error = mean_and_se(scores[OURS] - scores[name])
         told = f"{name} ({100 * gain:+.0f} ± {100 * error:.0f})"
         (ahead if gain > 2 * error else rest).append(told)
-    mean, error = mean_and_error(scores[OURS])
+    mean, error = mean_and_se(scores[OURS])
     better = (
         f"SMC for p0^{EXPONENT:g} is right on {100 * mean:.0f} ± {100 * error:.0f} % of the sums; in percentage points, more "
         f"than {', '.join(ahead) or 'no other method'}. Decoding at temperature 1/{EXPONENT:g} is {gap[0]:.1f} ± {gap[1]:.1f} "
@@ -247,7 +243,7 @@ def main(
     low, high = (float(end) for end in certificate.pooled.reverse_kl)
     cut = {name: cut_off(draws[0]) for name, draws in comparison.draws.items() if name != "prior IS"}
     ended = float(right(local.texts(), pairs)[local.finished].mean()) if local.finished.any() else 0.0
-    better, worse = sentences(scores, mean_and_error(gaps), (low, high), cut, ended)
+    better, worse = sentences(scores, mean_and_se(gaps), (low, high), cut, ended)
     page = bk.report(
         [comparison, certificate],
         out / "report.html",
@@ -259,8 +255,8 @@ def main(
         seed=seed,
         posterior=posterior,
     )
-    numbers = {f"{name}, right": mean_and_error(values)[0] for name, values in scores.items()}
-    numbers |= {f"{name}, standard error": mean_and_error(values)[1] for name, values in scores.items()}
+    numbers = {f"{name}, right": mean_and_se(values)[0] for name, values in scores.items()}
+    numbers |= {f"{name}, standard error": mean_and_se(values)[1] for name, values in scores.items()}
     numbers |= {"sums": float(num_problems), "local temperature, KL to p0^4 (nats)": float(gaps.mean())}
     numbers |= {"after two worked sums, KL low (nats)": low, "after two worked sums, KL high (nats)": high}
     numbers |= {f"{name}, answers cut": share for name, share in cut.items()} | {"local, right if it ended": ended}
@@ -272,7 +268,7 @@ def draw(scores: dict[str, FloatArray], gaps: FloatArray, file: Path) -> None:
     with drawing(file, (8.4, 3.2)) as figure:
         left, other = figure.subplots(1, 2, width_ratios=(3, 2))
         for row, (name, values) in enumerate(reversed(scores.items())):
-            mean, error = mean_and_error(values)
+            mean, error = mean_and_se(values)
             left.barh(row, mean, xerr=error, color=COLOURS[0] if name == OURS else COLOURS[5])
         left.set(yticks=range(len(scores)), yticklabels=[*reversed(scores)], xlim=(0, 1))
         left.set(xlabel="probability of the right answer")
