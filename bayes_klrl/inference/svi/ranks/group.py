@@ -12,6 +12,7 @@ when a group is found, and never otherwise.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -273,13 +274,31 @@ def launched_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
             f"This process is one of {size} that `accelerate launch` started, and the package accelerate is not installed in "
             f"its environment: pip install 'bayes_klrl[accelerate]'."
         ) from error
+    was_joined = _is_joined()
     state = PartialState(cpu=_on_cpu(environ))
+    if not was_joined and _is_joined():
+        atexit.register(_leave)
     if state.num_processes != size:
         raise BayesKLRLError(
             f"accelerate started {size} processes, but its state knows of {state.num_processes} ({state.distributed_type}). "
             "On a machine without an accelerator leave out options for one; see docs/ranks.md for commands that work."
         )
     return AccelerateRanks(state, spreads=_is_set(environ, "ACCELERATE_USE_FSDP"))
+
+
+def _is_joined() -> bool:
+    """Return whether this process is in a group of torch."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def _leave() -> None:
+    """Close the group before Python ends: threads of a backend that still run then abort the process (seen with gloo)."""
+    import torch.distributed as dist
+
+    if _is_joined():
+        dist.destroy_process_group()
 
 
 _SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torch's launcher, and those of MPI

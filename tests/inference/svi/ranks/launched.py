@@ -5,6 +5,7 @@ python launched.py FOLDER WHAT; the same trainings are functions, for the one pr
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import signal
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import bayes_klrl as bk
 from bayes_klrl.inference.svi.callbacks import StepRecord
@@ -128,7 +130,13 @@ def spread(folder: Path) -> dict[str, Any]:
     return found
 
 
+def left(file: Path) -> None:
+    """Note whether the group was closed when Python ended; handlers that were registered later have run before."""
+    file.write_text("still there" if dist.is_initialized() else "left")
+
+
 if __name__ == "__main__":
     place = Path(sys.argv[1])
+    atexit.register(left, place / f"rank{os.environ['RANK']}.txt")
     results = {"shared": shared, "spread": spread}[sys.argv[2]](place)
     np.savez(place / f"rank{os.environ['RANK']}.npz", **{name: np.asarray(value) for name, value in results.items()})

@@ -47,6 +47,7 @@ def launched(options: list[str], folder: Path, what: str) -> list[Any]:
     process = start(options, Path(__file__).with_name("launched.py"), folder, what)
     shown, _ = process.communicate(timeout=280)
     assert process.returncode == 0, shown
+    assert [(folder / f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["left", "left"]
     return [np.load(folder / f"rank{rank}.npz") for rank in (0, 1)]
 
 
