@@ -49,7 +49,7 @@ lint: $(STAMP)  ## ruff, its formatter, mypy
 	$(BIN)/mypy
 
 pytest: $(STAMP)  ## the tests and doctests; PYTEST_ARGS="-m 'not slow'" for the quick ones
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(strip $(WORKERS)) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n $(strip $(WORKERS)) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 quick: $(STAMP)  ## the tests without the slow ones: at most 3 minutes on two cores
 	@$(MAKE) --no-print-directory pytest PYTEST_ARGS="-m 'not slow' $(PYTEST_ARGS)"

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,15 @@ if importlib.util.find_spec("hypothesis"):
 
     settings.register_profile("bayes_klrl", deadline=None, derandomize=True, print_blob=True)
     settings.load_profile("bayes_klrl")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files with slow tests first, so that the last files, which end a run of two workers, are short ones."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    size = Counter(item.path for item in items)
+    items.sort(
+        key=lambda item: (not slow[item.path], -size[item.path], str(item.path))
+    )  # a stable sort keeps each file's order
 
 
 @pytest.fixture(autouse=True)
