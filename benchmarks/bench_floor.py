@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/bench_floor.py decoding     per shape: floor, ours, `generate`, and their ratios
     OMP_NUM_THREADS=1 python benchmarks/bench_floor.py growth       CPU seconds against N, T, V, prompt length and prompts
     OMP_NUM_THREADS=1 python benchmarks/bench_floor.py step         the parts of a step of SVI, 64 x 16 on 4 x 128, V = 2000
+    OMP_NUM_THREADS=1 python benchmarks/bench_floor.py trl          the same step by TRL's RLOOTrainer; needs TRL
 
 The floor of decoding is the time of its matrix products alone (each layer's four and the head's, for R rows, measured one by
 one), and of reading all keys and values once per step at the machine's own bandwidth. The floor of a step of SVI is that of
@@ -13,15 +14,18 @@ one thread, or with --threads 2 wall seconds of two; the best of several repetit
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers as hf
 from bench_sampling import sample_generate
+from bench_trainers import trl_train, word_tokenizer
 
 import bayes_klrl as bk
 from bayes_klrl.inference.svi.pyro_backend.elbo import SequenceELBO
@@ -249,10 +253,42 @@ def bench_step(repetitions: int) -> None:
     print(f"\nstep / arithmetic {step / sum(floors):.2f}, step / its parts {step / sum(parts.values()):.2f}")
 
 
+def bench_trl(repetitions: int) -> None:
+    """Print the CPU seconds of a step of `bk.SVI` and of TRL's `RLOOTrainer`, in turn, with one model and one reward."""
+    shape = replace(SMALL, new=16)
+    prior = bk.TorchLM(shape.model(), word_tokenizer(shape.vocab, 0), eos_token_id=0)
+
+    def short(completions: list[str], **kwargs: Any) -> list[float]:  # noqa: ARG001
+        return [len(text) / 100 for text in completions]
+
+    prompt = " ".join(map(str, range(1, shape.prompt + 1)))
+    posterior = bk.Posterior(prior, bk.Reward(short, alpha=0.1), prompts=prompt, max_new_tokens=shape.new)
+
+    def ours(num_steps: int) -> float:
+        start = time.process_time()
+        bk.SVI(num_steps, shape.rows, learning_rate=1e-4).fit(posterior, seed=0)
+        return time.process_time() - start
+
+    def theirs(num_steps: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            options = {"seed": 0, "num_steps": num_steps, "lora": False, "batch": shape.rows, "learning_rate": 1e-4}
+            return trl_train("RLOO", posterior, Path(folder) / "policy", **options)
+
+    found: dict[str, list[float]] = {"bk.SVI": [], "RLOOTrainer": []}
+    for _ in range(repetitions):
+        for name, run in zip(found, (ours, theirs), strict=True):
+            found[name].append((run(25) - run(5)) / 20)  # without what is paid once
+    middle = {name: float(np.median(seconds)) for name, seconds in found.items()}
+    print("| trainer | CPU seconds per step, median | least | most |\n|---|---|---|---|")
+    for name, seconds in found.items():
+        print(f"| {name} | {middle[name]:.3f} | {min(seconds):.3f} | {max(seconds):.3f} |")
+    print(f"\nours / TRL {middle['bk.SVI'] / middle['RLOOTrainer']:.2f}")
+
+
 def main() -> None:
     """Run one of the benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["decoding", "growth", "step"])
+    parser.add_argument("what", choices=["decoding", "growth", "step", "trl"])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="with more than one, wall seconds")
     parser.add_argument("--only", help="decoding: the shapes whose name has this in it")
@@ -261,7 +297,7 @@ def main() -> None:
     if options.what == "decoding":
         bench_decoding(options.repetitions, options.only or "")
         return
-    {"growth": bench_growth, "step": bench_step}[options.what](options.repetitions)
+    {"growth": bench_growth, "step": bench_step, "trl": bench_trl}[options.what](options.repetitions)
 
 
 if __name__ == "__main__":
