@@ -24,6 +24,7 @@ from .errors import BudgetError as BudgetError
 from .errors import CheckpointError as CheckpointError
 from .errors import ConvergenceError as ConvergenceError
 from .errors import DeviceMemoryError as DeviceMemoryError
+from .errors import MissingPackageError as MissingPackageError
 from .errors import OutputError as OutputError
 from .errors import RewardError as RewardError
 from .errors import RunnerError as RunnerError

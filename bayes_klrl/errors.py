@@ -11,7 +11,8 @@ ValueError
     ├── CheckpointError       a folder, file or tokenizer is not what it should be
     ├── DeviceMemoryError     the memory of a card does not hold even the smallest part of the work
     ├── OutputError           a file or folder cannot be written, as on a full disk; nothing half-written is left
-    └── RunnerError           a worker died, cannot be reached, or cannot be sent what it needs
+    ├── RunnerError           a worker died, cannot be reached, or cannot be sent what it needs
+    └── MissingPackageError   an optional package is not installed; also an ImportError
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +35,14 @@ __all__ = [
     "CheckpointError",
     "ConvergenceError",
     "DeviceMemoryError",
+    "MissingPackageError",
     "OutputError",
     "RewardError",
     "RunnerError",
     "SupportError",
     "TextRewardError",
     "UnboundedLossError",
+    "needs",
     "needs_jax",
     "warn_caller",
 ]
@@ -265,15 +268,52 @@ class RunnerError(BayesKLRLError):
     """
 
 
+class MissingPackageError(BayesKLRLError, ImportError):
+    """A package is not installed that only a part of `bayes_klrl` needs; the message names the extra that installs it.
+
+    Parameters
+    ----------
+    what
+        The part that needs it.
+    package
+        The package.
+    extra
+        The extra of `bayes_klrl`.
+
+    Examples
+    --------
+    >>> import bayes_klrl as bk
+    >>> try:
+    ...     raise bk.MissingPackageError("bk.RayRunner", "ray", "ray")
+    ... except ImportError as error:
+    ...     print(error)
+    bk.RayRunner needs the package ray: pip install 'bayes_klrl[ray]'
+    """
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f"{what} needs the package {package}: pip install 'bayes_klrl[{extra}]'")
+        self._arguments = what, package, extra
+
+    def __reduce__(self) -> tuple[type[MissingPackageError], tuple[str, str, str]]:
+        """Return how the error is made again in another process."""
+        return type(self), self._arguments
+
+
 @contextmanager
-def needs_jax(what: str) -> Iterator[None]:
-    """Turn a failed import of JAX inside the block into an error that names the extra to install."""
+def needs(what: str, extra: str, *packages: str) -> Iterator[None]:
+    """Turn a failed import of one of these packages inside the block into a `MissingPackageError`."""
     try:
         yield
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("jax", "numpyro", "optax"):
+        package = (error.name or "").split(".")[0]
+        if package not in packages:
             raise
-        raise ImportError(f"{what} needs the {error.name} package: pip install 'bayes_klrl[jax]'") from error
+        raise MissingPackageError(what, package, extra) from error
+
+
+def needs_jax(what: str) -> AbstractContextManager[None]:
+    """Turn a failed import of JAX inside the block into an error that names the extra to install."""
+    return needs(what, "jax", "jax", "numpyro", "optax")
 
 
 def warn_caller(message: str) -> None:

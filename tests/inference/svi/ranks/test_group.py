@@ -129,7 +129,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
     def without(name: str, *args: Any, **options: Any) -> Any:
         if name.startswith("accelerate"):
-            raise ModuleNotFoundError(name)
+            raise ModuleNotFoundError(name, name=name)
         return real(name, *args, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
