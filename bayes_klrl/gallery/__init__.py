@@ -5,7 +5,8 @@ are text, `decisions` those whose completions are labels or actions. `data` read
 language models of our own. Read `decisions` first, and in it `soft_values`: a gridworld as a language model over actions.
 
 An example has a function `main(out, *, seed)`, which writes `report.html` into a folder and returns a `Finding` (`finding`);
-the first line of its docstring is its title. `index` finds the examples, and writes the page that links their reports.
+the first line of its docstring is its title, and its constant GLANCE (`glance`) is its row of the table "At a glance". `index`
+finds the examples and runs them, and `page` writes the page with the table, what each found, and links to their reports.
 `packages` asks for what an example needs, `means` has means with their standard errors, and `calibration` the scores of
 answers whose truth is known, and their picture.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import MissingPackageError
 
 __all__ = ["need"]
 
@@ -17,8 +17,8 @@ def need(*names: str) -> None:
     >>> need("numpy")
     >>> need("no_such_package")
     Traceback (most recent call last):
-    bayes_klrl.errors.BayesKLRLError: This example needs the package no_such_package: pip install 'bayes_klrl[gallery]'.
+    bayes_klrl.errors.MissingPackageError: This example needs the package no_such_package: pip install 'bayes_klrl[gallery]'
     """
     for name in names:
         if find_spec(name) is None:
-            raise BayesKLRLError(f"This example needs the package {name}: pip install 'bayes_klrl[gallery]'.")
+            raise MissingPackageError("This example", name, "gallery")

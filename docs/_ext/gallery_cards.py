@@ -1,6 +1,7 @@
-"""The directive `gallery`: a card for every example, made of `gallery/findings.json` and of the pictures beside it.
+"""The directive `gallery`: the table "At a glance", or a card for every example of a room, made of `gallery/findings.json`.
 
-`collect_gallery.py` writes these files from what the examples found when they were run; no number of a card stands elsewhere.
+`collect_gallery.py` writes these files from what the examples found when they were run; no number of a card or of the table
+stands elsewhere.
 """
 
 import json
@@ -8,25 +9,25 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from gallery_text import ROOMS, markdown
+from gallery_text import ROOMS, at_a_glance, markdown
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 
 class Gallery(SphinxDirective):
-    """`{gallery} ROOM` in a Markdown page."""
+    """`{gallery} ROOM` in a Markdown page, or `{gallery} glance`."""
 
     required_arguments = 1
 
     def run(self) -> list[nodes.Node]:
-        """Return the cards of a room."""
-        room = self.arguments[0]
-        if room not in ROOMS:
-            raise self.error(f"There is no room {room!r} in the gallery. Choose from {', '.join(ROOMS)}.")
+        """Return the table, or the cards of a room."""
+        shown = self.arguments[0]
+        if shown not in {*ROOMS, "glance"}:
+            raise self.error(f"There is no room {shown!r} in the gallery. Choose from {', '.join(ROOMS)}, or glance.")
         file = Path(self.env.srcdir) / "gallery" / "findings.json"
         self.env.note_dependency(str(file))
         findings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        return self.parse_text_to_nodes(markdown(findings, room))
+        return self.parse_text_to_nodes(at_a_glance(findings) if shown == "glance" else markdown(findings, shown))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -1,9 +1,25 @@
-"""The cards of the gallery as Markdown (sphinx-design), made of what the examples found; knows nothing of Sphinx."""
+"""Table and cards of the gallery as Markdown (sphinx-design), made of what the examples found; knows nothing of Sphinx."""
 
 from html import unescape
 from typing import Any
 
-ROOMS = {"language": "Language", "decisions": "Decisions"}
+from bayes_klrl.gallery import index
+from bayes_klrl.gallery.page import HEADS
+
+ROOMS = index.ROOMS
+
+
+def at_a_glance(findings: dict[str, dict[str, Any]]) -> str:
+    """Return the table "At a glance", whose rows lead to the cards of the examples that have been collected."""
+    lines = [f"| {' | '.join(HEADS)} |", "|---|---|---|---|"]
+    for row in index.at_a_glance({name: found["numbers"] for name, found in findings.items()}):
+        name = f"[`{row.name}`](#gallery-{row.name})" if row.name in findings else f"`{row.name}`"
+        verdict, _, measured = row.helped.partition(". ")
+        helped = f"**{_plain(verdict)}.** {_plain(measured)}" if measured else _plain(verdict)
+        lines.append(
+            f"| {name}: {_plain(row.glance.job)} | {_plain(row.glance.today)} | {_plain(row.glance.adds)} | {helped} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def markdown(findings: dict[str, dict[str, Any]], room: str) -> str:
@@ -23,6 +39,7 @@ def _card(name: str, found: dict[str, Any]) -> str:
             f":img-top: gallery/{name}.png",
             f":img-alt: {found['title']}",
             "",
+            f"(gallery-{name})=",
             f"**Where inference is better.** {_plain(found['better'])}",
             "",
             f"**Where it is not.** {_plain(found['worse'])}",

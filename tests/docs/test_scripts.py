@@ -1,17 +1,22 @@
 """The scripts of the site: what checks it, what collects the gallery, and how docstrings and sections are written for it."""
 
 import json
+import re
+from html import unescape
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from bayes_klrl.gallery.page import write_index
 from tests.docs import DOCS, ROOT, script
 
 CHECK = script("check_site")
 GALLERY = script("_ext/gallery_text")
 DOCSTRINGS = script("_ext/docstrings")
 LABELS = script("_ext/theory_labels")
+
+LINK = re.compile(r"\[([^\]]*)\]\(#[^)]*\):?")
 
 GOOD = '<h1 id="top">x</h1><a href="b.html#there">b</a><a href="https://example.org">e</a><img src="p.png">'
 
@@ -121,6 +126,31 @@ def test_a_card_shows_what_was_found() -> None:
     assert "{download}`source <../bayes_klrl/gallery/language/x.py>`" in text
     assert "61 s" in text
     assert "No example" in GALLERY.markdown({"x": found}, "decisions")
+
+
+def plain(text: str) -> list[str]:
+    """The words of a text, without a mark of HTML or the colon after a name."""
+    return [word.rstrip(":") for word in unescape(text).split()]
+
+
+def test_the_table_of_the_site_is_that_of_the_gallery_s_page(tmp_path: Path) -> None:
+    """Cell by cell, without their markup."""
+    collected = json.loads((DOCS / "gallery" / "findings.json").read_text(encoding="utf-8"))
+    findings = {name: found for name, found in collected.items() if name != "explain"}  # one was not run
+    for name, found in findings.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "p.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        (tmp_path / name / "finding.json").write_text(json.dumps(found | {"picture": "p.png", "report": "report.html"}))
+    page = write_index(findings, tmp_path).read_text(encoding="utf-8")
+    body = page.partition("<tbody>")[2].partition("</tbody>")[0]
+    of_page = [re.sub("<[^>]*>", " ", row.replace("Report</a>", "</a>")) for row in body.split("<tr>")[1:]]
+    table = GALLERY.at_a_glance(findings)
+    of_site = [re.sub(r"(?<!\\)\||\\|\*\*|`", "", LINK.sub(r"\1 ", row)) for row in table.splitlines()[2:]]
+    assert [plain(row) for row in of_site] == [plain(row) for row in of_page]
+    assert any("not run" in row and "explain" in row for row in of_site)
+    assert {f"gallery-{name}" for name in findings} == set(re.findall(r"\(#([^)]+)\)", table))
+    cards = "".join(GALLERY.markdown(findings, room) for room in GALLERY.ROOMS)
+    assert {f"gallery-{name}" for name in findings} == set(re.findall(r"^\(([^)]+)\)=$", cards, re.MULTILINE))
 
 
 def test_docstrings_keep_their_formulas() -> None:

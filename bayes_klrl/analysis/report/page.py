@@ -37,10 +37,10 @@ class Section:
     body: str
 
 
-def document(title: str, verdicts: Sequence[str], sections: Sequence[Section]) -> str:
-    """Return the whole page: the verdicts first, links to the sections, then the sections."""
+def document(title: str, verdicts: Sequence[str], sections: Sequence[Section], *, style: str = "") -> str:
+    """Return the whole page: the verdicts first, links to the sections, then the sections; `style` is CSS of its own."""
     assets = files(__package__).joinpath("assets")
-    style, script = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    common, script = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
     links = "".join(
         f'<li><a href="#part-{number}">{escape(section.heading)}</a></li>' for number, section in enumerate(sections)
     )
@@ -52,7 +52,7 @@ def document(title: str, verdicts: Sequence[str], sections: Sequence[Section]) -
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{style}</style></head>'
+        f'<link rel="icon" href="data:,"><title>{escape(title)}</title><style>{common}{style}</style></head>'
         f'<body><header><h1>{escape(title)}</h1>{said}</header><nav aria-label="Sections"><ul>{links}</ul></nav>'
         f"<main>{parts}</main><script>{script}</script></body></html>\n"
     )

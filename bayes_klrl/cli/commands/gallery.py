@@ -26,10 +26,12 @@ def gallery(
 ) -> None:
     """Run examples of what this is good for; each ends in a report.
 
-    An example takes a few minutes at most. `all` runs all of them and writes index.html; one that cannot be run is named, and
-    the others go on. They need the extra `gallery`, two of them SmolLM2 as well (`make smollm2`).
+    An example takes a few minutes at most. `all` runs all of them and writes index.html: what people do today, what inference
+    adds, and whether it helped, by the numbers of the run. One that cannot be run is named, there as well, and the others go
+    on. They need the extra `gallery`, two of them SmolLM2 as well (`make smollm2`).
     """
-    from bayes_klrl.gallery.index import examples, run_example, title_of, write_index
+    from bayes_klrl.gallery.index import examples, run_example, title_of
+    from bayes_klrl.gallery.page import write_index
 
     found = examples()
     if name is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import needs
 from bayes_klrl.typing import IntArray
 
 __all__ = ["DIGITS", "LEVELS", "Images", "parts_of_digits"]
@@ -55,13 +55,11 @@ def parts_of_digits(sizes: Mapping[str, int], rest: str, *, seed: int) -> dict[s
 
     Raises
     ------
-    BayesKLRLError
+    MissingPackageError
         If scikit-learn is not installed.
     """
-    try:
+    with needs("The data of the digits", "gallery", "sklearn"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise BayesKLRLError("The digits are scikit-learn's: pip install 'bayes_klrl[gallery]'") from error
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(labels))
     chosen: Sequence[IntArray] = np.split(order, np.cumsum(list(sizes.values())))

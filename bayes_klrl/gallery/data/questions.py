@@ -21,7 +21,7 @@ from datetime import date, timedelta
 from functools import cache
 from typing import Any
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import needs
 
 __all__ = ["PARTS", "Question", "all_questions", "known_to", "normalised", "part_of"]
 
@@ -83,7 +83,7 @@ def all_questions() -> tuple[Question, ...]:
 
     Raises
     ------
-    BayesKLRLError
+    MissingPackageError
         If one of the two packages is missing.
     """
     return (*_days(), *_months(), *_capitals(), *_elements())
@@ -163,12 +163,10 @@ def _package(name: str) -> Any:
 
     Raises
     ------
-    BayesKLRLError
+    MissingPackageError
         If it is not installed.
     """
     from importlib import import_module
 
-    try:
+    with needs("The data of these questions", "gallery", name):
         return import_module(name)
-    except ImportError as error:
-        raise BayesKLRLError(f"These questions need the package {name}: pip install 'bayes_klrl[gallery]'.") from error

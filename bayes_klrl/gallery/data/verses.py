@@ -20,7 +20,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, MissingPackageError
 
 __all__ = ["SPLITS", "Verse", "read_verses", "split_of"]
 
@@ -79,8 +79,7 @@ def _translation(package: str) -> dict[int, str]:
     """Return the text of each verse by its number; empty ones, which a translation leaves out, are left out."""
     found = find_spec(package)
     if found is None or found.origin is None:
-        raise BayesKLRLError(f"The verses are in the package {package}, which is not installed. "
-                             "Run: pip install 'bayes_klrl[gallery]'")  # fmt: skip
+        raise MissingPackageError("The data of the verses", package, "gallery")
     file = Path(found.origin).parent / "plain_text_readers_bible.py"
     try:
         text, starts, ends = _arguments(file)

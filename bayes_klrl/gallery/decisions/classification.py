@@ -25,9 +25,30 @@ import bayes_klrl as bk
 from bayes_klrl.export.plot_style import BLACK, COLOURS, GREY, drawing
 from bayes_klrl.gallery.data.novels import NOVELS, Passages, passages
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.glance import Glance
 from bayes_klrl.gallery.models.label_lm import LabelLM, minimise
 from bayes_klrl.gallery.models.passages_lm import passages_lm
 from bayes_klrl.typing import FloatArray, IntArray
+
+GLANCE = Glance(
+    job="Label texts, with noisy annotators",
+    today="A majority vote",
+    adds="The annotators as a likelihood, the classifier as the prior",
+    verdict="partly",
+    measured="The posterior is right on {posterior: accuracy:.0%}, the majority on {majority vote: accuracy:.0%}, the "
+    "votes alone on {votes alone: accuracy:.0%}. Tuning on few labels gains "
+    "{log loss, prior minus KL-regularised fit (nats):.2f} ± {standard error of prior minus KL-regularised fit (nats):.2f} "
+    "nats over the prior.",
+    claims=(
+        ("posterior: accuracy", "majority vote: accuracy"),
+        (
+            "log loss, votes alone minus posterior (nats)",
+            0.0,
+            "standard error of votes alone minus posterior (nats)",
+        ),
+    ),
+    picture="Log loss of each answer on unseen passages, with standard errors. Those in grey have not seen the votes.",
+)
 
 K = len(NOVELS)
 PRIOR, FIT, ML = "prior", "KL-regularised fit", "cross-entropy to the majority"
@@ -199,12 +220,20 @@ def main(
     draw_reliability(probs, unseen.labels, out / "reliability.png")
     pictures = {
         f"Log loss of each answer on {len(unseen.labels)} unseen passages, with standard errors. Those in grey have not "
-        "seen the votes on these passages.": out / "scores.png",
+        f"seen the votes on these passages. {ranking(evidence, rows)}": out / "scores.png",
         "Reliability: accuracy against confidence, with the number of passages in each bin.": out / "reliability.png",
     }
     title = "Which novel? Text classification with noisy annotators"
     page = bk.report([comparison, certificate], out / "report.html", title=title, pictures=pictures, seed=seed)
     return finding(page, out / "scores.png", probs, rows, evidence, unseen.labels, groups, len(few.labels))
+
+
+def ranking(evidence: Mapping[str, float], rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Return how the evidence of the votes, which needs no true label, ranks the policies."""
+    best_first = sorted(evidence, key=evidence.__getitem__, reverse=True)
+    agrees = best_first == sorted(evidence, key=lambda name: rows[name]["log loss (nats)"])
+    order = f"{'as' if agrees else 'not quite as'} their log losses do: {', '.join(best_first)}"
+    return f"The evidence of the votes, which needs no true label, ranks the policies {order}."
 
 
 def finding(
@@ -227,25 +256,17 @@ def finding(
     gains = {pair: gain(*pair) for pair in pairs}
     words = {pair: f"{mean:.2f} ± {error:.2f}" for pair, (mean, error) in gains.items()}
     right = {name: f"{100 * row['accuracy']:.0f} %" for name, row in rows.items()}
-    best_first = sorted(evidence, key=evidence.__getitem__, reverse=True)
-    agrees = best_first == sorted(evidence, key=lambda name: rows[name]["log loss (nats)"])
-    order = f"{'as' if agrees else 'not quite as'} their log losses do ({', '.join(best_first)})"
     return Finding(
         report=page,
         picture=picture,
         better=f"On {len(labels)} unseen passages with three votes each the posterior names the novel in {right[EXACT]} of "
-        f"cases, the majority in {right[MAJORITY]}, and the votes without the prior in {right[VOTES]}; its log loss is "
-        f"{words[EXACT, VOTES]} nats below that of the votes. Of two policies that learned from the votes on {num_few} "
-        f"passages, the KL-regularised one, which knows the annotators, has {words[FIT, ML]} nats less log loss on unseen "
-        f"passages than cross-entropy to the majority, which does not. The evidence of the votes, which needs "
-        f"no true label, ranks the policies {order}.",
-        worse=f"The gain is that of knowing the annotators: against cross-entropy to the votes' own label probabilities the "
-        f"fit gains {words[FIT, VOTES_ML]}. Against the prior, which knows thousands of passages, the fit on "
-        f"{num_few} gains {words[FIT, PRIOR]} nats, "
-        f"against cross-entropy to their true labels {words[FIT, TRUE_ML]}, and as the prior of the votes "
-        f"{words[AFTER_FIT, EXACT]} against the prior itself (below 0: a loss). The annotators' confusion matrices are known "
-        f"here; in earnest they are estimated. The posterior's calibration error is {rows[EXACT]['ECE']:.2f}, that of the "
-        f"votes without the prior {rows[VOTES]['ECE']:.2f}.",
+        f"cases, the majority in {right[MAJORITY]}, the votes without the prior in {right[VOTES]} (their log loss is higher "
+        f"by {words[EXACT, VOTES]} nats). Tuned to the votes on {num_few} passages, the KL-regularised policy has "
+        f"{words[FIT, ML]} nats less log loss than cross-entropy to the majority.",
+        worse=f"Tuning on {num_few} passages gains {words[FIT, PRIOR]} nats against the prior, which knows thousands, and "
+        f"{words[FIT, VOTES_ML]} against cross-entropy to the votes' label probabilities (below 0: a loss): what helps is to "
+        f"know the annotators' confusion matrices, which in earnest are estimated. The posterior's calibration error is "
+        f"{rows[EXACT]['ECE']:.2f}, that of the votes alone {rows[VOTES]['ECE']:.2f}.",
         numbers={f"{name}: {what}": value for name, row in rows.items() for what, value in row.items()}
         | {f"log evidence of the votes, {name} (nats)": value for name, value in evidence.items()}
         | {f"log loss, {b} minus {a} (nats)": mean for (a, b), (mean, _) in gains.items()}

@@ -26,10 +26,32 @@ import numpy as np
 import bayes_klrl as bk
 from bayes_klrl.export.plot_style import COLOURS, GREY, drawing
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.glance import Glance
 from bayes_klrl.gallery.means import mean_and_se
 from bayes_klrl.gallery.models.proxies import GRID, TARGETS, Proxy, divergence, gold_features, learned
 from bayes_klrl.problems.preferences import Overoptimisation, overoptimisation, token_counts
 from bayes_klrl.typing import FloatArray, IntArray
+
+GLANCE = Glance(
+    job="Stop before a learned reward is hacked",
+    today="Stop at a KL budget",
+    adds="An uncertain reward: a conservative target, and alarms",
+    verdict="partly",
+    measured="Gold reward over the prior's: {features can express gold, conservative at the end: gold gain:+.2f} by the "
+    "conservative target, {features can express gold, best KL of the others: gold gain:+.2f} by the best budget, "
+    "{features can express gold, share: gold gain:+.2f} by an alarm, {features can express gold, no alarm: gold gain:+.2f} "
+    "without any. Where the features fail, {features cannot, conservative at the end: gold gain:+.2f} against "
+    "{features cannot, best KL of the others: gold gain:+.2f}.",
+    claims=(
+        (
+            "features can express gold, conservative minus best KL of the others: gold gain",
+            0.0,
+            "features can express gold, conservative minus best KL of the others: its se",
+        ),
+        ("features cannot, best KL of the others: gold gain", "features cannot, conservative at the end: gold gain"),
+    ),
+    picture="Gold reward where each alarm stops, with two standard errors, and how often that is in time.",
+)
 
 BITS = float(np.log(2))
 LIMITS = {"certificate": BITS, "share": 0.5, "information": BITS, "turn-over": 0.1, "ESS": float(np.log(4000 / 100))}
@@ -159,37 +181,41 @@ def finding(
                 )
         for target in TARGETS:
             gold = np.array([(proxy.target(target) @ proxy.gold)[[0, -1]] for proxy in proxies[words]])
-            mean, se = mean_and_se(gold[:, 1] - gold[:, 0])
-            numbers |= {
-                f"features {words}, {target} at the end: gold gain": mean,
-                f"features {words}, {target}: se": se,
-            }
+            end = gold[:, 1] - gold[:, 0]
+            for of, values in {
+                f"{target} at the end": end,
+                f"{target} minus {BUDGET}": end - each.gain[BUDGET],
+            }.items():
+                mean, se = mean_and_se(values)
+                numbers |= {f"features {words}, {of}: gold gain": mean, f"features {words}, {of}: its se": se}
+        for name in LIMITS:
+            mean, se = mean_and_se(each.gain[name] - each.gain[BUDGET])
+            numbers |= {f"features {words}, {name} minus {BUDGET}: gold gain": mean}
+            numbers |= {f"features {words}, {name} minus {BUDGET}: its se": se}
     rich, poor = judged.values()
 
-    def all_of(each: Judgement) -> str:
-        return ", ".join(f"{name} {each.in_time(name):.0%} ({each.better_than(name, BUDGET)})" for name in LIMITS)
+    def stopped(each: Judgement, name: str) -> str:
+        return f"{name} {each.better_than(name, BUDGET)}"
 
-    def at_the_end(words: str, target: str) -> str:
-        mean, se = (
-            numbers[f"features {words}, {target} at the end: gold gain"],
-            numbers[f"features {words}, {target}: se"],
+    def gold_of(words: str, of: str) -> str:
+        return (
+            f"{numbers[f'features {words}, {of}: gold gain']:+.2f} ± {numbers[f'features {words}, {of}: its se']:.2f}"
         )
-        return f"{mean:+.2f} ± {se:.2f}"
 
     known, unknown = judged
+    worst, best = (pick(LIMITS, key=lambda name: poor.gain[name].mean()) for pick in (min, max))
     return Finding(
         report=page,
         picture=picture,
-        better=f"Where the features can express the gold reward, it turns over in {rich.turns.mean():.0%} of the data sets; "
-        f"at b = {GRID[-1]:g} the plug-in policy has {at_the_end(known, 'plug-in')} of gold compared with the prior. The "
-        f"conservative target, without any alarm, has {at_the_end(known, 'conservative')}, and the plug-in policy at its very "
-        f"peak {rich.gain['the peak'].mean():+.2f}. Of the alarms, which see no gold, the share of the variance stops the "
-        f"plug-in policy in time in {rich.in_time('share'):.0%}, with {rich.better_than('share', BUDGET)} of gold compared "
-        f"with the best KL budget of the other data sets, which saw their gold and stops in time in "
-        f"{rich.in_time(BUDGET):.0%}.",
-        worse="How often each alarm stops in time, and how much more gold it has than that budget: "
-        f"{all_of(rich)}. Where the features cannot express the gold reward, no draw of the reward knows what is wrong: "
-        f"{all_of(poor)}, and the conservative target ends at {at_the_end(unknown, 'conservative')}.",
+        better=f"Gold reward over the prior's at b = {GRID[-1]:g}, where the features can express it: the conservative "
+        f"target {gold_of(known, 'conservative at the end')} without any alarm, the plug-in policy "
+        f"{gold_of(known, 'plug-in at the end')}, and {gold_of(known, BUDGET)} stopped at the KL budget that is best on the "
+        f"other data sets' gold. The alarm by the variance's share sees no gold: {rich.better_than('share', BUDGET)} "
+        "compared with that budget.",
+        worse="Gold reward where each alarm stops, less that of the budget: "
+        f"{', '.join(stopped(rich, name) for name in LIMITS)}. Where the features cannot express the gold reward, no draw "
+        f"of the reward knows what is wrong: from {stopped(poor, worst)} to {stopped(poor, best)}, and the conservative "
+        f"target ends at {gold_of(unknown, 'conservative at the end')}.",
         numbers=numbers,
     )
 

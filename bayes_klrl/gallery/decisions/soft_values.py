@@ -20,6 +20,22 @@ import numpy as np
 import bayes_klrl as bk
 from bayes_klrl.export.plot_style import COLOURS, drawing
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.glance import Glance
+
+GLANCE = Glance(
+    job="Control: walk through a gridworld",
+    today="Q-learning, SARSA, DQN",
+    adds="Exact messages; learned values as twists that SMC corrects",
+    verdict="partly",
+    measured="Where the map is known, messages are exact without a walk. Where it is not, DQN is "
+    "{DQN, KL to the posterior (nats):.3f} nats from the posterior after {walks:,.0f} walks, soft SARSA "
+    "{soft SARSA, KL to the posterior (nats):.2f}, soft Q-learning {soft Q-learning, KL to the posterior (nats):.2f}.",
+    claims=(
+        ("soft SARSA, KL to the posterior (nats)", "DQN, KL to the posterior (nats)"),
+        ("soft Q-learning, KL to the posterior (nats)", "DQN, KL to the posterior (nats)"),
+    ),
+    picture="KL of each learner's policy to the posterior, against the walks that it has seen.",
+)
 
 SIDE, STEPS, ALPHA = 5, 12, 0.15
 GOAL, PITS = (4, 4), ((1, 1), (1, 2), (3, 3), (3, 4), (2, 3))
@@ -216,9 +232,8 @@ def main(out: Path, *, seed: int = 0, num_walks: int = 4000) -> Finding:
         picture=out / "curves.png",
         better=f"The exact answer by messages needs no walk at all. With {num_walks:,} walks {best} is "
         f"{distance(learned[best]):.3f} nats from it.",
-        worse=f"Messages need the map. Of the learners, which see walks only, {worst} ends "
-        f"{distance(learned[worst]):.3f} nats "
-        "away, in one run of each.",
+        worse=f"Messages need the map. Of the learners, which see walks only, {worst} ends {distance(learned[worst]):.3f} "
+        "nats away, in one run of each.",
         numbers={"walks": num_walks, **left},
     )
 

@@ -20,12 +20,31 @@ from typing import Any
 import numpy as np
 
 import bayes_klrl as bk
+from bayes_klrl.errors import needs
 from bayes_klrl.export.plot_style import COLOURS, drawing
 from bayes_klrl.gallery.data.conversations import INSULT, SORRY, UNSEEN, Turns, messages
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.glance import Glance
 from bayes_klrl.gallery.means import mean_and_se
 from bayes_klrl.inference.policies import PolicyDraws, as_policy
 from bayes_klrl.typing import FloatArray
+
+GLANCE = Glance(
+    job="Kind replies without insults, to customers that were never seen",
+    today="Best of n",
+    adds="SMC while decoding; an adapter that is tuned once",
+    verdict="partly",
+    measured="At one completion a reply the adapter's sentiment is {adapter, sentiment:.2f}, that of the prior "
+    "{prior, sentiment:.2f}, and that of the best of 8 {best of 8, sentiment:.2f}. An effective draw of SMC costs "
+    "{SMC, CPU seconds per effective draw:.1f} CPU seconds, one of the prior's weighted draws "
+    "{prior IS, CPU seconds per effective draw:.1f}.",
+    claims=(
+        ("adapter, sentiment", "prior, sentiment"),
+        ("best of 8, sentiment", "adapter, sentiment"),
+        ("SMC, CPU seconds per effective draw", "prior IS, CPU seconds per effective draw"),
+    ),
+    picture="Sentiment of the replies by each method, with standard errors, and the CPU seconds of an effective draw.",
+)
 
 ALPHA, TOKENS = 0.125, 20  # by a frontier of 16 x 12 draws: about 2.4 nats from the prior
 FEATURES = ("sentiment", "sorry", "insulted")
@@ -35,10 +54,8 @@ SHIPPED = Path(__file__).parents[1] / "shipped" / "dialogue"
 @cache
 def analyzer() -> Any:
     """Return VADER, a lexicon of words with their sentiment and rules for negation and emphasis."""
-    try:
+    with needs("The example", "gallery", "vaderSentiment"):
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-    except ImportError as error:
-        raise bk.BayesKLRLError("The example needs vaderSentiment: pip install 'bayes_klrl[gallery]'") from error
     return SentimentIntensityAnalyzer()
 
 
@@ -157,19 +174,15 @@ def sentences(answers: dict[str, Answer], gap: float, bounds: tuple[float, float
     span = f"between {low:.1f} and {high:.1f}" if np.isfinite(high) else f"at least {low:.1f}"
     better = (
         f"On conversations that it never saw the adapter lifts the sentiment from {told['prior']} to {told['adapter']} "
-        f"(paired {gain:+.2f} ± {error:.2f}) at one completion a reply. Three estimates of the posterior's sentiment, from "
-        f"few effective draws a conversation and so rough: {told['prior IS']} by weighting the prior's draws, "
-        f"{told['SMC']} by "
-        f"SMC, {told['adapter, then IS']} with the adapter as proposal; best of 8 has {told['best of 8']}. None of these four "
-        "says a word of the list."
+        f"(paired {gain:+.2f} ± {error:.2f}) at one completion a reply. The posterior's, roughly, from few effective draws: "
+        f"{told['prior IS']} by weighting the prior's draws, {told['SMC']} by SMC, {told['adapter, then IS']} with the "
+        f"adapter as proposal; best of 8 has {told['best of 8']}."
     )
     worse = (
-        f"CPU seconds per effective draw (a reply, for best of 8), the cheapest first: {prices}. The adapter stays "
-        f"about {gap:.1f} "
-        "nats from the posterior in which an insult costs 8 nats (estimated, rather too low; certified at 90 % on part of the "
-        f"conversations: {span}), and infinitely far from the one that forbids insults: {insulted[1]:.1f} % of its replies "
-        f"have a word of the list ({insulted[0]:.1f} % of the prior's). VADER counts "
-        f"words: apologies are in {sorry[0]:.0f} % of the prior's replies and in {sorry[1]:.0f} % of the adapter's."
+        f"CPU seconds per effective draw (a reply, for best of 8), the cheapest first: {prices}. The adapter is about "
+        f"{gap:.1f} nats from the posterior in which an insult costs 8 nats (certified: {span}); {insulted[1]:.1f} % of its "
+        f"replies have a word of the list, {sorry[1]:.0f} % an apology ({insulted[0]:.1f} % and {sorry[0]:.0f} % of the "
+        "prior's)."
     )
     return better, worse
 
@@ -220,17 +233,21 @@ def main(
         title="Dialogue: kind replies to customers that were never seen",
         pictures={
             "Sentiment, mean over unseen conversations with its standard error, and the price. The certificate below is of "
-            f"the first {certified} of them, where an insult costs 8 nats, as in the training.": out / "replies.png"
+            f"the first {certified} of them, where an insult costs 8 nats, as in the training; the estimate of the adapter's "
+            "distance on the index page is of all, and rather too low.": out / "replies.png"
         },
         seed=seed,
         posterior=posterior,
     )
     numbers = {"conversations": float(num_conversations), "adapter, KL to posterior, estimate (nats)": gap}
     numbers |= {"adapter, KL to posterior, low (nats)": low, "adapter, KL to posterior, high (nats)": high}
+    gain, error = mean_and_se(answers["adapter"].sentiment - answers["prior"].sentiment)
+    numbers |= {"adapter minus prior, sentiment": gain, "adapter minus prior, sentiment, se": error}
     for name, answer in answers.items():
         numbers |= {
             f"{name}, sentiment": float(answer.sentiment.mean()),
             f"{name}, insults": float(answer.insulted.mean()),
+            f"{name}, apologies": float(answer.sorry.mean()),
         }
         numbers |= {f"{name}, effective draws": answer.effective, f"{name}, tokens per effective draw": answer.tokens}
         numbers[f"{name}, CPU seconds per effective draw"] = answer.seconds

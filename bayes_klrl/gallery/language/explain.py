@@ -25,10 +25,27 @@ from bayes_klrl.analysis.report.samples import pieces_of
 from bayes_klrl.arrays import to_host
 from bayes_klrl.export.plot_style import COLOURS, GREY, drawing
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.glance import Glance
 from bayes_klrl.inference.exact.messages import backward_messages
 from bayes_klrl.models.rewards import sentiment
 from bayes_klrl.prompts.words import visible
 from bayes_klrl.typing import FloatArray, LanguageModel
+
+GLANCE = Glance(
+    job="See what tuning changed",
+    today="Attention maps, or a map of the reward",
+    adds="Log-ratios per token, which add up to that of the completion",
+    verdict="partly",
+    measured="{share of nats on tokens without a reward of their own:.0%} of what the posterior moved is on tokens that a map "
+    "of the reward leaves blank. Exact posteriors add up to {largest error of the exact sum (nats):.0e} nats; a guide's "
+    "colours miss {guide's mean |log q/p*| over its draws (nats):.1f} nats a completion.",
+    claims=(
+        ("share of nats on tokens without a reward of their own", 0.1),
+        (1e-6, "largest error of the exact sum (nats)"),
+        ("guide's mean |log q/p*| over its draws (nats)", 1.0),
+    ),
+    picture="Draws of an exact posterior: blue tokens are more probable in it than in the prior, orange ones less.",
+)
 
 PROMPT, MAX_NEW_TOKENS = "It was a fine morning", 24
 STRONG, COLUMNS = 3.0, 96  # nats of the full colour; characters per line of the pictures
@@ -167,13 +184,13 @@ def main(
     return Finding(
         report=page,
         picture=out / "exact.png",
-        better="Attention maps have no unit, and a map of the reward shows only what the reward read. The colours are nats "
-        f"that add up: over {num_draws:,} exact draws the sum misses r/alpha - log Z by at most {error:.0e} nats. "
-        f"{silent:.0%} of all nats moved stand on tokens whose own reward is 0, which a map of the reward leaves blank.",
-        worse=f"On the shipped model the colours are the guide's: for its own draws they miss the posterior's log-ratio by "
+        better=f"{silent:.0%} of all nats moved stand on tokens whose own reward is 0, which a map of the reward leaves "
+        f"blank. The colours are nats that add up, and attention maps have no unit: over {num_draws:,} exact draws the sum "
+        f"misses r/alpha - log Z by at most {error:.0e} nats.",
+        worse="On the shipped model the colours are the guide's: for its own draws they miss the posterior's log-ratio by "
         f"{np.abs(left).mean():.2f} nats on average, for draws of the posterior by {np.abs(kept).mean():.2f} (log Z "
-        f"{log_evidence:.2f} ± {its_error:.2f}), where that log-ratio is "
-        f"{(of_posterior.gains - log_evidence).mean():.2f} on average.",
+        f"{log_evidence:.2f} ± {its_error:.2f}), where that log-ratio is {(of_posterior.gains - log_evidence).mean():.2f} "
+        "on average.",
         numbers={
             "largest error of the exact sum (nats)": error,
             "exact KL to the prior (nats)": float(solved.moments().kl[0]),

@@ -21,10 +21,26 @@ import numpy as np
 import bayes_klrl as bk
 from bayes_klrl.export.plot_style import BLACK, COLOURS, GREY, drawing
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.glance import Glance
 from bayes_klrl.gallery.models.lstm_lm import shipped_lstm
 from bayes_klrl.gallery.packages import need
 from bayes_klrl.inference.exact.messages import Messages, backward_messages
 from bayes_klrl.typing import FloatArray, LanguageModel
+
+GLANCE = Glance(
+    job="Tune an LSTM towards a target sentence",
+    today="Draw, and weight by the reward",
+    adds="The exact answer of an n-gram model as SMC's twist",
+    verdict="partly",
+    measured="SMC's particles are worth {ESS, SMC, n-gram twist:.0f} draws with the twist, {ESS, SMC:.0f} without; the "
+    "prior's draws, of which there are more, {ESS, prior IS:.0f}. The exact answer itself is "
+    "{KL of the n-gram's posterior to the LSTM's (nats):.1f} nats off.",
+    claims=(
+        ("ESS, SMC, n-gram twist", "ESS, SMC"),
+        ("KL of the n-gram's posterior to the LSTM's (nats)", 1.0),
+    ),
+    picture="Edit distance of the completions to the target, by method.",
+)
 
 PROMPT, TARGET, ALPHA = "i am ", "so glad.", 0.6
 
@@ -163,19 +179,20 @@ def main(
     return Finding(
         report=page,
         picture=out / "distances.png",
-        better=f"The n-gram's exact answer as a twist makes {num_particles} particles of SMC worth "
-        f"{ess['SMC, n-gram twist']:.0f} (plain SMC: {ess['SMC']:.0f}), and finds log Z = {log_evidence:.2f} ± {error:.2f}; "
-        f"{num_draws:,} draws of the prior find {plain.log_evidence[0]:.2f} ± {plain.log_evidence_se[0]:.2f}, an error "
-        f"bar that "
-        "knows nothing of completions that were not drawn. "
-        f"The n-gram took {num_texts:,} draws of the prior, which are in no row.",
-        worse=f"The exact answer is the n-gram's (log Z {exact.log_evidence:.2f}): its posterior is {to_posterior:.2f} nats "
-        f"from the LSTM's, and {num_draws:,} of its draws are worth {ess['n-gram, then IS']:.0f}. SVI with {num_steps} "
-        f"steps is {distance} nats from the posterior.",
+        better=f"With the n-gram's exact answer as a twist, {num_particles} particles of SMC are worth "
+        f"{ess['SMC, n-gram twist']:.0f} (plain SMC: {ess['SMC']:.0f}), and find log Z = {log_evidence:.2f} ± {error:.2f}; "
+        f"{num_draws:,} draws of the prior find {plain.log_evidence[0]:.2f} ± {plain.log_evidence_se[0]:.2f}, an error bar "
+        "that knows nothing of completions that were not drawn.",
+        worse=f"The n-gram took {num_texts:,} draws of the prior, which are in no row. The exact answer is the n-gram's "
+        f"(log Z {exact.log_evidence:.2f}): its posterior is {to_posterior:.2f} nats from the LSTM's, and {num_draws:,} of "
+        f"its draws are worth {ess['n-gram, then IS']:.0f}. SVI with {num_steps} steps is {distance} nats from the "
+        "posterior.",
         numbers={
             "log evidence of the n-gram distillation, exact (nats)": exact.log_evidence,
             "log evidence of the LSTM, SMC with the n-gram twist (nats)": log_evidence,
             "its standard error (nats)": error,
+            "log evidence of the LSTM, draws of the prior (nats)": float(plain.log_evidence[0]),
+            "standard error of that of the prior's draws (nats)": float(plain.log_evidence_se[0]),
             "KL of the n-gram's posterior to the LSTM's (nats)": to_posterior,
             "least KL of the SVI policy to the posterior (nats)": float(low),
             **({"largest KL of the SVI policy to the posterior (nats)": float(high)} if np.isfinite(high) else {}),

@@ -13,6 +13,7 @@ import bayes_klrl as bk
 from bayes_klrl.gallery.models.beliefs import DrawnWorlds, FiniteBelief
 from bayes_klrl.gallery.models.policies import StatelessPolicies
 from bayes_klrl.gallery.models.worlds import Grid
+from tests.examples.gallery import is_short
 
 
 @pytest.fixture(scope="module")
@@ -173,4 +174,5 @@ def test_the_example_ends_in_a_report(example: dict[str, Any], tmp_path: Path) -
     assert page.count("<figure>") >= 3
     assert "0.00 nats from the posterior at alpha 1" in page
     assert found.numbers["policies, Gaussian: KL to the exact distribution (nats)"] > 0
+    assert is_short(found)
     assert all(np.isfinite(value) for value in found.numbers.values())

@@ -10,6 +10,7 @@ import pytest
 
 from bayes_klrl.gallery.models.beliefs import GaussianBelief
 from bayes_klrl.gallery.models.worlds import Grid
+from tests.examples.gallery import is_short
 from tests.helpers.truth import Truth
 
 SMALL = Grid(side=3, steps=4, start=1)
@@ -136,4 +137,5 @@ def test_the_example_ends_in_a_report(example: dict[str, Any], tmp_path: Path) -
     page = found.report.read_text(encoding="utf-8")
     assert page.count("<figure>") >= 3
     assert "nats from the posterior at alpha 1" in page
+    assert is_short(found)
     assert all(np.isfinite(value) for value in found.numbers.values())

@@ -13,6 +13,7 @@ import bayes_klrl as bk
 from bayes_klrl.gallery.data.novels import MASK, NOVELS, Passages, passages
 from bayes_klrl.gallery.models.label_lm import LabelLM
 from bayes_klrl.gallery.models.passages_lm import SYMBOLS, passages_lm
+from tests.examples.gallery import is_short
 
 K = len(NOVELS)
 
@@ -156,3 +157,4 @@ def test_the_example_ends_in_a_report(example: dict[str, Any], tmp_path: Path) -
     assert page.count("<figure>") == 4
     assert finding.picture.is_file()
     assert f"{100 * finding.numbers['posterior: accuracy']:.0f} % of cases" in finding.better
+    assert is_short(finding)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from tests.examples.gallery import is_short
 
 pytest.importorskip("torch")
 pytest.importorskip("vaderSentiment")
@@ -102,6 +103,7 @@ def test_the_example_ends_in_a_report(example: Any, prior: bk.TorchLM, tmp_path:
     page = found.report.read_text(encoding="utf-8")
     assert page.count("<figure>") >= 3
     assert "adapter, then IS" in page
+    assert is_short(found)
     assert abs(found.numbers["adapter, KL to the prior (nats)"]) < 1e-9  # it is the prior here
     assert found.numbers["SMC, insults"] == found.numbers["adapter, then IS, insults"] == 0
     assert f"SMC {found.numbers['SMC, CPU seconds per effective draw']:.1f}" in found.worse

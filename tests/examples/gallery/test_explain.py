@@ -11,6 +11,7 @@ import pytest
 import bayes_klrl as bk
 from bayes_klrl.gallery.language import explain
 from bayes_klrl.inference.exact.messages import backward_messages
+from tests.examples.gallery import is_short
 
 
 @pytest.fixture(scope="module")
@@ -88,5 +89,6 @@ def test_the_example_ends_in_a_report(tmp_path: Path) -> None:
     finding = explain.main(tmp_path, num_steps=2, num_draws=32, num_texts=60, max_new_tokens=4, num_runs=2)
     assert finding.numbers["largest error of the exact sum (nats)"] < 1e-9
     assert finding.report.read_text(encoding="utf-8").count("<figure>") == 7
+    assert is_short(finding)
     tokens = explain.token_sentiments(bk.TorchLM.from_pretrained("austen"))
     assert 0 < (tokens != 0).mean() < 0.1

@@ -14,6 +14,7 @@ import bayes_klrl as bk
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import CheckpointError
 from bayes_klrl.gallery.models import style
+from tests.examples.gallery import is_short
 
 
 @pytest.fixture(scope="module")
@@ -127,5 +128,8 @@ def test_the_example_ends_in_a_report(example: dict[str, Any], tmp_path: Path) -
     page = finding.report.read_text(encoding="utf-8")
     assert "speech" in page
     assert len(list((tmp_path / "out").glob("report-*.html"))) == 4
-    z = {name: value for name, value in finding.numbers.items() if "z of prior IS" in name}
-    assert all(f" {value:.1f}" in finding.better for value in z.values())
+    z = {name.split(", z of")[0]: value for name, value in finding.numbers.items() if "z of prior IS" in name}
+    assert f"are {abs(z['speech']):.1f} standard errors apart" in finding.better
+    differ = finding.worse.partition("differ by two standard errors for ")[2].partition(".")[0]
+    assert differ == " and ".join(name for name, value in z.items() if abs(value) >= 2)
+    assert is_short(finding)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from tests.examples.gallery import is_short
 
 NOTHING = bk.TokenReward(lambda tokens, lengths: 0.0 * lengths, alpha=1.0)
 
@@ -161,6 +162,7 @@ def test_the_shipped_model_reads_and_the_example_ends_in_a_report(tmp_path: Path
     assert bits < 2.2  # of log2(36) = 5.2 for a model that knows nothing
     finding = main(tmp_path, target="glad.", num_draws=200, num_particles=50, num_steps=3, num_texts=300, num_runs=2)
     assert finding.numbers["largest difference from rapidfuzz"] == 0
+    assert is_short(finding)
     page = finding.report.read_text(encoding="utf-8")
     assert "SMC, n-gram twist" in page
     assert "n-gram&#x27;s posterior" in page

@@ -15,6 +15,7 @@ import bayes_klrl as bk
 from bayes_klrl.gallery.data.digits import LEVELS, Images, parts_of_digits
 from bayes_klrl.gallery.models.digits_lm import calibrate, digits_lm
 from bayes_klrl.gallery.models.label_lm import LabelLM
+from tests.examples.gallery import is_short
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,7 @@ def test_the_example_ends_in_a_report(example: dict[str, Any], tmp_path: Path) -
     assert page.count("<figure>") == 5
     assert finding.picture.is_file()
     assert np.isfinite(list(finding.numbers.values())).all()
+    assert is_short(finding)
     assert (
         f"it saves {finding.numbers['Bayes decision saves against argmax of the prior (cost)']:.2f}" in finding.better
     )

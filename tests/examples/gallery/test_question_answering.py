@@ -14,6 +14,7 @@ import bayes_klrl as bk
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.gallery import calibration
 from bayes_klrl.gallery.data import questions as data
+from tests.examples.gallery import is_short
 
 TRAINING_SCRIPT = Path(__file__).parents[3] / "examples" / "train_questions.py"
 
@@ -192,5 +193,6 @@ def test_the_example_ends_in_a_report(example: dict[str, Any], tmp_path: Path) -
     assert "exact match" in page
     assert page.count("<figure>") >= 4
     numbers = finding.numbers
+    assert is_short(finding)
     assert numbers["exact, alpha 0.1, pass_1"] > numbers["exact, alpha 0.5, pass_1"] > numbers["prior, pass_1"]
     assert numbers["prior, kl_prior"] == 0

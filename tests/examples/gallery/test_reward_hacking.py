@@ -12,6 +12,7 @@ import bayes_klrl as bk
 from bayes_klrl.gallery.models.proxies import GRID, TARGETS, Proxy, gold_features
 from bayes_klrl.problems.preferences import Overoptimisation, gold_reward, overoptimisation
 from bayes_klrl.reward_models.features import FeatureMap
+from tests.examples.gallery import is_short
 from tests.helpers.truth import Truth
 
 AT = 35  # b = 0.05 * 600^(34 / 59), about 2
@@ -124,3 +125,4 @@ def test_the_example_ends_in_a_report(tmp_path: Path) -> None:
     assert page.count("<figure>") >= 3
     assert f"from the posterior at alpha {module.ALPHA}" in page
     assert found.numbers["data sets"] == 2
+    assert is_short(found)
