@@ -107,6 +107,11 @@ class Likelihood(ABC):
         """Whether the reward itself, not only its weight, changes with alpha: then a path over alpha has no single reward."""
         return any(factor.depends_on_alpha for factor in self.factors)
 
+    @property
+    def prior_power(self) -> float:
+        """A number k such that the likelihood is p0(x)^k times its declared bound at most; 0 where none is known."""
+        return sum(factor.prior_power for factor in self.factors)
+
     def bind(self, setting: Setting) -> Likelihood:
         """Return the likelihood for a prior and its prompts: itself, unless a factor depends on them.
 
@@ -171,6 +176,11 @@ class Factor(Likelihood):
     def depends_on_alpha(self) -> bool:
         """See `Likelihood.depends_on_alpha`."""
         return False
+
+    @property
+    def prior_power(self) -> float:
+        """See `Likelihood.prior_power`."""
+        return 0.0
 
     def bind_with(self, setting: Setting, others: tuple[Factor, ...]) -> Factor:
         """Return the factor for a prior and its prompts, given the likelihood's `others` factors; see `Likelihood.bind`."""

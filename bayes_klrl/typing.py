@@ -230,6 +230,12 @@ class GuideRecipe(Algorithm, Protocol):
 class Twist(Protocol):
     """An estimate log psi_t(x_1:t) of log E_p0[likelihood | x_1:t], up to a constant that depends on the prompt only.
 
+    A twist that reads nothing of a prefix but its log p0(x_1:t | c) may have
+    `of_log_prior(posterior, prompt_index, num_tokens, log_prior) -> FloatArray`, which returns log psi (R,) of prefixes of
+    `num_tokens` tokens from their `log_prior` (R,). SMC then calls it instead, with the sums that decoding has made in any
+    case. One that has the values of all extensions of a prefix at once may have `next_log_psi` for a "twisted" proposal; see
+    `bayes_klrl.models.twists.simple.next_log_psi`.
+
     Examples
     --------
     The reward that a prefix has collected so far, as the twist of SMC:

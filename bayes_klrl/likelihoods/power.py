@@ -17,14 +17,22 @@ from bayes_klrl.arrays import no_gradient, to_host
 from bayes_klrl.batch import Batch
 from bayes_klrl.checks import check_count, check_finite
 from bayes_klrl.draws import Cost
-from bayes_klrl.likelihood import Factor, check_alpha_and_bounds
+from bayes_klrl.likelihood import Factor, check_alpha_and_bounds, product
 from bayes_klrl.likelihoods.scoring import batch_log_probs, row_log_probs
+from bayes_klrl.models.decoding import check_shares_vocabulary
 from bayes_klrl.models.passes import next_log_probs_of
-from bayes_klrl.models.twists.simple import fitted_rows, log_evidence_of_pilot, next_log_psi, prior_pilot
-from bayes_klrl.posterior import Posterior
+from bayes_klrl.models.twists.simple import (
+    fitted_rows,
+    log_evidence_of_pilot,
+    log_likelihoods_of,
+    model_draws,
+    next_log_psi,
+)
+from bayes_klrl.posterior import Posterior, check_context
 from bayes_klrl.randomness import Streams
+from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, State
-from bayes_klrl.weights import logmeanexp
+from bayes_klrl.weights import logsumexp
 
 __all__ = ["Power", "PowerTwist"]
 
@@ -98,9 +106,22 @@ class Power(Factor):
         """The power of the prior that the posterior is, tempering included: 1 + (exponent - 1) / alpha."""
         return 1 + (self.exponent - 1) / self.alpha
 
-    def twist(self, *, num_pilot: int = 64) -> PowerTwist:
-        """Return the recipe of this factor's partial twist, for `SMC(twist=...)`."""
-        return PowerTwist(self.power, num_pilot)
+    @property
+    def prior_power(self) -> float:
+        """See `Likelihood.prior_power`."""
+        return max(self.power - 1, 0.0)
+
+    def twist(self, *, num_pilot: int = 64, proposal: LanguageModel | None = None) -> PowerTwist:
+        """Return the recipe of this factor's partial twist, for `SMC(twist=...)`; see `PowerTwist`.
+
+        Parameters
+        ----------
+        num_pilot
+            Pilot draws per prompt.
+        proposal
+            The model that they are drawn from, such as a local temperature; None: the prior.
+        """
+        return PowerTwist(self.power, num_pilot, proposal)
 
     def tempered(self, gamma: float) -> Power:
         """Return the same reward at alpha / gamma."""
@@ -118,21 +139,49 @@ class Power(Factor):
 class PowerTwist:
     """The recipe of the partial twist of `Power`: psi_t(x_1:t) = p0(x_1:t)^(power - 1) c_t.
 
-    The constants c_t(c), means of exp(log-likelihood(x) - (power - 1) log p0(x_1:t)) over the pilot draws that are unfinished
-    at t, put finished and unfinished particles on one scale (theory.md 3.7). If all completions have T tokens they change
-    nothing. With `SMC(proposal="twisted")` the prior's own pass gives the twist of the whole vocabulary. If tokens are
-    independent and completions of one length, the twist is the optimal one and every weight is the evidence.
+    The constants c_t(c) put finished and unfinished particles on one scale (theory.md 3.7): under the prior, psi_t and the
+    likelihood have the same mean over what is unfinished at t, by the estimate from pilot draws x_n of a proposal q
+
+        c_t = sum_n p0(x_n) / q(x_n) exp(log-likelihood(x_n)) / sum_n p0(x_n,1:t)^power / q(x_n,1:t),    n longer than t.
+
+    c_0 estimates the evidence. If all completions have T tokens, the c_t change nothing.
+
+    SMC gives the twist the log p0 of its prefixes, which decoding has summed in any case, and `SMC(proposal="twisted")` the
+    prior's next-token log-probs, so that no token is read twice. If tokens are independent and completions of one length,
+    the twist is the optimal one and every weight is the evidence.
 
     Parameters
     ----------
     power
         The power of the prior.
     num_pilot
-        Draws per prompt from the prior, from which c_t is estimated.
+        Pilot draws per prompt.
+    proposal
+        The model q that the pilot is drawn from; None: the prior. At a large power the prior hardly ever draws what the
+        posterior consists of, and local temperature, each next-token distribution to the power, shows more of it.
+
+    Raises
+    ------
+    BayesKLRLError
+        If the power is not finite, or there is no pilot draw.
+    CheckpointError
+        From `fit`, if the proposal is no language model on the prior's vocabulary.
+
+    Examples
+    --------
+    >>> import numpy as np, bayes_klrl as bk
+    >>> lm = bk.NgramLM(np.log([[0.5, 0.3, 0.2], [0.1, 0.6, 0.3], [1, 1e-9, 1e-9]]), eos_token_id=2)
+    >>> colder = 3 * lm.log_probs
+    >>> colder = bk.NgramLM(colder - np.logaddexp.reduce(colder, axis=-1, keepdims=True), eos_token_id=2)
+    >>> posterior = bk.Posterior(lm, bk.Power(3.0), prompts=[[0]], max_new_tokens=6)
+    >>> draws = bk.SMC(200, proposal=colder, twist=bk.Power(3.0).twist(proposal=colder)).run(posterior, seed=0)
+    >>> bool(abs(draws.log_evidence - bk.Exact().run(posterior, seed=0).log_evidence) < 0.1)
+    True
     """
 
     power: float
     num_pilot: int = 64
+    proposal: LanguageModel | None = None
 
     def __post_init__(self) -> None:
         check_finite("power", self.power)
@@ -141,27 +190,34 @@ class PowerTwist:
     def fit(self, posterior: Posterior, *, seed: int, progress: bool = False) -> FittedPowerTwist:
         """See `TwistRecipe.fit`."""
         start = time.perf_counter()
-        pilot, log_likelihood = prior_pilot(posterior, self.num_pilot, Streams.of(seed, self.num_pilot))
-        sequences = pilot.sequences()
-        with no_gradient():
-            each = to_host(posterior.prior.token_log_probs(posterior.prompt_ids, sequences)).astype(np.float64)
+        prior = posterior.prior
+        proposal = prior if self.proposal is None else self.proposal
+        check_shares_vocabulary("The proposal of the twist's pilot", proposal, prior)
+        check_context(posterior.prompt_ids, posterior.max_new_tokens, proposal)
+        pilot = model_draws(proposal, posterior, self.num_pilot, Streams.of(seed, self.num_pilot))
+        log_likelihood, sequences = log_likelihoods_of(posterior, pilot), pilot.sequences()
+        log_prior = _log_probs_of_prefixes(prior, posterior, sequences)
+        log_proposal = log_prior if proposal is prior else _log_probs_of_prefixes(proposal, posterior, sequences)
+        with np.errstate(invalid="ignore"):  # -inf - finite: what the prior cannot draw weighs nothing
+            log_ratio = log_prior - log_proposal
+            whole = log_ratio[..., -1] + log_likelihood
         constants = np.empty((posterior.num_prompts, posterior.max_new_tokens))
-        constants[:, 0] = log_evidence_of_pilot(log_likelihood)
+        constants[:, 0] = log_evidence_of_pilot(whole)
         for t in range(1, posterior.max_new_tokens):
-            unfinished = sequences.lengths > t
-            so_far = (self.power - 1) * each[..., :t].sum(axis=2)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ahead = logmeanexp(np.where(unfinished, log_likelihood - so_far, -np.inf))
-                mean = ahead - np.log(unfinished.mean(axis=1))
-            constants[:, t] = np.where(np.isfinite(mean), mean, constants[:, t - 1])
-        # the second pass over the pilot, which scores its tokens one by one, counts as much as the first
-        training = Cost(training_tokens=2 * pilot.model_tokens, training_seconds=time.perf_counter() - start)
+            longer = sequences.lengths > t
+            so_far = log_ratio[..., t] + _scaled(log_prior[..., t], self.power - 1)
+            with np.errstate(invalid="ignore"):  # no draw is longer than t, or the likelihood of all is 0
+                constant = logsumexp(np.where(longer, whole, -np.inf)) - logsumexp(np.where(longer, so_far, -np.inf))
+            constants[:, t] = np.where(np.isfinite(constant), constant, constants[:, t - 1])
+        # a pass that scores the pilot token by token counts as much as the one that draws it
+        passes = 2 if proposal is prior else 3
+        training = Cost(training_tokens=passes * pilot.model_tokens, training_seconds=time.perf_counter() - start)
         return FittedPowerTwist(self.power, posterior.prompt_ids, constants, training)
 
 
 @dataclass(frozen=True, eq=False)
 class FittedPowerTwist:
-    """The twist that `PowerTwist.fit` returns.
+    """The twist that `PowerTwist.fit` returns; it keeps nothing from one call to the next.
 
     Parameters
     ----------
@@ -181,10 +237,19 @@ class FittedPowerTwist:
     training: Cost = field(default_factory=Cost)
 
     def __call__(self, posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
-        """See `Twist.__call__`."""
+        """See `Twist.__call__`; one forward pass of the prior over the prefixes, which `of_log_prior` does without."""
+        num_tokens = prefixes.shape[1]
+        lengths = np.full(len(prefixes), num_tokens)
+        log_prior = row_log_probs(posterior.prior, posterior.prompt_ids, prompt_index, prefixes, lengths)
+        return self.of_log_prior(posterior, prompt_index, num_tokens, log_prior)
+
+    def of_log_prior(
+        self, posterior: Posterior, prompt_index: IntArray, num_tokens: int, log_prior: FloatArray
+    ) -> FloatArray:
+        """Return log psi of prefixes from log p0(x_1:t | c) alone, both (R,); see `Twist`."""
         rows = fitted_rows(posterior, self.prompts, prompt_index)
-        log_prior = _prefix_log_prior(posterior, prompt_index, prefixes)
-        return self.log_constants[rows, prefixes.shape[1]] + _scaled(log_prior, self.power - 1)
+        constants: FloatArray = self.log_constants[rows, num_tokens]
+        return constants + _scaled(log_prior, self.power - 1)
 
     def next_log_psi(
         self,
@@ -193,19 +258,51 @@ class FittedPowerTwist:
         prefixes: IntArray,
         prior_rows: tuple[State, IntArray] | None = None,
     ) -> FloatArray:
-        """Return log psi of every one-token extension, shape (R, V), from one next-token pass of the prior."""
-        alone = isinstance(posterior.likelihood, Power) and np.isclose(posterior.likelihood.power, self.power)
-        if not alone or prior_rows is None:  # complete extensions get their whole likelihood, token by token
+        """Return log psi of every one-token extension, shape (R, V), less (power - 1) log p0 of its prefix.
+
+        What is left out is the same for all extensions of a prefix; see `bayes_klrl.models.twists.simple.next_log_psi`.
+        Complete extensions get their whole likelihood, other factors than the power included.
+        """
+        powers = [factor for factor in posterior.likelihood.factors if isinstance(factor, Power)]
+        others = tuple(factor for factor in posterior.likelihood.factors if not isinstance(factor, Power))
+        # of another power the likelihood of complete extensions does not share the factor that is left out
+        if prior_rows is None or not np.isclose(1 + sum(factor.power - 1 for factor in powers), self.power):
             return next_log_psi(self.__call__, posterior, prompt_index, prefixes)
-        rows, num_tokens = fitted_rows(posterior, self.prompts, prompt_index), prefixes.shape[1] + 1
         with no_gradient():
             following = to_host(next_log_probs_of(posterior.prior, *prior_rows)).astype(np.float64)
-        log_prior = _prefix_log_prior(posterior, prompt_index, prefixes)[:, None] + following
-        values = _scaled(log_prior, self.power - 1)
-        if num_tokens < posterior.max_new_tokens:
-            goes_on = ~np.isin(np.arange(following.shape[1]), list(posterior.prior.eos_token_ids))
-            values[:, goes_on] += self.log_constants[rows, num_tokens, None]
+        values = _scaled(following, self.power - 1)
+        num_tokens = prefixes.shape[1] + 1
+        complete = np.isin(np.arange(following.shape[1]), list(posterior.prior.eos_token_ids))
+        if num_tokens == posterior.max_new_tokens:
+            complete[:] = True
+        else:
+            rows = fitted_rows(posterior, self.prompts, prompt_index)
+            values[:, ~complete] += self.log_constants[rows, num_tokens, None]
+        if others and complete.any():
+            tokens = np.flatnonzero(complete)
+            values[:, tokens] += _log_likelihood_of_extensions(others, posterior, prompt_index, prefixes, tokens)
         return values
+
+
+def _log_likelihood_of_extensions(
+    factors: tuple[Factor, ...], posterior: Posterior, prompt_index: IntArray, prefixes: IntArray, tokens: IntArray
+) -> FloatArray:
+    """Return the log of a product of factors for each prefix and each of K tokens that make it complete, (R, K)."""
+    (num_rows, width), num = prefixes.shape, len(tokens)
+    completions = np.full((num_rows * num, posterior.max_new_tokens), posterior.pad_token)
+    completions[:, :width] = np.repeat(prefixes, num, axis=0)
+    completions[:, width] = np.tile(tokens, num_rows)
+    batch = Batch(
+        completions,
+        np.full(num_rows * num, width + 1),
+        np.repeat(prompt_index, num),
+        posterior.prompts,
+        posterior.columns,
+        posterior.prior,
+        posterior.prompt_ids,
+    )
+    likelihood = product(factors)
+    return likelihood.log_likelihood(likelihood.reward(batch)).reshape(num_rows, num)
 
 
 def _scaled(log_prior: FloatArray, factor: float) -> FloatArray:
@@ -215,7 +312,8 @@ def _scaled(log_prior: FloatArray, factor: float) -> FloatArray:
     return np.where(impossible, -np.inf, scaled)
 
 
-def _prefix_log_prior(posterior: Posterior, prompt_index: IntArray, prefixes: IntArray) -> FloatArray:
-    """Return log p0(x_1:t | c) of prefixes (R, t), shape (R,)."""
-    lengths = np.full(len(prefixes), prefixes.shape[1])
-    return row_log_probs(posterior.prior, posterior.prompt_ids, prompt_index, prefixes, lengths)
+def _log_probs_of_prefixes(lm: LanguageModel, posterior: Posterior, sequences: Sequences) -> FloatArray:
+    """Return log p(x_1:t | c) of the first t tokens of completions (P, N), t = 0 ... T, shape (P, N, T + 1)."""
+    with no_gradient():
+        each = to_host(lm.token_log_probs(posterior.prompt_ids, sequences)).astype(np.float64)
+    return np.cumsum(np.pad(each, ((0, 0), (0, 0), (1, 0))), axis=2)

@@ -93,7 +93,7 @@ def exact_draws(
         )
     except BudgetError as error:  # draws accepted within a fixed number of proposals are exact and independent, too
         if error.draws is None or error.draws.shape[1] == 0:
-            why = f"rejection accepted none of {max_proposals:,} proposals for some prompt (`max_proposals`)"
+            why = f"rejection accepted nothing for some prompt, with {max_proposals:,} proposals at most (`max_proposals`)"
             return ExactDraws(None, None, why, Cost() if error.draws is None else error.draws.cost)
         draws = error.draws
     return ExactDraws(draws, None, "rejection", draws.cost)

@@ -4,7 +4,8 @@
 
 Proposals are drawn in blocks whose size adapts to the acceptance rate; each prompt's stream of proposals is read in order
 and ends with its N-th acceptance. The result therefore does not depend on the blocks: accepted completions are independent
-draws from q min(1, w / B), normalised, and the number of proposals has a negative binomial distribution.
+draws from q min(1, w / B), normalised, and the number of proposals has a negative binomial distribution. Only where a prompt
+is given up before its budget ends (`Accepted.is_hopeless`) the blocks say when; there are no draws then.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ __all__ = ["Accepted", "accept_reject", "check_max_proposals"]
 _ACCEPTANCE = 1  # number of the streams that decide on acceptance
 _MAX_ROWS = 4096  # most proposals in one block, over all prompts
 _MARGIN = 1.2  # proposals per expected need: a little waste is cheaper than one more block
+_HOPELESS = 0.01  # acceptances expected in the whole budget below which a prompt without any is given up
+_DOUBT = 1e-3  # probability with which each of the two bounds on them may be wrong
 
 LogWeights = Callable[[Drawn], FloatArray]
 
@@ -46,9 +49,9 @@ class Accepted:
         not used.
     num_accepted, num_proposals
         Acceptances of each prompt, and proposals up to and including the N-th acceptance, (P,) each.
-    num_drawn, log_sum_weights, log_sum_acceptance
-        Number, log sum of w and log sum of min(1, w / B) of all proposals that were drawn, (P,) each. Proposals after the
-        N-th acceptance are included.
+    num_drawn, log_sum_weights, log_sum_acceptance, log_largest_prior
+        Number, log sum of w, log sum of min(1, w / B) and largest log p0 of all proposals that were drawn, (P,) each.
+        Proposals after the N-th acceptance are included.
     model_tokens
         Number of tokens that passed through a model.
     """
@@ -62,6 +65,7 @@ class Accepted:
     num_drawn: IntArray
     log_sum_weights: FloatArray
     log_sum_acceptance: FloatArray
+    log_largest_prior: FloatArray
     model_tokens: int = 0
 
     @classmethod
@@ -79,6 +83,7 @@ class Accepted:
             num_drawn=zero.copy(),
             log_sum_weights=nothing.copy(),
             log_sum_acceptance=nothing.copy(),
+            log_largest_prior=nothing.copy(),
         )
 
     @property
@@ -94,6 +99,28 @@ class Accepted:
     def open_prompts(self, max_proposals: int) -> IntArray:
         """Return the indices of prompts that need more draws and have budget left; they all have equally many proposals."""
         return np.flatnonzero((self.num_accepted < self.reward.shape[1]) & (self.num_proposals < max_proposals))
+
+    def is_hopeless(self, prior_power: float, max_proposals: int) -> bool:
+        """Return whether some prompt has no acceptance and can expect none, w / B being p0(x)^k at most, k = `prior_power`.
+
+        With L = log(1 / 0.001), n proposals so far and their mean acceptance probability m,
+
+            u = max(L / n, largest p0 seen),    rate <= (sqrt(m + h) + sqrt(h))^2,    h = u^k L / (2 n).
+
+        No completion has p0(x) > u, since it would have been missed with probability (1 - u)^n <= 0.001 only; so acceptance
+        probabilities are in [0, u^k], and the second bound is Chernoff's (theory.md 6.3). Without a `prior_power` no prompt
+        is given up: rare completions that are accepted for another reason than their p0 cannot be excluded.
+
+        The draws are exact all the same. The decision is made by proposals that were all rejected, and what is accepted
+        later is independent of them; a prompt with an acceptance is never given up.
+        """
+        if prior_power <= 0:
+            return False
+        level, drawn = -np.log(_DOUBT), self.num_drawn
+        u = np.minimum(np.maximum(level / drawn, np.exp(self.log_largest_prior)), 1.0)
+        h = u**prior_power * level / (2 * drawn)
+        rate = (np.sqrt(np.exp(self.log_acceptance_rate) + h) + np.sqrt(h)) ** 2
+        return bool(((self.num_accepted == 0) & (max_proposals * rate < _HOPELESS)).any())
 
     def next_block(self, prompts: IntArray, max_proposals: int) -> int:
         """Return the number of proposals per open prompt in the next block: what the slowest of them is expected to need."""
@@ -125,6 +152,7 @@ class Accepted:
         self.num_drawn[prompts] += taken.shape[1]
         self.log_sum_weights[prompts] = np.logaddexp(self.log_sum_weights[prompts], logsumexp(log_weights))
         self.log_sum_acceptance[prompts] = np.logaddexp(self.log_sum_acceptance[prompts], logsumexp(log_acceptance))
+        self.log_largest_prior[prompts] = np.maximum(self.log_largest_prior[prompts], drawn.log_probs[-1].max(axis=1))
         self.model_tokens += drawn.model_tokens
 
     def draws(self, posterior: Posterior, method: str, cost: Cost) -> Draws:
@@ -170,8 +198,9 @@ def accept_reject(
     *,
     description: str,
     progress: bool,
+    prior_power: float = 0.0,
 ) -> Accepted:
-    """Propose until each prompt has N acceptances or has used up its budget.
+    """Propose until each prompt has N acceptances or has used up its budget, or some prompt can expect none.
 
     Parameters
     ----------
@@ -185,6 +214,8 @@ def accept_reject(
         Number of acceptances wanted per prompt, N, and the largest number of proposals per prompt.
     streams, description, progress
         Random numbers, title of the progress bar and whether it is shown; see `draw`.
+    prior_power
+        A number k such that w / B <= p0(x)^k, with the prior as proposal; 0 if none is known. See `Accepted.is_hopeless`.
     """
     keys = prompt_keys(posterior.prompt_ids)
     accepted = Accepted.none(len(models), posterior, num_draws)
@@ -203,6 +234,8 @@ def accept_reject(
                 taken = np.log(chances.reshape(log_w.shape)) < log_acceptance  # never at -inf
             accepted.add(prompts, drawn, log_w, log_acceptance, taken)
             advance(int(accepted.num_accepted.sum()) - before)
+            if accepted.is_hopeless(prior_power, max_proposals):
+                break  # exact draws are wanted of every prompt
     return accepted
 
 

@@ -80,7 +80,8 @@ class RejectionSampling:
             If the reward declares no upper bound; this is checked before any model runs.
         BudgetError
             If some prompt reaches `max_proposals` before its N-th acceptance. The error carries as many draws as all prompts
-            have; these are exact.
+            have; these are exact. It comes early if the likelihood has a `Power` of the prior and the proposals show
+            that none will be accepted (theory.md 6.3).
         """
         start = time.perf_counter()
         log_bound = largest_log_likelihood(posterior)
@@ -99,6 +100,7 @@ class RejectionSampling:
             streams,
             description="rejection sampling",
             progress=progress,
+            prior_power=posterior.likelihood.prior_power,
         )
         draws = accepted.draws(posterior, type(self).__name__, Cost(time.perf_counter() - start))
         return replace(draws, info=_info(accepted, log_bound, self.num_draws))

@@ -169,8 +169,12 @@ class Population:
         decoding = self._decoding
         if self._twist is None:
             return self._level[rows // self._shape[1]]
-        prefixes = decoding.tokens[rows, : decoding.step_count]
-        values = check_log_weights(self._twist(self._whole, self._index_in_whole[rows], prefixes))
+        index, of_log_prior = self._index_in_whole[rows], getattr(self._twist, "of_log_prior", None)
+        if of_log_prior is None:
+            values = self._twist(self._whole, index, decoding.tokens[rows, : decoding.step_count])
+        else:  # decoding has summed log p0 of every prefix, so no model needs to read them again
+            values = of_log_prior(self._whole, index, decoding.step_count, decoding.log_probs[1, rows])
+        values = check_log_weights(values)
         if values.shape != rows.shape:
             raise BayesKLRLError(
                 f"The twist returned shape {values.shape} for {rows.size} prefixes; it must return one log psi per prefix."

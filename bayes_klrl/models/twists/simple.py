@@ -23,7 +23,7 @@ from bayes_klrl.models.completions import Completions
 from bayes_klrl.models.decoding import decode_by
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.randomness import Streams, prompt_keys
-from bayes_klrl.typing import FloatArray, IntArray, State, Twist
+from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, State, Twist
 from bayes_klrl.weights import logmeanexp
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "fitted_rows",
     "log_evidence_of_pilot",
     "log_likelihoods_of",
+    "model_draws",
     "next_log_psi",
     "pilot_twist",
     "prior_draws",
@@ -76,8 +77,13 @@ def prior_pilot(posterior: Posterior, num_draws: int, streams: Streams) -> tuple
 
 def prior_draws(posterior: Posterior, num_draws: int, streams: Streams) -> Completions:
     """Return N draws per prompt from the prior."""
+    return model_draws(posterior.prior, posterior, num_draws, streams)
+
+
+def model_draws(lm: LanguageModel, posterior: Posterior, num_draws: int, streams: Streams) -> Completions:
+    """Return N draws per prompt from a model on the prior's vocabulary."""
     uniforms = streams.uniforms(prompt_keys(posterior.prompt_ids), 0, num_draws, posterior.max_new_tokens)
-    return decode_by((posterior.prior,), posterior.prompt_ids, uniforms)
+    return decode_by((lm,), posterior.prompt_ids, uniforms)
 
 
 def log_likelihoods_of(posterior: Posterior, pilot: Completions) -> FloatArray:
@@ -266,8 +272,9 @@ def next_log_psi(
     """Return log psi of one-token extensions, shape (R, K): one step of look-ahead.
 
     If the twist has a method `next_log_psi(posterior, prompt_index, prefixes, prior_rows)`, which returns log psi for the
-    whole vocabulary, (R, V), that method is used. Any other twist is called on K extensions per row; complete extensions get
-    their log-likelihood.
+    whole vocabulary, (R, V), that method is used; it may leave out what is the same for all extensions of a prefix, since a
+    proposal normalises over them. Any other twist is called on K extensions per row; complete extensions get their
+    log-likelihood.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""`power_sampling`: local temperature is normalised and is not p0^a; the twist is exact; greedy and the counting are right."""
+"""`power_sampling`: local temperature is normalised and is not p0^a; SMC corrects it; greedy and the counting are right."""
 
 from __future__ import annotations
 
@@ -62,25 +62,10 @@ def test_its_distance_to_the_power_posterior_is_that_of_the_certificate(example:
     assert (exact < certificate.reverse_kl[:, 1] + 1e-4).all()
 
 
-def test_the_twist_is_the_power_of_the_prefix(example: Any, small: bk.Posterior) -> None:
-    """log psi against teacher-forced log-probs, whatever the order of the calls."""
-    cold = example.colder(small.prior)
-    local = example.PolicyDraws(cold, 64).run(small, seed=1)
-    twist = example.SoFar(small, cold, local)
-    rng = np.random.default_rng(0)
-    for t in (2, 3, 1, 3):
-        index, prefixes = rng.integers(2, size=7), rng.integers(5, size=(7, t))
-        psi = twist(small, index, prefixes)
-        for row, prompt in enumerate(small.prompt_ids[i] for i in index):
-            alone = bk.Sequences(prefixes[None, row : row + 1], np.array([[t]]))
-            log_prior = float(small.prior.token_log_probs([prompt], alone).detach().sum())
-            assert abs(psi[row] - twist._log_c[prompt][t] - (example.EXPONENT - 1) * log_prior) < 1e-3
-
-
 @pytest.mark.slow
 def test_the_evidence_of_smc_is_unbiased(example: Any, small: bk.Posterior) -> None:
     cold = example.colder(small.prior)
-    twist = example.SoFar(small, cold, example.PolicyDraws(cold, 64).run(small, seed=1))
+    twist = small.likelihood.twist(proposal=cold).fit(small, seed=1)
     exact = bk.Exact().run(small, seed=0).log_evidence
     runs = [bk.SMC(32, proposal=cold, twist=twist).run(small, seed=seed).log_evidence for seed in range(40)]
     ratio = np.exp(np.array(runs) - exact)

@@ -153,6 +153,65 @@ def test_a_budget_that_ends_carries_what_was_drawn(backend: str) -> None:
     assert caught.value.draws is None
 
 
+# --- giving up under a power of the prior ----------------------------------------------------------------------
+
+
+def uniform(vocab_size: int) -> bk.NgramLM:
+    """A prior under which all completions are equally likely."""
+    return bk.NgramLM(np.full(vocab_size, -np.log(vocab_size)), eos_token_id=None)
+
+
+def num_proposals(error: bk.BudgetError) -> int:
+    """The number of proposals that the message of an exhausted budget names."""
+    return int(str(error).split("accepted in ")[1].split()[0])
+
+
+def test_a_power_of_the_prior_that_accepts_nothing_is_given_up_early() -> None:
+    """All completions have p0 = 8^-5, so that the acceptance rate is 8^-10 or 8^-15."""
+    for likelihood in (bk.Power(4.0), bk.Power(3.0), bk.Power(2.0) * bk.Power(3.0, alpha=2.0)):
+        posterior = bk.Posterior(uniform(8), likelihood, prompts=[[0], [1]], max_new_tokens=5)
+        with pytest.raises(bk.BudgetError, match="0 of num_draws = 24") as caught:
+            bk.RejectionSampling(24, max_proposals=20_000).run(posterior, seed=0)
+        assert caught.value.draws is None
+        assert num_proposals(caught.value) < 5_000
+
+
+def test_other_rewards_have_their_whole_budget() -> None:
+    """The first hundreds of proposals weigh e^-40 and say nothing about the completion that the bound is for."""
+    rare = bk.TokenReward(lambda tokens, lengths: -40.0 * (tokens > 0).any(axis=1), alpha=1.0, bounds=(-40, 0))
+    for likelihood in (rare, bk.Power(1.0) * rare):
+        posterior = bk.Posterior(uniform(8), likelihood, max_new_tokens=4)
+        draws = bk.RejectionSampling(1, max_proposals=60_000).run(posterior, seed=0)
+        assert draws.info["num_proposals"][0] > 1_000
+        assert not draws.tokens.any()
+
+
+def test_where_one_acceptance_is_expected_nothing_is_given_up() -> None:
+    """The posterior is on EOS at once, which one of 50 proposals is; the others weigh 50^-4 at most, too little to be seen."""
+    prior = bk.NgramLM(np.full(50, -np.log(50)), eos_token_id=49)
+    one = bk.Posterior(prior, bk.Power(2.0), prompts=[[0]], max_new_tokens=4)
+    budget = 2450  # 1 / Z: the sum over t of 49^(t - 1) 50^(-2 t) is 1 / 2450
+    with pytest.raises(bk.BudgetError, match=f"0 of num_draws = 1 draws .* accepted in {budget} proposals"):
+        bk.RejectionSampling(1, max_proposals=budget).run(repeated(one, 60), seed=1)
+
+
+def test_draws_are_exact_although_some_runs_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The threshold is so high that about every other run is given up before it has a draw."""
+    monkeypatch.setattr(accept_reject_module, "_HOPELESS", 10.0)
+    monkeypatch.setattr(accept_reject_module, "_DOUBT", 0.5)
+    posterior = bk.Posterior(random_posterior(1).prior, bk.Power(2.0), prompts=[[0]], max_new_tokens=3)
+    truth, first, given_up = Truth(posterior), [], 0
+    for seed in range(2500):
+        try:
+            draws: bk.Draws | None = bk.RejectionSampling(1, max_proposals=100).run(posterior, seed=seed)
+        except bk.BudgetError as error:
+            draws, given_up = error.draws, given_up + (num_proposals(error) < 100)
+        if draws is not None:
+            first.append(draws.tokens[0, 0])
+    assert 500 < given_up < 2000
+    assert chi_square_p(counts(truth, np.array(first)), truth.p[0]) > 0.001
+
+
 def test_the_budget_is_kept_to_the_proposal(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
