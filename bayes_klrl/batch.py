@@ -47,6 +47,8 @@ class Setting:
         Further data about the prompts, each column of length P.
     max_new_tokens
         T, the largest number of tokens in a completion, EOS included.
+    prompt_numbers
+        The number by which a reward that asks for `prompt_index` knows each prompt, shape (P,).
     """
 
     prior: LanguageModel
@@ -54,6 +56,7 @@ class Setting:
     prompt_ids: tuple[tuple[int, ...], ...]
     columns: Mapping[str, Any]
     max_new_tokens: int
+    prompt_numbers: IntArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +78,8 @@ class Batch:
         The language model, which decodes the completions and knows EOS.
     prompt_ids
         The P prompts as token ids; None: the completions are decoded without their prompts.
+    prompt_numbers
+        The number by which a reward that asks for `prompt_index` knows each prompt, shape (P,); None: 0, 1, ..., P - 1.
     """
 
     tokens: IntArray
@@ -84,6 +89,12 @@ class Batch:
     columns: Mapping[str, Sequence[Any]]
     prior: LanguageModel
     prompt_ids: Sequence[TokenIds] | None = None
+    prompt_numbers: IntArray | None = None
+
+    @property
+    def numbers(self) -> IntArray:
+        """The number of each completion's prompt, as a reward that asks for `prompt_index` knows it, shape (M,)."""
+        return self.prompt_index if self.prompt_numbers is None else self.prompt_numbers[self.prompt_index]
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from bayes_klrl.draws import Draws
     from bayes_klrl.models.programs.numpyro_program import NumpyroGuide, NumpyroModel
 
-__all__ = ["Posterior", "check_context", "check_language_model", "completion_log_probs", "encoded_prompts"]
+__all__ = ["Posterior", "check_context", "check_language_model", "completion_log_probs", "encoded_prompts", "numbered"]
 
 
 class Posterior:
@@ -64,6 +64,8 @@ class Posterior:
         The P prompts as given; a conversation has its rendered text in `rendering.text`.
     prompt_ids
         The P prompts as token ids; an empty prompt has become the model's BOS.
+    prompt_numbers
+        What a reward that asks for `prompt_index` is told, shape (P,): 0, ..., P - 1, which `select` and `split` keep.
 
     Raises
     ------
@@ -80,6 +82,8 @@ class Posterior:
     >>> posterior.log_joint([[1], [0, 1]]).round(3)
     array([[0.307, 0.614]])
     """
+
+    prompt_numbers: IntArray
 
     def __init__(
         self,
@@ -107,9 +111,11 @@ class Posterior:
         check_end_of_turn(self.prompts, prior)
         self.prompt_ids = encoded_prompts(self.prompts, prior)
         check_context(self.prompt_ids, self.max_new_tokens, prior)
+        if not hasattr(self, "prompt_numbers"):  # a part of the prompts of another posterior has theirs
+            self.prompt_numbers = np.arange(len(given))
         self._given = likelihood
         self.likelihood = likelihood.bind(
-            Setting(prior, self.prompts, self.prompt_ids, self.columns, self.max_new_tokens)
+            Setting(prior, self.prompts, self.prompt_ids, self.columns, self.max_new_tokens, self.prompt_numbers)
         )
 
     @classmethod
@@ -236,6 +242,8 @@ class Posterior:
     def select(self, indices: Iterable[int] | slice) -> Posterior:
         """Return the posterior of some of the prompts, with their columns, in the order of the indices.
 
+        A reward that asks for `prompt_index` is told the numbers that the prompts have here.
+
         Parameters
         ----------
         indices
@@ -257,7 +265,7 @@ class Posterior:
         """
         chosen = chosen_prompts(indices, self.num_prompts)
         columns = {name: [values[index] for index in chosen] for name, values in self.columns.items()}
-        return self._with_prompts([self.prompts[index] for index in chosen], columns)
+        return self._with_prompts([self.prompts[p] for p in chosen], columns, self.prompt_numbers[chosen])
 
     def as_chat(self) -> Posterior:
         """Return the posterior of the same prompts as conversations: every text as one message of the user.
@@ -269,13 +277,12 @@ class Posterior:
         BayesKLRLError
             If prompts are token ids, or the prior's tokenizer has no chat template.
         """
-        return self._with_prompts(as_conversations(self.prompts), self.columns)
+        return self._with_prompts(as_conversations(self.prompts), self.columns, self.prompt_numbers)
 
-    def _with_prompts(self, prompts: Sequence[Any], columns: Mapping[str, Any]) -> Posterior:
-        """Return the posterior of other prompts and their columns."""
-        return Posterior(
-            self.prior, self._given, prompts=list(prompts), max_new_tokens=self.max_new_tokens, **dict(columns)
-        )
+    def _with_prompts(self, prompts: Sequence[Any], columns: Mapping[str, Any], numbers: IntArray) -> Posterior:
+        """Return the posterior of other prompts, with their columns and numbers."""
+        options = {**columns, "prompts": list(prompts), "max_new_tokens": self.max_new_tokens}
+        return numbered(numbers, self.prior, self._given, options)
 
     def split(self, fraction: float, seed: int) -> tuple[Posterior, Posterior]:
         """Return the posteriors of two parts of the prompts, drawn at random, for training and for held-out evaluation.
@@ -361,8 +368,20 @@ class Posterior:
         prompt_index
             Index of the prompt that each completion follows, shape (M,).
         """
-        batch = Batch(tokens, lengths, prompt_index, self.prompts, self.columns, self.prior, self.prompt_ids)
-        return self.likelihood.reward(batch)
+        return self.likelihood.reward(self.batch(tokens, lengths, prompt_index))
+
+    def batch(self, tokens: IntArray, lengths: IntArray, prompt_index: IntArray) -> Batch:
+        """Return M completions of any prompts as reward functions see them; see `reward_of_rows`."""
+        return Batch(
+            tokens,
+            lengths,
+            prompt_index,
+            self.prompts,
+            self.columns,
+            self.prior,
+            self.prompt_ids,
+            self.prompt_numbers,
+        )
 
     def log_likelihood(self, x: Sequences | Draws | Sequence[Sequence[int]]) -> FloatArray:
         """Return r(x, c) / alpha in nats, shape (P, N), float64."""
@@ -397,3 +416,13 @@ class Posterior:
             from bayes_klrl.models.programs.numpyro_program import numpyro_guide
 
         return numpyro_guide(self, lm)
+
+
+def numbered(
+    prompt_numbers: IntArray, prior: LanguageModel, likelihood: Likelihood, options: Mapping[str, Any]
+) -> Posterior:
+    """Return a posterior whose rewards know its prompts by these numbers, (P,); `options` are the arguments by name."""
+    posterior = Posterior.__new__(Posterior)
+    posterior.prompt_numbers = prompt_numbers
+    Posterior.__init__(posterior, prior, likelihood, **options)
+    return posterior

@@ -292,15 +292,7 @@ def _log_likelihood_of_extensions(
     completions = np.full((num_rows * num, posterior.max_new_tokens), posterior.pad_token)
     completions[:, :width] = np.repeat(prefixes, num, axis=0)
     completions[:, width] = np.tile(tokens, num_rows)
-    batch = Batch(
-        completions,
-        np.full(num_rows * num, width + 1),
-        np.repeat(prompt_index, num),
-        posterior.prompts,
-        posterior.columns,
-        posterior.prior,
-        posterior.prompt_ids,
-    )
+    batch = posterior.batch(completions, np.full(num_rows * num, width + 1), np.repeat(prompt_index, num))
     likelihood = product(factors)
     return likelihood.log_likelihood(likelihood.reward(batch)).reshape(num_rows, num)
 

@@ -155,9 +155,18 @@ class PriorRanks:
         """Return the distribution function of prompt p, from draws that depend on no other prompt."""
         base = self.base
         values = tuple(column[p] for column in base.columns.values())
+        (score,) = base.likelihood.factors
+        number = int(base.prompt_numbers[p]) if "prompt_index" in getattr(score, "asked_for", ()) else None
         # by identity, because values of columns need not be hashable; the entry keeps them alive
         objects = (base.prior, self.fn, *values)
-        options = (self.num_reference, self.seed, base.max_new_tokens, base.prompt_ids[p], repr(base.prompts[p]))
+        options = (
+            self.num_reference,
+            self.seed,
+            base.max_new_tokens,
+            base.prompt_ids[p],
+            repr(base.prompts[p]),
+            number,
+        )
         key = (*options, *map(id, objects))
         if key not in self.known:
             self.known[key] = (self._estimated(p) if self.num_reference else self._enumerated(p), objects)
@@ -205,9 +214,7 @@ class PriorRanks:
 
     def _batch(self, tokens: IntArray, lengths: IntArray, p: int) -> Batch:
         """Return completions (M, T) of prompt p as a batch."""
-        base = self.base
-        index = np.full(len(lengths), p)
-        return Batch(tokens, lengths, index, base.prompts, base.columns, base.prior, base.prompt_ids)
+        return self.base.batch(tokens, lengths, np.full(len(lengths), p))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from bayes_klrl.batch import Batch, Setting
 from bayes_klrl.likelihood import Likelihood, TokenReward
-from bayes_klrl.posterior import Posterior, completion_log_probs
+from bayes_klrl.posterior import Posterior, completion_log_probs, numbered
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, TokenIds
 
@@ -53,14 +52,9 @@ def row_log_probs(
 
 def posterior_of(setting: Setting, likelihood: Likelihood | None = None) -> Posterior:
     """Return the posterior of a likelihood (None: a constant one) in the setting of another posterior."""
-    columns: dict[str, Any] = dict(setting.columns)
-    return Posterior(
-        setting.prior,
-        TokenReward(_no_reward, alpha=1.0) if likelihood is None else likelihood,
-        prompts=setting.prompts,
-        max_new_tokens=setting.max_new_tokens,
-        **columns,
-    )
+    likelihood = TokenReward(_no_reward, alpha=1.0) if likelihood is None else likelihood
+    options = {**setting.columns, "prompts": setting.prompts, "max_new_tokens": setting.max_new_tokens}
+    return numbered(setting.prompt_numbers, setting.prior, likelihood, options)
 
 
 def _no_reward(tokens: IntArray, lengths: IntArray) -> FloatArray:  # noqa: ARG001

@@ -1,7 +1,7 @@
 """Some prompts of a posterior, as a posterior that asks the whole one for rewards and twists: how work is split by prompts.
 
-`Posterior.select` makes a new posterior, whose prompts are numbered anew and whose likelihood is bound anew. A part keeps what
-belongs to the whole: the bound likelihood, and the numbers by which rewards, twists and error messages call a prompt.
+`Posterior.select` makes a new posterior, whose likelihood is bound anew and whose twists and error messages number its prompts
+anew. A part keeps what belongs to the whole: the bound likelihood, and the numbers by which twists and messages call a prompt.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ class PosteriorPart(Posterior):
         self._given, self.likelihood = whole._given, whole.likelihood
         self.prompts = tuple(whole.prompts[p] for p in indices)
         self.prompt_ids = tuple(whole.prompt_ids[p] for p in indices)
+        self.prompt_numbers = whole.prompt_numbers[indices]
         self.columns = {name: tuple(values[p] for p in indices) for name, values in whole.columns.items()}
 
     def at_alpha(self, alpha: float) -> PosteriorPart:

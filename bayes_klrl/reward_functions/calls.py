@@ -59,7 +59,7 @@ def called_on_tokens(fn: Callable[..., Any], label: str, batch: Batch) -> Any:
     asked_for = ("prompt_index",) if "prompt_index" in (*required, *optional) else ()
 
     def call(rows: slice) -> Any:
-        extra = {name: batch.prompt_index[rows].copy() for name in asked_for}
+        extra = {name: batch.numbers[rows].copy() for name in asked_for}
         return fn(batch.tokens[rows].copy(), batch.lengths[rows].copy(), **extra)
 
     try:

@@ -134,12 +134,5 @@ def rewards_of(
 def posterior_batch(posterior: Posterior, x: Sequences, p: int | None = None) -> Batch:
     """Return completions (P, N, T) of a posterior as a batch for feature functions; only those of prompt `p` if given."""
     prompts = np.arange(posterior.num_prompts) if p is None else np.array([p])
-    return Batch(
-        x.tokens[prompts].reshape(-1, x.tokens.shape[2]),
-        x.lengths[prompts].ravel(),
-        np.repeat(prompts, x.lengths.shape[1]),
-        posterior.prompts,
-        posterior.columns,
-        posterior.prior,
-        posterior.prompt_ids,
-    )
+    tokens = x.tokens[prompts].reshape(-1, x.tokens.shape[2])
+    return posterior.batch(tokens, x.lengths[prompts].ravel(), np.repeat(prompts, x.lengths.shape[1]))

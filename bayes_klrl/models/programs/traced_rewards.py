@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bayes_klrl.batch import Batch
 from bayes_klrl.errors import RewardError
 from bayes_klrl.likelihood import Factor, TokenReward
 from bayes_klrl.posterior import Posterior
@@ -58,11 +57,11 @@ def traced_reward(posterior: Posterior, tokens: Array, lengths: Array, prompt_in
     >>> jax.jit(lambda tokens, lengths: traced_reward(posterior, tokens, lengths, 0 * lengths))(tokens, lengths).tolist()
     [1.5, 0.75]
     """
-    likelihood = posterior.likelihood
+    likelihood, numbers = posterior.likelihood, jnp.asarray(posterior.prompt_numbers)
     total = jnp.zeros(lengths.shape, dtype=float_type())
     for factor in likelihood.factors:
         if is_traced(factor):
-            total = total + _values(factor, tokens, lengths, prompt_index) * factor.scale_in(likelihood.alpha)
+            total = total + _values(factor, tokens, lengths, numbers[prompt_index]) * factor.scale_in(likelihood.alpha)
     if not all(map(is_traced, likelihood.factors)):
         total = total + _on_host(posterior, tokens, lengths, prompt_index)
     return total
@@ -141,8 +140,7 @@ def _host_function(posterior: Posterior) -> Callable[..., np.ndarray]:
     def reward(tokens: Array, lengths: Array, prompt_index: Array) -> np.ndarray:
         rows = [np.asarray(array).astype(np.int64) for array in (tokens, lengths, prompt_index)]
         shape = rows[1].shape
-        flat = (rows[0].reshape(-1, rows[0].shape[-1]), rows[1].ravel(), rows[2].ravel())
-        batch = Batch(*flat, posterior.prompts, posterior.columns, posterior.prior, posterior.prompt_ids)
+        batch = posterior.batch(rows[0].reshape(-1, rows[0].shape[-1]), rows[1].ravel(), rows[2].ravel())
         total: FloatArray = sum(
             (factor.checked_values(batch) * factor.scale_in(alpha) for factor in factors), start=np.zeros(len(batch))
         )

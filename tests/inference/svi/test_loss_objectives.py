@@ -292,14 +292,22 @@ def test_what_would_be_fitted_anew_or_find_other_prompts_is_refused() -> None:
     anew = bk.ForwardKL(bk.SMC(16, twist=bk.PartialRewardTwist()))
     with pytest.raises(bk.BayesKLRLError, match="twist anew in each step"):
         bk.SVI(3, objective=anew, prompts_per_step=1).fit(posterior, seed=0)
-    with pytest.raises(bk.BayesKLRLError, match="prompt_index would find other numbers"):
-        bk.SVI(3, objective=bk.ForwardKL(bk.SMC(16)), prompts_per_step=1).fit(posterior, seed=0)
-    plain = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
-    unnumbered = bk.Posterior(posterior.prior, plain, prompts=[[0], [1]], max_new_tokens=3)
-    fit = bk.SVI(150, objective=bk.ForwardKL(bk.SMC(64)), prompts_per_step=1).fit(unnumbered, seed=0)
-    assert fit.history["elbo"][-10:].mean() > fit.history["elbo"][0]
+    numbered = bk.ForwardKL(bk.SMC(16, twist=lambda posterior, prompt_index, prefixes: 0.0 * prompt_index))
+    with pytest.raises(bk.BayesKLRLError, match="prompt_index, would find other numbers"):
+        bk.SVI(3, objective=numbered, prompts_per_step=1).fit(posterior, seed=0)
     with pytest.raises(bk.BayesKLRLError, match="at least 2 draws"):
-        bk.SVI(3, objective=bk.ForwardKL(bk.Exact(1))).fit(unnumbered, seed=0)
+        bk.SVI(3, objective=bk.ForwardKL(bk.Exact(1))).fit(posterior, seed=0)
+
+
+@pytest.mark.slow
+def test_steps_of_some_prompts_tell_a_reward_the_numbers_of_the_whole() -> None:
+    """Only prompt 1 pays for token 0: the guide goes to probability 0.88 there, and stays at 0.5 after prompt 0."""
+    paid = bk.TokenReward(lambda tokens, lengths, prompt_index: 2.0 * prompt_index * (tokens[:, 0] == 0), alpha=1.0)
+    coin = bk.NgramLM(np.log([[0.5, 0.5], [0.5, 0.5]]), eos_token_id=())
+    posterior = bk.Posterior(coin, paid, prompts=[[0], [1]], max_new_tokens=1)
+    fit = bk.SVI(150, objective=bk.ForwardKL(bk.SMC(64)), prompts_per_step=1).fit(posterior, seed=0)
+    log_q = fit.guide.log_probs  # type: ignore[attr-defined]
+    np.testing.assert_allclose(np.exp(log_q[:, 0]), [0.5, 1 / (1 + np.exp(-2.0))], atol=0.05)
 
 
 def test_a_sampler_with_a_twist_goes_on_as_it_would_have(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_conversations_are_rendered_by_the_classifiers_own_template() -> None:
 def _setting(prior: Any, prompt: Any) -> Any:
     from bayes_klrl.batch import Setting
 
-    return Setting(prior, (prompt,), ((0,),), {}, NUM_TOKENS)
+    return Setting(prior, (prompt,), ((0,),), {}, NUM_TOKENS, np.arange(1))
 
 
 def _batch(prior: Any, prompts: list[Any], texts: list[str]) -> Any:

@@ -44,7 +44,7 @@ class SampledForwardKL:
     ------
     BayesKLRLError
         If the algorithm's draws are not the posterior's; or if steps use some of the prompts and the sampler has a twist or
-        proposal to fit, or a twist or reward that knows prompts by their numbers, which are others in each step.
+        proposal to fit, or a twist, which knows prompts by their numbers, which are others in each step.
     """
 
     last: ElboTerms
@@ -64,11 +64,10 @@ class SampledForwardKL:
                 f"{name} would fit its proposal or twist anew in each step. Give it a fitted one, such as "
                 "proposal=bk.SVI(60).fit(posterior, seed=0).guide, or leave prompts_per_step out."
             )
-        numbered = any("prompt_index" in getattr(factor, "asked_for", ()) for factor in posterior().likelihood.factors)
-        if in_parts and (numbered or callable(getattr(sampler, "twist", None))):
+        if in_parts and callable(getattr(sampler, "twist", None)):
             raise BayesKLRLError(
-                "A step of some prompts gives the sampler a posterior of these alone, where a reward or twist that asks for "
-                "prompt_index would find other numbers. Give the reward a column instead, or leave prompts_per_step out."
+                "A step of some prompts gives the sampler a posterior of these alone, where a twist, which asks for "
+                "prompt_index, would find other numbers. Leave out the twist, or leave prompts_per_step out."
             )
         self._sampler: Any = sampler
         self._guide, self._posterior, self.model_tokens = guide, posterior, 0

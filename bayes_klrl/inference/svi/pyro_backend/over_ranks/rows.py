@@ -206,5 +206,5 @@ class SharedPosterior(Posterior):
         """See `Posterior.select`."""
         return SharedPosterior(self.whole.select(indices), self.ranks, self._shared_prior)
 
-    def _with_prompts(self, prompts: Sequence[Any], columns: Mapping[str, Any]) -> SharedPosterior:
-        return SharedPosterior(self.whole._with_prompts(prompts, columns), self.ranks, self._shared_prior)
+    def _with_prompts(self, prompts: Sequence[Any], columns: Mapping[str, Any], numbers: IntArray) -> SharedPosterior:
+        return SharedPosterior(self.whole._with_prompts(prompts, columns, numbers), self.ranks, self._shared_prior)
