@@ -9,7 +9,15 @@ import numpy as np
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.typing import LanguageModel
 
-__all__ = ["check_count", "check_finite", "check_fraction", "check_language_model", "check_positive", "check_unicode"]
+__all__ = [
+    "check_count",
+    "check_finite",
+    "check_fraction",
+    "check_language_model",
+    "check_positive",
+    "check_posterior_given",
+    "check_unicode",
+]
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -54,6 +62,12 @@ def check_prompts_per_step(prompts_per_step: int | None, num_prompts: int) -> No
         check_count("prompts_per_step", prompts_per_step)
         if prompts_per_step > num_prompts:
             raise BayesKLRLError(f"prompts_per_step = {prompts_per_step}, but the posterior has {num_prompts} prompts.")
+
+
+def check_posterior_given(given: object, name: str = "posterior") -> None:
+    """Refuse an object that lacks the parts of a `Posterior` that every algorithm reads."""
+    if not all(hasattr(given, part) for part in ("prior", "likelihood", "prompt_ids")):
+        raise BayesKLRLError(f"{name} must be a bk.Posterior; got {given!r}.")
 
 
 def check_language_model(what: str, lm: object) -> None:

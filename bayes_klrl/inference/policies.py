@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bayes_klrl.checks import check_posterior_given
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.inference.sampling.drawing import draw
@@ -110,6 +111,7 @@ class PolicyDraws:
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`."""
+        check_posterior_given(posterior)
         return policy_draws(posterior, self.policy, self.num_draws, Streams.of(seed), progress=progress)
 
 

@@ -36,6 +36,27 @@ def posterior(prior: Any = None, likelihood: Any = None, **options: Any) -> bk.P
     )
 
 
+# ---- what is no posterior
+
+
+@pytest.mark.parametrize("given", [3, None, "posterior", longer()], ids=repr)
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_what_is_no_posterior_is_refused(name: str, given: Any) -> None:
+    with pytest.raises(bk.BayesKLRLError, match=r"posterior must be a bk\.Posterior; got"):
+        ALGORITHMS[name].run(given, seed=0)
+
+
+def test_so_it_is_by_what_runs_algorithms() -> None:
+    for use in (
+        lambda: bk.compare(3, {"IS": bk.ImportanceSampling(8)}, seed=0),  # type: ignore[arg-type]
+        lambda: bk.amortise(3, 4, Untouchable(), seed=0),  # type: ignore[arg-type]
+        lambda: bk.frontier(3, num_draws=8, seed=0),  # type: ignore[arg-type]
+        lambda: bk.certify(3, Untouchable(), seed=0),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(bk.BayesKLRLError, match=r"must be a bk\.Posterior; got 3"):
+            use()
+
+
 # ---- alpha, bounds, functions
 
 

@@ -25,7 +25,7 @@ from bayes_klrl.analysis.amortisation.table import (
     verdict,
 )
 from bayes_klrl.analysis.certificate.evidence import Settings
-from bayes_klrl.checks import check_count
+from bayes_klrl.checks import check_count, check_posterior_given
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, BudgetError
 from bayes_klrl.export.output_folder import naming_what_is_safe, prepare_output
@@ -243,8 +243,7 @@ def _answers(unseen: Judgement, settings: Settings) -> Mapping[str, Draws]:
 def _check_alike(posterior: Posterior, held_out: Posterior) -> None:
     """Refuse posteriors that differ in more than their prompts, and prompts that are not unseen."""
     for name, given in (("posterior", posterior), ("held_out", held_out)):
-        if not isinstance(given, Posterior):
-            raise BayesKLRLError(f"{name} must be a bk.Posterior; got {given!r}.")
+        check_posterior_given(given, name)
     if held_out.prior is not posterior.prior:
         raise BayesKLRLError(
             "The two posteriors have different priors. Give both the same language model, loaded once."

@@ -17,7 +17,7 @@ from bayes_klrl.analysis.comparison.table import (
     reference_log_evidence,
     unseen_note,
 )
-from bayes_klrl.checks import check_count
+from bayes_klrl.checks import check_count, check_posterior_given
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.export.html import HtmlTable, html_page
@@ -228,6 +228,7 @@ def compare(
     >>> print(table["kl_prior"].round(1).to_dict())
     {'exact': 0.3, 'prior IS': 0.3}
     """
+    check_posterior_given(posterior)
     check_count("repeats", repeats)
     stream_seed(seed, 0, "")
     _check_algorithms(algorithms, posterior)

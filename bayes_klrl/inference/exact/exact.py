@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bayes_klrl.checks import check_count
+from bayes_klrl.checks import check_count, check_posterior_given
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.exact.enumeration import enumerated_posterior, num_sequences
@@ -72,6 +72,7 @@ class Exact:
         SupportError
             If every completion of some prompt has likelihood 0, so that there is no posterior.
         """
+        check_posterior_given(posterior)
         start = time.perf_counter()
         prior = posterior.prior
         count = num_sequences(prior.vocab_size, len(prior.eos_token_ids), posterior.max_new_tokens)

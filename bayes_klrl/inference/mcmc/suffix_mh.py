@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from bayes_klrl.checks import check_count
+from bayes_klrl.checks import check_count, check_posterior_given
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BudgetError
 from bayes_klrl.inference.mcmc.diagnostics import ess_bulk, r_hat
@@ -98,6 +98,7 @@ class SuffixMH:
         BudgetError
             If some prompt has no prior draw of positive likelihood, so that its chains have no start.
         """
+        check_posterior_given(posterior)
         proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         models, start = (proposal, posterior.prior), time.perf_counter()
         rngs = Streams.of(seed).generators(posterior.prompt_ids)

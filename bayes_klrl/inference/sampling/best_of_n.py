@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bayes_klrl.checks import check_count
+from bayes_klrl.checks import check_count, check_posterior_given
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.inference.sampling.drawing import draw
 from bayes_klrl.inference.sampling.order_statistics import best_of_n_kl, best_of_n_win_rate
@@ -66,6 +66,7 @@ class BestOfN:
 
     def run(self, posterior: Posterior, *, seed: int, progress: bool = False) -> Draws:
         """See `Algorithm.run`; `log_proposal` is NaN, because the density of best-of-n cannot be evaluated."""
+        check_posterior_given(posterior)
         start = time.perf_counter()
         drawn = draw(
             (posterior.prior,),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bayes_klrl.checks import check_count
+from bayes_klrl.checks import check_count, check_posterior_given
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BudgetError
 from bayes_klrl.inference.sampling.drawing import draw
@@ -69,6 +69,7 @@ class ImportanceSampling:
         BudgetError
             If some prompt has no draw of positive likelihood. The error carries the draws.
         """
+        check_posterior_given(posterior)
         proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         start = time.perf_counter()
         drawn = draw(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bayes_klrl.checks import check_count, check_finite
+from bayes_klrl.checks import check_count, check_finite, check_posterior_given
 from bayes_klrl.draws import Draws
 from bayes_klrl.inference.sampling.accept_reject import accept_reject, check_max_proposals
 from bayes_klrl.inference.sampling.drawing import Drawn
@@ -88,6 +88,7 @@ class QuasiRejection:
             If some prompt reaches `max_proposals` before its N-th acceptance. The error carries as many draws as all prompts
             have.
         """
+        check_posterior_given(posterior)
         proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         start = time.perf_counter()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from bayes_klrl.checks import check_count
+from bayes_klrl.checks import check_count, check_posterior_given
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.sampling.accept_reject import Accepted, accept_reject, check_max_proposals
@@ -83,6 +83,7 @@ class RejectionSampling:
             have; these are exact. It comes early if the likelihood has a `Power` of the prior and the proposals show
             that none will be accepted (theory.md 6.3).
         """
+        check_posterior_given(posterior)
         start = time.perf_counter()
         log_bound = largest_log_likelihood(posterior)
         streams = Streams.of(seed)

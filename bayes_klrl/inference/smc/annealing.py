@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from bayes_klrl.checks import check_count, check_fraction
+from bayes_klrl.checks import check_count, check_fraction, check_posterior_given
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.mcmc.suffix_moves import check_cut
@@ -118,6 +118,7 @@ class AnnealedSMC:
         BudgetError
             If all particles of some prompt have likelihood 0. The error carries the draws.
         """
+        check_posterior_given(posterior)
         proposal, training = resolve_proposal(self.proposal, posterior, seed, progress)
         models, start = (proposal, posterior.prior), time.perf_counter()
         schedule, pilot_tokens = self._resolved_schedule(posterior, models, seed)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from bayes_klrl.checks import check_posterior_given
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.smc.runs import EvidenceRuns, grown
@@ -91,6 +92,7 @@ class ConditionalSMC:
         SupportError
             If a retained completion has weight 0.
         """
+        check_posterior_given(posterior)
         given = retainable(posterior, retained)
         if given.lengths.shape[1] != 1:
             raise BayesKLRLError(

@@ -22,7 +22,7 @@ from typing import Literal
 
 import numpy as np
 
-from bayes_klrl.checks import check_count, check_finite, check_fraction
+from bayes_klrl.checks import check_count, check_finite, check_fraction, check_posterior_given
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.inference.sampling.importance import require_positive_weight
 from bayes_klrl.inference.sampling.proposals import Proposal, resolve_proposal
@@ -122,6 +122,7 @@ class SMC:
         BudgetError
             If all particles of some prompt have likelihood 0. The error carries the draws.
         """
+        check_posterior_given(posterior)
         runner = chosen_runner(runner)
         ready, training = self.prepared(posterior, seed, progress)
         start = time.perf_counter()

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bayes_klrl.checks import check_count, check_fraction, check_positive, check_prompts_per_step
+from bayes_klrl.checks import check_count, check_fraction, check_positive, check_posterior_given, check_prompts_per_step
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, needs_jax
 from bayes_klrl.inference.svi.callbacks import Callback, Checkpoint
@@ -215,6 +215,7 @@ class SVI:
             If a draw has likelihood 0; the message names the completion and the cure. The attribute `fit` of this and of every
             other error that ends the training after its first step, one of a callback too, holds what was learned.
         """
+        check_posterior_given(posterior)
         check_prompts_per_step(self.prompts_per_step, posterior.num_prompts)
         ranks = launched_ranks()
         with ranks.together():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from bayes_klrl.checks import check_count
+from bayes_klrl.checks import check_count, check_posterior_given
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.exact.message_lm import MessageTwist
@@ -63,6 +63,7 @@ class DistilledTwist:
         BayesKLRLError
             If the likelihood is not computed by an automaton.
         """
+        check_posterior_given(posterior)
         if automaton_potential(posterior.likelihood) is None:
             raise BayesKLRLError(
                 f"A DistilledTwist solves an n-gram model's posterior, and needs a likelihood made only of "

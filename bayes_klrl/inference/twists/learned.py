@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bayes_klrl.checks import check_count, check_positive
+from bayes_klrl.checks import check_count, check_positive, check_posterior_given
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.typing import Twist
@@ -67,6 +67,7 @@ class LearnedTwist:
 
         It can be passed to `SMC(twist=...)` and `TwistedLM`.
         """
+        check_posterior_given(posterior)
         from bayes_klrl.inference.twists.training import train_twist
 
         return train_twist(self, posterior, seed=seed, progress=progress)

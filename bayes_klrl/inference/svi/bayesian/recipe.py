@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from bayes_klrl.checks import check_count, check_positive
+from bayes_klrl.checks import check_count, check_positive, check_posterior_given
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, CheckpointError
 from bayes_klrl.inference.svi.bayesian.uncertainty import PolicyUncertainty, policy_uncertainty
@@ -130,6 +130,7 @@ class BayesianSVI:
         UnboundedLossError
             If a draw has likelihood 0; see `SVI.fit`.
         """
+        check_posterior_given(posterior)
         from bayes_klrl.inference.svi.bayesian.training import fit_policies
 
         made = partial(BayesianFit, recipe=self)
