@@ -130,6 +130,13 @@ def test_moment_constraints_of_two_features_and_two_prompts() -> None:
     np.testing.assert_allclose(found.log_evidence, plain.log_evidence, atol=1e-10)
 
 
+def test_a_bare_function_of_tokens_is_a_feature() -> None:
+    prior = bk.NgramLM(np.log([0.5, 0.3, 0.2]), eos_token_id=2)
+    bare = bk.moment_constraint(prior, lambda tokens, lengths: lengths, 2.5, max_new_tokens=4)
+    wrapped = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+    np.testing.assert_array_equal(bare.lambdas, bk.moment_constraint(prior, wrapped, 2.5, max_new_tokens=4).lambdas)
+
+
 def test_moment_constraints_from_a_pool_agree_with_the_exact_ones() -> None:
     prior = bk.NgramLM(problems.gold_table(-0.5), eos_token_id=3)
     exact = bk.moment_constraint(prior, two_features()[1], 2.0, max_new_tokens=4)

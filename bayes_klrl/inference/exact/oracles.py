@@ -81,8 +81,9 @@ class Enumerated:
         if not np.isfinite(reward).all():
             p, m = np.argwhere(~np.isfinite(reward))[0]
             raise BayesKLRLError(
-                f"The completion {tree.sequences.lists()[m]} of prompt {p} has reward {reward[p, m]}, and a mean over "
-                "rewards is then -inf. Relax the constraint: a reward of alpha * log(eps), say eps = 1e-3."
+                f"The completion {tree.sequences.lists()[m]} of prompt {p} has reward {reward[p, m]}. A table over every "
+                "prefix needs finite rewards: after some prefixes everything would be excluded, and means over rewards would "
+                "be -inf. Relax the constraint: a reward of alpha * log(eps), say eps = 1e-3."
             )
         log_prior = posterior.log_prior(empty.sequences)
         return cls(posterior, tree, log_prior, reward, tree.conditionals(log_prior))

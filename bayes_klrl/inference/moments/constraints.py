@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from bayes_klrl.batch import BATCH_NAMES
 from bayes_klrl.checks import check_count
 from bayes_klrl.errors import BayesKLRLError, BudgetError
 from bayes_klrl.inference.exact.enumeration import enumerated_posterior, num_sequences
@@ -25,6 +26,7 @@ from bayes_klrl.inference.sampling.importance import ImportanceSampling
 from bayes_klrl.likelihood import Factor, Likelihood, Reward, TokenReward
 from bayes_klrl.models.automata.reward import AutomatonReward
 from bayes_klrl.posterior import Posterior
+from bayes_klrl.reward_functions.signatures import parameters
 from bayes_klrl.typing import FloatArray, LanguageModel
 from bayes_klrl.weights import effective_sample_size, logsumexp, normalised
 
@@ -108,8 +110,8 @@ def moment_constraint(
         The language model, prompts and largest number of tokens, as in `Posterior`. For several prompts one lambda is found,
         and E[f] is the mean over prompts.
     features
-        One feature or a list of J: each is a function of a list of completions, a `Reward`, `TokenReward` or
-        `AutomatonReward`. Only their functions are used; their alphas are replaced.
+        One feature or a list of J: each is a function of a list of completions or of (tokens, lengths), a `Reward`,
+        `TokenReward` or `AutomatonReward`. Only their functions are used; their alphas are replaced.
     targets
         The means mu, one number per feature.
     num_draws
@@ -176,7 +178,7 @@ def _factors(features: Feature | Sequence[Feature]) -> tuple[Factor, ...]:
     factors: list[Factor] = []
     for feature_or_function in given:
         is_function = callable(feature_or_function) and not isinstance(feature_or_function, Likelihood)
-        each = Reward(feature_or_function, alpha=1.0) if is_function else feature_or_function
+        each = _reward_of(feature_or_function) if is_function else feature_or_function
         for feature in each.factors if isinstance(each, Likelihood) else (each,):
             if not isinstance(feature, Reward | TokenReward | AutomatonReward):
                 raise BayesKLRLError(
@@ -187,6 +189,13 @@ def _factors(features: Feature | Sequence[Feature]) -> tuple[Factor, ...]:
     if not factors:
         raise BayesKLRLError("features is empty; give at least one, such as bk.Reward(fn, alpha=1.0).")
     return tuple(factors)
+
+
+def _reward_of(fn: Callable[..., Any]) -> Factor:
+    """Return a function as a reward: of (tokens, lengths) if it requires two arguments that are no columns, else of texts."""
+    required = parameters(fn)[0]
+    reads_tokens = len(required) == 2 and not set(BATCH_NAMES).intersection(required)
+    return TokenReward(fn, alpha=1.0) if reads_tokens else Reward(fn, alpha=1.0)
 
 
 def _targets(targets: float | Sequence[float], num: int) -> FloatArray:
