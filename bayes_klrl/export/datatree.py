@@ -60,6 +60,7 @@ __all__ = [
 _FORMAT = "bayes_klrl.Draws/1"
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # of a file that is not ours
 _SEED = 0
+_ENUMERATED_ROWS = 4000  # of an enumeration of fewer completions: ArviZ knows no weights
 _PER_DRAW = ("reward", "log_prior", "log_likelihood", "log_proposal", "log_weights")
 _PER_PROMPT = ("log_evidence", "log_evidence_se", "elbo", "ess", "pareto_k")
 _INFO_DIMS = {"ancestors": ("prompt", "position", "draw"), "step_ess": ("prompt", "position"), "chain": ("draw",)}
@@ -237,29 +238,25 @@ class StoredTexts:
 
 
 def _equally_weighted(draws: Draws) -> dict[str, FloatArray]:
-    """Return arrays (P, N) of draws that weigh equally; NaN for prompts whose weights are all 0."""
+    """Return arrays (P, N) of draws that weigh equally; NaN for prompts whose weights are all 0.
+
+    An enumeration is no sample. Independent draws are made from it, at least `_ENUMERATED_ROWS`, so that their means are near
+    the exact ones however few completions there are.
+    """
     values = {"length": draws.lengths} | {name: getattr(draws, name) for name in _PER_DRAW if name != "log_weights"}
     alive = np.asarray(np.isfinite(draws.log_weights).any(axis=1))
-    chosen = np.tile(np.arange(draws.shape[1]), (draws.shape[0], 1))
+    num_prompts, num_draws = draws.shape
+    weights = {int(p): normalised(draws.log_weights[p]) for p in np.flatnonzero(alive)}
+    is_enumeration = any(np.isnan(draws.ess[p]) and np.ptp(each) > 0 for p, each in weights.items())
+    rows = max(num_draws, _ENUMERATED_ROWS) if is_enumeration else num_draws
+    chosen = np.tile(np.arange(rows) % num_draws, (num_prompts, 1))
     rng = np.random.default_rng(_SEED)
-    for p in np.flatnonzero(alive):
-        chosen[p] = _resampled(draws, int(p), rng)
+    for p, each in weights.items():
+        chosen[p] = rng.choice(num_draws, size=rows, p=each) if is_enumeration else systematic(each, rng)
     taken = {name: np.take_along_axis(array, chosen, axis=1) for name, array in values.items()}
     if alive.all():
         return taken
     return {name: np.where(alive[:, None], array, np.nan) for name, array in taken.items()}
-
-
-def _resampled(draws: Draws, p: int, rng: np.random.Generator) -> IntArray:
-    """Return N indices of equally weighted draws of prompt p, in the order of the draws.
-
-    An enumeration is no sample: draws from it are made independent ones, in any order.
-    """
-    log_weights = draws.log_weights[p]
-    weights = normalised(log_weights)
-    if np.isnan(draws.ess[p]) and np.ptp(weights) > 0:
-        return rng.choice(weights.size, size=weights.size, p=weights)
-    return systematic(weights, rng)
 
 
 def _chains(arrays: Mapping[str, np.ndarray], num_chains: int) -> xr.Dataset:

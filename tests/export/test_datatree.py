@@ -331,3 +331,17 @@ def test_arviz_complains_to_no_user(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error::FutureWarning", "-W", "error::UserWarning", "-c", code]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_an_enumeration_of_few_completions_has_their_means() -> None:
+    """Of seven completions seven draws would be made; the means of 4,000 are the exact ones by z-score."""
+    coin = bk.NgramLM(np.log([0.7, 0.3]), eos_token_id=1)
+    longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=0.8)
+    draws = bk.Exact().run(bk.Posterior(coin, longer, prompts=[[0], [1]], max_new_tokens=6), seed=0)
+    tree = draws_to_datatree(draws)
+    rewards = tree["posterior"]["reward"].to_numpy()[0]  # (draws, prompts)
+    assert rewards.shape == (4000, 2)
+    mean = (draws.weights * draws.reward).sum(axis=1)
+    variance = (draws.weights * (draws.reward - mean[:, None]) ** 2).sum(axis=1)
+    assert (np.abs(rewards.mean(axis=0) - mean) < 4 * np.sqrt(variance / 4000)).all()
+    assert tree["weighted"]["log_weights"].shape == (2, 7)
