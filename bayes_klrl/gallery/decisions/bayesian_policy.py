@@ -39,7 +39,8 @@ GLANCE = Glance(
     verdict="partly",
     measured="It earns {goal of 4 nats, mixture (Thompson): E[r] of all walks (nats):.0f} nats of reward, the mean "
     "reward's policy {goal of 4 nats, plug-in: E[r] of all walks (nats):.0f}, epsilon-greedy "
-    "{goal of 4 nats, plug-in, epsilon-greedy: E[r] of all walks (nats):.0f}. But its regret is higher by "
+    "{goal of 4 nats, plug-in, epsilon-greedy: E[r] of all walks (nats):.0f}. But its regret, which counts the KL to the "
+    "prior, too, is higher by "
     "{goal of 4, mixture minus plug-in: regret (nats):.0f} ± {goal of 4, mixture minus plug-in: regret, se:.0f}.",
     claims=(
         (

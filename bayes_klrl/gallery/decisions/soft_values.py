@@ -230,10 +230,11 @@ def main(out: Path, *, seed: int = 0, num_walks: int = 4000) -> Finding:
     return Finding(
         report=page,
         picture=out / "curves.png",
-        better=f"The exact answer by messages needs no walk at all. With {num_walks:,} walks {best} is "
-        f"{distance(learned[best]):.3f} nats from it.",
-        worse=f"Messages need the map. Of the learners, which see walks only, {worst} ends {distance(learned[worst]):.3f} "
-        "nats away, in one run of each.",
+        better="Where the map is known, messages give the exact posterior policy without a walk, and say how far each learner "
+        "is from it.",
+        worse=f"Where it is not, learners are what there is, and inference adds only the measure: after {num_walks:,} walks "
+        f"{best} is {distance(learned[best]):.3f} nats from the posterior, {worst} {distance(learned[worst]):.3f}, in one run "
+        "of each.",
         numbers={"walks": num_walks, **left},
     )
 

@@ -34,13 +34,15 @@ GLANCE = Glance(
     today="Best of n",
     adds="SMC while decoding; an adapter that is tuned once",
     verdict="partly",
-    measured="At one completion a reply the adapter's sentiment is {adapter, sentiment:.2f}, that of the prior "
-    "{prior, sentiment:.2f}, and that of the best of 8 {best of 8, sentiment:.2f}. An effective draw of SMC costs "
-    "{SMC, CPU seconds per effective draw:.1f} CPU seconds, one of the prior's weighted draws "
-    "{prior IS, CPU seconds per effective draw:.1f}.",
+    measured="Weighting the prior's draws is the cheapest: sentiment {prior IS, sentiment:.2f} at "
+    "{prior IS, CPU seconds per effective draw:.1f} CPU seconds per effective draw, against {best of 8, sentiment:.2f} at "
+    "{best of 8, CPU seconds per effective draw:.1f} by best of 8. SMC is no better ({SMC, sentiment:.2f} at "
+    "{SMC, CPU seconds per effective draw:.1f}). The adapter has {adapter, sentiment:.2f} at one completion a reply, as far "
+    "from the prior as best of 8.",
     claims=(
-        ("adapter, sentiment", "prior, sentiment"),
+        ("adapter, sentiment", "prior, sentiment", "adapter minus prior, sentiment, se"),
         ("best of 8, sentiment", "adapter, sentiment"),
+        ("best of 8, CPU seconds per effective draw", "prior IS, CPU seconds per effective draw"),
         ("SMC, CPU seconds per effective draw", "prior IS, CPU seconds per effective draw"),
     ),
     picture="Sentiment of the replies by each method, with standard errors, and the CPU seconds of an effective draw.",
