@@ -7,7 +7,7 @@ normalisation of the prior (total mass 4.5 instead of 1 on problem P1, theory.md
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,7 +105,16 @@ class Sequences:
         >>> Sequences.from_lists([[5, 1], [7]], max_new_tokens=3, pad_token=1).tokens
         array([[[5, 1, 1],
                 [7, 1, 1]]])
+
+        Raises
+        ------
+        BayesKLRLError
+            If they are no list of lists of token ids, or one of them has no token or more than `max_new_tokens`.
         """
+        if not isinstance(completions, Iterable):
+            raise BayesKLRLError(
+                f"Completions are a list of lists of token ids, such as [[5, 1], [7]], or bk.Sequences; got {completions!r}."
+            )
         rows = [ids.tolist() if hasattr(ids, "tolist") else ids for ids in completions]
         for row, ids in enumerate(rows):
             if not isinstance(ids, list | tuple) or not all(isinstance(i, int | np.integer) for i in ids):

@@ -33,7 +33,7 @@ def frontier_point(policy_draws: Draws, prior_draws: Draws, *, has_alpha: bool) 
     reward = policy_draws.reward
     log_ratio = policy_draws.log_proposal - policy_draws.log_prior
     point = FrontierPoint(float(reward.mean()), float(log_ratio.mean()))
-    if (reason := _why_undefined(point, has_alpha)) is not None:
+    if (reason := _why_undefined(point, has_alpha, np.stack([reward, prior_draws.reward]))) is not None:
         return replace(point, notes=(reason,))
     num_prompts, num_draws = reward.shape
     scale = num_draws * num_prompts**2
@@ -79,7 +79,8 @@ def enumerated_point(everything: Draws, log_policy: FloatArray, *, has_alpha: bo
         reward = np.where(drawn, mass * everything.reward, 0.0).sum(axis=1).mean()
         kl_prior = np.where(drawn, mass * (log_policy - everything.log_prior), 0.0).sum(axis=1).mean()
     point = FrontierPoint(float(reward), float(kl_prior))
-    if (reason := _why_undefined(point, has_alpha)) is not None:
+    possible = np.where(np.isneginf(everything.log_prior), -np.inf, everything.reward)
+    if (reason := _why_undefined(point, has_alpha, possible)) is not None:
         return replace(point, notes=(reason,))
     try:
         found = gap(pool_of(everything), point.reward, point.kl_prior)
@@ -92,12 +93,18 @@ def enumerated_point(everything: Draws, log_policy: FloatArray, *, has_alpha: bo
     )
 
 
-def _why_undefined(point: FrontierPoint, has_alpha: bool) -> str | None:
-    """Return why a policy has no place on the frontier; None if it has."""
+def _why_undefined(point: FrontierPoint, has_alpha: bool, rewards: FloatArray) -> str | None:
+    """Return why a policy has no place on the frontier, given the rewards of what can be drawn, (..., N); None if it has."""
     if not has_alpha:
         return "no implied alpha: a likelihood of constraints alone has none"
     if not (np.isfinite(point.reward) and np.isfinite(point.kl_prior)):
         return "no implied alpha: the policy draws completions of likelihood or prior probability 0"
+    finite = rewards[np.isfinite(rewards)]
+    if np.ptp(finite) == 0:
+        return (
+            f"no implied alpha: the reward is {finite[0]:.6g} wherever it is finite, in all completions that were seen, and a "
+            "constant reward has the same posterior at every alpha"
+        )
     return None
 
 

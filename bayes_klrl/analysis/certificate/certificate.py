@@ -21,9 +21,9 @@ import numpy as np
 
 from bayes_klrl.analysis.certificate.alpha import enumerated_point, frontier_point
 from bayes_klrl.analysis.certificate.coverage import Coverage, Feature, coverage, labels_of
-from bayes_klrl.analysis.certificate.evidence import Evidence, Settings, by_enumeration, by_sampling
+from bayes_klrl.analysis.certificate.evidence import CALLERS, Evidence, Settings, by_enumeration, by_sampling
 from bayes_klrl.analysis.certificate.groundwork import Groundwork
-from bayes_klrl.analysis.certificate.intervals import Intervals
+from bayes_klrl.analysis.certificate.open_ends import with_open_ends, without_contradiction
 from bayes_klrl.analysis.certificate.record import CertificateRecord
 from bayes_klrl.analysis.certificate.text import (
     certificate_html,
@@ -36,7 +36,7 @@ from bayes_klrl.analysis.certificate.training_runs.trainer_log import log_of
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.exact.message_lm import MessageLM
-from bayes_klrl.inference.policies import PolicyDraws, as_policy, check_of, covers_prior, policy_folder
+from bayes_klrl.inference.policies import PolicyDraws, as_policy, check_of, policy_folder
 from bayes_klrl.inference.smc.conditional import retainable
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.posterior import Posterior
@@ -57,8 +57,9 @@ class Certificate(CertificateRecord):
 
     Parameters
     ----------
-    elbo, log_evidence_bounds, reverse_kl, forward_kl
-        Intervals (low, high) for each prompt, shape (P, 2); see `Intervals`.
+    elbo, log_evidence_bounds, reverse_kl, forward_kl, reverse_kl_on_support
+        Intervals (low, high) for each prompt, shape (P, 2); see `Intervals`. Where the policy can draw what the posterior
+        excludes, the upper end of `reverse_kl` is inf, and `reverse_kl_on_support` is of the policy without that.
     pooled
         The same intervals for the mean over prompts, shape (2,) each.
     grade
@@ -170,7 +171,8 @@ def certify(
     exact
         Independent exact posterior draws of your own, shape (P, N, T), for posteriors that the package cannot draw from
         exactly: for infilling, draw (x, suffix) from the prior and condition on that suffix. Draws that are not exact bound
-        nothing: `Draws` of an inexact method are refused, and for `Sequences` you vouch yourself.
+        nothing: `Draws` of an inexact method or of another posterior are refused, and for `Sequences` you vouch yourself. If
+        the two bounds on log Z then contradict each other, the draws are left out, and a note says so.
     feature
         A function whose labels tell modes apart, to find dropped ones: it takes a list of texts, or (tokens, lengths), and
         returns one label per completion.
@@ -234,7 +236,9 @@ def groundwork(
     if not isinstance(posterior, Posterior):
         raise BayesKLRLError(f"posterior must be a bk.Posterior; got {posterior!r}.")
     smc = SMC(settings.num_particles, twist=twist)
-    return Groundwork(posterior, settings, smc, None if exact is None else retainable(posterior, exact))
+    if exact is not None:
+        retainable(posterior, exact)
+    return Groundwork(posterior, settings, smc, exact)
 
 
 def certified(ground: Groundwork, policy: Any, feature: Feature | None) -> Certificate:
@@ -267,6 +271,7 @@ def certified(ground: Groundwork, policy: Any, feature: Feature | None) -> Certi
         log_evidence_bounds=evidence.intervals.log_evidence_bounds,
         reverse_kl=evidence.intervals.reverse_kl,
         forward_kl=evidence.intervals.forward_kl,
+        reverse_kl_on_support=evidence.intervals.reverse_kl_on_support,
         pooled=evidence.pooled,
         grade=evidence.grade,
         failure_probability=evidence.failure_probability,
@@ -313,10 +318,11 @@ def _evidence(ground: Groundwork, policy: LanguageModel, ours: Draws) -> Evidenc
         return by_enumeration(posterior, policy, settings, ground.everything)
     exact = ground.exact
     runs = ground.runs if exact.log_evidence is None or settings.sampling_only else None
-    found = by_sampling(posterior, policy, ours, exact, runs, settings)
-    is_solved = isinstance(policy, MessageLM) and policy.posterior is posterior
-    if not (is_solved or covers_prior(policy, posterior.prior)):
-        found = _without_forward_upper_end(found)
+    found = without_contradiction(by_sampling(posterior, policy, ours, exact, runs, settings), exact.source == CALLERS)
+    if not (
+        isinstance(policy, MessageLM) and policy.posterior is posterior
+    ):  # that one has the posterior's own support
+        found = with_open_ends(found, posterior, policy, ours, ground.prior_draws, settings.failure_probability)
     gap = float(ours.info["scoring_gap"].max()) if "scoring_gap" in ours.info else 0.0
     if gap > _WORST_GAP:
         note = (
@@ -325,22 +331,3 @@ def _evidence(ground: Groundwork, policy: LanguageModel, ours: Draws) -> Evidenc
         )
         found = replace(found, grade="C", notes=(*found.notes, note))
     return found
-
-
-def _without_forward_upper_end(evidence: Evidence) -> Evidence:
-    """Return the evidence for a policy not known to cover the prior: no sample may contain what the policy cannot draw."""
-    note = (
-        "no upper end for KL(p*||q): the policy gives probability 0 to tokens, perhaps to some that the prior can draw"
-    )
-
-    def open_ended(found: Intervals) -> Intervals:
-        forward = found.forward_kl.copy()
-        forward[..., 1] = np.inf
-        return replace(found, forward_kl=forward)
-
-    return replace(
-        evidence,
-        intervals=open_ended(evidence.intervals),
-        pooled=open_ended(evidence.pooled),
-        notes=(*evidence.notes, note),
-    )

@@ -14,7 +14,8 @@ from bayes_klrl.errors import BayesKLRLError, SupportError
 from bayes_klrl.inference.exact.enumeration import num_sequences
 from bayes_klrl.inference.exact.exact import Exact
 from bayes_klrl.inference.exact.exact_draws import ExactDraws, exact_draws
-from bayes_klrl.inference.smc.conditional import ConditionalSMC
+from bayes_klrl.inference.same_posterior import check_values
+from bayes_klrl.inference.smc.conditional import DRAW_AGAIN, ConditionalSMC
 from bayes_klrl.inference.smc.sandwich import PairedRuns, policy_runs, sandwich
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.models.twists.twisted_lm import TwistedLM
@@ -26,6 +27,7 @@ from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, LanguageModel, Twist
 
 __all__ = [
+    "CALLERS",
     "Evidence",
     "PriorRuns",
     "Settings",
@@ -36,6 +38,7 @@ __all__ = [
     "prior_runs",
 ]
 
+CALLERS = "the caller"
 _ROUNDING = 1e-9
 _FLOAT32_ROUNDING = 1e-4  # of a sequence's log-prob: the promise for float32 models, theory.md 1.4
 
@@ -125,7 +128,7 @@ def by_enumeration(
     return Evidence(per_prompt, pooled, "A", 0.0, source, draws, (), everything.cost, log_policy)
 
 
-def exact_or_given(posterior: Posterior, given: Sequences | None, settings: Settings) -> ExactDraws:
+def exact_or_given(posterior: Posterior, given: Sequences | Draws | None, settings: Settings) -> ExactDraws:
     """Return the caller's exact draws, or the package's own if there is a way to them."""
     if given is None:
         return exact_draws(
@@ -138,19 +141,21 @@ def exact_or_given(posterior: Posterior, given: Sequences | None, settings: Sett
             progress=settings.progress,
             runner=settings.runner,
         )
-    reward = posterior.reward(given)
+    reward, log_prior = posterior.reward(given), posterior.log_prior(given)
+    if isinstance(given, Draws):
+        check_values(given, reward, log_prior, DRAW_AGAIN)
     draws = Draws.equally_weighted(
         posterior,
-        given,
+        posterior.sequences(given),
         method="given",
         reward=reward,
-        log_prior=posterior.log_prior(given),
+        log_prior=log_prior,
         log_proposal=None,
         cost=Cost(),
     )
     if np.isneginf(draws.log_prior + draws.log_likelihood).any():
         raise SupportError("A completion given as an exact posterior draw has posterior probability 0, so it is none.")
-    return ExactDraws(draws, None, "the caller")
+    return ExactDraws(draws, None, CALLERS)
 
 
 def by_sampling(

@@ -42,7 +42,7 @@ class Groundwork:
     posterior: Posterior
     settings: Settings
     smc: SMC
-    given: Sequences | None
+    given: Sequences | Draws | None
 
     @property
     def is_enumerated(self) -> bool:

@@ -33,12 +33,17 @@ class Intervals:
         KL(q || p*), which SVI and KL-regularised RL minimise.
     forward_kl
         KL(p* || q), which is large if the policy dropped a mode.
+    reverse_kl_on_support
+        KL(q_A || p*) of the policy on the posterior's support A, q_A(x) = q(x) 1[x in A] / q(A): completions that the
+        posterior excludes are drawn again. It is `reverse_kl` if the policy can draw none, and finite where they make that
+        infinite.
     """
 
     elbo: FloatArray
     log_evidence_bounds: FloatArray
     reverse_kl: FloatArray
     forward_kl: FloatArray
+    reverse_kl_on_support: FloatArray
 
     def __getitem__(self, name: str) -> FloatArray:
         """The interval of that name; attributes by string are untyped, all of these are arrays."""
@@ -76,7 +81,8 @@ def intervals(
 
 def kl_intervals(elbo: FloatArray, log_evidence: FloatArray, eubo: FloatArray) -> Intervals:
     """Return KL(q||p*) = log Z - ELBO and KL(p*||q) = EUBO - log Z as intervals, not below 0; arrays (..., 2)."""
-    return Intervals(elbo, log_evidence, difference(log_evidence, elbo), difference(eubo, log_evidence))
+    reverse = difference(log_evidence, elbo)
+    return Intervals(elbo, log_evidence, reverse, difference(eubo, log_evidence), reverse)
 
 
 def difference(first: FloatArray, second: FloatArray) -> FloatArray:
@@ -128,7 +134,8 @@ def exact_intervals(
     log_posterior = log_joint - log_evidence[:, None]
     reverse = expected(log_policy, log_policy, log_posterior)
     forward = expected(log_posterior, log_posterior, log_policy)
-    columns = [log_evidence - reverse, log_evidence, reverse, forward]
+    on_support = expected_on_support(log_policy, log_posterior, reverse)
+    columns = [log_evidence - reverse, log_evidence, reverse, forward, on_support]
     return (
         Intervals(*[around(column, rounding, i >= 2) for i, column in enumerate(columns)]),
         Intervals(*[around(column.mean(), rounding, i >= 2) for i, column in enumerate(columns)]),
@@ -143,6 +150,18 @@ def expected(log_probs: FloatArray, first: FloatArray, second: FloatArray) -> Fl
     probs = np.where(possible, np.where(np.isinf(gaps), 1.0, np.exp(log_probs)), 0.0)
     result: FloatArray = (probs * gaps).sum(axis=1)
     return result
+
+
+def expected_on_support(log_policy: FloatArray, log_posterior: FloatArray, reverse: FloatArray) -> FloatArray:
+    """Return KL(q_A || p*) with q_A the policy on the posterior's support, (P,); `reverse` where it draws nothing else."""
+    inside = np.where(np.isneginf(log_posterior), -np.inf, log_policy)
+    mass = logmeanexp(inside) + np.log(inside.shape[1])
+    kept = np.full(len(reverse), np.inf)  # of a policy that has no mass on the support at all
+    some = np.isfinite(mass)
+    log_kept = inside[some] - mass[some, None]
+    kept[some] = expected(log_kept, log_kept, log_posterior[some])
+    leaves = ((log_policy > -np.inf) & np.isneginf(log_posterior)).any(axis=1)
+    return np.where(leaves, kept, reverse)
 
 
 def around(value: FloatArray, rounding: float, is_kl: bool) -> FloatArray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,10 +38,11 @@ def plot_certificate(certificate: CertificateRecord, file: str | Path) -> Path:
     with drawing(file, (11.0 if with_cells else 8.4, max(height, 3.2))) as figure:
         axes = figure.subplots(1, 3 if with_cells else 2, width_ratios=[1.2, 1, 1] if with_cells else [1.2, 1])
         _draw_evidence(axes[0], rows)
-        _draw_kls(axes[1], rows)
+        _draw_kls(axes[1], rows, _on_support(certificate))
         if with_cells:
             _draw_cells(axes[2], certificate)
-        title = f"{verdict(certificate)}\n{bounds_text(certificate)}"
+        lines = textwrap.wrap(verdict(certificate), width=150 if with_cells else 110)
+        title = "\n".join([*lines, bounds_text(certificate)])
         figure.suptitle(plain_text(title), fontsize=9.5, x=0.02, ha="left")
     return Path(file)
 
@@ -66,6 +68,12 @@ def _rows(certificate: CertificateRecord) -> list[tuple[str, FloatArray, FloatAr
     return rows
 
 
+def _on_support(certificate: CertificateRecord) -> list[FloatArray]:
+    """Return KL(policy || posterior) on the posterior's support, in the order of `_rows`."""
+    prompts = farthest(certificate, _MOST_ROWS - 1) if len(certificate.reverse_kl) > 1 else []
+    return [certificate.pooled.reverse_kl_on_support, *certificate.reverse_kl_on_support[prompts]]
+
+
 def _draw_evidence(axes: Axes, rows: list[tuple[str, FloatArray, FloatArray, FloatArray, FloatArray]]) -> None:
     """Draw where log Z lies, and the ELBO below it: the space between is KL(policy || posterior)."""
     ends = np.concatenate([np.concatenate([evidence, elbo]) for _, evidence, elbo, _, _ in rows])
@@ -79,11 +87,18 @@ def _draw_evidence(axes: Axes, rows: list[tuple[str, FloatArray, FloatArray, Flo
     legend_above(axes)
 
 
-def _draw_kls(axes: Axes, rows: list[tuple[str, FloatArray, FloatArray, FloatArray, FloatArray]]) -> None:
-    """Draw both KLs as intervals, an open end as an arrow."""
-    edge = _edge(np.concatenate([np.concatenate([reverse, forward]) for _, _, _, reverse, forward in rows]))
+def _draw_kls(
+    axes: Axes, rows: list[tuple[str, FloatArray, FloatArray, FloatArray, FloatArray]], on_support: list[FloatArray]
+) -> None:
+    """Draw both KLs as intervals, an open end as an arrow; below it the KL on the posterior's support, if that is finite."""
+    ends = [np.concatenate([reverse, forward]) for _, _, _, reverse, forward in rows]
+    edge = _edge(np.concatenate([*ends, *on_support]))
+    label: str | None = "on its support"
     for y, (_, _, _, reverse, forward) in enumerate(rows):
         _bar(axes, y - 0.14, reverse, edge, BLACK, "KL(policy || posterior)" if y == 0 else None)
+        if np.isposinf(reverse[1]) and np.isfinite(on_support[y]).all():
+            _bar(axes, y, on_support[y], edge, GREY, label)
+            label = None
         _bar(axes, y + 0.14, forward, edge, _FORWARD, "KL(posterior || policy)" if y == 0 else None)
     axes.set_xlim(left=min(0.0, -0.02 * edge[1]))
     axes.set_xlabel("nats")

@@ -33,6 +33,7 @@ class CertificateRecord:
     log_evidence_bounds: FloatArray
     reverse_kl: FloatArray
     forward_kl: FloatArray
+    reverse_kl_on_support: FloatArray
     pooled: Intervals
     grade: str
     failure_probability: float

@@ -37,15 +37,19 @@ _MOST_CELLS = 8
 def verdict(certificate: CertificateRecord) -> str:
     """Return one sentence: the distance to the posterior, and whether the policy spent more KL than its reward needs."""
     low, high = certificate.pooled.reverse_kl
+    on_support = certificate.pooled.reverse_kl_on_support
     where = f"from the posterior at alpha {certificate.alpha:.3g}"
     if np.isposinf(low):
         distance = f"infinitely far {where}: the policy draws what has posterior probability 0"
+        if np.isfinite(on_support).all():
+            distance += f" (without that, {nats_text(on_support)} nats)"
+    elif np.isposinf(high) and np.isfinite(on_support).all():
+        distance = f"{nats_text(on_support)} nats {where}, not counting what the posterior excludes"
     elif np.isposinf(high):
         distance = f"at least {low:.2f} nats {where}; no upper end"
-    elif high - low < 0.02:
-        distance = f"{(low + high) / 2:.2f} nats {where}"
     else:
-        distance = f"{low:.2f} to {high:.2f} nats {where}"
+        distance = f"{nats_text(certificate.pooled.reverse_kl)} nats {where}"
+    high = min(high, float(on_support[1]))
     missed = float(certificate.pooled.forward_kl[0])
     if missed > max(2 * high, 1.0) or np.isposinf(missed):  # it looks near from where it looks, and lost a mode
         distance += f", but misses what the posterior has ({_NAMES['forward_kl']} at least {number(missed)})"
@@ -61,6 +65,12 @@ def verdict(certificate: CertificateRecord) -> str:
     return "; ".join([f"{distance}; spends {spent}", *certificate.findings])
 
 
+def nats_text(interval: FloatArray) -> str:
+    """Return a finite interval for a sentence: one number where it is narrow, else "low to high"."""
+    low, high = interval
+    return f"{(low + high) / 2:.2f}" if high - low < 0.02 else f"{low:.2f} to {high:.2f}"
+
+
 def certificate_text(certificate: CertificateRecord) -> str:
     """Return the whole certificate, for a terminal 100 characters wide."""
     lines = [verdict(certificate), "", bounds_text(certificate)]
@@ -69,7 +79,7 @@ def certificate_text(certificate: CertificateRecord) -> str:
         lines += ["", f"  {prompts_heading(certificate)}"]
         rows = prompt_rows(certificate)
         width = max(38, 2 + max(len(prompt) for prompt, _, _ in rows))
-        lines += [f"    {prompt:{width}}{reverse:22}forward {forward}" for prompt, reverse, forward in rows]
+        lines += [f"    {prompt:{width}}{reverse:24}forward {forward}" for prompt, reverse, forward in rows]
     if certificate.coverage is not None:
         lines += ["", *coverage_lines(certificate)]
     lines += [f"note: {note}" for note in certificate.notes]
@@ -103,8 +113,12 @@ def bounds_text(certificate: CertificateRecord) -> str:
 def quantities(certificate: CertificateRecord) -> list[tuple[str, str]]:
     """Return the numbers of the mean over prompts, each with its name."""
     checks = {"prior": certificate.prior_check, "policy": certificate.policy_check}
+    names = dict(_NAMES)
+    if not np.array_equal(certificate.pooled.reverse_kl, certificate.pooled.reverse_kl_on_support):
+        names |= {"reverse_kl_on_support": "  on posterior's support"}
+        names["forward_kl"] = names.pop("forward_kl")  # below both
     return [
-        *((label, interval_text(certificate.pooled[name])) for name, label in _NAMES.items()),
+        *((label, interval_text(certificate.pooled[name])) for name, label in names.items()),
         ("E[r] of the policy", f"{certificate.reward:.4g}, at KL(policy || prior) {certificate.kl_prior:.3f}"),
         ("implied alpha", f"{alpha_text(certificate)}, frontier gap {gap_text(certificate)}"),
         ("bounds on log Z", certificate.evidence_source),
@@ -135,10 +149,18 @@ def prompts_heading(certificate: CertificateRecord) -> str:
 def prompt_rows(certificate: CertificateRecord) -> list[tuple[str, str, str]]:
     """Return the words of a prompt and both KLs of its policy, of the farthest prompts if there are many."""
     words = certificate.draws.prompt_words(most=36)
-    reverse, forward = certificate.reverse_kl, certificate.forward_kl
     return [
-        (words[p], interval_text(reverse[p]), interval_text(forward[p])) for p in farthest(certificate, _MOST_PROMPTS)
+        (words[p], reverse_text(certificate, p), interval_text(certificate.forward_kl[p]))
+        for p in farthest(certificate, _MOST_PROMPTS)
     ]
+
+
+def reverse_text(certificate: CertificateRecord, prompt: int) -> str:
+    """Return KL(policy || posterior) of a prompt; where its upper end is open, that on the posterior's support, "or inf"."""
+    found, on_support = certificate.reverse_kl[prompt], certificate.reverse_kl_on_support[prompt]
+    if np.isfinite(found[0]) and np.isposinf(found[1]) and np.isfinite(on_support).all():
+        return f"{interval_text(on_support)} or inf"
+    return interval_text(found)
 
 
 def coverage_lines(certificate: CertificateRecord) -> list[str]:
@@ -174,7 +196,7 @@ def certificate_table(certificate: CertificateRecord) -> pd.DataFrame:
     import pandas as pd
 
     rows: dict[str, Any] = {}
-    for name in _NAMES:
+    for name in (*_NAMES, "reverse_kl_on_support"):
         stacked = np.vstack([getattr(certificate, name), certificate.pooled[name]])
         rows[f"{name}_low"], rows[f"{name}_high"] = stacked.T
     index = [*prompt_texts(certificate.draws.prompts, certificate.draws.decoder), "mean"]

@@ -21,6 +21,7 @@ import numpy as np
 from bayes_klrl.checks import check_posterior_given
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.same_posterior import check_are_of
 from bayes_klrl.inference.smc.runs import EvidenceRuns, grown
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.inference.smc.spread import spread_evidence_runs
@@ -30,7 +31,11 @@ from bayes_klrl.runners.runner import Runner
 from bayes_klrl.runners.serial import chosen_runner
 from bayes_klrl.sequences import Sequences
 
-__all__ = ["ConditionalSMC", "retainable"]
+__all__ = ["DRAW_AGAIN", "ConditionalSMC", "retainable"]
+
+DRAW_AGAIN = (
+    "Take draws of this posterior: bk.Exact(num_draws=...) or bk.RejectionSampling(...).run(posterior, seed=...)."
+)
 
 _EXACT_METHODS = ("Exact", "RejectionSampling")
 
@@ -159,8 +164,6 @@ def retainable(posterior: Posterior, retained: Sequences | Draws) -> Sequences:
             "gives no bound. Retain draws from bk.RejectionSampling(...) or bk.Exact(num_draws=...). If you know that "
             "these are exact, pass `draws.sequences`."
         )
-    if isinstance(retained, Draws) and not (
-        retained.prompts == posterior.prompts and np.isclose(retained.alpha, posterior.alpha, rtol=1e-12)
-    ):
-        raise BayesKLRLError("The exact draws are from another posterior: their prompts or their alpha differ.")
+    if isinstance(retained, Draws):
+        check_are_of(posterior, retained, DRAW_AGAIN)
     return posterior.sequences(retained)

@@ -206,8 +206,11 @@ def test_what_is_called_exact_draws_follows_the_posterior(backend: str, source: 
 
 @pytest.mark.slow
 def test_a_sampler_conditioned_on_other_than_exact_draws_would_be_found_out() -> None:
-    """The mutant of theory.md 9.1: with prior draws retained as if they were exact, upper ends fall below log Z."""
-    missed = 0
+    """The mutant of theory.md 9.1: with prior draws retained as if they were exact, upper ends fall below log Z.
+
+    They then often fall below the lower ends, too, which hold: the certificate says so and drops the upper ends.
+    """
+    missed = contradicted = 0
     for seed in range(20):
         truth = Truth(random_posterior(seed, prompts=((0,),), num_tokens=4, alpha=0.15))
         posterior = truth.posterior
@@ -216,7 +219,9 @@ def test_a_sampler_conditioned_on_other_than_exact_draws_would_be_found_out() ->
             posterior, posterior.prior, seed=seed, exact=wrong, num_runs=40, num_particles=2, sampling_only=True
         )
         missed += int(certificate.log_evidence_bounds[0, 1] < truth.log_evidence[0])
-    assert missed >= 5
+        contradicted += int(any("contradict" in note for note in certificate.notes))
+        assert certificate.log_evidence_bounds[0, 0] <= truth.log_evidence[0]
+    assert missed + contradicted >= 5
 
 
 def test_a_certificate_by_messages_at_a_length_nobody_can_enumerate() -> None:

@@ -193,6 +193,9 @@ class CertificateCurve:
         """Return KL(policy || posterior) of a checkpoint in words."""
         low, high = self.certificates[step].pooled.reverse_kl
         if np.isposinf(high):
+            on_support = self.certificates[step].pooled.reverse_kl_on_support
+            if np.isfinite(on_support).all():
+                return f"{interval_text(on_support)} (not counting what the posterior excludes)"
             return f"at least {number(low)}"
         return number((low + high) / 2) if high - low < 0.02 else f"{number(low)} to {number(high)}"
 
