@@ -67,6 +67,14 @@ def test_alpha_is_positive_and_finite(kind: Any, alpha: Any) -> None:
         kind(lambda x, y: [], alpha=alpha)
 
 
+def test_a_tensor_with_a_gradient_is_no_alpha() -> None:
+    """It became a number, and whoever wanted to infer alpha got no gradient and no word."""
+    torch = pytest.importorskip("torch")
+    with pytest.raises(bk.BayesKLRLError, match=r"gradient would be lost.*pyro\.factor"):
+        longer(torch.tensor(0.5, requires_grad=True))
+    assert longer(torch.tensor(0.5)).alpha == 0.5
+
+
 @pytest.mark.parametrize("gamma", [0, -2.0, np.nan, np.inf, None, "2"])
 def test_so_is_an_exponent(gamma: Any) -> None:
     for likelihood in (longer(), longer() * longer(2.0), bk.Constraint(lambda completions: [])):
