@@ -32,7 +32,7 @@ __all__ = ["AdaptiveAlpha"]
 _LARGEST_ERROR = 1.0
 _KEPT = 0.8  # of the moving mean, per step
 _NEAR, _LEAST, _FREE = 0.1, 0.2, 0.4  # the controller begins near the target, but in this part of the steps
-_FAR, _HELD = 0.15, 0.05  # of the target
+_FAR, _HELD = 0.15, 0.05  # of the way from the prior to the target
 _SEEN = 20  # draws
 _FURTHEST = 0.5  # of the extrapolation beyond the frontier's cut
 _BEFORE, _SLOPES = 0.8, (0.3, 2.0)
@@ -43,7 +43,7 @@ class AdaptiveAlpha:
     """A callback that looks for the alpha at which the guide has a given KL to its prior, or a given mean reward.
 
     `Fit.posterior` is the posterior of the last alpha: that is what the guide approximates. `Fit.history["alpha"]` has all of
-    them. It takes 200 steps or more to hold a target within 5 %.
+    them. It takes 200 steps or more to hold a target within 5 % of its distance from the prior's KL, 0, or mean reward.
 
     Parameters
     ----------
@@ -97,7 +97,8 @@ class AdaptiveAlpha:
         """Say so if the training ends far from the target; alphas are chosen by `next_alpha`."""
         if record.step + 1 == record.num_steps:
             value = _moving_mean(record.history[self._name])
-            if abs(value - self._target) > _FAR * abs(self._target):
+            ((_, curve),) = self._frontiers.values()  # of the posterior before its alpha was changed
+            if self._distance(value, curve) > _FAR:
                 with suppress(UserWarning):  # where warnings are errors: what was learned matters more
                     warnings.warn(
                         f"AdaptiveAlpha: the guide's {self._name} is {value:.3g} at the end, not {self._target:.3g}. Take "
@@ -127,9 +128,9 @@ class AdaptiveAlpha:
     def has_settled(
         self, step: int, num_steps: int, history: Mapping[str, Sequence[float]], posterior: Posterior
     ) -> bool:
-        """Return whether the guide is within 5 % of the target, after the steps in which alpha is not moved yet."""
-        value = _moving_mean(history[self._name])
-        return step >= _FREE * num_steps and abs(value - self._target) <= _HELD * abs(self._target)
+        """Return whether the guide has come all the way to the target but 5 %, after the steps without a move of alpha."""
+        distance = self._distance(_moving_mean(history[self._name]), self._frontier_of(posterior))
+        return step >= _FREE * num_steps and distance <= _HELD
 
     @property
     def model_tokens(self) -> int:
@@ -145,6 +146,10 @@ class AdaptiveAlpha:
         target = self.reward if self.kl is None else self.kl
         assert target is not None, "one of the two was given"
         return float(target)
+
+    def _distance(self, value: float, curve: Frontier) -> float:
+        """Return how far from the target a KL or reward is, relative to the prior's: a constant in the reward is no matter."""
+        return abs(value - self._target) / abs(self._target - self._of_prior(curve))
 
     def _of_prior(self, curve: Frontier) -> float:
         """Return what KL, or mean reward, the prior has."""

@@ -226,7 +226,7 @@ def _cells(row: Any) -> list[str]:
         sign + _number(row["kl_posterior"]),
         count_text(row["tokens_per_effective_draw"]),
         _number(row["ess"], 0),
-        "-inf" if np.isneginf(row["pareto_k"]) else _number(row["pareto_k"], 2),
+        "no tail" if np.isneginf(row["pareto_k"]) else _number(row["pareto_k"], 2),
         *(_number(row[name], 0) for name in ("distinct", "model_tokens", "training_tokens")),
         *(_number(row[name], 1) for name in ("seconds", "training_seconds")),
     ]

@@ -8,15 +8,13 @@ from bayes_klrl.analysis.frontier.path import RewardPool
 from bayes_klrl.checks import check_count
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.inference.same_posterior import check_are_of
 from bayes_klrl.inference.sampling.importance import ImportanceSampling
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.runners.blocks import run_in_blocks
 from bayes_klrl.runners.runner import Runner
-from bayes_klrl.sequences import Sequences
 
 __all__ = ["drawn_or_given", "pool_of"]
-
-_RECOMPUTED = 8  # draws of each prompt that are scored again, to know that they are of this posterior
 
 
 def drawn_or_given(
@@ -46,9 +44,7 @@ def drawn_or_given(
         raise BayesKLRLError(
             f"draws must come from bk.ImportanceSampling(...).run(posterior, seed=...); got {draws!r}."
         )
-    if draws.prompts != posterior.prompts or not np.isclose(draws.alpha, posterior.alpha, rtol=1e-12):
-        raise BayesKLRLError("These draws are of another posterior: their prompts or their alpha differ.")
-    _check_rewards(posterior, draws)
+    check_are_of(posterior, draws, "Draw again: frontier(posterior, num_draws=..., seed=...).")
     alive = np.isfinite(draws.log_weights)
     log_w = draws.log_prior[alive] + draws.log_likelihood[alive] - draws.log_proposal[alive]
     if draws.method == "Exact" or not np.allclose(log_w, draws.log_weights[alive], rtol=0, atol=1e-6):
@@ -59,23 +55,7 @@ def drawn_or_given(
     return draws
 
 
-def _check_rewards(posterior: Posterior, draws: Draws) -> None:
-    """Refuse draws whose rewards or prior log-probs are not the posterior's own, by the first few of each prompt."""
-    few = Sequences(draws.tokens[:, :_RECOMPUTED], draws.lengths[:, :_RECOMPUTED])
-    for what, ours, theirs, tolerance in (
-        ("reward", posterior.reward(few), draws.reward[:, :_RECOMPUTED], 1e-3),
-        ("prior log-prob", posterior.log_prior(few), draws.log_prior[:, :_RECOMPUTED], 0.1),  # bf16 is this coarse
-    ):
-        differing = np.argwhere(~np.isclose(ours, theirs, rtol=1e-3, atol=tolerance))
-        if differing.size:
-            p, n = differing[0]
-            raise BayesKLRLError(
-                f"These draws are of another posterior: draw {n} of prompt {p} has the {what} {theirs[p, n]:.6g}, and by this "
-                f"posterior {ours[p, n]:.6g}. Draw again: frontier(posterior, num_draws=..., seed=...)."
-            )
-
-
-def pool_of(draws: Draws) -> RewardPool:
-    """Return importance-sampling draws as a pool: how the prior weighs them, and their rewards."""
+def pool_of(draws: Draws, bounds: tuple[float, float] | None = None) -> RewardPool:
+    """Return importance-sampling draws as a pool: how the prior weighs them, their rewards, and the range of these."""
     log_weights = np.where(np.isneginf(draws.log_prior), -np.inf, draws.log_prior - draws.log_proposal)
-    return RewardPool(log_weights, draws.reward)
+    return RewardPool(log_weights, draws.reward, bounds)

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from bayes_klrl.analysis.frontier.best_of_n_curve import best_of_n_curve
 from bayes_klrl.analysis.frontier.draws import drawn_or_given, pool_of
 from bayes_klrl.analysis.frontier.extension import annealed_points
-from bayes_klrl.analysis.frontier.grid import default_grid, pool_cut
+from bayes_klrl.analysis.frontier.grid import default_grid, pool_cut, unseen_cut
 from bayes_klrl.analysis.frontier.implied_alpha import Gap, Implied, gap_at, implied, monotone_root
 from bayes_klrl.analysis.frontier.path import MIN_ESS, curves
 from bayes_klrl.analysis.frontier.path_points import PathPoints
@@ -56,14 +56,19 @@ class Frontier(FrontierRecord):
         The curves for each prompt, arrays (P, A).
     cut
         The least alpha that the draws reach: ESS >= 100 for every prompt, so KL < log N - 4.6. Numbers below it are
-        extrapolation, unless an `extension` covers them. 0: the draws reach every alpha, as for a reward of few levels; inf:
-        they reach none.
+        extrapolation, unless an `extension` covers them. 0: no alpha is too cold for the rewards that were drawn, which have
+        few levels; inf: the draws reach none. It knows nothing of rewards that no draw has.
     alpha
         The alpha of the posterior.
     best_of_n
         Reward and KL of best-of-n, from the same draws.
     pool
         The draws, as weights and rewards.
+    unseen_cut
+        The alpha below which completions that no draw has shown could move log Z out of its interval, were their reward as
+        high as the declared bounds allow; no interval below it is `valid`, and those of E[r] and KL end sooner. 0: there is no
+        such alpha, for the highest possible reward was drawn; inf: it is so at every alpha; NaN: no upper bound is declared,
+        and the draws cannot tell.
     extension
         Points from another source that continue the curves below `cut`; None if there are none.
     cost
@@ -87,7 +92,8 @@ class Frontier(FrontierRecord):
 
         Give exactly one of the three; they are means over prompts. As alpha falls, KL and reward rise and ESS falls, so there
         is at most one answer. ESS is Kish's, of these very draws: what importance sampling with them reports at that alpha,
-        for prior draws N exp(2 log Z(b) - log Z(2b)). From few draws it is too high where it is low.
+        for prior draws N exp(2 log Z(b) - log Z(2b)). From few draws it is too high where it is low. The answer is that of the
+        rewards which were drawn; below `unseen_cut` others could change it.
 
         Raises
         ------
@@ -307,12 +313,13 @@ def frontier(
     if alphas is not None:
         checked_alphas(alphas, np.zeros(0))  # before anything is drawn
     used = drawn_or_given(posterior, draws, num_draws, seed, progress, runner)
-    pool = pool_of(used)
+    pool = pool_of(used, posterior.likelihood.bounds)
     grid = None if alphas is None else np.unique(checked_alphas(alphas, pool.reward))[::-1]
     cut = pool_cut(pool, posterior.alpha)
     inverse = default_grid(pool, posterior.alpha, cut) if grid is None else 1.0 / grid
     mean, per_prompt = curves(pool, inverse)
-    result = Frontier(mean, per_prompt, cut, posterior.alpha, best_of_n_curve(pool), pool, cost=used.cost)
+    unseen, best = unseen_cut(pool, posterior.alpha), best_of_n_curve(pool)
+    result = Frontier(mean, per_prompt, cut, posterior.alpha, best, pool, unseen, cost=used.cost)
     if extend is None or isinstance(extend, PathPoints):
         return result if extend is None else result.extended(extend)
     coldest = float(result.alphas[-1])

@@ -1,4 +1,4 @@
-"""The grid of temperatures of a frontier, and the least alpha that its draws reach."""
+"""The grid of temperatures of a frontier, the least alpha that its draws reach, and where rewards that none has may decide."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bayes_klrl.analysis.frontier.implied_alpha import monotone_root
 from bayes_klrl.analysis.frontier.path import RewardPool, curves, moments
 from bayes_klrl.typing import FloatArray
 
-__all__ = ["default_grid", "pool_cut"]
+__all__ = ["default_grid", "pool_cut", "unseen_cut"]
 
 _NUM_POINTS = 40
 _START_KL = 0.01  # nats above the (constrained) prior at which the grid begins
@@ -35,6 +35,27 @@ def pool_cut(pool: RewardPool, alpha: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if curves(pool, [middle])[0].within[0] else (low, middle)
     return float(1 / low)
+
+
+def unseen_cut(pool: RewardPool, alpha: float) -> float:
+    """Return the alpha below which unseen rewards could move log Z out of its interval (`Curves.exposed`).
+
+    0: nowhere, since the best possible reward was drawn; inf: everywhere; NaN: no upper bound is declared.
+    """
+    headroom = pool.headroom(1.0)
+    if np.isnan(headroom).any():
+        return float("nan")
+    if not headroom.any():
+        return 0.0
+
+    def excess(b: float) -> float:
+        return 1.0 if curves(pool, [b])[0].exposed["log_evidence"][0] else -1.0
+
+    least = 2.0 ** (-_DOUBLINGS // 2) / alpha
+    if excess(least) > 0:
+        return float("inf")
+    b = monotone_root(excess, start=1.0 / alpha, low=least)
+    return 0.0 if b is None else float(1 / b)
 
 
 def default_grid(pool: RewardPool, alpha: float, cut: float) -> FloatArray:

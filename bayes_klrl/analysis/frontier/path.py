@@ -15,6 +15,10 @@ the unconstrained p0.
 
 N draws know K up to a point: the plug-in is log N - H(W), at most log N whatever the truth, so K needs a cap
 (theory.md 7.5). Kish's ESS is at most exp(H(W)), so ESS >= 100 alone keeps K below log N - log 100 = log N - 4.6.
+
+Draws say nothing of rewards that none of them has. A mass of 3 / N stays unseen with probability exp(-3) = 5 %; were it all at
+an edge h of the declared bounds, it would add p (e - 1), with p = 3 / N and e = exp(b h) / Z(b), to Z in units of Z. Where
+that moves an estimate by more than half of its interval, the interval is not valid. Without declared bounds nobody can tell.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ __all__ = [
     "MIN_INFLUENTIAL",
     "NORMAL_QUANTILE",
     "QUANTITIES",
+    "UNSEEN_DRAWS",
     "Curves",
     "RewardPool",
     "curves",
@@ -46,6 +51,8 @@ QUANTITIES = ("log_evidence", "reward", "kl", "ess")
 LEVEL = 0.95  # of every interval
 MIN_ESS = 100  # below it intervals cover too rarely (theory.md 7.1)
 MIN_INFLUENTIAL = 50  # draws that an error estimate must rest on (theory.md 7.4)
+UNSEEN_DRAWS = 3.0  # expected draws that all fail to come with probability exp(-3) = 5 %
+_MOST_NATS = 300.0  # of a weight over Z: more is as hopeless, and its square would overflow
 _MAX_BIAS = 0.25  # of a standard error; more costs an interval over a hundredth of its 95
 NORMAL_QUANTILE = 1.959963984540054  # of `LEVEL`, two-sided
 
@@ -60,6 +67,8 @@ class RewardPool:
         log p0(x) - log q(x) of draws from q, shape (P, N) or (N,); zeros for the prior's own draws.
     reward
         r(x), same shape; -inf for what is impossible.
+    bounds
+        The range (low, high) that the reward is declared to have; None: not known.
 
     Raises
     ------
@@ -70,6 +79,7 @@ class RewardPool:
 
     log_weights: FloatArray
     reward: FloatArray
+    bounds: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         log_weights, reward = np.atleast_2d(check_log_weights(self.log_weights)), np.atleast_2d(self.reward)
@@ -106,8 +116,8 @@ class RewardPool:
         return np.where(self.possible, self.log_weights, -np.inf)
 
     @cached_property
-    def _extremes(self) -> tuple[FloatArray, FloatArray]:
-        """The lowest and the highest possible reward of each prompt, (P, 1) each."""
+    def extremes(self) -> tuple[FloatArray, FloatArray]:
+        """The lowest and the highest possible reward that was drawn for each prompt, (P, 1) each."""
         low = np.where(self.possible, self.reward, np.inf).min(axis=1, keepdims=True)
         high = np.where(self.possible, self.reward, -np.inf).max(axis=1, keepdims=True)
         return low, high
@@ -117,13 +127,26 @@ class RewardPool:
 
         Taken off, it leaves b r - log Z its digits even where b is so large that only the best draws count.
         """
-        low, high = self._extremes
+        low, high = self.extremes
         centre = high if b >= 0 else low
         return centre, np.where(self.possible, self.reward, centre) - centre
 
+    def headroom(self, b: float) -> FloatArray:
+        """Return how far the declared bounds go beyond the reward that wins as b goes on, (P,).
+
+        0: no draw could be better; below 0 for b < 0, where the lowest reward wins; NaN: no bound is declared.
+        """
+        low, high = self.extremes
+        drawn = (high if b >= 0 else low)[:, 0]
+        edge = np.nan if self.bounds is None else self.bounds[1 if b >= 0 else 0]
+        if not np.isfinite(edge):
+            return np.full(drawn.shape, np.nan)
+        result: FloatArray = np.where(np.isclose(drawn, edge, rtol=1e-6, atol=1e-9), 0.0, edge - drawn)
+        return result
+
     def reward_range(self) -> tuple[float, float]:
         """Return the lowest and the highest R(b) of the mean over prompts, its limits as b -> -inf and inf."""
-        low, high = self._extremes
+        low, high = self.extremes
         return float(low.mean()), float(high.mean())
 
 
@@ -142,9 +165,12 @@ class Curves:
     within
         True where the draws reach: ESS >= 100 for every prompt, and so K < log N - 4.6. Elsewhere all is extrapolation.
     valid
-        True where an interval can be relied on, by name: `within` is true, the error rests on 50 draws or more, and the bias
-        is below a quarter of the standard error. This is judged from the same draws: pools whose tail came out short pass
-        more easily, so near the edge intervals cover less often than they claim.
+        True where an interval can be relied on, by name: `within` is true, the error rests on 50 draws or more, the bias is
+        below a quarter of the standard error, and it is not `exposed`. This is judged from the same draws: pools whose tail
+        came out short pass more easily, so near the edge intervals cover less often than they claim.
+    exposed
+        True where completions that no draw has shown, but that the declared bounds of the reward allow, could move an estimate
+        out of its interval, by name. False everywhere if no bounds are declared: then nobody can tell.
     """
 
     inverse_alpha: FloatArray
@@ -155,6 +181,7 @@ class Curves:
     se: Mapping[str, FloatArray]
     within: np.ndarray
     valid: Mapping[str, np.ndarray]
+    exposed: Mapping[str, np.ndarray]
 
     @property
     def alphas(self) -> FloatArray:
@@ -187,13 +214,15 @@ class Curves:
 class _Sums:
     """The sums over one pool at one b, shape (P,), or at A of them, (P, A), by name.
 
-    `squares` and `fourths` are sums over draws of the influence functions' powers.
+    `squares` and `fourths` are sums over draws of the influence functions' powers, `unseen` is how far what no draw has shown
+    could move the values.
     """
 
     value: Mapping[str, FloatArray]
     bias: Mapping[str, FloatArray]
     squares: Mapping[str, FloatArray]
     fourths: Mapping[str, FloatArray]
+    unseen: Mapping[str, FloatArray]
     worst_ess: FloatArray
 
     @classmethod
@@ -204,18 +233,22 @@ class _Sums:
             return {name: np.stack([getattr(part, kind)[name] for part in parts], axis=-1) for name in QUANTITIES}
 
         return cls(
-            **{kind: stack(kind) for kind in ("value", "bias", "squares", "fourths")},
+            **{kind: stack(kind) for kind in ("value", "bias", "squares", "fourths", "unseen")},
             worst_ess=np.stack([part.worst_ess for part in parts], axis=-1),
         )
 
     def pooled(self) -> _Sums:
-        """Return those of the mean over prompts, shape (A,): estimates and biases average, influence functions add up."""
+        """Return those of the mean over prompts, shape (A,): estimates and biases average, influence functions add up.
+
+        All prompts together leave 3 / N unseen: that is counted where it weighs most.
+        """
         num_prompts = len(self.worst_ess)
         return _Sums(
             value={name: array.mean(axis=0) for name, array in self.value.items()},
             bias={name: array.mean(axis=0) for name, array in self.bias.items()},
             squares={name: array.sum(axis=0) / num_prompts**2 for name, array in self.squares.items()},
             fourths={name: array.sum(axis=0) / num_prompts**4 for name, array in self.fourths.items()},
+            unseen={name: array.max(axis=0) / num_prompts for name, array in self.unseen.items()},
             worst_ess=self.worst_ess.min(axis=0),
         )
 
@@ -292,19 +325,59 @@ def _sums_at(pool: RewardPool, b: float) -> _Sums:
         },
         squares={name: np.square(f).sum(axis=1) for name, f in influence.items()},
         fourths={name: np.square(np.square(f)).sum(axis=1) for name, f in influence.items()},
+        unseen=_unseen(pool, b, log_z, r, ess),
         worst_ess=ess,
     )
+
+
+def _unseen(pool: RewardPool, b: float, log_z: FloatArray, r: FloatArray, ess: FloatArray) -> dict[str, FloatArray]:
+    """Return how far a mass of 3 / N at the edge of the declared bounds would move each estimate, (P,); NaN without bounds.
+
+    With p = 3 / N, the rest of the prior having 1 - p, and e the edge's weight over Z: Z' = Z (1 + p (e - 1)), R' is the mean
+    of the mixture, K' = b R' - log Z', and mean w^2 changes as Z does, with e^2 in the place of e.
+
+    Parameters
+    ----------
+    pool, b
+        The draws and 1 / alpha.
+    log_z, r, ess
+        log Z and R of the rewards less the best one, and the ESS, (P,) each.
+    """
+    headroom = pool.headroom(b)
+    mass = min(UNSEEN_DRAWS / pool.num_draws, 1.0)
+    weight = np.exp(np.minimum(b * headroom - log_z, _MOST_NATS))
+    grown = 1.0 + mass * (weight - 1.0)
+    to_reward = mass * weight * (headroom - r) / grown
+    square = (1.0 - mass) + mass * np.square(weight) * ess / pool.num_draws
+    moved = {
+        "log_evidence": np.log(grown),
+        "reward": to_reward,
+        "kl": b * to_reward - np.log(grown),
+        "ess": ess * (np.square(grown) / square - 1.0),
+    }
+    return {name: np.where(headroom == 0, 0.0, np.abs(change)) for name, change in moved.items()}
 
 
 def _judged(inverse_alpha: FloatArray, sums: _Sums, num_draws: int) -> Curves:
     """Return the estimates with their standard errors and where these can be relied on."""
     se = {name: np.sqrt(array / (num_draws * (num_draws - 1))) for name, array in sums.squares.items()}
     within = sums.worst_ess >= MIN_ESS
-    valid = {}
+    valid, exposed = {}, {}
     for name in QUANTITIES:
         # No spread at all rests on no draw: a pool cannot tell a constant reward from one that it has not seen vary.
         influential = np.square(sums.squares[name]) >= MIN_INFLUENTIAL * sums.fourths[name]
         spread, unbiased = se[name] > 0, np.abs(sums.bias[name]) <= _MAX_BIAS * se[name]
-        valid[name] = within & influential & spread & unbiased
+        exposed[name] = sums.unseen[name] > NORMAL_QUANTILE * se[name]  # never of NaN
+        valid[name] = within & influential & spread & unbiased & ~exposed[name]
     v = sums.value
-    return Curves(inverse_alpha, v["log_evidence"], v["reward"], v["kl"], v["ess"], se=se, within=within, valid=valid)
+    return Curves(
+        inverse_alpha,
+        v["log_evidence"],
+        v["reward"],
+        v["kl"],
+        v["ess"],
+        se=se,
+        within=within,
+        valid=valid,
+        exposed=exposed,
+    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -32,6 +33,7 @@ class FrontierRecord:
     alpha: float
     best_of_n: BestOfNCurve
     pool: RewardPool
+    unseen_cut: float = float("nan")
     extension: PathPoints | None = None
     cost: Cost = field(default_factory=Cost)
 
@@ -125,10 +127,12 @@ def _joined(pool: Curves, points: Mapping[str, FloatArray], beyond: np.ndarray) 
     def join(own: np.ndarray, other: np.ndarray) -> np.ndarray:
         return np.where(beyond, other, own)
 
+    values: dict[str, Any] = {name: join(getattr(pool, name), points[name]) for name in QUANTITIES}
     return replace(
         pool,
-        **{name: join(getattr(pool, name), points[name]) for name in QUANTITIES},
+        **values,
         se={name: join(pool.se[name], points[f"{name}_se"]) for name in QUANTITIES},
         within=pool.within | beyond,
         valid={name: join(pool.valid[name], np.isfinite(points[f"{name}_se"])) for name in QUANTITIES},
+        exposed={name: pool.exposed[name] & ~beyond for name in QUANTITIES},
     )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayes_klrl.analysis.frontier.path import LEVEL, QUANTITIES
+from bayes_klrl.analysis.frontier.path import LEVEL, QUANTITIES, UNSEEN_DRAWS
 from bayes_klrl.analysis.frontier.record import FrontierRecord
 from bayes_klrl.export.html import HtmlTable, html_page
 
@@ -105,12 +105,37 @@ def _best_of_n(frontier: FrontierRecord) -> list[str]:
 
 
 def _reach(frontier: FrontierRecord) -> str:
-    """Return how far the numbers reach, in words."""
-    if frontier.cut == 0:
-        return "The draws reach every alpha."
+    """Return how far the numbers reach, in words, and what the draws cannot exclude."""
     if np.isinf(frontier.cut):
         return "The draws reach no alpha: draw more."
+    return " ".join(filter(None, (_reach_of_draws(frontier), _unseen(frontier))))
+
+
+def _reach_of_draws(frontier: FrontierRecord) -> str:
+    """Return how far the rewards that were drawn tell the curves."""
+    low, high = frontier.pool.extremes
+    if (low == high).all():
+        level = f"the reward {high[0, 0]:.4g}" if len(high) == 1 else "one reward for each prompt"
+        return f"All draws have {level}: they show no curve."
+    if frontier.cut == 0 and frontier.unseen_cut == 0:
+        return "The draws reach every alpha."
+    if frontier.cut == 0:
+        return "For the rewards that were drawn, the ESS is at least 100 at every alpha."
     reach = f"The draws reach down to alpha = {frontier.cut:.4g}"
     if frontier.extension is None:
         return f"{reach}; below is extrapolation."
     return f"{reach}, the extension down to {1 / frontier.extension.last:.4g}; below is extrapolation."
+
+
+def _unseen(frontier: FrontierRecord) -> str:
+    """Return where rewards that no draw has could decide; nothing where they cannot, or where it is extrapolation anyhow."""
+    if np.isnan(frontier.unseen_cut):
+        return "Rarer completions of a higher reward cannot be excluded without declared bounds."
+    if frontier.unseen_cut <= frontier.cut or frontier.pool.bounds is None:
+        return ""
+    where = "at every alpha" if np.isinf(frontier.unseen_cut) else f"below alpha = {frontier.unseen_cut:.4g}"
+    return (
+        f"A completion with a reward up to {frontier.pool.bounds[1]:.4g}, which the declared bounds allow and no draw has "
+        f"shown, could move log Z out of its interval {where}; probabilities below "
+        f"{UNSEEN_DRAWS / frontier.pool.num_draws:.2g} may stay unseen."
+    )

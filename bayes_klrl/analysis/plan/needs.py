@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from bayes_klrl.analysis.plan.work import Work
+from bayes_klrl.analysis.plan.setting import Work
 from bayes_klrl.inference.svi.optimizers import KLSGD, Natural, optimizer_of
 from bayes_klrl.inference.svi.pyro_backend.training import default_optimizer
 from bayes_klrl.inference.svi.svi import SVI

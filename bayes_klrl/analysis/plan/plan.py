@@ -8,7 +8,8 @@ import torch
 
 from bayes_klrl.analysis.plan.needs import Needs, kept_bytes, needs_of, pass_budget
 from bayes_klrl.analysis.plan.record import Plan
-from bayes_klrl.analysis.plan.work import Setting, work_of
+from bayes_klrl.analysis.plan.setting import Setting
+from bayes_klrl.analysis.plan.work import work_of
 from bayes_klrl.checks import check_finite, check_positive
 from bayes_klrl.inference.svi.svi import SVI
 from bayes_klrl.models.memory import free_memory
@@ -32,8 +33,8 @@ def plan(
     posterior
         The posterior.
     algorithm
-        `ImportanceSampling`, `BestOfN`, `RejectionSampling`, `SMC`, `Exact` or `SVI`; an `SVI` may also be the proposal of
-        importance sampling and of SMC.
+        `ImportanceSampling`, `BestOfN`, `RejectionSampling`, `QuasiRejection`, `SMC`, `AnnealedSMC`, `SuffixMH`, `Exact` or
+        `SVI`; an `SVI` may also be the proposal of the others.
     memory
         The bytes that there are. None: the memory that is free now and what the prior has taken already, on the prior's
         device; of a prior that is not loaded, on the GPU if there is one, else the main memory.
@@ -89,6 +90,7 @@ def plan(
         available,
         work.refusal,
         notes,
+        work.is_bound,
     )
 
 

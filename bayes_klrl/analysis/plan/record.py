@@ -27,7 +27,7 @@ class Plan:
         Tokens that go through a model until the draws are there: those of `Draws.cost.model_tokens` if no completion ends
         early and no two of a prompt begin alike, else more than these. None: the algorithm would refuse, see `refusal`.
     training_tokens
-        Tokens of the training by the same rule, its critic and its optimizer's pilot not counted.
+        Tokens of the training by the same rule, with the pilots of a critic, an optimizer and a twist, and the twist's steps.
     kept
         Bytes of what is in memory all the time, by its name: the parameters, and in a training gradients and optimizer.
     phases
@@ -44,7 +44,10 @@ class Plan:
     refusal
         Why the algorithm would refuse; None if it would not.
     notes
-        What the numbers leave out.
+        What the numbers leave out, and what they rest on.
+    is_bound
+        Whether the tokens are upper bounds. False: they are expected, or something that reads tokens is not counted, as a note
+        says.
 
     Examples
     --------
@@ -71,6 +74,7 @@ class Plan:
     available_bytes: int | None
     refusal: str | None = None
     notes: tuple[str, ...] = field(default=())
+    is_bound: bool = True
 
     @property
     def peak_bytes(self) -> int:
@@ -105,7 +109,8 @@ class Plan:
         if self.refusal is not None:
             return "\n".join([*lines, f"  would refuse: {self.refusal}"])
         training = f", and {self.training_tokens:,} in training" if self.training_tokens else ""
-        lines.append(f"  at most {self.model_tokens:,} model tokens{training}")
+        most, more = ("at most ", "") if self.is_bound else ("", " (no bound: see the notes)")
+        lines.append(f"  {most}{self.model_tokens:,} model tokens{training}{more}")
         lines.append(f"  {self.particles_per_pass:,} completions are decoded at once")
         if self.gradient_rows is not None:
             lines.append(

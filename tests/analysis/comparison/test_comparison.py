@@ -168,6 +168,17 @@ def test_a_missed_mode_neither_sets_the_reference_nor_goes_unnoted() -> None:
     assert table.loc["SVI", "kl_posterior"] > 0
 
 
+def test_a_reward_of_few_levels_prints_no_minus_infinity() -> None:
+    """Its largest weights are equal: Pareto k is -inf in the table, and words in print."""
+    coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=None)
+    heads = bk.TokenReward(lambda tokens, lengths: tokens[:, 0], alpha=1.0)
+    compared = bk.compare(bk.Posterior(coin, heads, max_new_tokens=1), {"IS": bk.ImportanceSampling(200)}, seed=0)
+    table = compared.table()
+    assert np.isneginf(table["pareto_k"].iloc[0])
+    assert "no tail" in str(table)
+    assert "-inf" not in str(table)
+
+
 def test_dead_rows_say_so() -> None:
     never = bk.TokenReward(lambda tokens, lengths: np.where(lengths > 0, -np.inf, 0.0), alpha=1.0)
     posterior = bk.Posterior(POSTERIOR.prior, never, max_new_tokens=2)

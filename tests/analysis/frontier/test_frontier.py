@@ -183,7 +183,7 @@ def test_a_constant_reward_has_no_slope() -> None:
 
 def test_a_binary_reward_is_reached_everywhere() -> None:
     """b = logit of the posterior's success less that of the prior's (theory.md 1.6)."""
-    binary = bk.TokenReward(lambda tokens, lengths: tokens[:, 0] == 0, alpha=1.0)
+    binary = bk.TokenReward(lambda tokens, lengths: tokens[:, 0] == 0, alpha=1.0, bounds=(0, 1))
     posterior = bk.Posterior(GOLD.prior, binary, max_new_tokens=3)
     curve = bk.frontier(posterior, num_draws=2000, seed=0)
     assert curve.cut == 0
@@ -191,7 +191,92 @@ def test_a_binary_reward_is_reached_everywhere() -> None:
     alpha = curve.alpha_for(reward=0.9)
     assert 1 / alpha == pytest.approx(np.log(0.9 / 0.1) - np.log(p / (1 - p)))
     assert curve.implied_alpha(0.9).alpha == pytest.approx(alpha)
-    assert "The draws reach every alpha" in str(curve)
+    assert curve.unseen_cut == 0
+    assert "The draws reach every alpha." in str(curve)
+    assert not any(exposed.any() for exposed in curve.mean.exposed.values())
+
+
+@pytest.mark.parametrize("bounds", [None, (-np.inf, np.inf)])
+def test_without_bounds_nothing_is_said_to_be_excluded(bounds: tuple[float, float] | None) -> None:
+    binary = bk.TokenReward(lambda tokens, lengths: tokens[:, 0] == 0, alpha=1.0, bounds=bounds)
+    curve = bk.frontier(bk.Posterior(GOLD.prior, binary, max_new_tokens=3), num_draws=500, seed=0)
+    assert np.isnan(curve.unseen_cut)
+    assert "The draws reach every alpha" not in str(curve)
+    assert str(curve).count("cannot be excluded without declared bounds") == 1
+
+
+def three_levels(bounds: tuple[float, float] | None) -> bk.Posterior:
+    """Rewards 0, 1 and 3, the last of probability 1 / 10,000."""
+    rare = bk.NgramLM(np.log([0.5, 0.4999, 0.0001]), eos_token_id=None)
+    levels = bk.TokenReward(lambda tokens, lengths: np.array([0, 1, 3])[tokens[:, 0]], alpha=0.2, bounds=bounds)
+    return bk.Posterior(rare, levels, max_new_tokens=1)
+
+
+def test_a_level_that_the_bounds_allow_and_no_draw_has_shown_is_said() -> None:
+    """log Z is 6.0 there, and the draws without the highest level say 4.3 +- 0.06 at an ESS of 500."""
+    posterior = three_levels((0, 3))
+    truth = exact(posterior, 0.2)["log_evidence"]
+    curve = bk.frontier(posterior, num_draws=1000, seed=0)
+    at = curve.at([0.2, 3.0])
+    assert at.upper["log_evidence"][0] < truth - 1
+    assert at.within.all()
+    assert at.valid["log_evidence"].tolist() == [False, True]
+    assert at.exposed["log_evidence"].tolist() == [True, False]
+    assert 0.2 < curve.unseen_cut < 3
+    edge = curve.at(curve.unseen_cut * np.array([1.001, 0.999])).exposed["log_evidence"]
+    assert edge.tolist() == [False, True]
+    assert "a reward up to 3, which the declared bounds allow and no draw has shown, could move" in str(curve)
+    assert f"below alpha = {curve.unseen_cut:.4g}; probabilities below 0.003" in str(curve)
+    assert "reach every alpha" not in str(curve)
+    assert "no draw has shown" in curve._repr_html_()
+    assert curve.at(curve.alpha_for(reward=0.99)).reward[0] == pytest.approx(0.99)  # by what was drawn, as before
+    assert not curve.implied_alpha(0.99).valid
+
+
+def test_bounds_that_were_reached_change_nothing() -> None:
+    """The declared maximum was drawn: intervals are those without bounds."""
+    posterior = {bounds: bk.Posterior(GOLD.prior, counts(bounds), max_new_tokens=3) for bounds in (None, (0, 3))}
+    plain, bounded = (bk.frontier(each, num_draws=2000, seed=0) for each in posterior.values())
+    assert bounded.pool.reward.max() == 3
+    assert bounded.unseen_cut == 0
+    for name in ("log_evidence", "reward", "kl", "ess"):
+        np.testing.assert_array_equal(plain.valid[name], bounded.valid[name])
+    assert bounded.valid["log_evidence"].any()
+
+
+def counts(bounds: tuple[float, float] | None) -> bk.TokenReward:
+    return bk.TokenReward(lambda tokens, lengths: (tokens != 3).sum(axis=1), alpha=1.0, bounds=bounds)
+
+
+@pytest.mark.parametrize(
+    "bounds, said",
+    [
+        (None, "cannot be excluded without declared bounds"),
+        ((0.0, 1.1), "could move log Z out of its interval at every alpha"),
+        ((0.0, 0.5), "they show no curve.\n"),
+    ],
+)
+def test_draws_of_one_reward_say_so(bounds: tuple[float, float] | None, said: str) -> None:
+    constant = bk.TokenReward(lambda tokens, lengths: np.full(len(tokens), 0.5), alpha=0.05, bounds=bounds)
+    curve = bk.frontier(bk.Posterior(GOLD.prior, constant, max_new_tokens=2), num_draws=200, seed=0)
+    assert "All draws have the reward 0.5: they show no curve." in str(curve)
+    assert said in str(curve)
+    assert "reach every alpha" not in str(curve)
+
+
+def test_where_it_is_extrapolation_anyhow_bounds_are_not_spoken_of() -> None:
+    base = random_posterior(1)
+    reward: Any = base.likelihood
+    high = float(truth_of(base).reward.max()) + 0.01
+    bounded = bk.Posterior(
+        base.prior,
+        bk.TokenReward(reward.fn, alpha=reward.alpha, bounds=(-99.0, high)),
+        prompts=base.prompts,
+        max_new_tokens=base.max_new_tokens,
+    )
+    curve = bk.frontier(bounded, num_draws=4000, seed=0)
+    assert 0 <= curve.unseen_cut < curve.cut
+    assert "no draw has shown" not in str(curve)
 
 
 def test_few_draws_reach_nothing_and_say_so() -> None:

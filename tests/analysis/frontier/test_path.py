@@ -266,6 +266,49 @@ def test_large_rewards_and_cold_temperatures_lose_no_digits() -> None:
     assert mean.kl[0] == pytest.approx(shifted.kl[0], rel=1e-9)
 
 
+@pytest.mark.parametrize("expected", [0.5, 1.0, 2.0, 3.0])
+def test_with_bounds_a_level_that_may_be_unseen_costs_no_coverage(expected: float) -> None:
+    """A highest level that 500 draws show `expected` times on average: an interval covers, or is not called valid.
+
+    Without the bounds more than half of all intervals are valid and wrong at a cold alpha, where its loss is largest.
+    """
+    num, p = 500, expected / 500
+    law, bs = Law(np.array([0.5, 0.5 - p, p]), np.array([0.0, 1.0, 3.0])), np.array([0.05, 0.2, 0.5, 1.0, 2.0, 4.0])
+    plain = law.pools(np.random.default_rng(0), (2000, num))
+    wrong = {}
+    for bounds in (None, (0.0, 3.0)):
+        estimates = curves(RewardPool(plain.log_weights, plain.reward, bounds), bs)[1]
+        for name in ("log_evidence", "reward", "kl"):
+            missed = estimates.valid[name] & ~hits(estimates, name, np.array([law.value(name, b, num) for b in bs]))
+            wrong[bounds, name] = missed.mean(axis=0)
+    assert max(wrong[(0.0, 3.0), name].max() for name in ("log_evidence", "reward", "kl")) < 0.07
+    assert wrong[None, "log_evidence"][-1] > 0.9 * np.exp(-expected)
+
+
+def test_bounds_just_above_what_was_drawn_cost_no_interval() -> None:
+    """A reward that is spread up to its bounds: almost every interval that was valid without them still is."""
+    plain = RewardPool(np.zeros((200, 1000)), np.random.default_rng(1).random((200, 1000)))
+    bs = np.array([-6.0, 0.5, 2.0, 6.0, 10.0])
+    without, bounded = (curves(RewardPool(plain.log_weights, plain.reward, b), bs)[1] for b in (None, (0.0, 1.0)))
+    for name in QUANTITIES:
+        assert without.valid[name].sum() - bounded.valid[name].sum() <= 0.01 * bounded.valid[name].size
+    assert np.isnan(plain.headroom(1.0)).all()
+    assert (RewardPool(plain.log_weights, plain.reward, (-1.0, 1.0)).headroom(-1.0) < -1).all()
+
+
+def test_how_far_an_unseen_mass_moves_each_estimate_is_that_of_the_mixture() -> None:
+    """Against a pool that has the missing draws: N of the old weigh 1 - 3 / N, and three at the bound 1 / N each."""
+    num, b, high = 300, 1.3, 2.5
+    reward = np.random.default_rng(3).uniform(0, 1, num)
+    pool = RewardPool(np.zeros(num), reward, (0.0, high))
+    weights = np.concatenate([np.full(num, 1 - 3 / num), np.ones(3)])
+    more = RewardPool(np.log(weights) + np.log((num + 3) / num), np.append(reward, [high] * 3))
+    before, after = (curves(each, [b])[1] for each in (pool, more))
+    moved = _sums_at(pool, b).unseen
+    for name in ("log_evidence", "reward", "kl"):
+        assert moved[name][0] == pytest.approx(abs(getattr(after, name) - getattr(before, name))[0, 0], rel=1e-9)
+
+
 def test_a_reward_that_never_varies_has_no_reliable_interval() -> None:
     mean, _ = curves(RewardPool(np.zeros(1000), np.full(1000, 2.0)), [1.0])
     assert mean.log_evidence[0] == 2.0

@@ -67,6 +67,60 @@ def test_training_tokens_bound_those_of_a_fit() -> None:
     assert fit.run(7, seed=0).cost.model_tokens <= planned.model_tokens  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        bk.SMC(2, twist=bk.PartialRewardTwist(num_pilot=5)),
+        bk.SMC(2, twist=bk.LearnedTwist(2, num_draws=128)),
+        bk.SVI(2, 3, optimizer="kl_sgd", twist="none", num_draws=2),
+        bk.SVI(2, 3, optimizer="kl_sgd", twist=bk.PartialRewardTwist(), num_draws=2),
+        bk.SVI(2, 3, optimizer=bk.KLSGD(frequency_scaling=False), twist="none", num_draws=2),
+        bk.SVI(2, 3, optimizer="adam", twist=bk.PartialRewardTwist(), num_draws=2),
+        bk.ImportanceSampling(3, proposal=bk.SVI(2, 3, optimizer="adam", twist=bk.PartialRewardTwist())),
+        bk.SuffixMH(2, 3, num_warmup=2, thinning=2, cut="max_length"),
+        bk.AnnealedSMC(3, schedule=(0.5, 1.0), num_moves=2),
+        bk.AnnealedSMC(3, num_pilot=4),
+        bk.QuasiRejection(2, bound=5 / 0.7, max_proposals=2000),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("eos", [None, 0])
+def test_what_is_fitted_before_and_moved_later_is_counted(algorithm: Any, eos: int | None) -> None:
+    """Without EOS and with so many tokens that no two completions begin alike, fitting takes what the plan says."""
+    posterior = posterior_of(bk.TorchLM(tiny_gpt2(2_000 if eos is None else 5, eos), check=False))
+    draws, planned = algorithm.run(posterior, seed=0), bk.plan(posterior, algorithm)
+    assert planned.is_bound
+    assert f"at most {planned.model_tokens:,}" in str(planned)
+    assert draws.cost.model_tokens <= planned.model_tokens  # type: ignore[operator]
+    assert draws.cost.training_tokens <= planned.training_tokens
+    if eos is None:
+        assert planned.training_tokens <= 1.05 * draws.cost.training_tokens
+    if planned.training_tokens:
+        assert draws.cost.training_tokens > 0
+        assert f"and {planned.training_tokens:,} in training" in str(planned)
+
+
+def test_what_cannot_be_counted_is_no_bound() -> None:
+    class Custom:
+        def fit(self, posterior: bk.Posterior, *, seed: int, progress: bool = False) -> Any:
+            return lambda posterior, prompt_index, prefixes: np.zeros(len(prefixes))
+
+    posterior = posterior_of(bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1), prompts=((), ()))
+    unbounded = bk.Posterior(
+        posterior.prior, bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0), max_new_tokens=3
+    )
+    for target, algorithm, note in (
+        (posterior, bk.SMC(4, twist=Custom()), "fitting the twist is not counted"),
+        (posterior, bk.SVI(2, 4, twist=Custom()), "fitting the critic is not counted"),
+        (unbounded, bk.SuffixMH(2, 2), "the search for others is not counted"),
+    ):
+        planned = bk.plan(target, algorithm)
+        assert not planned.is_bound
+        assert "at most" not in str(planned)
+        assert "(no bound: see the notes)" in str(planned)
+        assert any(note in each for each in planned.notes)
+
+
 def test_parts_are_counted_as_they_will_be_read() -> None:
     """Each part reads its prompts again."""
     lm = bk.TorchLM(tiny_gpt2(50_000, None), check=False, particles_per_pass=4)
@@ -172,8 +226,8 @@ def test_refusals() -> None:
         posterior.prior, bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0), max_new_tokens=3
     )
     assert "Declare them" in str(bk.plan(unbounded, bk.RejectionSampling(3)).refusal)
-    with pytest.raises(bk.BayesKLRLError, match=r"no plan for a SuffixMH.*bk\.SMC"):
-        bk.plan(posterior, bk.SuffixMH(2, 2))
+    with pytest.raises(bk.BayesKLRLError, match=r"no plan for a ConditionalSMC.*bk\.SMC"):
+        bk.plan(posterior, bk.ConditionalSMC(bk.SMC(2)))
     with pytest.raises(bk.BayesKLRLError, match="memory must be a positive"):
         bk.plan(posterior, bk.SMC(2), memory=0)
 
@@ -183,6 +237,8 @@ def test_expected_proposals() -> None:
     log_evidence = float(bk.Exact().run(posterior, seed=0).log_evidence.mean())
     known = bk.plan(posterior, bk.RejectionSampling(100), log_evidence=log_evidence)
     worst = bk.plan(posterior, bk.RejectionSampling(100))
+    assert not known.is_bound  # an expectation
+    assert bk.plan(posterior, bk.RejectionSampling(100, max_proposals=100)).is_bound
     assert known.model_tokens < worst.model_tokens  # type: ignore[operator]
     drawn = bk.RejectionSampling(100).run(posterior, seed=0)
     assert drawn.cost.model_tokens < known.model_tokens  # type: ignore[operator]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,40 @@ def test_a_kl_that_no_alpha_gives_is_refused() -> None:
 def test_a_target_that_is_missed_is_said(posterior: bk.Posterior) -> None:
     with pytest.warns(UserWarning, match=r"AdaptiveAlpha: the guide's kl is .* at the end, not 1.2"):
         bk.SVI(5, 8).fit(posterior, seed=0, callbacks=[bk.AdaptiveAlpha(kl=1.2)])
+
+
+def shifted(posterior: bk.Posterior, constant: float) -> bk.Posterior:
+    """The same posterior, whose rewards are larger by a constant."""
+    reward: Any = posterior.likelihood
+
+    def more(tokens: np.ndarray, lengths: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
+        return np.asarray(reward.fn(tokens, lengths, prompt_index)) + constant
+
+    moved = bk.TokenReward(more, alpha=reward.alpha)
+    return bk.Posterior(posterior.prior, moved, prompts=[[0], [1]], max_new_tokens=3)
+
+
+@pytest.mark.parametrize("constant", [0.0, 1000.0, -1.35])
+@pytest.mark.parametrize("num_steps, missed", [(5, True), (200, False)])
+def test_a_missed_reward_is_measured_from_the_priors(
+    constant: float, num_steps: int, missed: bool, posterior: bk.Posterior
+) -> None:
+    """A constant added to the reward, even one that makes the target 0.15, neither silences the warning nor raises it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        adaptive = bk.AdaptiveAlpha(reward=1.5 + constant)
+        svi = bk.SVI(num_steps, 64, optimizer="kl_sgd", twist="none")  # a critic would follow each alpha with a delay
+        svi.fit(shifted(posterior, constant), seed=0, callbacks=[adaptive])
+    assert any("AdaptiveAlpha: the guide's reward" in str(each.message) for each in caught) is missed
+
+
+def test_a_target_has_settled_whatever_constant_the_reward_has(posterior: bk.Posterior) -> None:
+    settled = []
+    for constant in (0.0, 1000.0):
+        adaptive = bk.AdaptiveAlpha(reward=1.5 + constant)
+        history = {"reward": [1.4 + constant], "alpha": [1.0]}
+        settled.append(adaptive.has_settled(90, 100, history, shifted(posterior, constant)))
+    assert settled == [False, False]
 
 
 def test_two_that_choose_alpha_are_refused(posterior: bk.Posterior) -> None:

@@ -282,6 +282,27 @@ def test_a_critic_lowers_the_variance_where_the_reward_accrues_token_by_token() 
     assert with_critic.var(axis=0).sum() < 0.5 * plain.var(axis=0).sum()
 
 
+@pytest.mark.parametrize("options", [{"optimizer": "kl_sgd"}, {"twist": bk.PartialRewardTwist()}], ids=str)
+def test_a_constant_in_the_reward_changes_no_step_of_a_critic(options: dict[str, Any]) -> None:
+    """The regression's penalty drew V to 0, so that 1,000 more of reward were another critic."""
+
+    def history(constant: float) -> dict[str, np.ndarray]:
+        base = random_posterior(51, vocab_size=4, num_tokens=4, prompts=[(0,), (1,)])
+        reward: Any = base.likelihood
+
+        def more(tokens: np.ndarray, lengths: np.ndarray, prompt_index: np.ndarray) -> np.ndarray:
+            return np.asarray(reward.fn(tokens, lengths, prompt_index)) + constant
+
+        moved = bk.TokenReward(more, alpha=0.5)
+        posterior = bk.Posterior(full_table(base.prior, 5), moved, prompts=[[0], [1]], max_new_tokens=4)  # type: ignore[arg-type]
+        return dict(bk.SVI(20, 32, **options).fit(posterior, seed=0).history)
+
+    plain, shifted = history(0.0), history(1000.0)
+    np.testing.assert_allclose(shifted["elbo"] - 1000 / 0.5, plain["elbo"], atol=1e-4)
+    np.testing.assert_allclose(shifted["kl"], plain["kl"], atol=1e-4)
+    assert plain["kl"][-1] > 0.1
+
+
 # --- one gradient, whatever the split -----------------------------------------------------------------------------
 
 

@@ -20,7 +20,10 @@ from bayes_klrl.randomness import Streams, generator
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, TwistRecipe
 
-__all__ = ["HiddenStateCritic", "PrefixRewardCritic", "RidgeCritic", "critic_of", "prefix_log_likelihoods"]
+__all__ = ["NUM_PILOT", "HiddenStateCritic", "PrefixRewardCritic", "RidgeCritic", "critic_of", "prefix_log_likelihoods"]
+
+NUM_PILOT = 256
+"""Prior draws, shared by the prompts, from which a critic that learns starts."""
 
 
 def prefix_log_likelihoods(posterior: Posterior, rows: Rows) -> FloatArray:
@@ -66,8 +69,9 @@ def critic_of(twist: Any, posterior: Posterior, seed: int) -> Critic:
 class RidgeCritic(ABC):
     """V by ridge regression with forgetting, on the position, the prompt, and what a subclass reads of each prefix.
 
-    The target is the log-weight to come, r / alpha - sum of l_u from here on. What was learned is multiplied by `forgetting`
-    before each update.
+    The target is the log-weight to come, r / alpha - sum of l_u from here on. The regression sees it less the mean r / alpha
+    of the prior's draws, so that its penalty draws V towards that mean, and a constant in the reward changes nothing else.
+    What was learned is multiplied by `forgetting` before each update.
 
     Parameters
     ----------
@@ -93,7 +97,13 @@ class RidgeCritic(ABC):
     num_read: int
 
     def __init__(
-        self, posterior: Posterior, seed: int, *, num_pilot: int = 256, forgetting: float = 0.9, ridge: float = 10.0
+        self,
+        posterior: Posterior,
+        seed: int,
+        *,
+        num_pilot: int = NUM_PILOT,
+        forgetting: float = 0.9,
+        ridge: float = 10.0,
     ) -> None:
         self._posterior, self._forgetting, self._ridge = posterior, forgetting, ridge
         each = max(2, -(-num_pilot // posterior.num_prompts))
@@ -103,6 +113,7 @@ class RidgeCritic(ABC):
         log_likelihood = log_likelihoods_of(posterior, pilot)
         self.model_tokens = pilot.model_tokens
         self._finite = log_likelihood[np.isfinite(log_likelihood)]
+        self._centre = float(self._finite.mean()) if self._finite.size else 0.0
         size = posterior.max_new_tokens + posterior.num_prompts + self.num_read
         self._gram: FloatArray = np.zeros((size, size))
         self._moment: FloatArray = np.zeros(size)
@@ -128,7 +139,7 @@ class RidgeCritic(ABC):
         """See `Critic.values`."""
         features = self._features(rows)
         self._last = rows.tokens, features
-        found: FloatArray = features @ self._weights
+        found: FloatArray = features @ self._weights + self._centre
         return found
 
     def learn(self, rows: Rows, log_ratio: FloatArray, log_likelihood: FloatArray) -> None:
@@ -137,7 +148,7 @@ class RidgeCritic(ABC):
         features = self._last[1] if known and self._last is not None else self._features(rows)
         to_come = log_ratio[:, ::-1].cumsum(axis=1)[:, ::-1]
         inside = rows.mask
-        x, y = features[inside], (log_likelihood[:, None] - to_come)[inside]
+        x, y = features[inside], (log_likelihood[:, None] - self._centre - to_come)[inside]
         self._gram = self._forgetting * self._gram + x.T @ x
         self._moment = self._forgetting * self._moment + x.T @ y
         self._weights[:] = np.linalg.solve(self._gram + self._ridge * np.eye(len(self._moment)), self._moment)
@@ -169,7 +180,8 @@ class RidgeCritic(ABC):
 class PrefixRewardCritic(RidgeCritic):
     """V by regression on the rewards of prefixes: u and u^2 times (1, tau, tau^2).
 
-    u is r / alpha of the prefix, scored as a completion, in units of two standard deviations under the prior, and tau = t / T.
+    u is r / alpha of the prefix, scored as a completion, less the mean under the prior, in units of two standard deviations
+    under the prior, and tau = t / T.
 
     Parameters
     ----------
@@ -198,7 +210,7 @@ class PrefixRewardCritic(RidgeCritic):
         """See `RidgeCritic.read`."""
         num_tokens = rows.tokens.shape[1]
         try:
-            raw = prefix_log_likelihoods(self._posterior, rows) / self._scale
+            raw = (prefix_log_likelihoods(self._posterior, rows) - self._centre) / self._scale
         except RewardError:
             if not self._forgiving:
                 raise
