@@ -26,6 +26,7 @@ from bayes_klrl.analysis.certificate.evidence import (
     scored_log_weights,
 )
 from bayes_klrl.analysis.certificate.intervals import Intervals, intervals
+from bayes_klrl.analysis.certificate.open_ends import with_open_reverse
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.inference.exact.exact_draws import ExactDraws, exact_draws
 from bayes_klrl.inference.policies import policy_draws
@@ -206,14 +207,19 @@ def _by_sampling(
         # the mean of unbiased estimates of Z is unbiased, too
         log_evidence = logmeanexp(np.stack([logmeanexp(log_weights[name]) for name in proposals], axis=1))
         source = _described(exact, num_groups, settings.num_draws)
-    found = {name: intervals(bounds, mean_bounds, each, None, delta) for name, each in log_weights.items()}
+    found, notes = {}, []
+    for name, each in log_weights.items():
+        closed = intervals(bounds, mean_bounds, each, None, delta)
+        found[name], note = with_open_reverse(closed, posterior, policies[name], each, draws["prior"], delta)
+        if note is not None:
+            notes.append(f"; {name}: {note}")
     return _Found(
         {name: log_evidence - each.mean(axis=1) for name, each in log_weights.items()},
         {name: per_prompt for name, (per_prompt, _) in found.items()},
         {name: pooled for name, (_, pooled) in found.items()},
         "B" if exact.log_evidence is None and exact.draws is None else "A",
         delta,
-        source,
+        source + "".join(notes),
     )
 
 

@@ -28,7 +28,7 @@ from bayes_klrl.posterior import Posterior, completion_log_probs
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, LanguageModel
 
-__all__ = ["excludes_by_declaration", "mean_on_support", "with_open_ends", "without_contradiction"]
+__all__ = ["excludes_by_declaration", "mean_on_support", "with_open_ends", "with_open_reverse", "without_contradiction"]
 
 BoolArray = NDArray[np.bool_]
 _SCORED = 64  # excluded completions of a prompt that a policy without full support is asked about
@@ -59,17 +59,11 @@ def with_open_ends(
             notes=(*evidence.notes, note),
         )
     log_weights = log_weights_of(ours)
-    infinite = (log_weights == -np.inf).any(axis=1) | _known(posterior, policy, prior_draws)
-    reason = _why_not_ruled_out(posterior, policy)
-    is_open = infinite | (reason is not None)
-    if is_open.any():
-        elbo, mean_elbo = mean_on_support(log_weights, is_open, delta / STATEMENTS)
-        evidence = replace(
-            evidence,
-            intervals=_reverse_open(evidence.intervals, elbo, is_open),
-            pooled=_reverse_open(evidence.pooled, mean_elbo, np.array(True)),
-        )
-        note = _reverse_note(infinite, log_weights, reason, evidence.pooled.reverse_kl_on_support)
+    found = evidence.intervals, evidence.pooled
+    opened, reason = with_open_reverse(found, posterior, policy, log_weights, prior_draws, delta)
+    if reason is not None:
+        note = reason
+        evidence = replace(evidence, intervals=opened[0], pooled=opened[1])
     elif np.isneginf(prior_draws.log_likelihood).any() or excludes_by_declaration(posterior.likelihood):
         note = (
             "KL(policy||posterior) would be infinite if the policy could draw anything that the posterior excludes: none of "
@@ -78,6 +72,40 @@ def with_open_ends(
     else:
         return evidence
     return replace(evidence, notes=(*evidence.notes, note))
+
+
+def with_open_reverse(
+    found: tuple[Intervals, Intervals],
+    posterior: Posterior,
+    policy: LanguageModel,
+    log_weights: FloatArray,
+    prior_draws: Draws,
+    delta: float,
+) -> tuple[tuple[Intervals, Intervals], str | None]:
+    """Return intervals of the prompts and of their mean, with KL(policy || posterior) open where it is, or may be, infinite.
+
+    Parameters
+    ----------
+    found
+        The intervals of each prompt, and of the mean over prompts.
+    posterior, policy, prior_draws, delta
+        As for `with_open_ends`.
+    log_weights
+        log w of the policy's draws, (P, N).
+
+    Returns
+    -------
+    The intervals, and the note that says why; None if no end was opened.
+    """
+    infinite = (log_weights == -np.inf).any(axis=1) | _known(posterior, policy, prior_draws)
+    reason = _why_not_ruled_out(posterior, policy)
+    is_open = infinite | (reason is not None)
+    if not is_open.any():
+        return found, None
+    elbo, mean_elbo = mean_on_support(log_weights, is_open, delta / STATEMENTS)
+    pooled = _reverse_open(found[1], mean_elbo, np.array(True))
+    note = _reverse_note(infinite, log_weights, reason, pooled.reverse_kl_on_support)
+    return (_reverse_open(found[0], elbo, is_open), pooled), note
 
 
 def without_contradiction(evidence: Evidence, of_caller: bool) -> Evidence:

@@ -55,6 +55,24 @@ def test_distances_are_the_enumerated_ones(result: bk.Amortisation) -> None:
     assert table.loc[("unseen", "guide"), "kl_posterior"] < 0.3 * table.loc[("unseen", "prior"), "kl_posterior"]
 
 
+def test_a_kl_that_is_infinite_has_no_upper_end() -> None:
+    """A rule that the guide breaks once in thousands of draws: enumeration says inf, and samples must not say less."""
+    coin = bk.NgramLM(np.log([0.6, 0.3999, 0.0001]), eos_token_id=0)
+    rule = bk.TokenReward(
+        lambda tokens, lengths: np.where((tokens == 2).any(axis=1), -np.inf, 0.0), alpha=1.0, bounds=(-np.inf, 0)
+    )
+    posteriors = [bk.Posterior(coin, rule, prompts=prompts, max_new_tokens=2) for prompts in ([[0]], [[1], [2]])]
+    for sampling_only in (True, False):
+        found = bk.amortise(*posteriors, coin, seed=0, num_draws=64, sampling_only=sampling_only)
+        assert np.isposinf(found.unseen.bounds["guide"].reverse_kl[:, 1]).all()
+        assert np.isposinf(found.unseen.pooled["guide"].reverse_kl[1])
+    sampled = bk.amortise(*posteriors, coin, seed=0, num_draws=64, sampling_only=True).unseen
+    assert "the policy can draw all completions" in sampled.source
+    on_support = sampled.pooled["guide"].reverse_kl_on_support
+    assert on_support[0] <= 1e-3
+    assert on_support[1] < 1.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["enumeration", "rejection"])
 def test_bounds_by_sampling_contain_the_truth(way: str, result: bk.Amortisation) -> None:
