@@ -23,6 +23,7 @@ from bayes_klrl.analysis.certificate.alpha import enumerated_point, frontier_poi
 from bayes_klrl.analysis.certificate.coverage import Coverage, Feature, coverage, labels_of
 from bayes_klrl.analysis.certificate.evidence import CALLERS, Evidence, Settings, by_enumeration, by_sampling
 from bayes_klrl.analysis.certificate.groundwork import Groundwork
+from bayes_klrl.analysis.certificate.intervals import difference
 from bayes_klrl.analysis.certificate.open_ends import with_open_ends, without_contradiction
 from bayes_klrl.analysis.certificate.record import CertificateRecord
 from bayes_klrl.analysis.certificate.text import (
@@ -62,6 +63,8 @@ class Certificate(CertificateRecord):
         excludes, the upper end of `reverse_kl` is inf, and `reverse_kl_on_support` is of the policy without that.
     pooled
         The same intervals for the mean over prompts, shape (2,) each.
+    prior_kl
+        KL(prior || posterior), mean over prompts, (2,): the distance of a policy that has learned nothing.
     grade
         The kind of the bounds, which is no judgement of the policy. "A": two-sided, from exact posterior draws or the exact
         evidence. "B": one-sided, upper ends are inf. "C": the models' arithmetic is too coarse for a bound; read the numbers
@@ -273,6 +276,7 @@ def certified(ground: Groundwork, policy: Any, feature: Feature | None) -> Certi
         forward_kl=evidence.intervals.forward_kl,
         reverse_kl_on_support=evidence.intervals.reverse_kl_on_support,
         pooled=evidence.pooled,
+        prior_kl=difference(evidence.pooled.log_evidence_bounds, ground.prior_elbo()),
         grade=evidence.grade,
         failure_probability=evidence.failure_probability,
         implied_alpha=point.implied_alpha,

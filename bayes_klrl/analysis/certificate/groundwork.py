@@ -11,16 +11,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from bayes_klrl.analysis.certificate.evidence import PriorRuns, Settings, can_enumerate, exact_or_given, prior_runs
+from bayes_klrl.analysis.certificate.intervals import expected, mean_intervals
 from bayes_klrl.draws import Cost, Draws
 from bayes_klrl.errors import BudgetError
 from bayes_klrl.inference.exact.exact import Exact
 from bayes_klrl.inference.exact.exact_draws import ExactDraws
 from bayes_klrl.inference.sampling.importance import ImportanceSampling
+from bayes_klrl.inference.smc.sandwich import STATEMENTS
 from bayes_klrl.inference.smc.smc import SMC
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.runners.blocks import run_in_blocks
 from bayes_klrl.sequences import Sequences
+from bayes_klrl.typing import FloatArray
 
 __all__ = ["Groundwork"]
 
@@ -84,6 +89,15 @@ class Groundwork:
             if error.draws is None:
                 raise
             return error.draws
+
+    def prior_elbo(self) -> FloatArray:
+        """Return the interval of E_p0[r / alpha], the prior's own ELBO, for the mean over prompts, (2,)."""
+        if not self.is_enumerated:
+            settings = self.settings
+            return mean_intervals(self.prior_draws.log_likelihood, settings.failure_probability / STATEMENTS)[1]
+        log_prior, log_likelihood = self.everything.log_prior, self.everything.log_likelihood
+        elbo = expected(log_prior, log_likelihood, np.zeros_like(log_likelihood)).mean()
+        return np.array([elbo, elbo])
 
     @property
     def cost(self) -> Cost:

@@ -35,6 +35,7 @@ class CertificateRecord:
     forward_kl: FloatArray
     reverse_kl_on_support: FloatArray
     pooled: Intervals
+    prior_kl: FloatArray
     grade: str
     failure_probability: float
     implied_alpha: float

@@ -119,6 +119,7 @@ def quantities(certificate: CertificateRecord) -> list[tuple[str, str]]:
         names["forward_kl"] = names.pop("forward_kl")  # below both
     return [
         *((label, interval_text(certificate.pooled[name])) for name, label in names.items()),
+        ("KL(prior || posterior)", f"{interval_text(certificate.prior_kl)}, of a policy that has learned nothing"),
         ("E[r] of the policy", f"{certificate.reward:.4g}, at KL(policy || prior) {certificate.kl_prior:.3f}"),
         ("implied alpha", f"{alpha_text(certificate)}, frontier gap {gap_text(certificate)}"),
         ("bounds on log Z", certificate.evidence_source),

@@ -407,3 +407,19 @@ def test_table_and_text_show_every_prompt(tmp_path: Path) -> None:
     assert len(text.splitlines()) <= 40
     assert max(map(len, text.splitlines())) <= 120
     assert certificate.plot(tmp_path / "certificate.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("sampling_only", [False, True])
+def test_the_priors_own_distance_stands_beside_the_policys(sampling_only: bool) -> None:
+    """A policy that has learned nothing is as far as the prior, and the prior's distance is that of enumeration."""
+    lm = bk.NgramLM(np.log([[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.3, 0.4]]), eos_token_id=2)
+    reward = bk.TokenReward(lambda tokens, lengths: (tokens == 0).sum(axis=1) * 1.0, alpha=0.7, bounds=(0, 3))
+    posterior = bk.Posterior(lm, reward, prompts=[[0], [1]], max_new_tokens=3)
+    everything = bk.Exact().run(posterior, seed=0)
+    elbo = (np.exp(everything.log_prior) * everything.log_likelihood).sum(axis=1)
+    truth = float((everything.log_evidence - elbo).mean())
+    found = bk.certify(posterior, lm, seed=0, sampling_only=sampling_only)
+    assert found.prior_kl[0] - 1e-9 <= truth <= found.prior_kl[1] + 1e-9
+    if not sampling_only:
+        np.testing.assert_allclose(found.prior_kl, found.pooled.reverse_kl, atol=1e-6)
+    assert "of a policy that has learned nothing" in str(found)
