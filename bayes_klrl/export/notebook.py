@@ -8,6 +8,7 @@ import numpy as np
 
 from bayes_klrl.draws import Draws
 from bayes_klrl.export.html import HtmlTable, html_page
+from bayes_klrl.export.printed import k_text
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.prompts.decoder import PromptDecoder
 from bayes_klrl.prompts.words import prompt_labels, shortened, visible
@@ -52,7 +53,7 @@ def draws_html(draws: Draws) -> str:
             label,
             *(_number(values[p], 3) for values in columns),
             _number(draws.ess[p], 0),
-            _number(draws.pareto_k[p], 2),
+            k_text(float(draws.pareto_k[p])),
         ]
         for p, label in enumerate(draws.prompt_words()[:_MOST_PROMPTS])
     ]

@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["printed"]
+__all__ = ["k_text", "printed"]
+
+
+def k_text(k: float) -> str:
+    """Return a Pareto k as people read it: a dash where there is none, and words where the largest weights are all equal.
+
+    Examples
+    --------
+    >>> k_text(0.312), k_text(float("nan")), k_text(float("-inf"))
+    ('0.31', '-', 'no tail')
+    """
+    if math.isnan(k):
+        return "-"
+    return "no tail" if k == -math.inf else f"{k:,.2f}"
 
 
 def printed(view: Any, notes: Iterable[str] = ()) -> str:

@@ -59,7 +59,7 @@ def positive(what: str, value: float | None) -> float:
     if getattr(value, "requires_grad", False):  # a tensor of torch, whose float has none
         raise BayesKLRLError(
             f"{what} must be a number; got a tensor whose gradient would be lost. For an unknown {what} write the factor "
-            'yourself in a program of Pyro or NumPyro, such as pyro.factor("likelihood", reward / alpha); see docs/from/pyro.md.'
+            'yourself in a program of Pyro or NumPyro: pyro.factor("likelihood", reward / alpha); see docs/from/pyro.md.'
         )
     try:
         number = np.nan if value is None or isinstance(value, str | bytes | bool) else float(value)

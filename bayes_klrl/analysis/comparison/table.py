@@ -11,7 +11,7 @@ import pandas as pd
 
 from bayes_klrl.draws import Draws
 from bayes_klrl.export.html import HtmlTable, html_page
-from bayes_klrl.export.printed import printed
+from bayes_klrl.export.printed import k_text, printed
 from bayes_klrl.inference.exact.exact import Exact
 from bayes_klrl.inference.sampling.rejection import RejectionSampling
 from bayes_klrl.typing import Algorithm, FloatArray
@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 _TRUSTED_ESS = 100  # below it, intervals of importance sampling cover too rarely (theory.md 7.1)
+_USABLE_K = 0.7  # Vehtari et al. (2024)
 _MIXED_R_HAT = 1.01  # Vehtari et al. (2021)
 _FAR = 5  # standard errors that an estimate may lie below the reference before its row says so
 _UNSEEN = 0.05  # of the posterior, by another row, at rewards that no draw of this row reaches
@@ -226,7 +227,7 @@ def _cells(row: Any) -> list[str]:
         sign + _number(row["kl_posterior"]),
         count_text(row["tokens_per_effective_draw"]),
         _number(row["ess"], 0),
-        "no tail" if np.isneginf(row["pareto_k"]) else _number(row["pareto_k"], 2),
+        k_text(float(row["pareto_k"])),
         *(_number(row[name], 0) for name in ("distinct", "model_tokens", "training_tokens")),
         *(_number(row[name], 1) for name in ("seconds", "training_seconds")),
     ]
@@ -272,8 +273,9 @@ def _kl_posterior(
     """Return KL(answer || posterior), a mean over prompts, and whether it is a value, a bound or an approximation.
 
     Exact draws: 0. A guide: log Z - ELBO. Best-of-n: KL(. || prior) - E[r] / alpha + log Z, the first term estimated by order
-    statistics. Weighted draws, resampled: at most log Z - E[log Z-hat], about half the squared standard error (theory.md 6.7).
-    Quasi-rejection: at most log(Z / Z_B), estimated. Markov chains: unknown, see their R-hat.
+    statistics. Weighted draws, resampled: at most log Z - E[log Z-hat], about half the squared standard error (theory.md 6.7);
+    unknown where that is not to be trusted. Quasi-rejection: at most log(Z / Z_B), estimated. Markov chains: unknown, see
+    their R-hat.
     """
     if isinstance(algorithm, Exact | RejectionSampling):
         return "=", 0.0
@@ -281,6 +283,8 @@ def _kl_posterior(
         return "~", float(np.mean([draws.info["kl_bound"].mean() for draws in repeats]))
     weighted = not np.isnan(repeats[0].log_evidence).any()
     if weighted:
+        if min(float(draws.ess.min()) for draws in repeats) < _TRUSTED_ESS:
+            return "", np.nan  # the standard error that it is made of means nothing
         return "~", float(np.mean([(draws.log_evidence_se**2 / 2).mean() for draws in repeats]))
     if reference is None:
         return "", np.nan
@@ -331,6 +335,8 @@ def _note(repeats: Sequence[Draws], ess: float, alive: bool, reference: Referenc
     notes = []
     if not np.isnan(ess) and ess < _TRUSTED_ESS:
         notes.append(f"effective sample size {ess:.0f} < {_TRUSTED_ESS}: do not trust its error bars")
+    elif (k := float(np.max([draws.pareto_k.max() for draws in repeats]))) > _USABLE_K:
+        notes.append(f"Pareto k {k:.2f} > {_USABLE_K}: few draws decide, and its error bars are too short; draw more")
     first = repeats[0]
     r_hats = [np.max(values) for name, values in first.info.items() if name.startswith("r_hat_")]
     if r_hats and np.fmax.reduce(r_hats) > _MIXED_R_HAT:

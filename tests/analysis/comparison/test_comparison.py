@@ -332,3 +332,25 @@ def test_a_row_that_missed_a_mode_is_told_by_another() -> None:
             assert held is not None
             assert 87 <= int(held[1]) <= 93  # 90 %, from about 200 draws of the rare token
     assert min(told.values()) >= 2
+
+
+def test_what_a_small_sample_or_a_heavy_tail_cannot_know_is_not_printed() -> None:
+    """Below an ESS of 100 there is no KL; with a Pareto k above 0.7 the row says that few draws decide."""
+    coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=())
+    rng = np.random.default_rng(0)
+    worth = rng.exponential(size=2**16)  # so that weights have a Pareto tail
+
+    def wild(tokens: Any, lengths: Any) -> Any:
+        return 0.39 * worth[(tokens * 2 ** np.arange(tokens.shape[1])).sum(axis=1) % len(worth)]
+
+    heavy = bk.Posterior(coin, bk.TokenReward(wild, alpha=0.5), max_new_tokens=16)
+    table = bk.compare(
+        heavy, {"few": bk.ImportanceSampling(150), "many": bk.ImportanceSampling(20_000)}, seed=0
+    ).table()
+    few, many = table.loc["few"], table.loc["many"]
+    assert few["ess"] < 100 < many["ess"]
+    assert np.isnan(few["kl_posterior"])
+    assert many["kl_posterior"] > 0
+    assert many["pareto_k"] > 0.7
+    assert "few draws decide" in many["note"]
+    assert "few draws decide" not in few["note"]  # it has a warning of its own
