@@ -13,8 +13,11 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageColor
+from scipy.spatial import KDTree
 
+from bayes_klrl.export.plot_style import BLACK, COLOURS, GREY
 from bayes_klrl.gallery.finding import Finding
 from bayes_klrl.gallery.index import examples, title_of
 from bayes_klrl.whole_files import write_whole
@@ -22,6 +25,23 @@ from bayes_klrl.whole_files import write_whole
 ROOT = Path(__file__).parents[1]
 LARGEST = 40_000  # bytes of a picture
 WIDTHS = (640, 560, 480, 400, 320, 240)
+SHADES = {256: (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2, 0.12, 0.06), 64: (1.0, 0.7, 0.4, 0.15)}  # by number of colours
+
+
+def with_palette(image: Image.Image, colours: int) -> Image.Image:
+    """Return a picture with so many colours, among them those of all plots in several shades.
+
+    A palette that is made of the picture's pixels alone gives two thin lines one colour, since most pixels are in neither.
+    """
+    own = np.array([ImageColor.getrgb(colour) for colour in (*COLOURS, BLACK, GREY)])
+    fixed = [255 + shade * (own - 255) for shade in SHADES[colours]]
+    room = colours - len(SHADES[colours]) * len(own) - 1
+    others = np.array(image.quantize(room).getpalette()).reshape(-1, 3)[:room]
+    palette = np.concatenate([[[255, 255, 255]], *fixed, others]).round().astype(np.uint8)
+    nearest = KDTree(palette).query(np.asarray(image))[1]  # Pillow's own search is not exact: its white is not white
+    small = Image.fromarray(nearest.astype(np.uint8), "P")
+    small.putpalette(palette.ravel().tolist())
+    return small
 
 
 def thumbnail(picture: Path) -> bytes:
@@ -30,10 +50,10 @@ def thumbnail(picture: Path) -> bytes:
         flat = Image.new("RGB", image.size, "white")
         flat.paste(image, mask=image.getchannel("A") if image.mode == "RGBA" else None)
     for width in WIDTHS:
-        for colours in (256, 64):
+        for colours in SHADES:
             small = flat.resize((width, round(flat.height * width / flat.width)), Image.Resampling.LANCZOS)
             content = BytesIO()
-            small.quantize(colours).save(content, format="PNG", optimize=True)
+            with_palette(small, colours).save(content, format="PNG", optimize=True)
             if content.tell() <= LARGEST:
                 return content.getvalue()
     raise SystemExit(f"{picture} cannot be made smaller than {LARGEST} bytes. Draw it with fewer colours.")

@@ -1,4 +1,4 @@
-"""An example at a glance: the job, what people do today, what inference adds, and whether it helped, as measured.
+"""An example at a glance: the job, what people do today, what inference adds, whether it helped, and on what it was measured.
 
 Each example declares its row in a constant, `GLANCE = Glance(...)`, which is read without importing the example. The words are
 the author's, and the numbers those of a run: `measured` has places such as {SMC, right:.0%}, which are filled from the numbers
@@ -43,11 +43,14 @@ class Glance:
     claims
         What the verdict rests on: pairs (a, b) for a > b, or triples (a, b, se) for a - b > 2 se. See `Claim`.
     picture
-        What the example's picture shows.
+        What the example's picture shows: its caption.
+    setting
+        The model and the data with their sizes, and the words that only this example uses.
 
     Examples
     --------
-    >>> glance = Glance("add", "guess", "count", "yes", "{count, right:.0%} are right.", (("count, right", 0.5),), "A line.")
+    >>> measured, claims = "{count, right:.0%} are right.", (("count, right", 0.5),)
+    >>> glance = Glance("add", "guess", "count", "yes", measured, claims, "Right sums.", "Two fingers, four sums.")
     >>> glance.helped({"count, right": 0.75})
     'Yes. 75% are right.'
     >>> glance.helped({"count, right": 0.25})
@@ -63,6 +66,7 @@ class Glance:
     measured: str
     claims: tuple[Claim, ...]
     picture: str
+    setting: str
 
     def stands(self, numbers: Mapping[str, float]) -> bool:
         """Return whether all claims hold of the numbers of a run."""

@@ -27,7 +27,13 @@ _ABOUT = (
     "later prompts. A certificate says how far a policy is from the posterior: bounds on the KL divergence in nats, which "
     "hold with a stated probability.",
     "Each example does one job as people do it today and by inference, and says where inference was better and where it was "
-    "not. Its report has the whole comparison. All numbers come from the runs on this page; ± is one standard error.",
+    "not. Its report has the whole comparison. All numbers come from the runs on this page, one run of each example; ± is one "
+    "standard error.",
+    "Words in all examples: draws that are weighted count for fewer, the effective draws, and their number is the "
+    "effective sample size (ESS). Prior IS is importance sampling from the prior: its draws, weighted by the "
+    "likelihood. Best of n is the best-rewarded of n draws. A plug-in policy takes an estimate of the reward for the "
+    "true one. A distillation is a small model, fitted to draws of a large one, for which the posterior is exact. The "
+    "words of one example are explained with it.",
 )
 _STYLE = """
 .glance { width: 100%; table-layout: fixed; }
@@ -103,6 +109,7 @@ def _article(row: Row, found: Mapping[str, Any], out: Path) -> str:
     title = title_of(examples()[row.name]).rstrip(".")
     return (
         f'<article id="{row.name}"><h3>{escape(title)}</h3>'
+        f"<p><strong>Setting.</strong> {escape(row.glance.setting)}</p>"
         f"<p><strong>Where inference is better.</strong> {escape(str(found['better']))}</p>"
         f"<p><strong>Where it is not.</strong> {escape(str(found['worse']))}</p>"
         f"{picture_of_file(out / row.name / str(found['picture']), row.glance.picture)}"

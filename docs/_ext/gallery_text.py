@@ -4,6 +4,7 @@ from html import unescape
 from typing import Any
 
 from bayes_klrl.gallery import index
+from bayes_klrl.gallery.glance import glance_of
 from bayes_klrl.gallery.page import HEADS
 
 ROOMS = index.ROOMS
@@ -23,7 +24,10 @@ def at_a_glance(findings: dict[str, dict[str, Any]]) -> str:
 
 
 def markdown(findings: dict[str, dict[str, Any]], room: str) -> str:
-    """Return a grid of cards (sphinx-design) for the examples of a room; without one, a sentence that says so."""
+    """Return a grid of cards (sphinx-design) for the examples of a room; without one, a sentence that says so.
+
+    A card has the caption of its picture, and the model and the data, as the example declares them.
+    """
     cards = [_card(name, found) for name, found in sorted(findings.items()) if found["room"] == room]
     if not cards:
         return (
@@ -33,6 +37,9 @@ def markdown(findings: dict[str, dict[str, Any]], room: str) -> str:
 
 
 def _card(name: str, found: dict[str, Any]) -> str:
+    file = index.examples().get(name)
+    glance = None if file is None else glance_of(file)
+    declared = () if glance is None else (("In the picture", glance.picture), ("Setting", glance.setting))
     return "\n".join(
         [
             f":::{{grid-item-card}} {found['title'].rstrip('.')}",
@@ -40,6 +47,7 @@ def _card(name: str, found: dict[str, Any]) -> str:
             f":img-alt: {found['title']}",
             "",
             f"(gallery-{name})=",
+            *(line for head, words in declared for line in (f"**{head}.** {_plain(words)}", "")),
             f"**Where inference is better.** {_plain(found['better'])}",
             "",
             f"**Where it is not.** {_plain(found['worse'])}",

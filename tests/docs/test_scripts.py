@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bayes_klrl.gallery.glance import glance_of
+from bayes_klrl.gallery.index import examples
 from bayes_klrl.gallery.page import write_index
 from tests.docs import DOCS, ROOT, script
 
@@ -91,6 +93,25 @@ def test_findings_are_collected_with_small_pictures(tmp_path: Path) -> None:
     assert len(picture) <= 40_000
 
 
+def test_small_pictures_keep_the_colours_of_plots_apart(tmp_path: Path) -> None:
+    """Each of eight lines beside a picture of many colours keeps its own: a pixel is less than 12 of 255 levels away."""
+    from PIL import Image, ImageColor
+
+    from bayes_klrl.export.plot_style import COLOURS
+
+    wanted = np.array([ImageColor.getrgb(colour) for colour in COLOURS])
+    image = np.full((800, 1200, 3), 255, dtype=np.uint8)
+    rows, columns = np.mgrid[:800, :600] % 256
+    image[:, :600] = np.stack([columns, rows, columns], axis=-1)
+    for row, colour in enumerate(wanted):
+        image[80 * row + 40 : 80 * row + 46, 700:] = colour
+    Image.fromarray(image).save(tmp_path / "lines.png")
+    (tmp_path / "small.png").write_bytes(script("collect_gallery").thumbnail(tmp_path / "lines.png"))
+    with Image.open(tmp_path / "small.png") as small:
+        pixels = np.asarray(small.convert("RGB")).reshape(-1, 3).astype(int)
+    assert max(np.abs(pixels - colour).max(axis=1).min() for colour in wanted) < 12
+
+
 def faults(site: Path) -> list[str]:
     """What is wrong with the collected files of a site."""
     file = site / "findings.json"
@@ -126,6 +147,11 @@ def test_a_card_shows_what_was_found() -> None:
     assert "{download}`source <../bayes_klrl/gallery/language/x.py>`" in text
     assert "61 s" in text
     assert "No example" in GALLERY.markdown({"x": found}, "decisions")
+    assert "Setting" not in text  # it is no example, so that nothing is declared
+    declared = glance_of(examples()["soft_values"])
+    card = GALLERY.markdown({"soft_values": found}, "language")
+    assert f"**In the picture.** {declared.picture}" in card
+    assert f"**Setting.** {declared.setting}" in card
 
 
 def plain(text: str) -> list[str]:

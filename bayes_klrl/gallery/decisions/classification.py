@@ -37,8 +37,8 @@ GLANCE = Glance(
     verdict="partly",
     measured="The posterior is right on {posterior: accuracy:.0%}, the majority on {majority vote: accuracy:.0%}, the "
     "votes alone on {votes alone: accuracy:.0%}. Tuning on few labels gains "
-    "{log loss, prior minus KL-regularised fit (nats):.2f} ± {standard error of prior minus KL-regularised fit (nats):.2f} "
-    "nats over the prior.",
+    "{log loss, prior minus KL-regularised fit (nats):.2f} ± "
+    "{standard error of prior minus KL-regularised fit (nats):.2f} nats of log loss over the prior (below 0: a loss).",
     claims=(
         ("posterior: accuracy", "majority vote: accuracy"),
         (
@@ -47,7 +47,11 @@ GLANCE = Glance(
             "standard error of votes alone minus posterior (nats)",
         ),
     ),
-    picture="Log loss of each answer on unseen passages, with standard errors. Those in grey have not seen the votes.",
+    picture="Log loss of each answer on unseen passages, with standard errors; less is better. Those in grey have not "
+    "seen the votes on these passages. ECE is the expected calibration error.",
+    setting="Model: a log-linear classifier of 12,294 weights, trained on 9,203 passages of six novels. Data: 240 "
+    "passages of other chapters with three simulated votes each, and 48 passages with votes to tune on. Log loss is "
+    "-log of the probability that the true label gets, in nats.",
 )
 
 K = len(NOVELS)

@@ -37,11 +37,14 @@ GLANCE = Glance(
     today="Stop at a KL budget",
     adds="An uncertain reward: a conservative target, and alarms",
     verdict="partly",
-    measured="Gold reward over the prior's: {features can express gold, conservative at the end: gold gain:+.2f} by the "
-    "conservative target, {features can express gold, best KL of the others: gold gain:+.2f} by the best budget, "
-    "{features can express gold, share: gold gain:+.2f} by an alarm, {features can express gold, no alarm: gold gain:+.2f} "
-    "without any. Where the features fail, {features cannot, conservative at the end: gold gain:+.2f} against "
-    "{features cannot, best KL of the others: gold gain:+.2f}.",
+    measured="Gain in gold, the true reward: conservative target "
+    "{features can express gold, conservative at the end: gold gain:+.2f}, best KL budget "
+    "{features can express gold, best KL of the others: gold gain:+.2f}, alarms from "
+    "{features can express gold, certificate: gold gain:+.2f} (the certificate) to "
+    "{features can express gold, ESS: gold gain:+.2f}, no stop {features can express gold, no alarm: gold gain:+.2f}. "
+    "Where the features cannot express gold: conservative {features cannot, conservative at the end: gold gain:+.2f}, "
+    "budget {features cannot, best KL of the others: gold gain:+.2f}, alarms "
+    "{features cannot, certificate: gold gain:+.2f} to {features cannot, information: gold gain:+.2f}.",
     claims=(
         (
             "features can express gold, conservative minus best KL of the others: gold gain",
@@ -49,8 +52,22 @@ GLANCE = Glance(
             "features can express gold, conservative minus best KL of the others: its se",
         ),
         ("features cannot, best KL of the others: gold gain", "features cannot, conservative at the end: gold gain"),
+        ("features can express gold, share: gold gain", "features can express gold, certificate: gold gain"),
+        ("features can express gold, ESS: gold gain", "features can express gold, share: gold gain"),
+        ("features cannot, turn-over: gold gain", "features cannot, certificate: gold gain"),
+        ("features cannot, information: gold gain", "features cannot, share: gold gain"),
     ),
-    picture="Gold reward where each alarm stops, with two standard errors, and how often that is in time.",
+    picture="Gain in gold reward over the prior where each rule stops, with two standard errors, and how often that is "
+    "before gold falls. Blue rules read gold: the peak stops where gold is largest; the KL budget is the best one of "
+    "all other data sets. Orange alarms read the learned reward only. Certificate: its policy is more than 0.69 nats "
+    "from the posterior under an uncertain reward. Share: more than half of the reward's variance is doubt about the "
+    "reward. Information: its draws disagree by more than 0.69 nats. Turn-over: going on loses reward with probability "
+    "above 0.1. ESS: below 100.",
+    setting="No network: texts of at most 8 words from a vocabulary of 3 are enumerated. The reward is linear in "
+    "features of a text, and learned from 30 preferences; 40 data sets of each kind. Gold is the true reward, in its "
+    "own units; targets and alarms do not read it. The plug-in policy takes the mean of the learned reward for true. "
+    "The conservative target takes the mean less the standard deviation. b is 1 / alpha: the larger, the further from "
+    "the prior.",
 )
 
 BITS = float(np.log(2))
@@ -132,7 +149,7 @@ def main(out: Path, *, seed: int = 0, num_sets: int = 40, num_pairs: int = 30) -
     pictures = {
         f"Gold reward along the frontier, mean of {num_sets} data sets, and what the proxy promises.": out
         / "frontier.png",
-        "Gold gain where each alarm stops the plug-in policy, and how often that is in time.": out / "alarms.png",
+        GLANCE.picture: out / "alarms.png",
     }
     results = certified(problem, fits["can express gold"], seed)
     title = "Reward hacking: what warns before the gold reward is looked at"
@@ -210,12 +227,12 @@ def finding(
         better=f"Gold reward over the prior's at b = {GRID[-1]:g}, where the features can express it: the conservative "
         f"target {gold_of(known, 'conservative at the end')} without any alarm, the plug-in policy "
         f"{gold_of(known, 'plug-in at the end')}, and {gold_of(known, BUDGET)} stopped at the KL budget that is best on the "
-        f"other data sets' gold. The alarm by the variance's share sees no gold: {rich.better_than('share', BUDGET)} "
-        "compared with that budget.",
+        f"other data sets' gold. The alarm by the share of variance that is doubt reads no gold, and has "
+        f"{rich.better_than('share', BUDGET)} compared with that budget.",
         worse="Gold reward where each alarm stops, less that of the budget: "
-        f"{', '.join(stopped(rich, name) for name in LIMITS)}. Where the features cannot express the gold reward, no draw "
-        f"of the reward knows what is wrong: from {stopped(poor, worst)} to {stopped(poor, best)}, and the conservative "
-        f"target ends at {gold_of(unknown, 'conservative at the end')}.",
+        f"{', '.join(stopped(rich, name) for name in LIMITS)}. Where the features cannot express gold, no draw of the reward "
+        f"knows what is wrong: from {stopped(poor, worst)} to {stopped(poor, best)}. The conservative target ends at "
+        f"{gold_of(unknown, 'conservative at the end')}, the budget at {gold_of(unknown, BUDGET)}.",
         numbers=numbers,
     )
 

@@ -34,7 +34,10 @@ GLANCE = Glance(
         ("soft SARSA, KL to the posterior (nats)", "DQN, KL to the posterior (nats)"),
         ("soft Q-learning, KL to the posterior (nats)", "DQN, KL to the posterior (nats)"),
     ),
-    picture="KL of each learner's policy to the posterior, against the walks that it has seen.",
+    picture="KL of each learner's policy to the posterior, against the walks that it has seen; both axes are logarithmic.",
+    setting="Model: the grid itself, 5 x 5 squares and walks of 12 steps; the DQN (deep Q-network) has 5,380 "
+    "parameters. Data: 4,000 walks for each learner. Messages are exact sums from the last step back to the first. A "
+    "twist is an estimate of what the rest of a walk will be worth.",
 )
 
 SIDE, STEPS, ALPHA = 5, 12, 0.15

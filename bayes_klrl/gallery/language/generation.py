@@ -33,14 +33,19 @@ GLANCE = Glance(
     today="Draw and filter",
     adds="SMC whose twist comes from a small exact model",
     verdict="partly",
-    measured="Without the letter e, 1,000 tokens make {no letter e, SMC, twisted, the same with training:.2f} effective draws "
-    "by SMC and {no letter e, prior IS, the same with training:.2f} by filtering. Of the product of two rewards SMC's "
-    "effective sample size is {cheerful * eight, SMC, effective sample size:.0f}: too few.",
+    measured="Without the letter e, 1,000 tokens make {no letter e, SMC, twisted, the same with training:.2f} "
+    "effective draws by SMC with a twist and {no letter e, prior IS, the same with training:.2f} by filtering. Of the "
+    "product of two rewards SMC's effective sample size is {cheerful * eight, SMC, effective sample size:.0f}: too few.",
     claims=(
         ("no letter e, SMC, twisted, the same with training", "no letter e, prior IS, the same with training"),
         (100.0, "cheerful * eight, SMC, effective sample size"),
     ),
-    picture="Completions of one prompt: by the prior, and by the posterior of each reward.",
+    picture="Completions of one prompt: by the prior, and by the posterior of each reward, with the method that has the most "
+    "effective draws.",
+    setting="Model: the shipped transformer of Jane Austen's novels, 2.1 million parameters; the style classifier has "
+    "32,769 weights. Data: one prompt, completions of at most 24 tokens. A twist estimates what a prefix will be "
+    "worth, and steers SMC; here it comes from an n-gram model that was fitted to draws of the prior (distilled). "
+    "Effective draws are what weighted draws are worth.",
 )
 
 PROMPT, NUM_TOKENS = "It was a fine morning", 24

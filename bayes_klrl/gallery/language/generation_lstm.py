@@ -32,14 +32,20 @@ GLANCE = Glance(
     today="Draw, and weight by the reward",
     adds="The exact answer of an n-gram model as SMC's twist",
     verdict="partly",
-    measured="SMC's particles are worth {ESS, SMC, n-gram twist:.0f} draws with the twist, {ESS, SMC:.0f} without; the "
-    "prior's draws, of which there are more, {ESS, prior IS:.0f}. The exact answer itself is "
-    "{KL of the n-gram's posterior to the LSTM's (nats):.1f} nats off.",
+    measured="500 particles of SMC are worth {ESS, SMC, n-gram twist:.0f} draws of the posterior with the twist, "
+    "{ESS, SMC:.0f} without; 2,000 weighted draws of the prior are worth {ESS, prior IS:.0f}. The exact answer is that "
+    "of the n-gram, {KL of the n-gram's posterior to the LSTM's (nats):.1f} nats from the LSTM's posterior.",
     claims=(
         ("ESS, SMC, n-gram twist", "ESS, SMC"),
         ("KL of the n-gram's posterior to the LSTM's (nats)", 1.0),
     ),
-    picture="Edit distance of the completions to the target, by method.",
+    picture="Edit distance of the completions to the target, by method: how many characters have to be changed. "
+    "Posterior: by SMC with the twist. The n-gram's posterior is the exact answer for the distillation; SVI is the "
+    "policy that was tuned.",
+    setting="Model: an LSTM of 340,260 parameters over 36 characters, trained on 28,495 sentences of Jane Austen. "
+    "Data: one prompt and one target of 8 characters. Its distillation is an n-gram model of three characters, fitted "
+    "to 8,000 of its draws, for which the posterior is exact. A twist is an estimate of what a prefix will be worth, "
+    "which steers SMC.",
 )
 
 PROMPT, TARGET, ALPHA = "i am ", "so glad.", 0.6
@@ -183,10 +189,10 @@ def main(
         f"{ess['SMC, n-gram twist']:.0f} (plain SMC: {ess['SMC']:.0f}), and find log Z = {log_evidence:.2f} ± {error:.2f}; "
         f"{num_draws:,} draws of the prior find {plain.log_evidence[0]:.2f} ± {plain.log_evidence_se[0]:.2f}, an error bar "
         "that knows nothing of completions that were not drawn.",
-        worse=f"The n-gram took {num_texts:,} draws of the prior, which are in no row. The exact answer is the n-gram's "
-        f"(log Z {exact.log_evidence:.2f}): its posterior is {to_posterior:.2f} nats from the LSTM's, and {num_draws:,} of "
-        f"its draws are worth {ess['n-gram, then IS']:.0f}. SVI with {num_steps} steps is {distance} nats from the "
-        "posterior.",
+        worse=f"To fit the n-gram took {num_texts:,} draws of the prior, which the numbers of SMC do not count. The "
+        f"exact answer is the n-gram's (log Z {exact.log_evidence:.2f}): its posterior is {to_posterior:.2f} nats from "
+        f"the LSTM's, and {num_draws:,} of its draws, weighted, are worth {ess['n-gram, then IS']:.0f}. The policy "
+        f"that SVI tuned in {num_steps} steps is {distance} nats from the posterior.",
         numbers={
             "log evidence of the n-gram distillation, exact (nats)": exact.log_evidence,
             "log evidence of the LSTM, SMC with the n-gram twist (nats)": log_evidence,

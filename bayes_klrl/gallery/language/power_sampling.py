@@ -21,7 +21,7 @@ import numpy as np
 
 import bayes_klrl as bk
 from bayes_klrl.arrays import no_gradient, to_host
-from bayes_klrl.export.plot_style import COLOURS, drawing
+from bayes_klrl.export.plot_style import COLOURS, GREY, drawing
 from bayes_klrl.gallery.finding import Finding
 from bayes_klrl.gallery.glance import Glance
 from bayes_klrl.gallery.means import mean_and_se
@@ -33,16 +33,26 @@ GLANCE = Glance(
     today="A low temperature, majority votes, the likeliest of several",
     adds="SMC for the power of whole completions",
     verdict="yes",
-    measured="{SMC, p0^4, right:.0%} of the sums are right, {likeliest of local temperature's, right:.0%} by the likeliest "
-    "of as many answers at temperature 1/4, {greedy, right:.0%} by greedy decoding. In part because answers end in time: "
-    "{SMC, answers cut:.0%} of SMC's are cut, {local temperature, answers cut:.0%} at temperature 1/4.",
+    measured="{SMC, p0^4, right:.0%} of the sums are right by SMC with {answers per sum:.0f} particles, "
+    "{likeliest of local temperature's, right:.0%} by the likeliest of {answers per sum:.0f} answers at temperature "
+    "1/4, {likeliest at SMC's tokens, right:.0%} by that of {answers for SMC's tokens:.0f} (as many tokens as SMC "
+    "takes), {greedy, right:.0%} by greedy decoding. One reason: {SMC, answers cut:.0%} of SMC's answers are cut, "
+    "{local temperature, answers cut:.0%} at temperature 1/4.",
     claims=(
         ("SMC, p0^4, right", "likeliest of local temperature's, right"),
+        ("SMC, p0^4, right", "likeliest at SMC's tokens, right"),
         ("SMC, p0^4, right", "greedy, right"),
         ("SMC, p0^4, right", "majority of the prior's, right"),
         ("local temperature, answers cut", "SMC, answers cut"),
     ),
-    picture="Right answers by method, and how far decoding at a low temperature is from p0^4.",
+    picture="Left: right answers by method, with standard errors. Right: how far temperature 1/4 is from p0^4 on each "
+    "question, estimated as log Z by SMC minus the ELBO; lines are the ELBO's standard errors. A KL cannot be below 0: "
+    "a bar that is shows the error of its estimate.",
+    setting="Model: SmolLM2-135M-Instruct, 135 million parameters. Data: 40 sums of two numbers from 2 to 9; of each "
+    "question 8 answers of at most 10 tokens. p0^4 is the model's probability of a whole answer to the fourth power, "
+    "normalised. Local temperature means each next-token distribution to the fourth power: decoding at temperature "
+    "1/4. The likeliest answer is the one of largest p0; at SMC's tokens it is of more answers, as many as take the "
+    "tokens of SMC.",
 )
 
 EXPONENT, TOKENS = 4.0, 10
@@ -107,13 +117,20 @@ def right(texts: Sequence[Sequence[str]], pairs: Sequence[Sum]) -> FloatArray:
     return np.array([[float(answer_in(text) == str(a + b)) for text in row] for row, (a, b) in rows])
 
 
-def accuracies(comparison: bk.Comparison, best: Sequence[str], pairs: Sequence[Sum]) -> dict[str, FloatArray]:
-    """Return the probability of the right answer by method, (P,) each; `best` are the texts of greedy decoding."""
+def accuracies(
+    comparison: bk.Comparison, matched: bk.Draws, best: Sequence[str], pairs: Sequence[Sum]
+) -> dict[str, FloatArray]:
+    """Return the probability of the right answer by method, (P,) each.
+
+    `matched` are answers by local temperature for the tokens that SMC takes, and `best` the texts of greedy decoding.
+    """
     prior, local, smc = (comparison[name] for name in ("prior IS", "local temperature", "SMC"))
     texts = prior.texts()
     votes = [Counter(filter(None, map(answer_in, row))).most_common(1) or [("", 0)] for row in texts]
-    likeliest = [[row[n]] for row, n in zip(texts, prior.log_prior.argmax(axis=1), strict=True)]
-    coldest = [[row[n]] for row, n in zip(local.texts(), local.log_prior.argmax(axis=1), strict=True)]
+    likeliest, coldest, more = (
+        [[row[n]] for row, n in zip(draws.texts(), draws.log_prior.argmax(axis=1), strict=True)]
+        for draws in (prior, local, matched)
+    )
     return {
         "prior": right(texts, pairs).mean(axis=1),
         "majority of the prior's": right([[vote[0][0]] for vote in votes], pairs)[:, 0],
@@ -121,6 +138,7 @@ def accuracies(comparison: bk.Comparison, best: Sequence[str], pairs: Sequence[S
         "greedy": right([[text] for text in best], pairs)[:, 0],
         "local temperature": right(local.texts(), pairs).mean(axis=1),
         "likeliest of local temperature's": right(coldest, pairs)[:, 0],
+        "likeliest at SMC's tokens": right(more, pairs)[:, 0],
         OURS: (smc.weights * right(smc.texts(), pairs)).sum(axis=1),
     }
 
@@ -136,6 +154,7 @@ def sentences(
     bounds: tuple[float, float],
     cut: dict[str, float],
     ended: float,
+    tokens: dict[str, float],
 ) -> tuple[str, str]:
     """Return where SMC beat what people do, and where it did not: paired differences of more than two standard errors."""
     ahead: list[str] = []
@@ -148,16 +167,18 @@ def sentences(
     better = (
         f"SMC for p0^{EXPONENT:g} is right on {100 * mean:.0f} ± {100 * error:.0f} % of the sums; in percentage points, more "
         f"than {', '.join(ahead) or 'no other method'}."
+        f"{'' if rest else ' It is ahead of all by two standard errors.'}"
     )
     low, high = max(0.0, bounds[0]), bounds[1]
     span = f"between {low:.2f} and {high:.2f}" if np.isfinite(high) else f"at least {low:.2f}"
-    shares = ", ".join(f"{100 * share:.0f} % of {name}'s answers" for name, share in cut.items())
+    shares = " and ".join(f"{100 * share:.0f} % of {name}'s answers" for name, share in cut.items())
+    behind = f"It is not ahead of {', '.join(rest)} by two standard errors. " if rest else ""
     worse = (
-        f"Part of it is that p0^{EXPONENT:g} prefers what ends early: cut at {TOKENS} tokens are {shares}; of local "
-        f"temperature's that end {100 * ended:.0f} % are right. Not ahead by two standard errors: "
-        f"{', '.join(rest) or 'none'}. Temperature 1/{EXPONENT:g} is {gap[0]:.1f} ± {gap[1]:.1f} nats from p0^{EXPONENT:g} "
-        f"by estimate, and after two worked sums {span} nats from p0^{EXPONENT:g} "
-        f"(certified){', so that SMC has little to correct' if high < 0.5 else ''}."
+        f"{behind}Part of it is that p0^{EXPONENT:g} prefers what ends early: {shares} are cut at {TOKENS} tokens. Of the "
+        f"answers by local temperature that end, {100 * ended:.0f} % are right. SMC takes {tokens['SMC']:.0f} tokens a sum "
+        f"with its pilot draws, local temperature {tokens['local temperature']:.0f}. Temperature 1/{EXPONENT:g} is "
+        f"{gap[0]:.1f} ± {gap[1]:.1f} nats from p0^{EXPONENT:g} by estimate. After two worked sums it is {span} nats from "
+        f"p0^{EXPONENT:g} (certified){': there SMC has little to correct' if high < 0.5 else ''}."
     )
     return better, worse
 
@@ -184,25 +205,30 @@ def main(
     }
     comparison = bk.compare(posterior, rows, seed=seed)
     local = comparison["local temperature"]
-    scores = accuracies(comparison, lm.decode(greedy(posterior)), pairs)
-    gaps = comparison["SMC"].log_evidence - (local.log_prior + local.log_likelihood - local.log_proposal).mean(axis=1)
+    costs = {name: draws[0].cost for name, draws in comparison.draws.items()}
+    tokens = {name: (cost.model_tokens + cost.training_tokens) / len(pairs) for name, cost in costs.items()}
+    as_many = max(1, round(num_draws * tokens["SMC"] / tokens["local temperature"]))
+    matched = PolicyDraws(cold, as_many).run(posterior, seed=seed + 1)
+    scores = accuracies(comparison, matched, lm.decode(greedy(posterior)), pairs)
+    log_ratio = local.log_prior + local.log_likelihood - local.log_proposal
+    gaps = comparison["SMC"].log_evidence - log_ratio.mean(axis=1)
     few = shown(lm, pairs[:certified])
     certificate = bk.certify(
         few, colder(few.prior), seed=seed, num_draws=64, num_particles=4, num_runs=num_runs, max_proposals=max_proposals
     )
     out.mkdir(parents=True, exist_ok=True)
-    draw(scores, gaps, out / "accuracy.png")
+    draw(scores, gaps, log_ratio.std(axis=1, ddof=1) / np.sqrt(num_draws), out / "accuracy.png")
     low, high = (float(end) for end in certificate.pooled.reverse_kl)
     cut = {name: cut_off(draws[0]) for name, draws in comparison.draws.items() if name != "prior IS"}
     ended = float(right(local.texts(), pairs)[local.finished].mean()) if local.finished.any() else 0.0
-    better, worse = sentences(scores, mean_and_se(gaps), (low, high), cut, ended)
+    better, worse = sentences(scores, mean_and_se(gaps), (low, high), cut, ended, tokens)
     page = bk.report(
         [comparison, certificate],
         out / "report.html",
         title="Power sampling: the prior to the fourth power, on small sums",
         pictures={
-            "Right answers by method, and how far local temperature is from p0^4. The certificate below is of other prompts, "
-            "the question after two worked sums.": out / "accuracy.png"
+            f"{GLANCE.picture} The certificate below is of other prompts, the question after two worked sums.": out
+            / "accuracy.png"
         },
         seed=seed,
         posterior=posterior,
@@ -212,11 +238,15 @@ def main(
     numbers |= {"sums": float(num_problems), "local temperature, KL to p0^4 (nats)": float(gaps.mean())}
     numbers |= {"after two worked sums, KL low (nats)": low, "after two worked sums, KL high (nats)": high}
     numbers |= {f"{name}, answers cut": share for name, share in cut.items()} | {"local, right if it ended": ended}
+    numbers |= {f"{name}, tokens per sum": each for name, each in tokens.items()} | {
+        "answers per sum": float(num_draws)
+    }
+    numbers["answers for SMC's tokens"] = float(as_many)
     return Finding(page, out / "accuracy.png", better, worse, numbers)
 
 
-def draw(scores: dict[str, FloatArray], gaps: FloatArray, file: Path) -> None:
-    """Draw the right answers by method, and each question's distance of local temperature to the power posterior."""
+def draw(scores: dict[str, FloatArray], gaps: FloatArray, errors: FloatArray, file: Path) -> None:
+    """Draw the right answers by method, and how far local temperature is from the power posterior on each question."""
     with drawing(file, (8.4, 3.2)) as figure:
         left, other = figure.subplots(1, 2, width_ratios=(3, 2))
         for row, (name, values) in enumerate(reversed(scores.items())):
@@ -224,8 +254,10 @@ def draw(scores: dict[str, FloatArray], gaps: FloatArray, file: Path) -> None:
             left.barh(row, mean, xerr=error, color=COLOURS[0] if name == OURS else COLOURS[5])
         left.set(yticks=range(len(scores)), yticklabels=[*reversed(scores)], xlim=(0, 1))
         left.set(xlabel="probability of the right answer")
-        other.bar(range(len(gaps)), np.sort(gaps), color=COLOURS[1])
-        other.set(xlabel="questions, in order", ylabel="KL(local temperature || p0^4), nats")
+        order = np.argsort(gaps)
+        other.bar(range(len(gaps)), gaps[order], yerr=errors[order], color=COLOURS[1], ecolor=GREY)
+        other.axhline(0, color=GREY, linewidth=0.8)
+        other.set(xlabel="questions, in order", ylabel="KL to p0^4, estimate (nats)")
 
 
 if __name__ == "__main__":

@@ -35,19 +35,23 @@ GLANCE = Glance(
     today="RL on exact match, without a KL",
     adds="The KL as regularisation",
     verdict="no",
-    measured="On new questions no tuning helps, and the KL only limits the damage: the calibration error is "
-    "{SVI, alpha 0.5, calibration_error:.2f} against {reward alone, calibration_error:.2f} without the KL, and "
-    "{prior, calibration_error:.2f} before any tuning. pass@1 is "
-    "{SVI, alpha 0.5, pass_1:.2f}, {reward alone, pass_1:.2f} and {prior, pass_1:.2f}; on new sums "
-    "{SVI, alpha 0.5, pass_1, sums never heard:.2f}, {reward alone, pass_1, sums never heard:.2f} and "
-    "{prior, pass_1, sums never heard:.2f}.",
+    measured="On new questions no tuning helps, and the KL only limits the damage. Before any tuning the calibration error is "
+    "{prior, calibration_error:.2f} and pass@1 (the probability of a right answer) {prior, pass_1:.2f}; with the KL "
+    "{SVI, alpha 0.5, calibration_error:.2f} and {SVI, alpha 0.5, pass_1:.2f}; without it "
+    "{reward alone, calibration_error:.2f} and {reward alone, pass_1:.2f}.",
     claims=(
         ("reward alone, calibration_error", "SVI, alpha 0.5, calibration_error"),
         ("SVI, alpha 0.5, calibration_error", "prior, calibration_error"),
         ("prior, pass_1", "SVI, alpha 0.5, pass_1"),
         ("prior, pass_1", "reward alone, pass_1"),
     ),
-    picture="How often drawn answers are right, by their own probability; calibrated answers lie on the diagonal.",
+    picture="Left: how often drawn answers are right, by their own probability, before and after tuning; calibrated "
+    "answers lie on the diagonal. Right: the share of drawn answers with each probability. Reward alone: tuned without "
+    "a KL.",
+    setting="Model: a transformer of 284,544 parameters, made to be often wrong. Data: 546 questions with one-word "
+    "answers to tune on, and 355 others: 249 sums of the calendar that were in no corpus, and 106 facts that the "
+    "model's corpus had. pass@k is the probability that one of k drawn answers is right. The calibration error is the "
+    "mean gap between an answer's probability and how often it is right.",
 )
 
 SHIPPED = Path(__file__).parents[1] / "shipped" / "questions"

@@ -41,18 +41,29 @@ GLANCE = Glance(
     job="Translate verses of 1611",
     today="Beam search, minimum Bayes risk (MBR)",
     adds="A policy tuned to chrF, without references at test",
-    verdict="yes",
-    measured="A little, for every way of decoding: chrF is {policy, beam search, chrF:.1f} against "
-    "{prior, beam search, chrF:.1f} by beam search, {policy, MBR of 32, chrF:.1f} against {prior, MBR of 32, chrF:.1f} by "
-    "MBR, and {policy, a draw, chrF:.1f} against {prior, a draw, chrF:.1f} for a single draw.",
+    verdict="partly",
+    measured="With beam search the policy gains {policy, beam search minus prior, beam search, chrF per verse:.1f} ± "
+    "{policy, beam search minus prior, beam search, se:.1f} points of chrF (the overlap of letters with the reference, "
+    "0 to 100) over the prior, with MBR {policy, MBR of 32 minus prior, MBR of 32, chrF per verse:.1f} ± "
+    "{policy, MBR of 32 minus prior, MBR of 32, se:.1f}. Single draws gain more, {policy, a draw, chrF:.1f} against "
+    "{prior, a draw, chrF:.1f}, but copying the old verse has {no translation, chrF:.1f}.",
     claims=(
-        ("policy, a draw, chrF", "prior, a draw, chrF"),
-        ("policy, greedy, chrF", "prior, greedy, chrF"),
-        ("policy, beam search, chrF", "prior, beam search, chrF"),
-        ("policy, MBR of 32, chrF", "prior, MBR of 32, chrF"),
+        ("policy, a draw minus prior, a draw, chrF per verse", 0.0, "policy, a draw minus prior, a draw, se"),
+        (
+            "policy, MBR of 32 minus prior, MBR of 32, chrF per verse",
+            0.0,
+            "policy, MBR of 32 minus prior, MBR of 32, se",
+        ),
+        ("no translation, chrF", "prior, a draw, chrF"),
+        (1.0, "policy, beam search minus prior, beam search, chrF per verse"),
     ),
-    picture="chrF of each method less that of the prior's greedy search, on held-out verses. Only the last two read the "
-    "reference.",
+    picture="chrF of each method less that of the prior's greedy search, on held-out verses, with two standard errors "
+    "to either side. No translation: the old verse is copied. Posterior of U: one of 32 draws, chosen at random by its "
+    "expected chrF against the other draws. Reference known: the choice among the prior's draws reads the reference, "
+    "which no translator has.",
+    setting="Model: an encoder-decoder of 2.1 million parameters, trained on 17,900 verses. Data: 192 verses with "
+    "references to tune the policy, 300 verses of other chapters to measure. chrF compares runs of 1 to 6 letters with "
+    "the reference, from 0 to 100. MBR (minimum Bayes risk) takes the draw of 32 that is most like the others.",
 )
 
 SHIPPED = Path(__file__).parents[1] / "shipped" / "verses"
@@ -217,10 +228,7 @@ def main(
         bk.certify(some, fit.guide, seed=seed, num_draws=size // 2, num_particles=size // 16, max_proposals=8 * size)
         for some in (shown, *([held_out.select(known)] if len(known) else []))
     ]
-    words = (
-        f"chrF per verse less that of the prior's greedy search, mean over {len(verses)} held-out verses with two standard "
-        "errors to either side. Only the last two methods read the reference."
-    )
+    words = f"{GLANCE.picture} Means over {len(verses)} verses."
     title = "Translation: a policy tuned to chrF, and minimum Bayes risk"
     page = bk.report(
         [comparison, *certificates, fit], out / "report.html", title=title, pictures={words: picture}, seed=seed
@@ -230,8 +238,8 @@ def main(
     per_verse = bk.ImportanceSampling(num_draws).run(few, seed=seed).model_tokens / few.num_prompts
     tuning = fit.training.training_tokens
     worse += (
-        f" Tuning took {tuning:,} tokens, each with a backward pass: as many as MBR of {num_draws} takes for "
-        f"{tuning / per_verse:,.0f} verses."
+        f" Tuning took {tuning:,} tokens, each with a backward pass; MBR of {num_draws} takes {per_verse:.0f} tokens a "
+        f"verse, so that it could translate {tuning / per_verse:,.0f} verses with as many."
     )
     numbers = {f"{method}, chrF": score.chrf for method, score in scores.items()}
     numbers |= {f"{method}, BLEU": score.bleu for method, score in scores.items()}
@@ -249,6 +257,8 @@ def told(scores: Scores, num_draws: int, num_verses: int) -> tuple[str, str, dic
     pairs = [(f"policy, {method}", f"prior, {method}") for method in ("a draw", "greedy", "beam search", mbr)]
     pairs += [("policy, greedy", f"prior, {mbr}"), ("policy, greedy", today), ("policy, a draw", f"prior, {mbr}")]
     unsaid = {(f"policy, {mbr}", today), (f"prior, {mbr}", today)}
+    copied = "no translation"
+    unsaid |= {(f"{who}, {method}", copied) for who in ("prior", "policy") for method in ("a draw", "beam search")}
     numbers: dict[str, float] = {}
     won: list[str] = []
     lost: list[str] = []
@@ -262,11 +272,18 @@ def told(scores: Scores, num_draws: int, num_verses: int) -> tuple[str, str, dic
         (who, method), (other, its) = first.split(", "), second.split(", ")
         against = "" if method == its else f" against the {other}'s {its}"
         found.append(f"{method if method == its else f'{who} {method}'} {mean:+.1f} ± {error:.1f}{against}")
+
+    def over_copying(method: str) -> str:
+        which = f"{method} minus {copied}"
+        return f"{numbers[f'{which}, chrF per verse']:+.1f} ± {numbers[f'{which}, se']:.1f}"
+
     return (
         f"In points of chrF per verse, over {num_verses} held-out verses, the tuned policy less the prior: "
         f"{', '.join(won) or 'nothing was clearly better'}.",
         f"In the same points: {', '.join(lost) or 'nothing was clearly worse'}. Within two standard errors: "
-        f"{', '.join(even) or 'nothing'}.",
+        f"{', '.join(even) or 'nothing'}. Against copying the old verse, a draw has {over_copying('prior, a draw')} by the "
+        f"prior and {over_copying('policy, a draw')} by the policy, beam search {over_copying('prior, beam search')} and "
+        f"{over_copying('policy, beam search')}.",
         numbers,
     )
 

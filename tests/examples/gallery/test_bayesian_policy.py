@@ -52,6 +52,16 @@ def test_posteriors_of_the_worlds_are_those_of_exact(example: dict[str, Any], wo
         np.testing.assert_allclose(worlds.log_posterior[w], log_posterior[0], atol=1e-10)
 
 
+def test_regret_counts_the_kl_to_the_prior(example: dict[str, Any], worlds: Any, weights: np.ndarray) -> None:
+    """KL(q || p*) = log Z - (E[r] - KL(q || p0)): regret and reward add up to more with the KL."""
+    for policy in example["POLICIES"].values():
+        log_q = policy(worlds, weights)
+        regret, _, reward = example["judged"](log_q, worlds, 3)
+        kl_prior = float(np.exp(log_q) @ (log_q - example["LOG_PRIOR"]))
+        log_evidence = float(np.log(np.exp(example["LOG_PRIOR"] + worlds.of_walks[3]).sum()))
+        assert regret + reward == pytest.approx(log_evidence + kl_prior, abs=1e-9)
+
+
 def test_the_mixture_is_the_average_of_enumerated_posteriors() -> None:
     """As a `MixtureLM`, as the cut posterior of an `EnsembleReward`, and by summation."""
     grid = Grid(side=2, steps=4)

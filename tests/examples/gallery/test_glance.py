@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ GLANCE = Glance(
     measured="{a: b, 0.5:.1f} and {1 nat:+.0%}.",
     claims=(("a: b, 0.5", "1 nat"), ("a: b, 0.5", 0.0, "se")),
     picture="p",
+    setting="s",
 )
 
 
@@ -29,6 +31,8 @@ def test_an_example_declares_its_row(name: str) -> None:
     glance = glance_of(examples()[name])
     assert glance.claims
     assert all((glance.job, glance.today, glance.adds, glance.measured, glance.picture))
+    assert glance.setting.startswith(("Model: ", "No network: "))
+    assert re.search(r"\d", glance.setting)  # how large the model and the data are
     assert max(len(words.split()) for words in (glance.job, glance.today, glance.adds)) <= 12
     assert len(glance.helped(dict.fromkeys(glance.names, 0.5)).split()) <= 55
 

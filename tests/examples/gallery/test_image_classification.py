@@ -168,11 +168,17 @@ def test_tuning_comes_nearer_to_the_posterior_of_unseen_images(
 
 @pytest.mark.slow
 def test_the_example_ends_in_a_report(example: dict[str, Any], tmp_path: Path) -> None:
-    finding = example["main"](tmp_path / "out", num_steps=3, num_certified=12)
+    finding = example["main"](tmp_path / "out", num_steps=3, num_certified=12, num_other_seeds=1)
     page = finding.report.read_text(encoding="utf-8")
     assert page.count("<figure>") == 5
     assert finding.picture.is_file()
     assert np.isfinite(list(finding.numbers.values())).all()
+    # by the prior's belief no policy costs less than the Bayes decision
+    expected = [
+        finding.numbers[f"{name}: cost that the prior expects"] for name in (example["BAYES"], example["TUNED"])
+    ]
+    assert expected[0] <= expected[1]
+    assert "of 1 other seeds" in finding.worse
     assert is_short(finding)
     assert (
         f"it saves {finding.numbers['Bayes decision saves against argmax of the prior (cost)']:.2f}" in finding.better

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from html import unescape
+from html import escape, unescape
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from bayes_klrl.cli import app
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.gallery.finding import Finding
+from bayes_klrl.gallery.glance import glance_of
 from bayes_klrl.gallery.index import examples, title_of
 from bayes_klrl.gallery.page import write_index
 
@@ -89,6 +90,7 @@ def test_the_page_says_what_each_found(tmp_path: Path) -> None:
     for name in names:
         assert f'href="{name}/report.html"' in page
         assert f"{name} &lt; all" in page
+        assert escape(glance_of(examples()[name]).setting) in page
     with pytest.raises(BayesKLRLError, match=r"finding.json.*Run the example again"):
         write_index(names, tmp_path / "elsewhere")
 
