@@ -157,7 +157,7 @@ def _cells(row: Any) -> list[str]:
     """Return one row's numbers as people read them."""
     low, high = row["kl_posterior_low"], row["kl_posterior_high"]
     return [
-        ("~ " if np.isnan(low) else "") + _number(row["kl_posterior"], 2),
+        ("~ " if np.isnan(low) and not np.isnan(row["kl_posterior"]) else "") + _number(row["kl_posterior"], 2),
         "-" if np.isnan(low) else _range(np.array([low, high])),
         _number(row["reward"], 3),
         _number(row["kl_prior"], 2),
