@@ -15,8 +15,9 @@ import time
 import numpy as np
 
 import bayes_klrl as bk
-from bayes_klrl.analysis.frontier.grid import default_grid, pool_cut
-from bayes_klrl.analysis.frontier.path import QUANTITIES, RewardPool, curves
+from bayes_klrl.analysis.frontier.curves import QUANTITIES
+from bayes_klrl.analysis.frontier.draws import default_grid, pool_cut
+from bayes_klrl.analysis.frontier.path import RewardPool, curves
 from bayes_klrl.problems import gold_posterior
 
 _CHUNK = 1_000_000  # draws at once

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bayes_klrl.analysis.frontier.best_of_n_curve import best_of_n_curve
-from bayes_klrl.analysis.frontier.draws import drawn_or_given, pool_of
+from bayes_klrl.analysis.frontier.curves import NORMAL_QUANTILE
+from bayes_klrl.analysis.frontier.draws import default_grid, drawn_or_given, pool_cut, pool_of, unseen_cut
 from bayes_klrl.analysis.frontier.extension import annealed_points
-from bayes_klrl.analysis.frontier.grid import default_grid, pool_cut, unseen_cut
 from bayes_klrl.analysis.frontier.implied_alpha import Gap, Implied, gap_at, implied, monotone_root
 from bayes_klrl.analysis.frontier.path import MIN_ESS, curves
 from bayes_klrl.analysis.frontier.path_points import PathPoints
@@ -26,7 +26,7 @@ from bayes_klrl.analysis.frontier.record import FrontierRecord, checked_alphas
 from bayes_klrl.analysis.frontier.table import frontier_html, frontier_table, frontier_text
 from bayes_klrl.checks import check_finite
 from bayes_klrl.draws import Draws
-from bayes_klrl.errors import BayesKLRLError
+from bayes_klrl.errors import BayesKLRLError, warn_caller
 from bayes_klrl.posterior import Posterior
 from bayes_klrl.runners.runner import Runner
 from bayes_klrl.runners.serial import chosen_runner
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Frontier", "frontier"]
 
+_STEP = 0.005  # of log alpha, half the width over which a slope is taken
 _FAR = 2.0**40  # times the own 1 / alpha: as good as infinitely cold
 
 
@@ -55,9 +56,10 @@ class Frontier(FrontierRecord):
     per_prompt
         The curves for each prompt, arrays (P, A).
     cut
-        The least alpha that the draws reach: ESS >= 100 for every prompt, so KL < log N - 4.6. Numbers below it are
-        extrapolation, unless an `extension` covers them. 0: no alpha is too cold for the rewards that were drawn, which have
-        few levels; inf: the draws reach none. It knows nothing of rewards that no draw has.
+        The least alpha that the draws reach: ESS >= 100 for every prompt. KL there is below log N - 4.6, often far below.
+        Numbers below it are extrapolation, of unknown error, unless an `extension` covers them: log Z and E[r] are then too
+        low as a rule, and so are `gap` and `implied_alpha`. 0: no alpha is too cold for the rewards that were drawn, which
+        have few levels; inf: the draws reach none. It knows nothing of rewards that no draw has.
     alpha
         The alpha of the posterior.
     best_of_n
@@ -70,7 +72,9 @@ class Frontier(FrontierRecord):
         such alpha, for the highest possible reward was drawn; inf: it is so at every alpha; NaN: no upper bound is declared,
         and the draws cannot tell.
     extension
-        Points from another source that continue the curves below `cut`; None if there are none.
+        Points from another source that continue the curves below `cut`; None if there are none. `join` says how they meet
+        the draws there. If they contradict these, or come from runs of fewer than 256 particles, none of their intervals is
+        `valid`; where E[r] or KL goes back as alpha falls, those are not. `notes`, which are printed, say so.
     cost
         Seconds and model tokens of the draws.
 
@@ -92,8 +96,9 @@ class Frontier(FrontierRecord):
 
         Give exactly one of the three; they are means over prompts. As alpha falls, KL and reward rise and ESS falls, so there
         is at most one answer. ESS is Kish's, of these very draws: what importance sampling with them reports at that alpha,
-        for prior draws N exp(2 log Z(b) - log Z(2b)). From few draws it is too high where it is low. The answer is that of the
-        rewards which were drawn; below `unseen_cut` others could change it.
+        for prior draws N exp(2 log Z(b) - log Z(2b)). From few draws it is too high where it is low. With several prompts it
+        is their mean, while `cut` asks for 100 of every prompt. The answer is that of the rewards which were drawn; below
+        `unseen_cut` others could change it. `alpha_interval` says how sure it is.
 
         Raises
         ------
@@ -108,7 +113,38 @@ class Frontier(FrontierRecord):
         b = self._solve(name, target)
         if b is None or not self._reaches(name, b):
             raise BayesKLRLError(self._unreachable(name, target, known=b is not None))
+        if b * self.cut > 1 and self.notes and not self.curves_at(np.array([b]))[0].valid[name][0]:
+            warn_caller(
+                f"alpha = {1 / b:.4g} is taken from an extension that is not reliable there. {' '.join(self.notes)}"
+            )
         return 1.0 / b
+
+    def alpha_interval(
+        self, *, kl: float | None = None, reward: float | None = None, ess: float | None = None
+    ) -> tuple[float, float]:
+        """Return a 95 % interval (low, high) for the alpha that `alpha_for` returns.
+
+        By the delta method: the error of the quantity, divided by its slope along the path, is the error of log alpha. It can
+        be relied on where `at(alpha).valid` of that quantity is true. NaN where an extension has no errors.
+
+        Examples
+        --------
+        >>> import numpy as np, bayes_klrl as bk
+        >>> coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+        >>> longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
+        >>> curve = bk.frontier(bk.Posterior(coin, longer, max_new_tokens=8), num_draws=4000, seed=0)
+        >>> low, high = curve.alpha_interval(kl=0.5)
+        >>> low < curve.alpha_for(kl=0.5) < high
+        True
+        """
+        alpha = self.alpha_for(kl=kl, reward=reward, ess=ess)
+        name = next(name for name, value in (("kl", kl), ("reward", reward), ("ess", ess)) if value is not None)
+        if np.isnan(se := float(self.at(alpha).se[name][0])):
+            return float("nan"), float("nan")
+        warmer, colder = (self._value(name, ratio / alpha) for ratio in (1 - _STEP, 1 + _STEP))
+        slope = abs(colder - warmer) / (2 * _STEP)  # per unit of log alpha
+        ratio = float(np.exp(NORMAL_QUANTILE * se / slope)) if slope > 0 else float("inf")
+        return alpha / ratio, alpha * ratio
 
     def implied_alpha(self, reward: float, *, reward_se: float = 0.0) -> Implied:
         """Return the posterior on the path that has a policy's mean reward; see `implied_alpha.implied`.
@@ -150,7 +186,10 @@ class Frontier(FrontierRecord):
         return replace(longer, mean=mean, per_prompt=per_prompt)
 
     def table(self) -> pd.DataFrame:
-        """Return a DataFrame with one row per alpha: each quantity, the ends of its interval, its validity, and `within`."""
+        """Return a DataFrame with one row per alpha: each quantity, the ends of its interval, its validity, and `within`.
+
+        Extrapolations, where `within` is false, have NaN for both ends.
+        """
         return frontier_table(self)
 
     def __repr__(self) -> str:
@@ -226,7 +265,9 @@ class Frontier(FrontierRecord):
         """Return the error of `alpha_for`: what was asked for, why it cannot be had, what can, and the cure."""
         label = {"kl": "A KL to the prior", "reward": "A mean reward", "ess": "An effective sample size"}[name]
         num = self.pool.num_draws
-        nothing = f"{num:,} draws say nothing (ESS below {MIN_ESS})"
+        nothing = (
+            f"{num:,} draws say nothing (ESS below {MIN_ESS}{' for some prompt' if len(self.pool.reward) > 1 else ''})"
+        )
         if np.isinf(self.cut):
             return f"{label} of {target:.6g} cannot be had: at every alpha {nothing}. Draw more (`num_draws`)."
         last = _FAR / self.alpha if self.cut == 0 else 1 / self.cut
@@ -236,9 +277,11 @@ class Frontier(FrontierRecord):
         limit, end = self._value(name, 0.0), self._value(name, last)
         why = f"it lies where {nothing}" if known else "no positive alpha that they know of has it"
         low, high = sorted((limit, end))
+        means = " (means over prompts)" if len(self.pool.reward) > 1 else ""
         return (
-            f"{label} of {target:.6g} cannot be had: {why}. What can be had is from {low:.6g} to {high:.6g}; {limit:.6g} "
-            "itself, the prior's, is at alpha = inf. Ask for that, draw more (`num_draws`), or extend the frontier (`extend`)."
+            f"{label} of {target:.6g} cannot be had: {why}. What can be had is from {low:.6g} to {high:.6g}{means}; "
+            f"{limit:.6g} itself, the prior's, is at alpha = inf. Ask for that, draw more (`num_draws`), or extend the "
+            "frontier (`extend`)."
         )
 
 
@@ -263,14 +306,16 @@ def frontier(
     posterior
         The prior and the reward. Its own alpha is part of the default grid, and marked in table and picture.
     num_draws
-        N, the number of prior draws per prompt. The frontier is known up to a KL of log N - 4.6 nats at best.
+        N, the number of prior draws per prompt. The frontier is known as far as their ESS is 100 or more for every prompt: up
+        to a KL of log N - 4.6 nats at best, and commonly one or two nats less.
     seed
         Seed for the draws.
     alphas
         The alphas to evaluate; they are sorted, falling. None: about 40 on a log grid from near the prior to past the cut.
     extend
         The continuation below the cut: points, or an algorithm that reports its path, such as `AnnealedSMC`, which is then
-        run 8 times for the coldest alpha of the grid, with seeds made from `seed` (from 0 if `draws` were given).
+        run 8 times for the coldest alpha of the grid, with seeds made from `seed` (from 0 if `draws` were given). Take 256
+        particles or more; runs of fewer are shown, but their intervals are not called reliable.
     draws
         Importance-sampling draws to use instead of new ones, from the prior or from a proposal such as a tuned policy
         (leave out `num_draws` and `seed`).

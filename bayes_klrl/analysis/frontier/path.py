@@ -30,31 +30,18 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bayes_klrl.analysis.frontier.curves import NORMAL_QUANTILE, QUANTITIES, Curves
 from bayes_klrl.errors import BayesKLRLError, SupportError
 from bayes_klrl.typing import FloatArray
 from bayes_klrl.weights import check_log_weights, logmeanexp
 
-__all__ = [
-    "LEVEL",
-    "MIN_ESS",
-    "MIN_INFLUENTIAL",
-    "NORMAL_QUANTILE",
-    "QUANTITIES",
-    "UNSEEN_DRAWS",
-    "Curves",
-    "RewardPool",
-    "curves",
-    "moments",
-]
+__all__ = ["MIN_ESS", "MIN_INFLUENTIAL", "UNSEEN_DRAWS", "RewardPool", "curves", "moments"]
 
-QUANTITIES = ("log_evidence", "reward", "kl", "ess")
-LEVEL = 0.95  # of every interval
 MIN_ESS = 100  # below it intervals cover too rarely (theory.md 7.1)
 MIN_INFLUENTIAL = 50  # draws that an error estimate must rest on (theory.md 7.4)
 UNSEEN_DRAWS = 3.0  # expected draws that all fail to come with probability exp(-3) = 5 %
 _MOST_NATS = 300.0  # of a weight over Z: more is as hopeless, and its square would overflow
 _MAX_BIAS = 0.25  # of a standard error; more costs an interval over a hundredth of its 95
-NORMAL_QUANTILE = 1.959963984540054  # of `LEVEL`, two-sided
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,66 +135,6 @@ class RewardPool:
         """Return the lowest and the highest R(b) of the mean over prompts, its limits as b -> -inf and inf."""
         low, high = self.extremes
         return float(low.mean()), float(high.mean())
-
-
-@dataclass(frozen=True, eq=False)
-class Curves:
-    """log Z, R, K and ESS at A inverse temperatures, with what is known of their errors; arrays (A,) or (P, A).
-
-    Parameters
-    ----------
-    inverse_alpha
-        b = 1 / alpha, shape (A,).
-    log_evidence, reward, kl, ess
-        The estimates; K is the KL to the prior, in nats.
-    se
-        Standard errors of the estimates, by name.
-    within
-        True where the draws reach: ESS >= 100 for every prompt, and so K < log N - 4.6. Elsewhere all is extrapolation.
-    valid
-        True where an interval can be relied on, by name: `within` is true, the error rests on 50 draws or more, the bias is
-        below a quarter of the standard error, and it is not `exposed`. This is judged from the same draws: pools whose tail
-        came out short pass more easily, so near the edge intervals cover less often than they claim.
-    exposed
-        True where completions that no draw has shown, but that the declared bounds of the reward allow, could move an estimate
-        out of its interval, by name. False everywhere if no bounds are declared: then nobody can tell.
-    """
-
-    inverse_alpha: FloatArray
-    log_evidence: FloatArray
-    reward: FloatArray
-    kl: FloatArray
-    ess: FloatArray
-    se: Mapping[str, FloatArray]
-    within: np.ndarray
-    valid: Mapping[str, np.ndarray]
-    exposed: Mapping[str, np.ndarray]
-
-    @property
-    def alphas(self) -> FloatArray:
-        """Units of reward per nat, shape (A,)."""
-        with np.errstate(divide="ignore"):
-            result: FloatArray = 1.0 / self.inverse_alpha
-        return result
-
-    @property
-    def lower(self) -> dict[str, FloatArray]:
-        """Lower ends of the 95 % intervals, by name; on the log scale for ESS, not below 0 for KL."""
-        return {name: self._end(name, -1) for name in QUANTITIES}
-
-    @property
-    def upper(self) -> dict[str, FloatArray]:
-        """Upper ends of the 95 % intervals, by name."""
-        return {name: self._end(name, 1) for name in QUANTITIES}
-
-    def _end(self, name: str, sign: int) -> FloatArray:
-        """Return one end of the interval of a quantity."""
-        value: FloatArray = getattr(self, name)
-        half = sign * NORMAL_QUANTILE * self.se[name]
-        if name == "ess":
-            with np.errstate(over="ignore"):
-                return value * np.exp(half / value)
-        return np.maximum(value + half, 0.0) if name == "kl" else value + half
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,6 +28,9 @@ class PathPoints:
         log Z(b) and R(b), shape (P, M), or (M,) for one prompt.
     log_evidence_se, reward_se, kl_se
         Standard errors, same shape; None: unknown, and intervals are then NaN.
+    num_particles
+        How many particles each run had that these points come from; None: they are not from runs. A frontier does not rely on
+        the errors of runs that are too small.
 
     Raises
     ------
@@ -47,6 +50,7 @@ class PathPoints:
     log_evidence_se: FloatArray | None = None
     reward_se: FloatArray | None = None
     kl_se: FloatArray | None = None
+    num_particles: int | None = None
 
     def __post_init__(self) -> None:
         shape: tuple[int, ...] = np.atleast_2d(self.log_evidence).shape
@@ -113,3 +117,11 @@ class PathPoints:
             values[f"{name}_gap"] = size
             values[f"{name}_se"] = np.hypot(np.interp(b, nodes, getattr(self, f"{name}_se")[p]), size)
         return {name: np.where(inside, value, np.nan) for name, value in values.items()}
+
+    def mean_at(self, inverse_alpha: FloatArray) -> dict[str, FloatArray]:
+        """Return what `at` does, for the mean over prompts, (A,)."""
+        points = self.at(inverse_alpha)
+        averaged = {name: array.mean(axis=0) for name, array in points.items() if not name.endswith("_se")}
+        for name in ("log_evidence", "reward", "kl"):
+            averaged[f"{name}_se"] = np.sqrt(np.square(points[f"{name}_se"]).sum(axis=0)) / len(self.reward)
+        return averaged

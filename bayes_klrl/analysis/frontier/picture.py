@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayes_klrl.analysis.frontier.path import NORMAL_QUANTILE, Curves
+from bayes_klrl.analysis.frontier.curves import NORMAL_QUANTILE, Curves
 from bayes_klrl.analysis.frontier.record import FrontierRecord
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
@@ -35,6 +35,7 @@ _FRONTIER, _EXTENSION, _BEST_OF_N = COLOURS[0], COLOURS[2], COLOURS[4]
 _POLICIES = (COLOURS[1], COLOURS[3], COLOURS[7], COLOURS[6], COLOURS[5])
 _NUM_POINTS = 400
 _NUM_TICKS = 5
+_ESS_MARKS = (1000, 100)
 
 
 def plot_frontier(frontier: FrontierRecord, file: str | Path, *, policies: Mapping[str, Any] | None = None) -> Path:
@@ -64,6 +65,7 @@ def plot_frontier(frontier: FrontierRecord, file: str | Path, *, policies: Mappi
         label = f"the posterior's own α = {frontier.alpha:.3g}"
         axes.plot(own.kl, own.reward, "*", color=BLACK, markersize=12, zorder=5, label=label)
         _mark_alphas(axes, bend, own)
+        _mark_ess(axes, frontier, bend)
         _draw_policies(axes, points)
         legend_above(axes)
         num_prompts, num_draws = frontier.pool.reward.shape
@@ -132,17 +134,21 @@ def _limits(
 
 
 def _draw_curve(axes: Axes, frontier: FrontierRecord, bend: Curves) -> None:
-    """The frontier with its band; dashed where it is extrapolation, green where it comes from the extension."""
+    """The frontier with its band; dashed where it is extrapolation, green where it comes from the extension.
+
+    No policy is above what is known. Above an extension that is not reliable there may be one.
+    """
     cold = bend.inverse_alpha * frontier.cut > 1
     pool, extended, guess = bend.within & ~cold, bend.within & cold, ~bend.within
     top = axes.get_ylim()[1]
-    known = bend.within
+    known = pool | (extended & bend.valid["reward"])
     axes.fill_between(bend.kl[known], np.minimum(bend.reward[known], top), top, color="0.94", linewidth=0, zorder=-2)
     with np.errstate(invalid="ignore"):
         half = NORMAL_QUANTILE * bend.alphas * bend.se["log_evidence"]
     lines = (
         (pool, _FRONTIER, "-", "the posteriors of all α (no policy is above)"),
-        (extended, _EXTENSION, "-", "the same, from the extension"),
+        (extended & bend.valid["reward"], _EXTENSION, "-", "the same, from the extension"),
+        (extended & ~bend.valid["reward"], _EXTENSION, ":", "from the extension, not reliable"),
         (_with_neighbour(guess), _FRONTIER, (0, (4, 3)), "past the cut: extrapolation"),
     )
     for where, colour, style, label in lines:
@@ -193,6 +199,32 @@ def _mark_alphas(axes: Axes, bend: Curves, own: Curves) -> None:
         text = f"α = {bend.alphas[a]:.2g}"
         axes.annotate(
             text, place, (-4, 8), textcoords="offset points", ha="right", fontsize=8, color=_FRONTIER, zorder=4
+        )
+
+
+def _mark_ess(axes: Axes, frontier: FrontierRecord, bend: Curves) -> None:
+    """Lines from the axis to the curve where the draws are worth 1,000 and 100 of the posterior, means over prompts."""
+    from_draws = np.isfinite(bend.ess) & (bend.inverse_alpha * frontier.cut <= 1 + 1e-3)
+    kl, ess, reward = bend.kl[from_draws], bend.ess[from_draws], bend.reward[from_draws]
+    low, right = axes.get_ylim()[0], axes.get_xlim()[1]
+    previous = -np.inf
+    for mark in _ESS_MARKS:
+        if not ess.size or not ess.min() <= 1.01 * mark < ess.max():
+            continue
+        at, height = (float(np.interp(-np.log(mark), -np.log(ess), values)) for values in (kl, reward))
+        if at > right or at - previous < 0.05 * right:
+            continue
+        previous = at
+        axes.plot([at, at], [low, height], color=GREY, linewidth=0.7, linestyle=(0, (2, 2)), zorder=-1)
+        axes.annotate(
+            f"ESS {mark:,}",
+            (at, low),
+            (2, 3),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=GREY,
+            rotation=90,
+            va="bottom",
         )
 
 

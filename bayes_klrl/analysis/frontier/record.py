@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from bayes_klrl.analysis.frontier.best_of_n_curve import BestOfNCurve
-from bayes_klrl.analysis.frontier.path import QUANTITIES, Curves, RewardPool, curves
+from bayes_klrl.analysis.frontier.curves import QUANTITIES, Curves
+from bayes_klrl.analysis.frontier.extension import Join, join
+from bayes_klrl.analysis.frontier.path import RewardPool, curves
 from bayes_klrl.analysis.frontier.path_points import PathPoints
 from bayes_klrl.draws import Cost
 from bayes_klrl.errors import BayesKLRLError
@@ -95,10 +98,26 @@ class FrontierRecord:
         points["ess"] = self._planned_ess(inverse_alpha, points["log_evidence"])
         points["ess_se"] = np.full_like(points["ess"], np.nan)
         beyond = (inverse_alpha * self.cut > 1) & np.isfinite(points["log_evidence"]).all(axis=0)
-        averaged = {name: array.mean(axis=0) for name, array in points.items() if not name.endswith("_se")}
-        for name in QUANTITIES:
-            averaged[f"{name}_se"] = np.sqrt(np.square(points[f"{name}_se"]).sum(axis=0)) / len(points["kl"])
-        return _joined(mean, averaged, beyond), _joined(per_prompt, points, beyond)
+        averaged = self.extension.mean_at(inverse_alpha)
+        for name in ("ess", "ess_se"):
+            averaged[name] = points[name].mean(axis=0)
+        relied_on = beyond if self.join is None else self.join.relies_on(inverse_alpha, averaged)
+        return _joined(mean, averaged, beyond, relied_on), _joined(per_prompt, points, beyond, relied_on)
+
+    @cached_property
+    def join(self) -> Join | None:
+        """How the extension goes on where the draws end; None without an extension, or if the draws have no finite cut."""
+        if self.extension is None or not 0 < self.cut < np.inf or self.extension.last * self.cut < 1:
+            return None
+        return join(curves(self.pool, [1.0 / self.cut])[0], self.cut, self.extension)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is wrong with the extension, in sentences; empty if nothing is known to be."""
+        if self.extension is None or self.join is None:
+            return []
+        cold = self.mean.inverse_alpha[self.mean.inverse_alpha * self.cut > 1]
+        return self.join.notes(cold, self.extension.mean_at(cold))
 
     def _planned_ess(self, inverse_alpha: FloatArray, log_evidence: FloatArray) -> FloatArray:
         """Return N Z(b)^2 / Z(2b) by the extension, (P, A); NaN where it does not reach 2b, or for draws not of the prior."""
@@ -121,8 +140,8 @@ def checked_alphas(alphas: ArrayLike, reward: FloatArray) -> FloatArray:
     return values
 
 
-def _joined(pool: Curves, points: Mapping[str, FloatArray], beyond: np.ndarray) -> Curves:
-    """Return curves that are those of the points where `beyond`, (A,), says so."""
+def _joined(pool: Curves, points: Mapping[str, FloatArray], beyond: np.ndarray, relied_on: np.ndarray) -> Curves:
+    """Return curves that are those of the points where `beyond`, (A,), says so, valid only where they are `relied_on`."""
 
     def join(own: np.ndarray, other: np.ndarray) -> np.ndarray:
         return np.where(beyond, other, own)
@@ -133,6 +152,6 @@ def _joined(pool: Curves, points: Mapping[str, FloatArray], beyond: np.ndarray) 
         **values,
         se={name: join(pool.se[name], points[f"{name}_se"]) for name in QUANTITIES},
         within=pool.within | beyond,
-        valid={name: join(pool.valid[name], np.isfinite(points[f"{name}_se"])) for name in QUANTITIES},
+        valid={name: join(pool.valid[name], np.isfinite(points[f"{name}_se"]) & relied_on) for name in QUANTITIES},
         exposed={name: pool.exposed[name] & ~beyond for name in QUANTITIES},
     )

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayes_klrl.analysis.frontier.path import LEVEL, QUANTITIES, UNSEEN_DRAWS
+from bayes_klrl.analysis.frontier.curves import HEADINGS, LEVEL, QUANTITIES, cells, legend, row_text
+from bayes_klrl.analysis.frontier.path import MIN_ESS, UNSEEN_DRAWS
 from bayes_klrl.analysis.frontier.record import FrontierRecord
 from bayes_klrl.export.html import HtmlTable, html_page
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["frontier_html", "frontier_table", "frontier_text"]
 
 _ROWS_SHOWN = 12
-_LEGEND = "* the posterior's own alpha   (..) interval not reliable   ~ extrapolation"
+_OWN = "*: the posterior's own alpha"
 
 
 def frontier_table(frontier: FrontierRecord) -> pd.DataFrame:
@@ -28,8 +29,8 @@ def frontier_table(frontier: FrontierRecord) -> pd.DataFrame:
     for name in QUANTITIES:
         columns |= {
             name: getattr(curves, name),
-            f"{name}_lower": lower[name],
-            f"{name}_upper": upper[name],
+            f"{name}_lower": np.where(curves.within, lower[name], np.nan),
+            f"{name}_upper": np.where(curves.within, upper[name], np.nan),
             f"{name}_valid": curves.valid[name],
         }
     return pd.DataFrame({**columns, "within": curves.within}, index=pd.Index(curves.alphas, name="alpha"))
@@ -37,12 +38,14 @@ def frontier_table(frontier: FrontierRecord) -> pd.DataFrame:
 
 def frontier_text(frontier: FrontierRecord) -> str:
     """Return about a dozen rows, how far they reach, and best-of-n beside them."""
+    shown = _shown(frontier)
     lines = [
         _source(frontier),
-        f"{'alpha':>12}{'log evidence':>20}{'reward':>20}{'KL to prior':>20}{'ESS':>10}",
-        *(_line(frontier, a) for a in _shown(frontier)),
-        _LEGEND,
+        HEADINGS,
+        *(row_text(frontier.mean, a, _mark(frontier, a)) for a in shown),
+        f"{_OWN}   {legend(frontier.mean, shown)}",
         _reach(frontier),
+        *frontier.notes,
     ]
     return "\n".join([*lines, *_best_of_n(frontier)])
 
@@ -50,18 +53,24 @@ def frontier_text(frontier: FrontierRecord) -> str:
 def frontier_html(frontier: FrontierRecord) -> str:
     """Return how far the numbers reach, about a dozen rows, and best-of-n, for a notebook."""
     own = frontier.at(frontier.alpha)
-    verdict = f"At alpha {frontier.alpha:.4g}: E[r] {own.reward[0]:.3f} at {own.kl[0]:.2f} nats from the prior."
+    extrapolated = "" if own.within[0] else ", extrapolated"
+    verdict = (
+        f"At alpha {frontier.alpha:.4g}: E[r] {own.reward[0]:.3f} at {own.kl[0]:.2f} nats from the prior{extrapolated}."
+    )
     headings = ("", "alpha", "log evidence", "reward", "KL to prior", "ESS")
-    rows = [[_mark(frontier, a).strip(), f"{frontier.alphas[a]:.4g}", *_cells(frontier, a)] for a in _shown(frontier)]
-    table = HtmlTable(headings, rows)
-    return html_page(f"{verdict} {_reach(frontier)}", table, _LEGEND, _source(frontier), *_best_of_n(frontier))
+    curves, shown = frontier.mean, _shown(frontier)
+    marks = [f"{_mark(frontier, a)}{'' if curves.within[a] else '~'}".strip() for a in shown]
+    rows = [[mark, f"{curves.alphas[a]:.4g}", *cells(curves, a)] for mark, a in zip(marks, shown, strict=True)]
+    table, marked = HtmlTable(headings, rows), f"{_OWN}   {legend(curves, shown)}"
+    summary = " ".join((verdict, _reach(frontier), *frontier.notes))
+    return html_page(summary, table, marked, _source(frontier), *_best_of_n(frontier))
 
 
 def _source(frontier: FrontierRecord) -> str:
     """Return how many draws the numbers come from."""
     num_prompts, num_draws = frontier.pool.reward.shape
     prompts = "" if num_prompts == 1 else f" for each of {num_prompts} prompts, means over them"
-    return f"Frontier from {num_draws:,} draws{prompts}; {LEVEL:.0%} intervals"
+    return f"Frontier from {num_draws:,} draws{prompts}; ± is a {LEVEL:.0%} interval, 1.96 standard errors"
 
 
 def _shown(frontier: FrontierRecord) -> list[int]:
@@ -77,24 +86,8 @@ def _is_own(frontier: FrontierRecord) -> np.ndarray:
 
 
 def _mark(frontier: FrontierRecord, a: int) -> str:
-    """Return the two marks in front of an alpha, as the legend explains them."""
-    return f"{'*' if _is_own(frontier)[a] else ' '}{' ' if frontier.mean.within[a] else '~'}"
-
-
-def _cells(frontier: FrontierRecord, a: int) -> list[str]:
-    """Return the numbers at one alpha: log evidence, reward and KL with their intervals, and ESS."""
-    curves, cells = frontier.mean, []
-    for name in ("log_evidence", "reward", "kl"):
-        half = (curves.upper[name][a] - curves.lower[name][a]) / 2
-        shown = "" if np.isnan(half) else f"± {half:.3f}" if curves.valid[name][a] else f"(± {half:.3f})"
-        cells.append(f"{getattr(curves, name)[a]:.3f} {shown}".rstrip())
-    return [*cells, "" if np.isnan(curves.ess[a]) else f"{curves.ess[a]:,.0f}"]
-
-
-def _line(frontier: FrontierRecord, a: int) -> str:
-    """Return the line of one alpha."""
-    *numbers, ess = _cells(frontier, a)
-    return f"{_mark(frontier, a)}{frontier.alphas[a]:>10.4g}{''.join(f'{cell:>20}' for cell in numbers)}{ess:>10}"
+    """Return the mark of the posterior's own alpha, or a space."""
+    return "*" if _is_own(frontier)[a] else " "
 
 
 def _best_of_n(frontier: FrontierRecord) -> list[str]:
@@ -121,7 +114,8 @@ def _reach_of_draws(frontier: FrontierRecord) -> str:
         return "The draws reach every alpha."
     if frontier.cut == 0:
         return "For the rewards that were drawn, the ESS is at least 100 at every alpha."
-    reach = f"The draws reach down to alpha = {frontier.cut:.4g}"
+    each = "" if len(high) == 1 else " for every prompt"
+    reach = f"The draws reach down to alpha = {frontier.cut:.4g} (ESS of at least {MIN_ESS}{each})"
     if frontier.extension is None:
         return f"{reach}; below is extrapolation."
     return f"{reach}, the extension down to {1 / frontier.extension.last:.4g}; below is extrapolation."

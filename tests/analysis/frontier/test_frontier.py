@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from bayes_klrl.analysis.frontier.implied_alpha import monotone_root
 from bayes_klrl.analysis.frontier.path_points import PathPoints
 from bayes_klrl.analysis.frontier.picture import policy_point
 from bayes_klrl.problems import gold_posterior
@@ -90,6 +91,48 @@ def test_alpha_for_inverts(asked: dict[str, float]) -> None:
     ((name, target),) = asked.items()
     alpha = CURVE.alpha_for(**asked)
     assert float(getattr(CURVE.at(alpha), name)[0]) == pytest.approx(target, rel=1e-8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asked", [{"kl": 0.5}, {"reward": 1.5}, {"ess": 0.5}])
+def test_the_interval_of_alpha_for_is_its_spread(asked: dict[str, float]) -> None:
+    """Over 80 pools log alpha, less the enumerated one, is standard normal in units of its error."""
+    ((name, target),) = asked.items()
+    sign, scale = (-1, 1000) if name == "ess" else (1, 1)
+    b = monotone_root(lambda x: sign * (exact(GOLD, 1 / x)[name] - target), start=1.0, low=1e-6)
+    assert b is not None
+    z = []
+    for seed in range(80):
+        curve = bk.frontier(GOLD, num_draws=1000, seed=seed, alphas=[1.0])
+        low, high = curve.alpha_interval(**{name: scale * target})
+        z.append(np.log(b * np.sqrt(low * high)) / (np.log(high / low) / (2 * 1.96)))
+    assert abs(np.mean(z)) < 4 / np.sqrt(80)
+    assert 0.75 < np.std(z) < 1.3  # sd of a sd of 80: 0.08
+
+
+def test_the_curves_at_some_alphas_print_as_a_table() -> None:
+    at = CURVE.at([1.0, CURVE.cut / 10])
+    first, *lines = str(at).splitlines()
+    assert repr(at) == str(at)
+    assert first.split() == ["alpha", "log", "evidence", "reward", "KL", "to", "prior", "ESS"]
+    half = 1.96 * at.se["log_evidence"][0]
+    assert f"{at.log_evidence[0]:.3f} ± {half:.3f}" in lines[0]
+    assert lines[1].startswith(" ~")
+    assert "±" not in lines[1]
+    assert "95% interval" in lines[-1]
+    two = bk.frontier(TWO, num_draws=400, seed=0, alphas=[2.0, 1.0]).per_prompt
+    assert repr(two) == str(two) == "Curves(2 prompts x 2 alphas)"
+
+
+def test_of_several_prompts_the_error_says_that_the_cut_is_the_worst_ones() -> None:
+    curve = bk.frontier(TWO, num_draws=600, seed=0)
+    least = float(curve.at(curve.cut).ess[0])
+    assert least > 100
+    with pytest.raises(
+        bk.BayesKLRLError, match=r"ESS below 100 for some prompt.*from \d+\.?\d* to 600 \(means over prompts\)"
+    ):
+        curve.alpha_for(ess=(100 + least) / 2)
+    assert "(ESS of at least 100 for every prompt)" in str(curve)
 
 
 def test_alpha_for_is_near_the_truth() -> None:
@@ -364,7 +407,9 @@ def test_the_table_and_the_print() -> None:
     table = CURVE.table()
     assert table.index.name == "alpha"
     assert list(table["kl"]) == list(CURVE.kl)
-    assert (table["kl_lower"] <= table["kl"]).all()
+    known = table[table["within"]]
+    assert (known["kl_lower"] <= known["kl"]).all()
+    assert table.loc[~table["within"], ["kl_lower", "log_evidence_upper"]].isna().all(axis=None)
     assert list(table["within"]) == list(CURVE.within)
     assert repr(CURVE).startswith(f"Frontier({CURVE.alphas.size} alphas from ")
     printed = str(CURVE)
@@ -372,7 +417,11 @@ def test_the_table_and_the_print() -> None:
     assert f"down to alpha = {CURVE.cut:.4g}" in printed
     (own,) = [line for line in printed.splitlines() if line.startswith("* ") and "posterior's" not in line]
     assert f"{CURVE.at(GOLD.alpha).kl[0]:.3f}" in own
-    assert sum(" ~" in line[:3] for line in printed.splitlines()) >= 1
+    extrapolated = [line for line in printed.splitlines() if line[1:2] == "~"]
+    assert extrapolated
+    assert not any("±" in line for line in extrapolated)
+    assert "± is a 95% interval" in printed
+    assert "~: extrapolation, log Z and reward too low as a rule" in printed
 
 
 def png_size(file: Path) -> tuple[int, int]:
@@ -396,6 +445,9 @@ def test_the_picture(tmp_path: Path) -> None:
         bk.frontier(bk.Posterior(GOLD.prior, GOLD.likelihood * hard, max_new_tokens=6), num_draws=400, seed=0),
         bk.frontier(GOLD, num_draws=2, seed=0),
         bk.frontier(GOLD, num_draws=600, seed=0, extend=exact_points(GOLD, np.linspace(0, 30, 90))),
+        bk.frontier(
+            GOLD, num_draws=600, seed=0, extend=replace(exact_points(GOLD, np.linspace(0, 30, 90)), num_particles=9)
+        ),
         bk.frontier(TWO, num_draws=400, seed=0, alphas=[1.0]),
     ]
     for number, curve in enumerate(odd):

@@ -7,8 +7,9 @@ import pytest
 
 import bayes_klrl as bk
 from bayes_klrl.analysis.frontier.best_of_n_curve import best_of_n_curve
+from bayes_klrl.analysis.frontier.curves import QUANTITIES, Curves
 from bayes_klrl.analysis.frontier.implied_alpha import gap, implied, monotone_root
-from bayes_klrl.analysis.frontier.path import QUANTITIES, Curves, RewardPool, _sums_at, curves, moments
+from bayes_klrl.analysis.frontier.path import RewardPool, _sums_at, curves, moments
 from bayes_klrl.analysis.frontier.path_points import PathPoints
 from bayes_klrl.problems import gold_posterior
 from tests.helpers.truth import Truth, random_posterior
