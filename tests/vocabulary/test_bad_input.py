@@ -39,7 +39,7 @@ def posterior(prior: Any = None, likelihood: Any = None, **options: Any) -> bk.P
 # ---- what is no posterior
 
 
-@pytest.mark.parametrize("given", [3, None, "posterior", longer()], ids=repr)
+@pytest.mark.parametrize("given", [3, None, "posterior", longer()], ids=["number", "None", "text", "likelihood"])
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_what_is_no_posterior_is_refused(name: str, given: Any) -> None:
     with pytest.raises(bk.BayesKLRLError, match=r"posterior must be a bk\.Posterior; got"):
