@@ -256,7 +256,7 @@ def told(scores: Scores, num_draws: int, num_verses: int) -> tuple[str, str, dic
     mbr = f"MBR of {num_draws}"
     pairs = [(f"policy, {method}", f"prior, {method}") for method in ("a draw", "greedy", "beam search", mbr)]
     pairs += [("policy, greedy", f"prior, {mbr}"), ("policy, greedy", today), ("policy, a draw", f"prior, {mbr}")]
-    unsaid = {(f"policy, {mbr}", today), (f"prior, {mbr}", today)}
+    unsaid = {(f"policy, {mbr}", today), (f"prior, {mbr}", today), ("policy, greedy", f"prior, {mbr}")}
     copied = "no translation"
     unsaid |= {(f"{who}, {method}", copied) for who in ("prior", "policy") for method in ("a draw", "beam search")}
     numbers: dict[str, float] = {}
@@ -281,9 +281,9 @@ def told(scores: Scores, num_draws: int, num_verses: int) -> tuple[str, str, dic
         f"In points of chrF per verse, over {num_verses} held-out verses, the tuned policy less the prior: "
         f"{', '.join(won) or 'nothing was clearly better'}.",
         f"In the same points: {', '.join(lost) or 'nothing was clearly worse'}. Within two standard errors: "
-        f"{', '.join(even) or 'nothing'}. Against copying the old verse, a draw has {over_copying('prior, a draw')} by the "
-        f"prior and {over_copying('policy, a draw')} by the policy, beam search {over_copying('prior, beam search')} and "
-        f"{over_copying('policy, beam search')}.",
+        f"{', '.join(even) or 'nothing'}. Against copying the old verse: the prior's draw "
+        f"{over_copying('prior, a draw')}, the policy's {over_copying('policy, a draw')}, beam search "
+        f"{over_copying('prior, beam search')} and {over_copying('policy, beam search')}.",
         numbers,
     )
 

@@ -130,7 +130,7 @@ def test_the_shipped_adapter_changes_smollm2(example: Any) -> None:
     """Where SmolLM2 is installed: the adapter fits it, and its replies on unseen conversations are kinder."""
     try:
         smollm2 = bk.TorchLM.from_pretrained("smollm2")
-    except bk.CheckpointError as error:
+    except bk.MissingPackageError as error:
         pytest.skip(str(error))
     posterior = example.posterior_of(smollm2, example.UNSEEN[:2], hard=False)
     draws = example.PolicyDraws(example.as_policy(example.SHIPPED, posterior), 8).run(posterior, seed=0)

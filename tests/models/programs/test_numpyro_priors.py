@@ -85,4 +85,4 @@ for build in (posterior.numpyro_model, lambda: posterior.numpyro_guide(prior)):
 """
     root = Path(__file__).parents[3]
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert run.stdout.count("needs the numpyro package: pip install 'bayes_klrl[jax]'") == 2
+    assert run.stdout.count("needs the package numpyro: pip install 'bayes_klrl[jax]'") == 2

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers.activations import NewGELUActivation
 
-from bayes_klrl.errors import BayesKLRLError, CheckpointError
+from bayes_klrl.errors import BayesKLRLError, CheckpointError, MissingPackageError
 from bayes_klrl.models.torch_lm.lm import TorchLM
 from bayes_klrl.models.torch_lm.tight import TightNetwork
 from bayes_klrl.models.torch_lm.tight.activation import tanh_gelu
@@ -200,7 +200,7 @@ def test_smollm2_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     from bayes_klrl.models.torch_lm.sources import located
 
     monkeypatch.setattr(located.util, "find_spec", lambda name: None)
-    with pytest.raises(CheckpointError, match=r"bayes_klrl\[smollm2\]"):
+    with pytest.raises(MissingPackageError, match=r"bayes_klrl\[smollm2\]"):
         TorchLM.from_pretrained("smollm2")
 
 
