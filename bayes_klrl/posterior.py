@@ -284,6 +284,11 @@ class Posterior:
         options = {**columns, "prompts": list(prompts), "max_new_tokens": self.max_new_tokens}
         return numbered(numbers, self.prior, self._given, options)
 
+    def with_likelihood(self, likelihood: Likelihood) -> Posterior:
+        """Return the posterior of another likelihood: the same prior and prompts, with their columns and numbers."""
+        options = {**self.columns, "prompts": self.prompts, "max_new_tokens": self.max_new_tokens}
+        return numbered(self.prompt_numbers, self.prior, likelihood, options)
+
     def split(self, fraction: float, seed: int) -> tuple[Posterior, Posterior]:
         """Return the posteriors of two parts of the prompts, drawn at random, for training and for held-out evaluation.
 

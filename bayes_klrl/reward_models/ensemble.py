@@ -24,7 +24,7 @@ from bayes_klrl.checks import check_count, check_finite
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.likelihood import Factor, Likelihood, TokenReward, check_alpha_and_bounds, product
-from bayes_klrl.posterior import Posterior
+from bayes_klrl.posterior import Posterior, numbered
 from bayes_klrl.reward_models.anchors import Anchors, measured_anchors, posterior_batch, rewards_of
 from bayes_klrl.reward_models.features import FeatureMap, HiddenStates
 from bayes_klrl.sequences import Sequences
@@ -226,13 +226,7 @@ class EnsembleReward(Factor):
         """Return the same uncertain reward at alpha / gamma; inside a posterior it stays there, and is measured anew."""
         base = self.base
         if base is not None:
-            base = Posterior(
-                base.prior,
-                base.likelihood**gamma,
-                prompts=base.prompts,
-                max_new_tokens=base.max_new_tokens,
-                **base.columns,
-            )
+            base = base.with_likelihood(base.likelihood**gamma)
         return replace(self, alpha=self.alpha / gamma, base=base)
 
     def check_arguments(self, prior: LanguageModel, columns: frozenset[str]) -> None:
@@ -249,13 +243,9 @@ class EnsembleReward(Factor):
         features = self.model.features.features
         if isinstance(features, HiddenStates):
             features.check_room(setting.prompt_ids, setting.max_new_tokens, setting.prior)
-        base = Posterior(
-            setting.prior,
-            product(others) if others else TokenReward(_no_reward, alpha=1.0),
-            prompts=setting.prompts,
-            max_new_tokens=setting.max_new_tokens,
-            **setting.columns,
-        )
+        likelihood = product(others) if others else TokenReward(_no_reward, alpha=1.0)
+        options = {**setting.columns, "prompts": setting.prompts, "max_new_tokens": setting.max_new_tokens}
+        base = numbered(setting.prompt_numbers, setting.prior, likelihood, options)
         return replace(self, base=base)
 
     @property

@@ -93,6 +93,23 @@ def test_another_alpha_keeps_the_numbers() -> None:
     np.testing.assert_array_equal(whole.select([3, 2]).at_alpha(0.1).prompt_numbers, [3, 2])
 
 
+@pytest.mark.slow
+def test_posteriors_that_are_made_of_others_keep_the_numbers() -> None:
+    """Beyond the cut of a frontier, and below an uncertain reward."""
+    from bayes_klrl.analysis.frontier.extension import posterior_at
+
+    part, numbers = made("token reward").select([3, 2]), [3, 2]
+    draws = bk.ImportanceSampling(20).run(part, seed=0)
+    np.testing.assert_allclose(posterior_at(part, 0.1).reward(draws), part.reward(draws))
+    pytest.importorskip("numpyro")
+    model = bk.RewardModel(bk.TokenFeatures(lambda tokens, lengths: lengths[:, None] * 1.0))
+    pairs = bk.Preferences([()] * 4, [[0, 3], [1, 0, 3], [0, 3], [3]], [[3], [3], [0, 0, 3], [0, 3]])
+    fitted = model.fit(LM, pairs, seed=0)
+    uncertain = bk.Posterior(LM, fitted.reward(0.7, target="conservative", anchor="mean"), prompts=PROMPTS, max_new_tokens=3).select(numbers)
+    for posterior in (uncertain, uncertain.at_alpha(0.3)):
+        np.testing.assert_array_equal(posterior.likelihood.factors[0].base.prompt_numbers, numbers)  # type: ignore[attr-defined]
+
+
 def test_traced_rewards_are_told_the_same() -> None:
     jnp = pytest.importorskip("jax.numpy")
     from bayes_klrl.models.programs.traced_rewards import traced_reward

@@ -34,6 +34,7 @@ from bayes_klrl.analysis.certificate.text import (
 )
 from bayes_klrl.analysis.certificate.training_runs.findings import findings
 from bayes_klrl.analysis.certificate.training_runs.trainer_log import log_of
+from bayes_klrl.checks import check_posterior_given
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.exact.message_lm import MessageLM
@@ -236,8 +237,7 @@ def groundwork(
     exact: Sequences | Draws | None,
 ) -> Groundwork:
     """Return the part of certificates that depends on the posterior alone, with what was given checked; see `certify`."""
-    if not isinstance(posterior, Posterior):
-        raise BayesKLRLError(f"posterior must be a bk.Posterior; got {posterior!r}.")
+    check_posterior_given(posterior)
     smc = SMC(settings.num_particles, twist=twist)
     if exact is not None:
         retainable(posterior, exact)

@@ -142,13 +142,7 @@ def join(at_cut: Curves, cut: float, points: PathPoints) -> Join:
 
 def posterior_at(posterior: Posterior, alpha: float) -> Posterior:
     """Return the same posterior at another alpha; constraints are untouched."""
-    return Posterior(
-        posterior.prior,
-        posterior.likelihood ** (posterior.alpha / alpha),
-        prompts=posterior.prompts,
-        max_new_tokens=posterior.max_new_tokens,
-        **posterior.columns,
-    )
+    return posterior.with_likelihood(posterior.likelihood ** (posterior.alpha / alpha))
 
 
 def annealed_points(

@@ -24,7 +24,7 @@ from bayes_klrl.analysis.frontier.path import MIN_ESS, curves
 from bayes_klrl.analysis.frontier.path_points import PathPoints
 from bayes_klrl.analysis.frontier.record import FrontierRecord, checked_alphas
 from bayes_klrl.analysis.frontier.table import frontier_html, frontier_table, frontier_text
-from bayes_klrl.checks import check_finite
+from bayes_klrl.checks import check_finite, check_posterior_given
 from bayes_klrl.draws import Draws
 from bayes_klrl.errors import BayesKLRLError, warn_caller
 from bayes_klrl.posterior import Posterior
@@ -339,8 +339,7 @@ def frontier(
     >>> bool(0.3 < curve.alpha_for(kl=0.5) < 3), curve.alphas.shape == curve.kl.shape
     (True, True)
     """
-    if not isinstance(posterior, Posterior):
-        raise BayesKLRLError(f"posterior must be a bk.Posterior; got {posterior!r}.")
+    check_posterior_given(posterior)
     if not (extend is None or isinstance(extend, PathPoints | Algorithm)):
         raise BayesKLRLError(f"extend must be PathPoints or an algorithm such as bk.AnnealedSMC(256); got {extend!r}.")
     if posterior.likelihood.alpha is None:

@@ -16,16 +16,14 @@ from bayes_klrl.analysis.plan.setting import Setting, Work
 from bayes_klrl.inference.svi.objectives import ELBO, objective_of
 from bayes_klrl.inference.svi.objectives.regressions import NUM_PILOT
 from bayes_klrl.inference.svi.optimizers import KLSGD, optimizer_of
-from bayes_klrl.inference.svi.pyro_backend.training import default_optimizer
+from bayes_klrl.inference.svi.pyro_backend.training import USES_FROM, default_optimizer
 from bayes_klrl.inference.svi.svi import SVI
 from bayes_klrl.inference.twists.distilled import DistilledTwist
 from bayes_klrl.inference.twists.learned import LearnedTwist
+from bayes_klrl.inference.twists.training import CALIBRATION_DRAWS, PILOT_DRAWS
 from bayes_klrl.models.twists.simple import PartialRewardTwist
 
 __all__ = ["training_work", "twist_tokens"]
-
-_USES_PILOT = 128  # prior draws, shared by the prompts, from which KLSGD knows how often each token is used
-_TWIST_PILOT, _TWIST_CALIBRATION = 256, 512  # draws per prompt before and after the steps of a LearnedTwist
 
 
 def training_work(recipe: SVI, setting: Setting) -> Work:
@@ -61,9 +59,9 @@ def twist_tokens(twist: Any, setting: Setting) -> int | None:
         return setting.decoding(twist.num_draws).tokens
     if isinstance(twist, LearnedTwist):
         num, num_prompts, read = twist.num_draws, len(setting.lengths), sum(setting.lengths)
-        steps = twist.num_steps + -(-_TWIST_CALIBRATION // num)
+        steps = twist.num_steps + -(-CALIBRATION_DRAWS // num)
         scored = num_prompts * num * setting.posterior.max_new_tokens + num * read
-        return setting.pilot_tokens(_TWIST_PILOT) + steps * (2 * setting.pilot_tokens(num // 2) + scored)
+        return setting.pilot_tokens(PILOT_DRAWS) + steps * (2 * setting.pilot_tokens(num // 2) + scored)
     return None if hasattr(twist, "fit") and not callable(twist) else 0
 
 
@@ -84,7 +82,7 @@ def _pilots(recipe: SVI, setting: Setting, each_step: float) -> tuple[int, tuple
         tokens += fitting or 0
         notes += () if fitting is not None else ("fitting the critic is not counted",)
     if isinstance(optimizer, KLSGD) and optimizer.frequency_scaling:
-        tokens += setting.pilot_tokens(max(2, _USES_PILOT // len(setting.lengths)))
+        tokens += setting.pilot_tokens(max(2, USES_FROM // len(setting.lengths)))
     if getattr(objective, "sampler", None) is not None:
         notes += ("what the sampler of the objective draws is not counted",)
     return tokens, notes

@@ -30,11 +30,11 @@ from bayes_klrl.randomness import Streams, check_seed, generator
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import Array, FloatArray, LanguageModel
 
-__all__ = ["train_twist"]
+__all__ = ["CALIBRATION_DRAWS", "PILOT_DRAWS", "train_twist"]
 
 _STREAM = 35  # number of the stream of training draws, which differ from those of the run that uses the twist
-_PILOT_DRAWS = 256
-_CALIBRATION_DRAWS = 512
+PILOT_DRAWS = 256
+CALIBRATION_DRAWS = 512
 
 
 class TwistPlan(Protocol):
@@ -102,7 +102,7 @@ def train_twist(recipe: TwistPlan, posterior: Posterior, *, seed: int, progress:
 
 def untrained(recipe: TwistPlan, posterior: Posterior, seed: int) -> tuple[NeuralTwist, int]:
     """Return a network that is the constant twist log Z-hat of a pilot, and the number of model tokens the pilot took."""
-    pilot, log_likelihood = prior_pilot(posterior, _PILOT_DRAWS, Streams.of(seed, _PILOT_DRAWS))
+    pilot, log_likelihood = prior_pilot(posterior, PILOT_DRAWS, Streams.of(seed, PILOT_DRAWS))
     log_evidence = log_evidence_of_pilot(log_likelihood)
     features = features_for(posterior.prior, recipe.hidden)
     embedding = token_embedding(features, posterior.prior, recipe.hidden)
@@ -182,7 +182,7 @@ def calibrated(
     Contrastive learning does not determine them, and finished particles are weighted by their likelihood (theory.md 3.5, 3.8).
     """
     weights, model_tokens = [], 0
-    for _ in range(-(-_CALIBRATION_DRAWS // num_draws)):
+    for _ in range(-(-CALIBRATION_DRAWS // num_draws)):
         batch = draw_batch(posterior, twist, num_draws, rng)
         features, outputs = outputs_of(posterior, twist, batch)
         log_psi_next = scaled(twist, outputs)

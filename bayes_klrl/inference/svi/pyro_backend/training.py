@@ -51,10 +51,10 @@ from bayes_klrl.randomness import Streams, check_seed
 from bayes_klrl.typing import LanguageModel
 from bayes_klrl.weights import effective_sample_size
 
-__all__ = ["TorchTraining", "fit_guide", "trainable_guide"]
+__all__ = ["USES_FROM", "TorchTraining", "fit_guide", "trainable_guide"]
 
 _ELBOS = {"leave_one_out": LeaveOneOutELBO, "rao_blackwell": RaoBlackwellELBO}
-_USES_FROM = 128
+USES_FROM = 128
 _NO_MATTER = 0.5  # seconds
 _MOST_OF_PREFIXES = 6.0  # a step of a small model takes about six times as long as its draws
 
@@ -310,7 +310,7 @@ def steps_of(
 
 def token_uses(posterior: Posterior) -> tuple[torch.Tensor, int]:
     """Return the mean number of uses of each token in a completion of the prior, (V,), and the tokens of finding out."""
-    pilot, _ = prior_pilot(posterior, max(2, _USES_FROM // posterior.num_prompts), Streams.of(0, _USES_FROM))
+    pilot, _ = prior_pilot(posterior, max(2, USES_FROM // posterior.num_prompts), Streams.of(0, USES_FROM))
     inside = np.arange(pilot.tokens.shape[1]) < pilot.lengths[:, None]
     counts = np.bincount(pilot.tokens[inside], minlength=posterior.prior.vocab_size)
     return torch.as_tensor(counts / len(pilot.tokens), dtype=torch.float32), pilot.model_tokens
