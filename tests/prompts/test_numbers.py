@@ -105,9 +105,12 @@ def test_posteriors_that_are_made_of_others_keep_the_numbers() -> None:
     model = bk.RewardModel(bk.TokenFeatures(lambda tokens, lengths: lengths[:, None] * 1.0))
     pairs = bk.Preferences([()] * 4, [[0, 3], [1, 0, 3], [0, 3], [3]], [[3], [3], [0, 0, 3], [0, 3]])
     fitted = model.fit(LM, pairs, seed=0)
-    uncertain = bk.Posterior(LM, fitted.reward(0.7, target="conservative", anchor="mean"), prompts=PROMPTS, max_new_tokens=3).select(numbers)
-    for posterior in (uncertain, uncertain.at_alpha(0.3)):
-        np.testing.assert_array_equal(posterior.likelihood.factors[0].base.prompt_numbers, numbers)  # type: ignore[attr-defined]
+    uncertain = bk.Posterior(
+        LM, fitted.reward(0.7, target="conservative", anchor="mean"), prompts=PROMPTS, max_new_tokens=3
+    ).select(numbers)
+    for each in (uncertain, uncertain.at_alpha(0.3)):
+        factor: Any = each.likelihood.factors[0]
+        np.testing.assert_array_equal(factor.base.prompt_numbers, numbers)
 
 
 def test_traced_rewards_are_told_the_same() -> None:
