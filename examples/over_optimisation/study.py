@@ -36,6 +36,8 @@ __all__ = ["TARGETS", "GoldStudy", "UncertainProxy", "gold_study", "uncertain_pr
 
 TARGETS = ("conservative", "plug-in", "cut", "joint")
 Knows = Literal["counts", "gold"]
+_NUM_DRAWS = 500
+"""Of each chain: many more than the weights that are used, and a study fits many data sets."""
 _GRID = np.concatenate([[0.0], np.geomspace(0.1, 30.0, 31)])
 
 
@@ -175,7 +177,8 @@ def uncertain_proxy(
     winners, losers = np.where(first, pairs.T, pairs.T[::-1])
     texts = [[tuple(tokens[i, : lengths[i]].tolist()) for i in side] for side in (winners, losers)]
     data = Preferences([()] * num_pairs, texts[0], texts[1])
-    fit = RewardModel(TokenFeatures(features)).fit(task.posterior.prior, data, seed=seed)
+    model = RewardModel(TokenFeatures(features), num_draws=_NUM_DRAWS, num_warmup=_NUM_DRAWS)
+    fit = model.fit(task.posterior.prior, data, seed=seed)
     classes, of_each = np.unique(np.column_stack([raw, task.gold]), axis=0, return_inverse=True)
     mass = np.bincount(of_each.ravel(), weights=normalised(log_prior))
     rewards = fit.thetas(num_thetas) @ fit.features.standardised(classes[:, :-1]).T

@@ -179,7 +179,7 @@ def test_the_truth_ranks_uniformly_and_predictions_are_calibrated(monkeypatch: p
         bk.TokenFeatures(lambda tokens, lengths: TABLE[tokens[:, 0]]), np.zeros(8), None, np.ones(8)
     )
     monkeypatch.setattr(FeatureMap, "fitted", lambda *_: as_they_are)  # the truth's prior is then the model's
-    model = bk.RewardModel(as_they_are.features, num_draws=300, num_warmup=300)
+    model = bk.RewardModel(as_they_are.features, num_draws=150, num_warmup=150)
     ranks, predicted, plug_in, won = [], [], [], []
     for seed in range(80):
         rng = np.random.default_rng(seed)

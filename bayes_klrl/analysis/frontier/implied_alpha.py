@@ -189,5 +189,7 @@ def monotone_root(increasing: Callable[[float], float], *, start: float, low: fl
             return None
     for _ in range(_HALVINGS):
         middle = (bottom + high) / 2
+        if not bottom < middle < high:  # they are neighbours among floats
+            break
         bottom, high = (middle, high) if increasing(middle) < 0 else (bottom, middle)
     return high

@@ -55,16 +55,20 @@ def _lists(draws: bk.Draws) -> list[list[int]]:
 
 @pytest.mark.slow
 def test_completions_under_the_constraint_match(example: dict[str, Any], prior: Any) -> None:
-    """Every draw of positive weight of twisted SMC fulfils the expression; its evidence is that of filtering, by z-score."""
-    likelihood = example["likelihoods"](prior)["no letter e"]
-    posterior = bk.Posterior(prior, likelihood, prompts=example["PROMPT"], max_new_tokens=example["NUM_TOKENS"])
-    draws = example["methods"]("no letter e", 1, 64)["SMC, twisted"].run(posterior, seed=0)
+    """Every draw of positive weight of twisted SMC fulfils the expression; its evidence is that of filtering, by z-score.
+
+    The expression is easier than the example's: of 30 characters filtering finds two in 4,000, of 8 one in 100.
+    """
+    pattern, num_tokens = "[^eE]{8,}[.,;!?]", 8
+    constraint = bk.AutomatonConstraint(example["token_automaton"](pattern, prior))
+    posterior = bk.Posterior(prior, constraint, prompts=example["PROMPT"], max_new_tokens=num_tokens)
+    draws = example["methods"]("no letter e", 1, 512)["SMC, twisted"].run(posterior, seed=0)
     alive = np.isfinite(draws.log_weights[0])
     texts = [text for text, there in zip(draws.texts()[0], alive, strict=True) if there]
-    assert len(texts) > 30
-    assert all(re.fullmatch(example["PATTERN"], text) for text in texts)
+    assert len(texts) > 200
+    assert all(re.fullmatch(pattern, text) for text in texts)
     filtered = bk.ImportanceSampling(4096).run(posterior, seed=1)
-    kept = [re.fullmatch(example["PATTERN"], text) is not None for text in filtered.texts()[0]]
+    kept = [re.fullmatch(pattern, text) is not None for text in filtered.texts()[0]]
     assert kept == np.isfinite(filtered.log_weights[0]).tolist()
     # the share of hits is small: compare shares, not logs
     share, error = np.exp(draws.log_evidence[0]), np.exp(draws.log_evidence[0]) * draws.log_evidence_se[0]
@@ -123,11 +127,15 @@ def test_the_shipped_classifier_knows_speech_from_narration() -> None:
 
 
 @pytest.mark.slow
-def test_the_example_ends_in_a_report(example: dict[str, Any], tmp_path: Path) -> None:
+def test_the_example_ends_in_a_report(example: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With three of its five likelihoods: the other two are the factors of the product, and are answered as it is."""
+    every = example["likelihoods"]
+    kept = ("speech", "cheerful * eight", "no letter e")
+    monkeypatch.setitem(example, "likelihoods", lambda prior: {name: every(prior)[name] for name in kept})
     finding = example["main"](tmp_path / "out", num_steps=2, scale=32)
     page = finding.report.read_text(encoding="utf-8")
     assert "speech" in page
-    assert len(list((tmp_path / "out").glob("report-*.html"))) == 4
+    assert len(list((tmp_path / "out").glob("report-*.html"))) == 2
     z = {name.split(", z of")[0]: value for name, value in finding.numbers.items() if "z of prior IS" in name}
     assert f"are {abs(z['speech']):.1f} standard errors apart" in finding.better
     differ = finding.worse.partition("differ by two standard errors for ")[2].partition(".")[0]

@@ -1,6 +1,8 @@
 """What a rank runs in `test_launched`: trainings whose results are written into a folder, one file per rank.
 
-python launched.py FOLDER WHAT; the same trainings are functions, for the one process that they are compared with.
+python launched.py FOLDER; the same trainings are functions, for the one process that they are compared with. One start does
+for both kinds of sharing, because starting takes longer than training: `ACCELERATE_USE_FSDP`, which the launcher sets, is all
+that tells them apart, and every training reads it anew.
 """
 
 from __future__ import annotations
@@ -124,7 +126,7 @@ def spread(folder: Path) -> dict[str, Any]:
     local = [parameter.to_local() for parameter in training.parameters]  # type: ignore[attr-defined]
     found["share"] = sum(p.numel() for p in local) / sum(p.numel() for p in training.parameters)
     found["whole"] = type(next(training.guide.parameters())).__name__
-    found["failing"] = words_of(lambda: fitted("elbo", callbacks=[failing], checkpoint=folder / "state"))
+    found["failing"] = words_of(lambda: fitted("elbo", callbacks=[failing], checkpoint=folder / "spread state"))
     found["resumed"] = log_probs(fitted("elbo", resume=folder / "of one"))
     found["table"] = words_of(lambda: bk.SVI(1, 4).fit(bk.Posterior(COIN, bk.Power(2.0), max_new_tokens=3), seed=0))
     return found
@@ -138,5 +140,8 @@ def left(file: Path) -> None:
 if __name__ == "__main__":
     place = Path(sys.argv[1])
     atexit.register(left, place / f"rank{os.environ['RANK']}.txt")
-    results = {"shared": shared, "spread": spread}[sys.argv[2]](place)
+    use_fsdp = os.environ.pop("ACCELERATE_USE_FSDP")
+    results = shared(place)
+    os.environ["ACCELERATE_USE_FSDP"] = use_fsdp
+    results |= {f"spread, {name}": value for name, value in spread(place).items()}
     np.savez(place / f"rank{os.environ['RANK']}.npz", **{name: np.asarray(value) for name, value in results.items()})

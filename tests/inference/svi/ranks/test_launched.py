@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import runpy
 import signal
@@ -15,7 +16,11 @@ import numpy as np
 import pytest
 
 import bayes_klrl as bk
+from bayes_klrl.cli import app
+from bayes_klrl.inference.svi import svi
 from bayes_klrl.inference.svi.checkpoint import FILE
+from bayes_klrl.inference.svi.ranks import group
+from bayes_klrl.inference.svi.ranks.group import Ranks
 from tests.inference.svi.ranks.launched import RECIPES, SPREAD, Watching, failing, fitted, log_probs
 
 pytest.importorskip("accelerate")
@@ -42,27 +47,36 @@ def start(options: list[str], *words: Any, **more: Any) -> subprocess.Popen[str]
     )
 
 
-def launched(options: list[str], folder: Path, what: str) -> list[Any]:
-    """Return what each rank has found."""
-    process = start(options, Path(__file__).with_name("launched.py"), folder, what)
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where two ranks, to whom one process has left its checkpoint, have written what they found."""
+    folder = tmp_path_factory.mktemp("launched")
+    with pytest.raises(RuntimeError, match="logger"):
+        fitted("elbo", callbacks=[failing], checkpoint=folder / "of one")
+    process = start(FSDP, Path(__file__).with_name("launched.py"), folder)
     shown, _ = process.communicate(timeout=280)
     assert process.returncode == 0, shown
     assert [(folder / f"rank{rank}.txt").read_text() for rank in (0, 1)] == ["left", "left"]
+    return folder
+
+
+def found_in(folder: Path) -> list[Any]:
+    """Return what each rank has found."""
     return [np.load(folder / f"rank{rank}.npz") for rank in (0, 1)]
 
 
-def checkpoint_of_one(folder: Path) -> None:
-    with pytest.raises(RuntimeError, match="logger"):
-        fitted("elbo", callbacks=[failing], checkpoint=folder / "of one")
+@functools.cache
+def of_one(name: str) -> np.ndarray:
+    """Return log q of the guide that one process trains by a recipe."""
+    return log_probs(fitted(name))
 
 
 @pytest.mark.slow
-def test_two_ranks_train_the_guide_of_one_process(tmp_path: Path) -> None:
-    checkpoint_of_one(tmp_path)
-    first, second = launched(ON_CPU, tmp_path, "shared")
+def test_two_ranks_train_the_guide_of_one_process(folder: Path) -> None:
+    first, second = found_in(folder)
     for name in RECIPES:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
-        np.testing.assert_allclose(first[name], log_probs(fitted(name)), rtol=0, atol=ROUNDING, err_msg=name)
+        np.testing.assert_allclose(first[name], of_one(name), rtol=0, atol=ROUNDING, err_msg=name)
     assert [int(each["watched steps"]) for each in (first, second)] == [3, 3]  # callbacks are called on rank 0 alone
     assert [int(each["calls"]) for each in (first, second)] == [3, 0]
     watched = log_probs(fitted("elbo", callbacks=[Watching()]))  # which takes random numbers of the training
@@ -70,40 +84,30 @@ def test_two_ranks_train_the_guide_of_one_process(tmp_path: Path) -> None:
     assert all(each["interrupted"].tolist() == [True, 2] for each in (first, second))
     assert str(first["failing"]) == "RuntimeError: the disk of the logger is full"
     assert str(second["failing"]) == "BayesKLRLError: Rank 0 of 2 raised RuntimeError: the disk of the logger is full"
-    whole = log_probs(fitted("elbo"))  # begun by one and ended by two, and the other way round
-    np.testing.assert_allclose(first["resumed"], whole, rtol=0, atol=ROUNDING)
-    np.testing.assert_allclose(log_probs(fitted("elbo", resume=tmp_path / "state")), whole, rtol=0, atol=ROUNDING)
+    # begun by one and ended by two, and the other way round
+    np.testing.assert_allclose(first["resumed"], of_one("elbo"), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        log_probs(fitted("elbo", resume=folder / "state")), of_one("elbo"), rtol=0, atol=ROUNDING
+    )
     for each in (first, second):
         assert "seed: 0 on rank 0, 1 on rank 1" in str(each["other seeds"])
         assert "started 8 processes, but its state knows of 2" in str(each["other launcher"])
 
 
 @pytest.mark.slow
-def test_more_ranks_than_particles_are_refused_before_any_work(tmp_path: Path) -> None:
-    file = tmp_path / "posterior.py"
-    file.write_text(POSTERIOR.format(pause=0))
-    options = ["3" if word == "2" else word for word in ON_CPU]
-    process = start(options, "-m", "bayes_klrl.cli", "tune", file, "--particles", "2", "--out", tmp_path / "out")
-    shown, _ = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "3 ranks cannot share num_particles=2" in shown
-    assert not (tmp_path / "out" / "training").exists()
-
-
-@pytest.mark.slow
-def test_so_do_two_ranks_that_have_half_of_the_parameters_each(tmp_path: Path) -> None:
+def test_so_do_two_ranks_that_have_half_of_the_parameters_each(folder: Path) -> None:
     """FSDP, by the file in examples; on a CPU with gloo."""
-    checkpoint_of_one(tmp_path)
-    first, second = launched(FSDP, tmp_path, "spread")
+    first, second = ({name.removeprefix("spread, "): each[name] for name in each.files} for each in found_in(folder))
     for name in SPREAD:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
-        np.testing.assert_allclose(first[name], log_probs(fitted(name)), rtol=0, atol=ROUNDING, err_msg=name)
+        np.testing.assert_allclose(first[name], of_one(name), rtol=0, atol=ROUNDING, err_msg=name)
     assert 0.45 < float(first["share"]) < 0.55
     assert str(first["whole"]) == "Parameter"
     assert "RuntimeError: the disk of the logger is full" in str(second["failing"])
-    whole = log_probs(fitted("elbo"))
-    np.testing.assert_allclose(first["resumed"], whole, rtol=0, atol=ROUNDING)
-    np.testing.assert_allclose(log_probs(fitted("elbo", resume=tmp_path / "state")), whole, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(first["resumed"], of_one("elbo"), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        log_probs(fitted("elbo", resume=folder / "spread state")), of_one("elbo"), rtol=0, atol=ROUNDING
+    )
     assert "FSDP spreads the parameters of a bk.TorchLM" in str(first["table"])
 
 
@@ -123,6 +127,21 @@ def ones(tokens, lengths):
 prior = bk.NgramLM(np.log([[0.5, 0.3, 0.2], [0.1, 0.7, 0.2], [0.3, 0.3, 0.4]]), eos_token_id=2)
 posterior = bk.Posterior(prior, bk.TokenReward(ones, alpha=0.7), prompts=[[0], [1]], max_new_tokens=4)
 """
+
+
+def test_more_ranks_than_particles_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`tune` as rank 0 of three, whose group is found without starting the others: there is nothing to exchange yet."""
+    for module in (group, svi):  # where `tune` and the recipe ask
+        monkeypatch.setattr(module, "launched_ranks", lambda: Ranks(0, 3))
+    file = tmp_path / "posterior.py"
+    file.write_text(POSTERIOR.format(pause=0))
+    with pytest.raises(SystemExit) as caught:
+        app(["tune", str(file), "--particles", "2", "--out", str(tmp_path / "out")])
+    assert caught.value.code == 1
+    assert "3 ranks cannot share num_particles=2" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "training").exists()
 
 
 @pytest.mark.slow
