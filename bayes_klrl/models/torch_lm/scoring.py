@@ -1,6 +1,6 @@
 """Teacher-forced log-probs in bounded memory.
 
-    log p(x_t | c, x_<t) = logit of x_t - logsumexp of all logits, in float32
+    log p(x_t | c, x_<t) = logit of x_t - log sum of exp of all logits, in float32
 
 The full table N x T x V is never stored: rows pass through the network in chunks, positions pass through the head in chunks,
 and the head reads only positions inside a completion's length. If a gradient is needed, a chunk stores its inputs only and
@@ -74,8 +74,8 @@ def drawn_log_probs(network: Network, features: Tensor, tokens: Tensor, temperat
     """Return the log-prob of each token given its feature vector, shapes (M, F) and (M,) to (M,)."""
 
     def drawn(first: int, last: int) -> Tensor:
-        logits = tempered(network.logits(features[first:last]), temperature)
-        return logits.gather(1, tokens[first:last, None])[:, 0] - logits.logsumexp(1)
+        log_probs = tempered(network.logits(features[first:last]), temperature).log_softmax(1)
+        return log_probs.gather(1, tokens[first:last, None])[:, 0]
 
     return torch.cat(in_chunks(drawn, len(tokens), max(1, BUDGET // network.vocab_size)))
 

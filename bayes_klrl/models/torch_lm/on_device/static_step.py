@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.models.torch_lm.on_device.drawing import drawn_and_scored
-from bayes_klrl.models.torch_lm.tight.forward import attend, by_head
+from bayes_klrl.models.torch_lm.tight.attention import attend
+from bayes_klrl.models.torch_lm.tight.forward import by_head
 
 __all__ = ["HOW", "StaticStep", "chosen_step", "static_steps", "stepper"]
 
@@ -99,7 +100,7 @@ class StaticStep:
         num_tokens, num_rows = uniforms.shape
         device, length = newest.device, caches[0].length
         capacity = length + num_tokens
-        self.buffers = [[filled(stored, length, capacity) for stored in cache.buffer.layers] for cache in caches]
+        self.buffers = [[filled(stored, length, capacity) for stored in cache.whole()] for cache in caches]
         self.padding = caches[0].padding  # of the prompts, and the same for all models
         self.slots = torch.arange(capacity, device=device)
         self.uniforms = uniforms

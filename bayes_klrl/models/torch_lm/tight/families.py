@@ -31,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bayes_klrl.models.torch_lm.network import adapter_configs, base_model, model_device
 from bayes_klrl.models.torch_lm.tight.activation import tanh_gelu
+from bayes_klrl.models.torch_lm.tight.products import gelu_linear, linear
 
 __all__ = ["Family", "Layer", "Rotation", "family_of"]
 
@@ -78,8 +79,7 @@ class GPT2Layer:
         self.size, self.scale = block.attn.head_dim, float(block.attn.scaling)
         self.norm_1, self.norm_2 = direct(block.ln_1), direct(block.ln_2)
         self.attention_in, self.attention_out = direct(block.attn.c_attn), direct(block.attn.c_proj)
-        self.mlp_in, self.activation = direct(block.mlp.c_fc), direct(block.mlp.act)
-        self.mlp_out = direct(block.mlp.c_proj)
+        self.mlp_in, self.mlp_out = activated(block.mlp.c_fc, block.mlp.act), direct(block.mlp.c_proj)
 
     def heads(self, hidden: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         joint = self.attention_in(self.norm_1(hidden)).view(hidden.shape[0], 3, -1, self.size)
@@ -88,7 +88,7 @@ class GPT2Layer:
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         hidden = hidden + self.attention_out(attended)
-        return hidden + self.mlp_out(self.activation(self.mlp_in(self.norm_2(hidden))))
+        return hidden + self.mlp_out(self.mlp_in(self.norm_2(hidden)))
 
 
 class GPT2Family:
@@ -171,9 +171,9 @@ def direct(module: Any) -> Function:
     kind = type(module)
     if kind is Conv1D:
         weight, bias = module.weight, module.bias
-        return lambda inputs: torch.addmm(bias, inputs, weight)
+        return lambda inputs: linear(inputs, weight.t(), bias)
     if kind is nn.Linear:
-        return partial(F.linear, weight=module.weight, bias=module.bias)
+        return partial(linear, weight=module.weight, bias=module.bias)
     if kind is nn.LayerNorm:
         shape = module.normalized_shape
         return partial(F.layer_norm, normalized_shape=shape, weight=module.weight, bias=module.bias, eps=module.eps)
@@ -183,6 +183,15 @@ def direct(module: Any) -> Function:
     if kind is NewGELUActivation:
         return tanh_gelu  # the same function by four kernels instead of eight
     return module  # type: ignore[no-any-return]
+
+
+def activated(module: Any, activation: Any) -> Function:
+    """Return a function that computes an activation of a layer; in one kernel where both are GPT-2's own."""
+    if type(module) is Conv1D and type(activation) is NewGELUActivation and untouched([module, activation]):
+        weight, bias = module.weight, module.bias
+        return lambda inputs: gelu_linear(inputs, weight.t(), bias)
+    inner, outer = direct(module), direct(activation)
+    return lambda inputs: outer(inner(inputs))
 
 
 def family_of(module: nn.Module) -> Family | None:

@@ -1,0 +1,1 @@
+"""Tests of `bayes_klrl.models.torch_lm.tight`, file by file."""
