@@ -7,8 +7,9 @@
 
 The floor of decoding is the time of its matrix products alone (each layer's four and the head's, for R rows, measured one by
 one), and of reading all keys and values once per step at the machine's own bandwidth. The floor of a step of SVI is that of
-drawing, of one forward pass under the prior, and three times that for forward and backward pass of the guide. CPU seconds of
-one thread, or with --threads 2 wall seconds of two; the best of several repetitions, ours and `generate`'s in turn.
+drawing, of one forward pass under the prior, and three times that for forward and backward pass of the guide. Products are
+measured twice: by torch's own `addmm`, and by the package's `linear`, which may be faster. CPU seconds of one thread, or with
+--threads 2 wall seconds of two; the best of several repetitions, ours and `generate`'s in turn.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from bench_trainers import trl_train, word_tokenizer
 import bayes_klrl as bk
 from bayes_klrl.inference.svi.pyro_backend.elbo import SequenceELBO
 from bayes_klrl.models.decoding import decode
+from bayes_klrl.models.torch_lm.tight.products import linear
 
 
 @dataclass(frozen=True)
@@ -112,20 +114,30 @@ def best(run: Callable[[], Any], repetitions: int = 3) -> float:
     return min(found)
 
 
-def product_seconds(rows: int, inner: int, outer: int) -> float:
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def by_torch(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Multiply as `torch.nn.Linear` and `generate` do."""
+    return torch.addmm(bias, left, right)
+
+
+def by_us(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Multiply as the package does."""
+    return linear(left, right.t(), bias)
+
+
+def product_seconds(rows: int, inner: int, outer: int, multiply: Multiply) -> float:
     """Return the seconds of one product of (rows, inner) and (inner, outer), with a bias, as a layer computes it."""
     left, right, bias = torch.randn(rows, inner), torch.randn(inner, outer), torch.randn(outer)
     number = max(1, int(2e8 / (rows * inner * outer)))
-    return best(lambda: [torch.addmm(bias, left, right) for _ in range(number)], 5) / number
+    return best(lambda: [multiply(left, right, bias) for _ in range(number)], 5) / number
 
 
-def forward_seconds(shape: Shape, rows: int) -> float:
+def forward_seconds(shape: Shape, rows: int, multiply: Multiply) -> float:
     """Return the seconds of the products of one forward pass over so many tokens, with logits for each of them."""
-    width = shape.width
-    sizes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
-    return shape.layers * sum(product_seconds(rows, *each) for each in sizes) + product_seconds(
-        rows, width, shape.vocab
-    )
+    of_layer = sum(product_seconds(rows, *each, multiply) for each in shape.products)
+    return shape.layers * of_layer + product_seconds(rows, shape.width, shape.vocab, multiply)
 
 
 def bandwidth() -> float:
@@ -134,28 +146,31 @@ def bandwidth() -> float:
     return 4 * numbers.numel() / best(numbers.sum, 5)
 
 
-def decoding_floor(shape: Shape, speed: float) -> tuple[float, float]:
-    """Return the seconds of the products, and of reading keys and values, of decoding all tokens but the last."""
+def decoding_floor(shape: Shape, speed: float) -> tuple[float, float, float]:
+    """Return the seconds of decoding all tokens but the last: its products by torch and by us, and reading keys and values."""
     rows, steps = shape.rows * shape.prompts, shape.new - 1
     mean_length = shape.prompt + shape.new / 2
     read = 4 * rows * mean_length * shape.cached * shape.layers * steps / speed
-    return steps * forward_seconds(shape, rows), read
+    theirs, ours = (steps * forward_seconds(shape, rows, multiply) for multiply in (by_torch, by_us))
+    return theirs, ours, read
 
 
 def bench_decoding(repetitions: int, only: str) -> None:
     """Print a row for each shape with that in its name."""
     speed = bandwidth()
     print(f"{speed / 1e9:.1f} GB/s; seconds\n")
-    print("| model | rows x tokens | products | reading the cache | ours | ours / floor | generate | generate / ours |")
-    print("|---|---|---|---|---|---|---|---|")
+    columns = ["model", "rows x tokens", "products by torch", "by us", "reading the cache", "ours", "ours / floor"]
+    columns += ["generate", "generate / ours"]
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|")
     for shape in (each for each in SHAPES if only in each.name):
         ours, theirs = in_turn(shape, repetitions)
-        products, reading = decoding_floor(shape, speed)
-        floor = products + reading
+        by_addmm, by_linear, reading = decoding_floor(shape, speed)
+        floor = by_linear + reading
         cells = [
             shape.name,
             f"{shape.rows} x {shape.new}",
-            f"{products:.3f}",
+            f"{by_addmm:.3f}",
+            f"{by_linear:.3f}",
             f"{reading:.3f}",
             f"{ours:.3f}",
             f"{ours / floor:.2f}",
@@ -199,7 +214,7 @@ def bench_growth(repetitions: int) -> None:
             lm = bk.TorchLM(shape.model(), eos_token_id=())
             prompt = list(range(1, shape.prompt + 1))
             ours = best(lambda s=shape, lm=lm, prompt=prompt: drawn(lm, s, prompt), repetitions)
-            floor = sum(decoding_floor(shape, speed))
+            floor = sum(decoding_floor(shape, speed)[1:])
             print(f"| {name} | {value:,} | {ours:.3f} | {floor:.3f} | {ours / floor:.2f} |", flush=True)
 
 
@@ -241,16 +256,21 @@ def bench_step(repetitions: int) -> None:
         f"how far the step went ({checks[0] / number:.1f} per step)": score * checks[0] / number,
     }
     step = best(trained, repetitions) / number
-    draw = sum(decoding_floor(shape, bandwidth()))
-    forward = forward_seconds(shape, 64 * shape.new)
-    floors = [draw, forward, 3 * forward, 0.0]
-    print("| part | seconds | share of the step | its arithmetic |\n|---|---|---|---|")
-    for (name, seconds), floor in zip(parts.items(), floors, strict=True):
-        print(f"| {name} | {seconds:.3f} | {seconds / step:.0%} | {floor:.3f} |")
+    by_addmm, by_linear, reading = decoding_floor(shape, bandwidth())
+    floors = []
+    for multiply, draw in ((by_torch, by_addmm), (by_us, by_linear)):
+        forward = forward_seconds(shape, 64 * shape.new, multiply)
+        floors.append([draw + reading, forward, 3 * forward, 0.0])
+    print("| part | seconds | share of the step | its arithmetic by torch | by us |\n|---|---|---|---|---|")
+    for (name, seconds), theirs, ours in zip(parts.items(), *floors, strict=True):
+        print(f"| {name} | {seconds:.3f} | {seconds / step:.0%} | {theirs:.3f} | {ours:.3f} |")
     rest = step - sum(parts.values())
-    print(f"| rest: rewards, Pyro, optimizer | {rest:.3f} | {rest / step:.0%} | |")
-    print(f"| step | {step:.3f} | | {sum(floors):.3f} |")
-    print(f"\nstep / arithmetic {step / sum(floors):.2f}, step / its parts {step / sum(parts.values()):.2f}")
+    print(f"| rest: rewards, Pyro, optimizer | {rest:.3f} | {rest / step:.0%} | | |")
+    print(f"| step | {step:.3f} | | {sum(floors[0]):.3f} | {sum(floors[1]):.3f} |")
+    print(
+        f"\nstep / arithmetic by torch {step / sum(floors[0]):.2f}, by us {step / sum(floors[1]):.2f}, "
+        f"step / its parts {step / sum(parts.values()):.2f}"
+    )
 
 
 def bench_trl(repetitions: int) -> None:

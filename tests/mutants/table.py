@@ -130,8 +130,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "temperature left out of scoring",
         "models/torch_lm/scoring.py",
-        "logits = tempered(network.logits(features[first:last]), temperature)",
-        "logits = network.logits(features[first:last])",
+        "log_probs = tempered(network.logits(features[first:last]), temperature).log_softmax(1)",
+        "log_probs = network.logits(features[first:last]).log_softmax(1)",
         ("tests/models/torch_lm/test_scoring.py::test_scores_are_log_softmax_of_logits_over_temperature[0.6]",),
     ),
     Mutant(

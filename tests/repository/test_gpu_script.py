@@ -55,7 +55,7 @@ def test_every_section_runs_on_the_cpu(tmp_path: Path) -> None:
     }
     for name, each in found["checks"].items():
         assert each.get("passed") or "skipped" in each, (name, each)
-    assert 0 < found["checks"]["TorchLM, bfloat16"]["reported_gap"] < 1
+    assert 0 <= found["checks"]["TorchLM, bfloat16"]["reported_gap"] < 1
     measured = found["measurements"]
     assert len(measured) == 2 * 2 * 5
     for name, each in measured.items():

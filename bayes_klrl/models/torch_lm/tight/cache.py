@@ -18,6 +18,7 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from bayes_klrl.models.torch_lm.tight import pool
 from bayes_klrl.models.torch_lm.tight.attention import Part
 
 __all__ = ["Cache", "JoinedMemory", "Memory", "NewMemory", "WrittenMemory"]
@@ -86,14 +87,14 @@ class Cache:
             copies = [with_capacity(stored[..., :recent, :], self.buffer.capacity) for stored in layers]
             return replace(self, buffer=Buffer(copies, recent))
         if has_blocks(layers[0]):
-            block = [stored.contiguous() for stored in layers]
+            block = [together(stored) for stored in layers]
             empty = Buffer([empty_layer(stored, BLOCK) for stored in layers], 0)
             return replace(self, blocks=(*self.blocks, block), buffer=empty, recent=0)
         return replace(self, buffer=Buffer([with_capacity(stored, recent + GROWTH) for stored in layers], recent))
 
     def select(self, rows: Tensor, room: int = GROWTH) -> Cache:
         """Return the cache of some rows; without blocks, it has room for so many more positions."""
-        blocks = tuple([stored.index_select(1, rows) for stored in block] for block in self.blocks)
+        blocks = tuple([chosen_rows(stored, rows) for stored in block] for block in self.blocks)
         capacity = self.buffer.capacity if has_blocks(self.buffer.layers[0]) else self.recent + room
         layers = [picked(stored, self.recent, rows, capacity) for stored in self.buffer.layers]
         padding = None if self.padding is None else self.padding[rows]
@@ -110,8 +111,19 @@ def empty_layer(like: Tensor, capacity: int, num_rows: int | None = None) -> Ten
     _, rows, num_heads, _, size = like.shape
     num_rows = rows if num_rows is None else num_rows
     if has_blocks(like):
-        return like.new_empty((2, capacity, num_rows, num_heads, size)).permute(0, 2, 3, 1, 4)
+        return pool.empty((2, capacity, num_rows, num_heads, size), like).permute(0, 2, 3, 1, 4)
     return like.new_empty((2, num_rows, num_heads, capacity, size))
+
+
+def together(stored: Tensor) -> Tensor:
+    """Return a copy of one layer's positions, in which those of each head lie together."""
+    return pool.empty(stored.shape, stored).copy_(stored)
+
+
+def chosen_rows(stored: Tensor, rows: Tensor) -> Tensor:
+    """Return a copy of some rows of one layer of a block."""
+    shape = (2, len(rows), *stored.shape[2:])
+    return torch.index_select(stored, 1, rows, out=pool.empty(shape, stored))
 
 
 def with_capacity(stored: Tensor, capacity: int) -> Tensor:

@@ -104,7 +104,9 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str =
 
 def in_order(matrix: Tensor) -> Tensor:
     """Return a matrix that is stored row by row or column by column, without gaps: this one, or a copy."""
-    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+    (num_rows, num_columns), (down, right) = matrix.shape, matrix.stride()
+    together = (right == 1 and down == num_columns) or (down == 1 and right == num_rows)
+    return matrix if together else matrix.contiguous()
 
 
 class _Linear(torch.autograd.Function):
