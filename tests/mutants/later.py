@@ -13,8 +13,40 @@ _STATE = "tests/inference/svi/test_training_state.py"
 _CLASSIFIER = "tests/likelihoods/classifiers/test_reward.py"
 _FINDINGS = "tests/analysis/certificate/training_runs/test_findings.py"
 _TRL = "tests/reward_functions/test_trl_conventions.py"
+_TIGHT = "tests/models/torch_lm/tight"
 
 LATER: tuple[Mutant, ...] = (
+    Mutant(
+        "a cache writes over what another one has written",
+        "models/torch_lm/tight/cache.py",
+        "if self.buffer.filled == recent:",
+        "if self.buffer.filled >= recent:",
+        (
+            f"{_TIGHT}/test_cache.py::test_steps_selections_and_branches_equal_reading_at_once[blocks of 4-gpt2-padded]",
+            f"{_TIGHT}/test_cache.py::test_steps_selections_and_branches_equal_reading_at_once[one buffer-llama-one]",
+        ),
+    ),
+    Mutant(
+        "every block is weighted as the first one",
+        "models/torch_lm/tight/attention.py",
+        "        first = last\n",
+        "        first = 0\n",
+        (f"{_TIGHT}/test_cache.py::test_long_completions_are_scored_as_they_were_drawn",),
+    ),
+    Mutant(
+        "the gradient of a weight comes out transposed",
+        "models/torch_lm/tight/products.py",
+        "found = multiplied(first, second, None) if narrower",
+        "found = multiplied(second, first, None).view(gradient.shape[1], -1) if narrower",
+        (f"{_TIGHT}/test_products.py::test_values_and_gradients_are_those_in_double_precision[more inputs]",),
+    ),
+    Mutant(
+        "memory is lent again while a view of it is left",
+        "models/torch_lm/tight/pool.py",
+        "weakref.finalize(lent, give_back, slab).atexit = False",
+        "give_back(slab)",
+        (f"{_TIGHT}/test_pool.py::test_memory_is_used_again_once_no_view_of_it_is_left",),
+    ),
     Mutant(
         "the self-check looks at one path only",
         "models/torch_lm/self_check.py",

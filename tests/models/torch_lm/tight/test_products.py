@@ -28,6 +28,9 @@ SHAPES = {
     "more inputs": (64, 512, 128),
     "few rows": (4, 512, 1024),
     "tokens of rows": (8, 16, 128, 256),
+    "between two numbers of rows": (67, 128, 512),
+    "more inputs, between": (1000, 256, 128),
+    "one too many": (129, 128, 256),
 }
 
 
@@ -78,6 +81,21 @@ def test_values_and_gradients_are_those_in_double_precision(
         assert (own - expected).abs().max() / scale < max(4 * (theirs - expected).abs().max() / scale, 1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(128, 512), (512, 128)])
+def test_numbers_of_rows_that_onednn_sees_are_few(sizes: tuple[int, int], calls: list[tuple[int, ...]]) -> None:
+    """Each is compiled and kept: after 60 steps of training with completions of all lengths that took 260 MB."""
+    weight, bias = torch.randn(sizes[1], sizes[0]), torch.randn(sizes[1])
+    inputs = torch.randn(2048, sizes[0])
+    expected = F.linear(inputs, weight, bias)
+    for num_rows in [*range(4, 600), 601, 777, 1024, 1025, 1300, 2000, 2048]:
+        torch.testing.assert_close(linear(inputs[:num_rows], weight, bias), expected[:num_rows], rtol=0, atol=1e-3)
+    assert len({shape[0] for shape in calls}) < 70
+    assert {shape[0] for shape in calls} >= {64, 128, 512, 1024, 2048}  # the usual ones are neither filled up nor split
+    with torch.no_grad():
+        gelu = gelu_linear(inputs[:601], weight, bias)
+    torch.testing.assert_close(gelu, F.gelu(expected[:601], approximate="tanh"), rtol=0, atol=1e-3)
+
+
 def test_a_gradient_that_was_expanded_is_right(calls: list[tuple[int, ...]]) -> None:
     """The gradient of a sum holds one number, with strides of 0."""
     inputs, weight, bias = tensors((64, 128, 512))
@@ -113,7 +131,7 @@ def test_torch_multiplies_where_onednn_does_not_suit(what: str, calls: list[tupl
     if what in ("half", "double"):
         dtype = torch.bfloat16 if what == "half" else torch.float64
         inputs, weight, bias = (each.to(dtype) for each in (inputs, weight, bias))
-    few = {"one row": inputs[:1], "three rows": inputs[:3], "small": inputs[:8], "vector": inputs[0]}
+    few = {"one row": inputs[:1], "three rows": inputs[:3], "small": inputs[:16], "vector": inputs[0]}
     inputs = few.get(what, inputs)
     if what == "subclass":  # as a parameter that is spread over processes
         inputs = inputs.as_subclass(type("Spread", (Tensor,), {}))
@@ -150,8 +168,8 @@ def test_a_weight_that_has_changed_is_used(way: str, calls: list[tuple[int, ...]
 def test_a_model_decodes_and_trains_by_them_and_gives_the_same_numbers(
     build: Callable[..., Any], calls: list[tuple[int, ...]]
 ) -> None:
-    options = {"n_embd": 96} if build is tiny_gpt2 else {"hidden_size": 96, "intermediate_size": 192}
-    lm = bk.TorchLM(build(vocab_size=300, eos_token_id=0, **options))
+    options = {"n_embd": 96} if build is tiny_gpt2 else {"hidden_size": 96, "intermediate_size": 384}
+    lm = bk.TorchLM(build(vocab_size=400, eos_token_id=0, **options))
     posterior = bk.Posterior(
         lm, bk.TokenReward(lambda tokens, lengths: lengths * 0.1, alpha=1.0), prompts=[[1, 2, 3]], max_new_tokens=6
     )
