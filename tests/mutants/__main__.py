@@ -59,7 +59,7 @@ class Copy:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
-        ignore = shutil.ignore_patterns("__pycache__", _WEIGHTS)
+        ignore = shutil.ignore_patterns("*.pyc.*", _WEIGHTS)  # not the byte code that others are writing just now
         for name in ("bayes_klrl", "tests"):
             shutil.copytree(ROOT / name, self.folder / name, ignore=ignore)
         shutil.copy2(ROOT / "pyproject.toml", self.folder)

@@ -26,10 +26,12 @@ _LIBRARIES = (
     "pytest",
     "torch",
     "pyro",
-    "transformers",
+    "transformers.models.gpt2.modeling_gpt2",  # with most of what other modules of transformers import
     "jax",
     "optax",
     "numpyro.infer",
+    "arviz",
+    "hypothesis",
 )
 
 

@@ -53,8 +53,11 @@ def test_every_algorithm_gives_the_same_bits_in_processes(runner: bk.ProcessRunn
 
 
 @pytest.mark.slow
-def test_a_network_and_its_guides_give_the_same_bits(runner: bk.ProcessRunner) -> None:
-    """A guide comes back on the posterior it was trained for, adapters on the very memory of the prior's weights."""
+def test_a_network_and_its_guides_give_the_same_bits() -> None:
+    """A guide comes back on the posterior it was trained for, adapters on the very memory of the prior's weights.
+
+    In one worker: loading torch and transformers is most of what each costs.
+    """
     prior = bk.TorchLM.from_pretrained("austen")
     excited = bk.Reward(lambda completions: [c.count("!") for c in completions], alpha=1.0)
     posterior = bk.Posterior(prior, excited, prompts=["It was a", "My dear"], max_new_tokens=3)
@@ -63,7 +66,8 @@ def test_a_network_and_its_guides_give_the_same_bits(runner: bk.ProcessRunner) -
         "SMC": bk.SMC(512),
         "SVI": bk.SVI(1, 8, num_draws=512, adapter="lora"),
     }
-    here, there = (bk.compare(posterior, rows, seed=0, runner=each) for each in (None, runner))
+    with bk.ProcessRunner(1) as runner:
+        here, there = (bk.compare(posterior, rows, seed=0, runner=each) for each in (None, runner))
     same(here, there)
     fit = there.fits["SVI"]
     assert fit.posterior is posterior

@@ -9,4 +9,13 @@ token) and `sizes` (what a token takes in memory). `sources` knows where models 
 from its parameters, and `table` is an n-gram table as trainable logits.
 """
 
-from bayes_klrl.models.torch_lm.lm import TorchLM as TorchLM
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """Import `lm`, and with it transformers, for its name alone: `table` and `scoring` need torch only."""
+    if name == "TorchLM":
+        from bayes_klrl.models.torch_lm.lm import TorchLM
+
+        return TorchLM
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -135,7 +135,9 @@ def test_the_shipped_model_translates(translation: Any, prior: bk.TorchLM) -> No
 
 @pytest.mark.slow
 def test_the_example_ends_in_a_report(translation: Any, tmp_path: Path) -> None:
-    finding = translation.main(tmp_path / "out", num_tuned=4, num_steps=2, num_held_out=6, num_draws=4, num_certified=1)
+    finding = translation.main(
+        tmp_path / "out", num_tuned=4, num_steps=2, num_held_out=6, num_draws=4, num_certified=1, size=128
+    )
     page = finding.report.read_text(encoding="utf-8")
     assert "Certificate" in page
     assert "chrF" in page

@@ -27,8 +27,14 @@ NETWORKS = {
     "PlainEncoderDecoderNetwork": "its forward, without a cache",
 }
 
-CERTIFIED = ("llama", "gemma3_text", "bamba", "t5 (encoder-decoder)", "fsmt (encoder-decoder)")
-"""One architecture per kind of network. A certificate draws and scores, and both are compared for every architecture."""
+CERTIFIED = {
+    "llama": "TightNetwork",
+    "gemma3_text": "CachedNetwork",
+    "bamba": "PlainNetwork",
+    "t5 (encoder-decoder)": "EncoderDecoderNetwork",
+    "fsmt (encoder-decoder)": "PlainEncoderDecoderNetwork",
+}
+"""One architecture per kind of network, and the kind. A certificate draws and scores: both are compared for every one."""
 
 FULL = ("big_bird", "bigbird_pegasus")
 CASES: dict[str, dict[str, Any]] = {
@@ -184,6 +190,7 @@ def check_runs(case: str, lm: bk.TorchLM, folder: Path) -> None:
         return
     fit = bk.SVI(num_steps=1, num_particles=2).fit(posterior, seed=0)
     if case in CERTIFIED:
+        assert type(lm.prefill([[4]]).network).__name__ == CERTIFIED[case]
         certificate = bk.certify(
             posterior,
             fit.guide,

@@ -24,7 +24,6 @@ from bayes_klrl.inference.svi.objectives.regressions import PrefixRewardCritic, 
 from bayes_klrl.inference.svi.optimizers import KLSGD, Natural, optimizer_of
 from bayes_klrl.inference.svi.pyro_backend.elbo import ElboTerms, LeaveOneOutELBO, RaoBlackwellELBO
 from bayes_klrl.inference.svi.pyro_backend.loss_elbo import LossELBO
-from bayes_klrl.inference.svi.pyro_backend.natural_gradient.steps import NaturalSteps
 from bayes_klrl.inference.svi.pyro_backend.optimizers import AdamSteps, MomentumSteps, embedding_rows
 from bayes_klrl.inference.svi.pyro_backend.over_ranks.rows import SharedLM, SharedPosterior
 from bayes_klrl.inference.svi.pyro_backend.over_ranks.spread import (
@@ -43,7 +42,6 @@ from bayes_klrl.models.decoding import check_shares_vocabulary
 from bayes_klrl.models.ngram_lm.lm import NgramLM
 from bayes_klrl.models.programs.pyro_program import on_model_device, pyro_guide, pyro_model
 from bayes_klrl.models.programs.turns import PYRO_TURN, in_turn
-from bayes_klrl.models.torch_lm.general.blocks import cannot_recompute
 from bayes_klrl.models.torch_lm.table import TableLM
 from bayes_klrl.models.twists.simple import prior_pilot
 from bayes_klrl.posterior import Posterior
@@ -303,6 +301,8 @@ def steps_of(
         scales = None if uses is None else embedding_rows(guide, parameters, uses)
         return MomentumSteps(recipe, plan.num_steps, parameters, elbo.guide_change, scales, model_tokens)
     if isinstance(recipe, Natural):
+        from bayes_klrl.inference.svi.pyro_backend.natural_gradient.steps import NaturalSteps  # with transformers
+
         return NaturalSteps(recipe, guide, elbo, same_prompts=plan.prompts_per_step is None)
     rate = plan.learning_rate or default_learning_rate(plan, guide)
     return AdamSteps(parameters, rate, plan.num_steps, plan.max_step_kl, elbo.guide_change)
@@ -343,6 +343,8 @@ def recomputation_of(
     if not plan.gradient_checkpointing:
         return nullcontext
     if not hasattr(guide, "recomputing"):
+        from bayes_klrl.models.torch_lm.general.blocks import cannot_recompute
+
         raise cannot_recompute(prior)
     with guide.recomputing():  # refused here, before any work
         found: Callable[[], AbstractContextManager[None]] = guide.recomputing

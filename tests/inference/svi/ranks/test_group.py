@@ -138,18 +138,20 @@ def test_without_the_package_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_a_training_of_one_process_does_not_import_accelerate() -> None:
+def test_a_training_of_one_process_does_not_import_accelerate_nor_jax() -> None:
+    """Nor transformers, for a table. `test_svi_numpyro.py` has the opposite: training on JAX imports no torch."""
     code = """
 import sys, numpy as np, bayes_klrl as bk
-coin = bk.NgramLM(np.log([0.5, 0.5]), eos_token_id=1)
+prior = bk.NgramLM(np.log(np.full((3, 3, 3), 1 / 3)), eos_token_id=2)
 longer = bk.TokenReward(lambda tokens, lengths: lengths, alpha=1.0)
 before = "accelerate" in sys.modules
-bk.SVI(2, 4).fit(bk.Posterior(coin, longer, max_new_tokens=3), seed=0)
+bk.SVI(2, 4).fit(bk.Posterior(prior, longer, max_new_tokens=2), seed=0).run(10, seed=0)
 from bayes_klrl.inference.svi.ranks import group
 print(before, "accelerate.state" in sys.modules and bool(sys.modules["accelerate.state"].PartialState._shared_state))
+print(*[name in sys.modules for name in ("torch", "pyro", "jax", "numpyro", "transformers")])
 """
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert shown.split() == ["False", "False"]
+    assert shown.split() == ["False", "False", "True", "True", "False", "False", "False"]
 
 
 class Configuration:

@@ -23,9 +23,6 @@ from torch import Tensor
 from bayes_klrl.errors import BayesKLRLError
 from bayes_klrl.inference.svi.pyro_backend.over_ranks.rows import SharedLM
 from bayes_klrl.inference.svi.ranks.group import Ranks
-from bayes_klrl.models.torch_lm.adapters import duplicated
-from bayes_klrl.models.torch_lm.general.blocks import blocks_of
-from bayes_klrl.models.torch_lm.lm import TorchLM
 from bayes_klrl.models.torch_lm.network import base_model
 from bayes_klrl.sequences import Sequences
 from bayes_klrl.typing import FloatArray, IntArray, LanguageModel, TokenIds
@@ -50,6 +47,10 @@ class SpreadLM(SharedLM):
     """
 
     def __init__(self, lm: LanguageModel, ranks: Ranks) -> None:
+        from bayes_klrl.models.torch_lm.adapters import duplicated  # with transformers, which tables do without
+        from bayes_klrl.models.torch_lm.general.blocks import blocks_of
+        from bayes_klrl.models.torch_lm.lm import TorchLM
+
         if not isinstance(lm, TorchLM):
             raise BayesKLRLError(
                 f"FSDP spreads the parameters of a bk.TorchLM; a {type(lm).__name__} has none to spread. Start the ranks "
