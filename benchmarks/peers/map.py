@@ -125,12 +125,16 @@ _BASE = Cell("sampling", 64, 32, "4x128", 2_000)
 DEFAULT: tuple[Cell, ...] = (
     _BASE,
     Cell("sampling", 256, 32, "4x128", 2_000),
+    Cell("sampling", 1024, 32, "4x128", 2_000),
     Cell("sampling", 64, 128, "4x128", 2_000),
+    Cell("sampling", 64, 512, "4x128", 2_000),
     Cell("sampling", 64, 32, "4x128", 50_000),
+    Cell("sampling", 64, 32, "4x128", 150_000),
     Cell("sampling", 64, 32, "12x256", 2_000),
     Cell("sampling", 64, 32, "4x128", 2_000, prompt_length=256),
     Cell("sampling", 64, 32, "4x128", 2_000, num_prompts=32),
     Cell("sampling", 64, 32, "gpt2", 50_257),
+    Cell("sampling", 64, 32, "smollm2", 49_152),
     Cell("evidence", 256, task="gpt2-8x4"),
     Cell("evidence", 256, task="constraint"),
     Cell("tuning", 256, task="gpt2-8x4", steps=60),
@@ -143,7 +147,7 @@ def cells(*, full: bool = False) -> tuple[Cell, ...]:
     Examples
     --------
     >>> len(cells()), len(cells(full=True))
-    (11, 306)
+    (15, 306)
     """
     return tuple(_all_cells()) if full else DEFAULT
 

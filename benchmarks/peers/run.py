@@ -1,6 +1,6 @@
 """The driver: every row of every cell in a process of its own, in turns, and then the table and the picture.
 
-    make peers                                              the default cells: 45 minutes on two busy cores
+    make peers                                              the default cells: 20 to 45 minutes, beside other work
     python -m benchmarks.peers.run --list [--full]          their names
     python -m benchmarks.peers.run --cell evidence-constraint-N64 --out folder
     python -m benchmarks.peers.run --full --limit 1800      all cells that fit in memory: days

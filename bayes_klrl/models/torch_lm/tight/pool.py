@@ -36,7 +36,7 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Return a tensor in main memory with arbitrary numbers, of a shape and of the precision of another tensor."""
     num_bytes = math.prod(shape) * like.element_size()
     if num_bytes < LEAST:
-        return torch.empty(shape, dtype=like.dtype)
+        return like.new_empty(shape)
     slab = taken(num_bytes + _ALIGNED)
     start = -slab.ctypes.data % _ALIGNED
     lent = slab[start : start + num_bytes]
