@@ -30,8 +30,9 @@ from bench_trainers import trl_train, word_tokenizer
 
 import bayes_klrl as bk
 from bayes_klrl.inference.svi.pyro_backend.elbo import SequenceELBO
-from bayes_klrl.models.decoding import decode
+from bayes_klrl.models.decoding import draw_blocks
 from bayes_klrl.models.torch_lm.tight.products import linear
+from bayes_klrl.randomness import Streams
 
 
 @dataclass(frozen=True)
@@ -192,12 +193,12 @@ def in_turn(shape: Shape, repetitions: int) -> tuple[float, float]:
 
 
 def drawn(lm: bk.TorchLM, shape: Shape, prompt: list[int]) -> Any:
-    """Draw the shape's completions."""
+    """Draw the shape's completions, as the algorithms do: in blocks of at most `ROWS_PER_BLOCK` rows."""
     prompts = [[*prompt[:-1], 1 + p] for p in range(shape.prompts)]
-    return decode((lm,), prompts, shape.rows, shape.new, np.random.default_rng(0))
+    return list(draw_blocks((lm,), prompts, shape.rows, shape.new, Streams.of(0)))
 
 
-def bench_growth(repetitions: int) -> None:
+def bench_growth(repetitions: int, only: str) -> None:
     """Print the time against each size, with that of the floor: how much each grows when the size doubles."""
     speed = bandwidth()
     sizes: dict[str, tuple[int, ...]] = {
@@ -209,7 +210,7 @@ def bench_growth(repetitions: int) -> None:
     }
     print("| varied | size | ours | floor | ours / floor |\n|---|---|---|---|---|")
     for name, values in sizes.items():
-        for value in values:
+        for value in values if only in name else ():
             shape = replace(SMALL, **{name: value})
             lm = bk.TorchLM(shape.model(), eos_token_id=())
             prompt = list(range(1, shape.prompt + 1))
@@ -311,13 +312,13 @@ def main() -> None:
     parser.add_argument("what", choices=["decoding", "growth", "step", "trl"])
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="with more than one, wall seconds")
-    parser.add_argument("--only", help="decoding: the shapes whose name has this in it")
+    parser.add_argument("--only", help="decoding and growth: the shapes or sizes whose name has this in it")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.what == "decoding":
-        bench_decoding(options.repetitions, options.only or "")
+    if options.what in ("decoding", "growth"):
+        {"decoding": bench_decoding, "growth": bench_growth}[options.what](options.repetitions, options.only or "")
         return
-    {"growth": bench_growth, "step": bench_step, "trl": bench_trl}[options.what](options.repetitions)
+    {"step": bench_step, "trl": bench_trl}[options.what](options.repetitions)
 
 
 if __name__ == "__main__":
