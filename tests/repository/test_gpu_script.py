@@ -55,6 +55,7 @@ def test_every_section_runs_on_the_cpu(tmp_path: Path) -> None:
     }
     for name, each in found["checks"].items():
         assert each.get("passed") or "skipped" in each, (name, each)
+    # 0 where decoding and scoring round alike, as they do on this tiny model
     assert 0 <= found["checks"]["TorchLM, bfloat16"]["reported_gap"] < 1
     measured = found["measurements"]
     assert len(measured) == 2 * 2 * 5

@@ -114,9 +114,8 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None, activation: str =
         return found
     filled = rows.new_zeros((num_rows + step - above, num_inputs))
     filled[:num_rows] = rows
-    return multiplied(filled, weight, bias, activation, form).resize_(
-        num_rows, num_outputs
-    )  # no view, which autograd minds
+    # shortened in place: a slice is a view, which autograd does not let anybody write to
+    return multiplied(filled, weight, bias, activation, form).resize_(num_rows, num_outputs)
 
 
 def row_step(num_rows: int) -> int:
